@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch and torchvision come together: timm needs torchvision, and the two must match
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format clean
+
+help: ## print this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## create .venv with the package, its tests' and its recipes' needs
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: install ## run the main job: an RNN alone, guided by a Transformer, and the Transformer itself (some minutes)
+	$(BIN)/accelerate launch recipes/rnn_vs_transformer.py
+
+test: install ## run the tests that need no GPU and no network
+	$(BIN)/python -m pytest
+
+test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
+	$(BIN)/python -m pytest -m "not gpu and not network"
+
+check: install ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment, caches and outputs of the recipes
+	rm -rf $(VENV) outputs .mypy_cache .pytest_cache .ruff_cache

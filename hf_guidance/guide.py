@@ -1,0 +1,202 @@
+"""The frozen network: loading it, building an untrained one from a seed, telling one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def load_guide(
+    source: str | os.PathLike[str] | Any,
+    *,
+    untrained: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a pretrained network as a guide, or build one with random weights.
+
+    Args:
+        source: Hub id, local folder, ``timm/<architecture>``, or a transformers config (which is always untrained).
+        untrained: draw the weights at random, as the architecture's own code does, instead of loading them.
+        seed: of an untrained guide; the same seed and library versions give the same weights again.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code from the Hub; never on by default.
+        **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …
+
+    Returns:
+        The network without a task head, frozen, with its origin on it for checkpoints and model cards.
+
+    Raises:
+        ValueError: a source that is neither a folder nor an id the Hub knows.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(source, PreTrainedConfig):
+        guide, name, untrained = _build(source, seed, trust_remote_code), source.model_type, True
+    else:
+        name = Path(source).name if os.path.isdir(source) else str(source)  # no path of this machine in any card
+        if untrained:
+            config = _timm_config(name)
+            if config is None:
+                config = _or_explain(source, lambda: AutoConfig.from_pretrained(source, **hub))
+            guide = _build(config, seed, trust_remote_code)
+        else:
+            guide = _or_explain(source, lambda: _load_pretrained(source, **hub, **kwargs))
+    origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
+    setattr(guide, IDENTITY, origin | {"revision": getattr(guide.config, "_commit_hash", None)})
+    return freeze(guide)
+
+
+def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        raise ValueError(
+            f"No guide at {str(source)!r}: it is not a local folder with a config.json, and the Hub gave: "
+            f"{str(error).splitlines()[0]} For a randomly initialised timm guide use 'timm/<architecture>' with "
+            "untrained=True, or pass a config or a live module."
+        ) from error
+
+
+def _load_pretrained(source: Any, **kwargs: Any) -> nn.Module:
+    from transformers import AutoModel
+
+    import hf_guidance.targets  # noqa: F401  registers our own architectures with the Auto classes
+
+    return AutoModel.from_pretrained(source, **kwargs)
+
+
+def _timm_config(name: str) -> Any:
+    if not name.startswith("timm/"):
+        return None
+    import timm
+    from transformers import TimmWrapperConfig
+
+    architecture = name.removeprefix("timm/")
+    return TimmWrapperConfig(architecture=architecture) if timm.is_model(architecture) else None
+
+
+def _build(config: Any, seed: int, trust_remote_code: bool) -> nn.Module:
+    """A network with random weights; the caller's random state is left alone."""
+    from transformers import AutoModel
+
+    import hf_guidance.targets  # noqa: F401
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        guide = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        if (
+            config.model_type == "timm_wrapper"
+        ):  # transformers overwrites timm's own initialisation with its generic one
+            import timm
+
+            torch.manual_seed(seed)
+            own = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
+            guide.timm_model.load_state_dict(own.state_dict())
+    return guide
+
+
+# ---------------------------------------------------------------------------------------------------------- frozen
+
+
+def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | None = None) -> nn.Module:
+    """Freeze a guide in place: no gradient, evaluation mode, batch norm as asked; then move it.
+
+    Args:
+        batch_norm: ``eval`` and ``calibrated`` use the running statistics; ``batch`` the batch's, leaving the running
+            ones as they are.
+        device: left where it is if None, quantised, or spread by a device map.
+
+    Raises:
+        ValueError: another mode than ``eval`` for a guide without batch norm.
+    """
+    guide.eval().requires_grad_(False)
+    norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM)]
+    if batch_norm != "eval" and not norms:
+        raise ValueError(f"guide_batch_norm={batch_norm!r}, but the guide ({type(guide).__name__}) has no batch norm.")
+    for norm in norms:
+        if batch_norm == "batch":
+            norm.train()
+            norm.track_running_stats = False
+    placed = getattr(guide, "hf_device_map", None) or getattr(guide, "is_quantized", False)
+    return guide if device is None or placed else guide.to(device)
+
+
+@torch.no_grad()
+def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]) -> None:
+    """Replace the running statistics by the average over some forwards; everything else stays in evaluation mode."""
+    norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    try:
+        for forward in forwards:
+            forward()
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+# -------------------------------------------------------------------------------------------------------- identity
+
+
+def fingerprint(model: nn.Module) -> str:
+    """``sha256:…`` over names, types, shapes and bytes of all parameters and saved buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def identity(guide: nn.Module) -> dict[str, Any]:
+    """What tells this guide from any other: origin, architecture, size, versions and fingerprint of its weights."""
+    import transformers
+
+    origin = getattr(guide, IDENTITY, {"source": None, "untrained": None, "seed": None, "revision": None})
+    return origin | {
+        "architecture": type(guide).__name__,
+        "parameters": sum(parameter.numel() for parameter in guide.parameters()),
+        "fingerprint": fingerprint(guide),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def check_same_guide(now: dict[str, Any], then: dict[str, Any], where: str) -> None:
+    """Raise ValueError if a run would go on with another guide than it began with."""
+    if then.get("fingerprint") not in (None, now["fingerprint"]):
+        raise ValueError(
+            f"{where} was guided by {_in_words(then)}, but this trainer's guide is {_in_words(now)}. Resuming would "
+            "train towards another network: pass the same guide (same seed and library versions, or the weights kept "
+            "by save_guide=True), or start anew without resume_from_checkpoint."
+        )
+
+
+def _in_words(guide: dict[str, Any]) -> str:
+    kind = f"untrained, seed {guide.get('seed')}" if guide.get("untrained") else "with given weights"
+    return f"{guide.get('architecture')} ({guide.get('source') or 'live module'}, {kind}, {guide['fingerprint'][:19]}…)"
+
+
+def check_apart(target: nn.Module, guide: nn.Module) -> None:
+    """Raise ValueError if target and guide are one network or share parameters."""
+    shared = {id(p) for p in target.parameters()} & {id(p) for p in guide.parameters()}
+    if guide is target or shared:
+        raise ValueError(
+            f"the guide shares {len(shared)} parameters with the target, so it would not stay frozen; "
+            "pass a copy (copy.deepcopy) or another network."
+        )

@@ -1,0 +1,203 @@
+"""`GuidanceLoss`: the guidance term of the loss, with or without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.features import LayerReader
+from hf_guidance.guide import check_apart, freeze
+from hf_guidance.guide_input import (
+    check_vocabularies,
+    forward_arguments,
+    generator_for,
+    guide_batch,
+    noise_like,
+    shuffle_rows,
+    vocabulary_size,
+)
+from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
+from hf_guidance.samples import Samples
+from hf_guidance.similarity import Measure, exact_float32, get_measure
+
+Grams = dict[str, Tensor]
+
+
+@dataclass
+class Watched:
+    """What came of one watched forward.
+
+    Attributes:
+        inputs: what the target is to be run on: the batch, or noise while pre-aligning on it.
+        loss: Σ or mean over the pairs of (1 − similarity), a scalar; None if the batch had too few samples.
+        similarities: measure → pair → similarity, detached; the measure trained on comes first.
+    """
+
+    inputs: dict[str, Any]
+    loss: Tensor | None = None
+    similarities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class GuidanceLoss:
+    """Steers a target by a frozen guide: watches the target's forward and compares its layers with the guide's.
+
+    Args:
+        target: the network being trained, unwrapped (DDP and the like go around it).
+        guide: the frozen one; it is frozen here, in place.
+        config: see `GuidanceConfig`.
+        seed: of noise, shuffling and the choice of tokens, together with step, micro-step and rank.
+        autocast: context for the guide's forward; the surrounding one if left out.
+
+    Raises:
+        ValueError: layers that do not exist, a guide that shares parameters with the target, and, on the first batch,
+            vocabularies or samples that do not line up.
+
+    Example:
+        >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
+        >>> with guidance.watch(batch, step=step) as watched:  # doctest: +SKIP
+        ...     outputs = target(**watched.inputs)
+        >>> loss = outputs.loss + watched.loss  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        guide: nn.Module,
+        config: GuidanceConfig | None = None,
+        *,
+        seed: int = 0,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.target, self.guide, self.config = target, guide, config or GuidanceConfig()
+        self.seed, self.autocast = seed, autocast
+        check_apart(target, guide)
+        freeze(guide, self.config.guide_batch_norm)
+        names = [self.config.measure, *self.config.log_measures]
+        self.measures: list[Measure] = [get_measure(name) for name in dict.fromkeys(names)]
+        self.pairs: list[Pair] | None = None  # known once the hidden states have been counted
+        explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
+        self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
+        self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
+
+    @contextmanager
+    def watch(
+        self, batch: Mapping[str, Any], *, step: int = 0, micro_step: int = 0, rank: int = 0, prealign: bool = False
+    ) -> Iterator[Watched]:
+        """Run the guide on a batch, then watch the one forward of the target inside the ``with`` block.
+
+        Args:
+            batch: the inputs of the target, with ``guide_*`` columns where the guide needs its own.
+            step, micro_step, rank: where the run is; randomness depends on nothing else but the seed.
+            prealign: whether this step pre-aligns, for ``guide_input="prealign_noise"``.
+        """
+        key = (self.seed, step, micro_step, rank)
+        if prealign and self.config.guide_input == "prealign_noise":
+            batch = noise_like(batch, self._common_vocabulary(), generator_for(*key))
+        config = self.config
+        samples = Samples(batch, config.sample_axis, config.max_tokens, generator_for(*key).initial_seed())
+        watched = Watched({k: v for k, v in batch.items() if not k.startswith("guide_")})
+        if config.sample_axis == "sequence" and samples.batch_size < self.measures[0].min_samples:
+            yield watched
+            return
+        guide_samples, guide_grams = self._run_guide(batch, samples, key)
+        with self.target_reader.reading(samples.gram) as target_grams:
+            yield watched
+        if not target_grams:
+            raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
+        if self.pairs is None:
+            self._resolve_pairs()
+        self._check_aligned(samples, guide_samples, target_grams, guide_grams)
+        self._compare(watched, target_grams, guide_grams)
+
+    @torch.no_grad()
+    def _run_guide(self, batch: Mapping[str, Any], samples: Samples, key: tuple[int, ...]) -> tuple[Samples, Grams]:
+        inputs = guide_batch(batch, self.target)
+        if self.pairs is None and not self.config.guide_shares_tokenizer:
+            check_vocabularies(self.target, self.guide, batch)
+        if self.config.guide_input == "noise":
+            inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
+        elif self.config.guide_input == "shuffled":
+            inputs = shuffle_rows(inputs, generator_for(*key, 2))
+        config = self.config
+        guide_samples = Samples(inputs, config.sample_axis, config.max_tokens, like=samples)
+        with self.autocast(), self.guide_reader.reading(guide_samples.gram) as grams:
+            self.forward_guide(inputs)
+        return guide_samples, grams
+
+    def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the guide on those of the inputs that it takes, moved to where it is."""
+        args, kwargs = forward_arguments(self.guide, inputs)
+        parameter = next(self.guide.parameters(), None)
+        if parameter is not None and parameter.device.type != "meta":
+            args = [value.to(parameter.device) for value in args]
+            kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        return self.guide(*args, **kwargs)
+
+    def close(self) -> None:
+        """Take the hooks off both networks."""
+        self.target_reader.remove()
+        self.guide_reader.remove()
+
+    def _common_vocabulary(self) -> int | None:
+        sizes = [size for size in (vocabulary_size(self.target), vocabulary_size(self.guide)) if size]
+        return min(sizes, default=None)
+
+    def _resolve_pairs(self) -> None:
+        targets, guides = self.target_reader.names(), self.guide_reader.names()
+        if self.config.layer_pairs is not None:
+            self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
+        else:
+            self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
+        self.target_reader.keep = {target for target, _ in self.pairs}
+        self.guide_reader.keep = {guide for _, guide in self.pairs}
+
+    def _check_aligned(self, samples: Samples, guide_samples: Samples, targets: Grams, guides: Grams) -> None:
+        for target, guide in self.pairs or []:
+            ours = samples.positions.get(target), targets[target].shape[0]
+            theirs = guide_samples.positions.get(guide), guides[guide].shape[0]
+            if ours != theirs:
+                raise ValueError(
+                    f"pair {pair_name((target, guide))}: the target layer gives {ours[1]} samples ({ours[0]} positions "
+                    f"a row) and the guide layer {theirs[1]} ({theirs[0]}); with sample_axis='token' both layers need "
+                    "the same positions. Use sample_axis='sequence'."
+                )
+
+    def _compare(self, watched: Watched, targets: Grams, guides: Grams) -> None:
+        n = next(iter(targets.values())).shape[0]
+        if n < self.measures[0].min_samples:
+            return
+        for measure in self.measures:
+            if n >= measure.min_samples:
+                trained_on = measure is self.measures[0]
+                with torch.set_grad_enabled(trained_on and torch.is_grad_enabled()):
+                    similarity = self._similarities(measure, targets, guides)
+                watched.similarities[measure.name] = {pair: value.detach() for pair, value in similarity.items()}
+                if trained_on:
+                    total = (1 - torch.stack(list(similarity.values()))).sum()
+                    watched.loss = total if self.config.guidance_reduction == "sum" else total / len(similarity)
+        if torch.is_grad_enabled() and watched.loss is not None and not watched.loss.requires_grad:
+            raise ValueError(
+                f"none of the target layers {sorted(targets)} carries a gradient: they are frozen, or run under "
+                " reentrant activation checkpointing (set use_reentrant=False)."
+            )
+
+    def _similarities(self, measure: Measure, targets: Grams, guides: Grams) -> dict[str, Tensor]:
+        assert self.pairs is not None
+        like = next(iter(targets.values()))
+        with exact_float32(like.device):
+            target_sides = {t: measure.target_side(targets[t]) for t in dict.fromkeys(t for t, _ in self.pairs)}
+            with torch.no_grad():
+                guide_sides = {
+                    g: measure.guide_side(guides[g].to(like)) for g in dict.fromkeys(g for _, g in self.pairs)
+                }
+            return {pair_name((t, g)): measure.compare(target_sides[t], guide_sides[g]) for t, g in self.pairs}
+
+
+def _layers(pairs: list[Pair], side: int) -> list[str]:
+    return list(dict.fromkeys(pair[side] for pair in pairs))

@@ -1,0 +1,70 @@
+"""Which guide layer goes with which target layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+Pair = tuple[str, str]  # (target layer, guide layer)
+
+PAIR_SEPARATOR = "~"
+NAMED_MAPPINGS = ("even", "reversed")
+LAST = re.compile(r"last_([1-9]\d*)")
+
+
+def check_mapping(kind: str) -> None:
+    """Raise ValueError unless `kind` is ``even``, ``reversed`` or ``last_<k>``."""
+    if kind not in NAMED_MAPPINGS and not LAST.fullmatch(kind):
+        raise ValueError(
+            f"Unknown layer_mapping {kind!r}; possible are 'even', 'reversed' and 'last_<k>' (such as 'last_4'), "
+            "or name the pairs with layer_pairs."
+        )
+
+
+def parse_pair(text: str) -> Pair:
+    """Split ``"<target layer>~<guide layer>"``. Raises ValueError for anything else."""
+    target, separator, guide = text.partition(PAIR_SEPARATOR)
+    if not (separator and target.strip() and guide.strip()) or PAIR_SEPARATOR in guide:
+        raise ValueError(
+            f"layer pair {text!r} is not of the form '<target layer>~<guide layer>', such as 'hidden_states.1~layer1'."
+        )
+    return target.strip(), guide.strip()
+
+
+def pair_name(pair: Pair) -> str:
+    """The pair as it is written in configs, logs and cards."""
+    return PAIR_SEPARATOR.join(pair)
+
+
+def pair_layers(target_layers: Sequence[str], guide_layers: Sequence[str], kind: str = "even") -> list[Pair]:
+    """Pair every guide layer with a target layer; no pair is dropped, however deep the guide.
+
+    Args:
+        target_layers: the target's layer names, input side first.
+        guide_layers: the guide's.
+        kind: ``even`` spreads the guide's layers over the target's (the paper's map), guide layer i of n_G going to
+            target layer ``⌊i (n_T − 1) / (n_G − 1) + ½⌋`` and a single guide layer to the last; ``reversed`` is the
+            same with the guide turned upside down (a negative control); ``last_<k>`` pairs the last k layers of both.
+
+    Returns:
+        (target layer, guide layer) in the guide's order.
+
+    Raises:
+        ValueError: an unknown kind, no layers on one side, or k larger than one of the networks.
+
+    Source: Subramaniam et al. 2025, released code.
+    """
+    check_mapping(kind)
+    n_target, n_guide = len(target_layers), len(guide_layers)
+    if not n_target or not n_guide:
+        raise ValueError(f"Cannot pair {n_target} target layers with {n_guide} guide layers: each side needs one.")
+    if last := LAST.fullmatch(kind):
+        k = int(last[1])
+        if k > min(n_target, n_guide):
+            raise ValueError(f"layer_mapping {kind!r}: the target has {n_target} layers and the guide {n_guide}.")
+        return list(zip(target_layers[-k:], guide_layers[-k:], strict=True))
+    if n_guide == 1:
+        return [(target_layers[-1], guide_layers[0])]
+    steps = n_guide - 1
+    even = [target_layers[(2 * i * (n_target - 1) + steps) // (2 * steps)] for i in range(n_guide)]
+    return list(zip(even[::-1] if kind == "reversed" else even, guide_layers, strict=True))

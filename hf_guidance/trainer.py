@@ -1,0 +1,267 @@
+"""`GuidanceTrainer`: transformers' Trainer with a guidance loss; `GuidanceMixin` puts it on any other Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+
+from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.guide import calibrate_batch_norm, check_same_guide, freeze, identity
+from hf_guidance.guide_input import (
+    GUIDE_PREFIX,
+    accepted_columns,
+    check_vocabularies,
+    generator_for,
+    guide_batch,
+)
+from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.schedule import Weights, make_schedule
+from hf_guidance.similarity import get_measure
+
+GUIDE_FOLDER = "guide"
+
+
+class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Put in front of a Trainer class, adds a guidance loss to its task loss; everything else stays as it is.
+
+    Args:
+        guide: the frozen network, from `load_guide` or any `nn.Module`; None trains as the class behind does.
+        guidance: see `GuidanceConfig`.
+        *args, **kwargs: the Trainer's own.
+
+    Raises:
+        ValueError: at construction, for settings under which guidance would not be what it says.
+    """
+
+    def __init__(
+        self, *args: Any, guide: nn.Module | None = None, guidance: GuidanceConfig | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.guide: Any = guide
+        self.guidance = guidance or GuidanceConfig()
+        self._loss: GuidanceLoss | None = None
+        self._sums = RunningMeans()
+        self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
+        if guide is None:
+            return
+        self._check_settings()
+        self.guide_identity = identity(guide)
+        freeze(guide, self.guidance.guide_batch_norm, self.accelerator.device)
+        if self.guidance.guidance_weight:
+            _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ShortProgressCallback)
+
+    def _check_settings(self) -> None:
+        args, config = self.args, self.guidance
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is taken "
+                "over. Use `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        if args.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size changes the batch size, and a similarity depends on it. Set "
+                "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
+            )
+        needed = get_measure(config.measure).min_samples
+        if config.sample_axis == "sequence" and args.per_device_train_batch_size < needed:
+            raise ValueError(
+                f"per_device_train_batch_size is {args.per_device_train_batch_size}, but {config.measure} needs at "
+                f"least {needed} samples a batch (accumulation does not enlarge it)."
+            )
+        if self.data_collator_is_default() and not config.guide_shares_tokenizer:
+            columns = getattr(self.train_dataset, "column_names", None)
+            if columns:
+                check_vocabularies(self.model, self.guide, columns)
+
+    def data_collator_is_default(self) -> bool:
+        """Whether no collator of the user's can add ``guide_*`` columns to those of the dataset."""
+        return type(self.data_collator).__module__.startswith("transformers.") or (
+            getattr(self.data_collator, "__module__", "").startswith("transformers.")
+        )
+
+    # ---------------------------------------------------------------------------------------------------- the loss
+
+    @property
+    def guidance_loss(self) -> GuidanceLoss:
+        """The loss for the model now in training; made anew when `model_init` makes a new model."""
+        target = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._loss is None or self._loss.target is not target:
+            if self._loss is not None:
+                self._loss.close()
+            autocast = self.accelerator.autocast
+            self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
+        return self._loss
+
+    def guidance_weights(self) -> Weights:
+        """The weights of guidance and task at the current optimizer step."""
+        config = self.guidance
+        schedule = make_schedule(
+            config.guidance_schedule,
+            config.guidance_weight,
+            stop_step=config.guidance_stop_step,
+            prealign_steps=config.prealign_steps,
+            total_steps=self.state.max_steps,
+        )
+        return schedule(self.state.global_step)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Task loss plus weighted guidance loss while training; the task loss alone in evaluation."""
+        kwargs = {"num_items_in_batch": num_items_in_batch}
+        weights = Weights(0.0, 1.0) if self.guide is None or not model.training else self.guidance_weights()
+        if not weights.guidance:
+            return super().compute_loss(model, _without_guide(inputs), return_outputs=return_outputs, **kwargs)
+        micro_step, rank = self._next_micro_step(), self.accelerator.process_index
+        watch = self.guidance_loss.watch(
+            inputs, step=self.state.global_step, micro_step=micro_step, rank=rank, prealign=not weights.task
+        )
+        with watch as watched:
+            task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
+        loss = self._add_guidance(task_loss, watched, weights, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_guidance(self, task_loss: Tensor, watched: Watched, weights: Weights, num_items: Any) -> Tensor:
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        task_is_scaled = self._loss_is_scaled(num_items)
+        self._sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
+        self._sums.add("guidance/weight", weights.guidance)
+        if watched.loss is None:
+            self._sums.add("guidance/skipped_batches", 1.0, 0)
+            return task_loss * weights.task
+        self._sums.add("guidance/loss", watched.loss.detach())
+        for measure, similarities in watched.similarities.items():
+            group = "similarity" if measure == self.guidance.measure else measure
+            for pair, value in similarities.items():
+                self._sums.add(f"guidance/{group}/{pair}", value)
+        # Trainer divides by the accumulation steps what is not normalised over the whole accumulated batch already
+        guidance = watched.loss / steps if task_is_scaled else watched.loss
+        return weights.task * task_loss + weights.guidance * guidance
+
+    def _loss_is_scaled(self, num_items: Any) -> bool:
+        """Whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return declared
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def _next_micro_step(self) -> int:
+        step, seen = self._micro_step
+        self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
+        return self._micro_step[1]
+
+    # ----------------------------------------------------------------------------------------- around the training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.guide is not None and self.guidance.guide_batch_norm == "calibrated":
+            calibrate_batch_norm(self.guide, self._calibration_forwards())
+        if self.guide is not None and self.guidance.save_guide and self.args.should_save:
+            self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
+        return super().train(*args, **kwargs)
+
+    def _calibration_forwards(self) -> Iterator[Any]:
+        """Forwards of the guide over the first batches of the training data, the same on every rank and resume."""
+        from torch.utils.data import DataLoader, IterableDataset
+
+        dataset, count = self.train_dataset, self.guidance.calibration_batches
+        if hasattr(dataset, "column_names") and dataset.column_names:
+            dataset = self._remove_unused_columns(dataset)
+        size = self.args.per_device_train_batch_size
+        loader = DataLoader(dataset, size, shuffle=False, collate_fn=self.data_collator, drop_last=True)
+        if not isinstance(dataset, IterableDataset) and len(loader) < count:
+            raise ValueError(f"calibration_batches is {count}, but the training data has {len(loader)} full batches.")
+        with torch.random.fork_rng():
+            torch.manual_seed(generator_for(self.args.seed, 3).initial_seed())
+            for _, batch in zip(range(count), loader, strict=False):
+                with self.accelerator.autocast():
+                    yield lambda batch=batch: self.guidance_loss.forward_guide(guide_batch(batch, self.model))
+
+    def _save_guide(self, folder: Path) -> None:
+        if hasattr(self.guide, "save_pretrained"):
+            self.guide.save_pretrained(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.guide.state_dict(), folder / "guide.pt")
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, _without_guide(inputs), *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if getattr(self, "guide", None) is not None:
+            own = (GUIDE_PREFIX + name for name in accepted_columns(self.guide))
+            self._signature_columns += [name for name in own if name not in self._signature_columns]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.guide is not None and self.args.should_save:
+            self.guidance.save(output_dir or self.args.output_dir, self.guide_identity)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.guide is not None and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
+            _, then = GuidanceConfig.load(resume_from_checkpoint)
+            check_same_guide(self.guide_identity, then, os.path.basename(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log, which every rank writes at the same steps
+            logs |= self._sums.drain(self.accelerator)
+        super().log(logs, start_time)
+
+
+class GuidanceTrainer(GuidanceMixin, Trainer):
+    """transformers' Trainer with a guidance loss; see `GuidanceMixin`."""
+
+
+def _without_guide(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.startswith(GUIDE_PREFIX)}
+
+
+class RunningMeans:
+    """Means of what is logged, kept on the device between two logs so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """Means over micro-steps and ranks since the last call; names added with weight 0 are plain sums."""
+        if not self._sums and accelerator.num_processes == 1:
+            return {}
+        values = torch.stack(
+            [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
+        )
+        mine = dict(zip(self._sums, zip(values.tolist(), self._weights.values(), strict=True), strict=True))
+        totals: dict[str, tuple[float, float]] = {}
+        for rank in gather_object([mine]):  # ranks may have skipped different batches, and so hold different names
+            for name, (value, weight) in rank.items():
+                total, weights = totals.get(name, (0.0, 0.0))
+                totals[name] = total + value, weights + weight
+        self._sums, self._weights = {}, {}
+        return {name: value / weight if weight else value for name, (value, weight) in sorted(totals.items())}
+
+
+class ShortProgressCallback(ProgressCallback):
+    """Trainer's progress bar, printing all but the similarity of every single pair."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        short = {k: v for k, v in (logs or {}).items() if k.count("/") < 2}
+        super().on_log(args, state, control, logs=short, **kwargs)
