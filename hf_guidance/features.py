@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# whose first hidden state is a layer's; that of other networks is the embeddings
+STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
 Reduce = Callable[[str, Any], Tensor]
 
@@ -106,13 +108,14 @@ class LayerReader:
         for kind, index in self._hidden:
             states = _states(output, kind)
             if not states:
-                raise ValueError(f"the {self.role} returned no {kind}; name its modules instead.")
+                hint = ", as a tuple has no names: set config.return_dict=True" if isinstance(output, tuple) else ""
+                raise ValueError(f"the {self.role} returned no {kind}{hint}; or name its modules instead.")
             if index is not None and (index >= len(states) or states[index] is None):
                 raise ValueError(
                     f"{self.role} layer '{kind}.{index}' not found; the {self.role} returned {kind}.0 … "
                     f"{kind}.{len(states) - 1}."
                 )
-            first = 0 if _starts_with_a_layer(self.model) else 1
+            first = 0 if STARTS_WITH_A_LAYER.search(type(base_model_of(self.model)).__name__) else 1
             for i in range(first, len(states)) if index is None else [index]:
                 if states[i] is not None:  # models that honour a selection leave the others out
                     self._store(f"{kind}.{i}", states[i])
@@ -152,11 +155,6 @@ def base_model_of(model: nn.Module) -> nn.Module:
     """The network inside a PEFT model; any other network itself."""
     unwrap: Any = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
-
-
-def _starts_with_a_layer(model: nn.Module) -> bool:
-    """timm's first hidden state is a stage or block; that of transformers' own models is the embeddings."""
-    return "TimmWrapper" in type(base_model_of(model)).__name__
 
 
 # ------------------------------------------------------------------------------------------------- finding modules

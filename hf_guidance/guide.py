@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_state_dict_offloaded_model
 from torch import nn
 
 IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
@@ -29,7 +31,8 @@ def load_guide(
     Args:
         source: Hub id, local folder, ``timm/<architecture>``, or a transformers config (which is always untrained).
         untrained: draw the weights at random, as the architecture's own code does, instead of loading them.
-        seed: of an untrained guide; the same seed and library versions give the same weights again.
+        seed: of an untrained guide, and of weights a checkpoint lacks (a pooler, say); the same seed and library
+            versions give the same weights again.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code from the Hub; never on by default.
         **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …
@@ -38,22 +41,27 @@ def load_guide(
         The network without a task head, frozen, with its origin on it for checkpoints and model cards.
 
     Raises:
-        ValueError: a source that is neither a folder nor an id the Hub knows.
+        ValueError: a source that is neither a folder nor an id the Hub knows, or `**kwargs` for an untrained guide.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedConfig):
-        guide, name, untrained = _build(source, seed, trust_remote_code), source.model_type, True
+        name, untrained = source.model_type, True
     else:
-        name = Path(source).name if os.path.isdir(source) else str(source)  # no path of this machine in any card
+        name = Path(source).resolve().name if os.path.isdir(source) else str(source)  # no path of this machine in cards
+    if untrained and kwargs:
+        raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
+    if isinstance(source, PreTrainedConfig):
+        guide = _build(source, seed, trust_remote_code)
+    else:
         if untrained:
             config = _timm_config(name)
             if config is None:
                 config = _or_explain(source, lambda: AutoConfig.from_pretrained(source, **hub))
             guide = _build(config, seed, trust_remote_code)
         else:
-            guide = _or_explain(source, lambda: _load_pretrained(source, **hub, **kwargs))
+            guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
     origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
     setattr(guide, IDENTITY, origin | {"revision": getattr(guide.config, "_commit_hash", None)})
     return freeze(guide)
@@ -70,12 +78,21 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _load_pretrained(source: Any, **kwargs: Any) -> nn.Module:
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The random state of the CPU, where weights are drawn, is `seed`'s inside and as before after; no other's moves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _load_pretrained(source: Any, seed: int, **kwargs: Any) -> nn.Module:
     from transformers import AutoModel
 
     import hf_guidance.targets  # noqa: F401  registers our own architectures with the Auto classes
 
-    return AutoModel.from_pretrained(source, **kwargs)
+    with _seeded(seed):
+        return AutoModel.from_pretrained(source, **kwargs)
 
 
 def _timm_config(name: str) -> Any:
@@ -94,17 +111,14 @@ def _build(config: Any, seed: int, trust_remote_code: bool) -> nn.Module:
 
     import hf_guidance.targets  # noqa: F401
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed), torch.device("cpu"):
         guide = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-        if (
-            config.model_type == "timm_wrapper"
-        ):  # transformers overwrites timm's own initialisation with its generic one
-            import timm
+    if config.model_type == "timm_wrapper":  # transformers overwrites timm's own initialisation with its generic one
+        import timm
 
-            torch.manual_seed(seed)
+        with _seeded(seed), torch.device("cpu"):
             own = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
-            guide.timm_model.load_state_dict(own.state_dict())
+        guide.timm_model.load_state_dict(own.state_dict())
     return guide
 
 
@@ -127,9 +141,8 @@ def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | No
     if batch_norm != "eval" and not norms:
         raise ValueError(f"guide_batch_norm={batch_norm!r}, but the guide ({type(guide).__name__}) has no batch norm.")
     for norm in norms:
-        if batch_norm == "batch":
-            norm.train()
-            norm.track_running_stats = False
+        norm.train(batch_norm == "batch")
+        norm.track_running_stats = batch_norm != "batch" and norm.running_mean is not None
     placed = getattr(guide, "hf_device_map", None) or getattr(guide, "is_quantized", False)
     return guide if device is None or placed else guide.to(device)
 
@@ -157,8 +170,11 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
 
 def fingerprint(model: nn.Module) -> str:
     """``sha256:…`` over names, types, shapes and bytes of all parameters and saved buffers."""
+    state = model.state_dict()
+    if any(value.device.type == "meta" for value in state.values()):  # weights that a device map keeps elsewhere
+        state = get_state_dict_offloaded_model(model)
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"

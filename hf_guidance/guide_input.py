@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_guidance.features import base_model_of
 
 GUIDE_PREFIX = "guide_"
+MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
 LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 
 
@@ -31,13 +32,13 @@ def accepted_columns(guide: nn.Module) -> list[str]:
 
 
 def guide_batch(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
-    """The guide's side of a batch: its own columns (``guide_*``, prefix removed) if there are any, else the target's.
-
-    An encoder-decoder target's decoder inputs are made from the labels where the batch does not hold them.
-    """
+    """The guide's side of a batch: its own columns (``guide_*``, prefix removed) if there are any, else the target's."""
     own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
-    if own:
-        return own
+    return own or with_decoder_inputs(batch, target)
+
+
+def with_decoder_inputs(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
+    """The batch as an encoder-decoder target sees it: decoder inputs are the labels shifted, unless they are there."""
     shift = getattr(base_model_of(target), "prepare_decoder_input_ids_from_labels", None)
     if shift is not None and "labels" in batch and "decoder_input_ids" not in batch:
         return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
@@ -52,22 +53,29 @@ def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[
     """
     accepted = accepted_columns(guide)
     named = {name: batch[name] for name in accepted if name in batch}
-    if any(isinstance(value, Tensor) for value in named.values()):
+    main = next((name for name in MAIN_INPUTS if name in batch), None)
+    if named and (main is None or main in named or accepted[0] in named):
         return [], named
-    main = next((batch[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in batch), None)
     if main is None or not accepted:
         raise ValueError(
             f"the guide ({type(guide).__name__}) takes {accepted}, and the batch has {sorted(batch)}: "
             f"name the columns after its arguments, prefixed with '{GUIDE_PREFIX}' where they are for the guide alone."
         )
-    return [main], {}
+    return [batch[main]], named
 
 
 def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
     """The batch with its inputs replaced: random token ids, or noisy pixels in [0, 1]; masks and labels stay.
 
+    Raises:
+        ValueError: a batch without such inputs, or with the guide's own beside them.
+
     Source: Subramaniam et al. 2025, released code (``randn + 0.1 randn``, clamped).
     """
+    if own := sorted(name for name in batch if name.startswith(GUIDE_PREFIX)):
+        raise ValueError(f"both networks cannot see the same noise: the batch has {own} for the guide alone.")
+    if not any(name in batch for name in MAIN_INPUTS):
+        raise ValueError(f"noise replaces one of {', '.join(MAIN_INPUTS)}; the batch has {sorted(batch)}.")
     noisy = dict(batch)
     for name, value in batch.items():
         if name.removeprefix("decoder_") == "input_ids":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.features import LayerReader
+from hf_guidance.features import LayerReader, Reduce
 from hf_guidance.guide import check_apart, freeze
 from hf_guidance.guide_input import (
     check_vocabularies,
@@ -21,6 +21,7 @@ from hf_guidance.guide_input import (
     noise_like,
     shuffle_rows,
     vocabulary_size,
+    with_decoder_inputs,
 )
 from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
 from hf_guidance.samples import Samples
@@ -100,13 +101,14 @@ class GuidanceLoss:
         if prealign and self.config.guide_input == "prealign_noise":
             batch = noise_like(batch, self._common_vocabulary(), generator_for(*key))
         config = self.config
-        samples = Samples(batch, config.sample_axis, config.max_tokens, generator_for(*key).initial_seed())
+        seen = with_decoder_inputs(batch, self.target)
+        samples = Samples(seen, config.sample_axis, config.max_tokens, generator_for(*key).initial_seed())
         watched = Watched({k: v for k, v in batch.items() if not k.startswith("guide_")})
         if config.sample_axis == "sequence" and samples.batch_size < self.measures[0].min_samples:
             yield watched
             return
         guide_samples, guide_grams = self._run_guide(batch, samples, key)
-        with self.target_reader.reading(samples.gram) as target_grams:
+        with self.target_reader.reading(_not_recomputed(samples.gram)) as target_grams:
             yield watched
         if not target_grams:
             raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
@@ -184,7 +186,7 @@ class GuidanceLoss:
         if torch.is_grad_enabled() and watched.loss is not None and not watched.loss.requires_grad:
             raise ValueError(
                 f"none of the target layers {sorted(targets)} carries a gradient: they are frozen, or run under "
-                " reentrant activation checkpointing (set use_reentrant=False)."
+                "reentrant activation checkpointing (set use_reentrant=False)."
             )
 
     def _similarities(self, measure: Measure, targets: Grams, guides: Grams) -> dict[str, Tensor]:
@@ -197,6 +199,16 @@ class GuidanceLoss:
                     g: measure.guide_side(guides[g].to(like)) for g in dict.fromkeys(g for _, g in self.pairs)
                 }
             return {pair_name((t, g)): measure.compare(target_sides[t], guide_sides[g]) for t, g in self.pairs}
+
+
+def _not_recomputed(reduce: Reduce) -> Reduce:
+    """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here."""
+
+    def reduce_unseen(name: str, features: Any) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+            return reduce(name, features)
+
+    return reduce_unseen
 
 
 def _layers(pairs: list[Pair], side: int) -> list[str]:

@@ -45,9 +45,9 @@ class Samples:
         self.batch_size = self.content.shape[0]
         self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
         self.masks = _masks(tensors)
-        self.positions: dict[str, int] = {}  # of layers whose tokens no mask counts; both sides of a pair must agree
+        self.positions: dict[str, int | str] = {}  # whose, or how many, a layer's tokens are: the same for a pair
         self._orders: dict[str, Tensor | None] = {}
-        self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._chosen: dict[str | int, tuple[Tensor, Tensor]] = {}  # by kind of mask, else by number of positions
         if like is not None and axis == "token":
             self._check_same_tokens(like)
 
@@ -69,10 +69,9 @@ class Samples:
         if kind is not None:
             features = self._aligned(features, kind)
         if self.axis == "token":
-            if kind is None:
-                self.positions[name] = features.shape[1]
+            self.positions[name] = features.shape[1] if kind is None else f"the {kind}'s"
             return gram(features[self._tokens(name, features, kind)])
-        return gram(features, None if kind is None else self._valid(self.masks[kind]))
+        return gram(features, None if kind is None else self._valid(self.masks[kind]).to(features.device))
 
     # ---------------------------------------------------------------------------------------------------- padding
 
@@ -99,7 +98,9 @@ class Samples:
         order = self._orders[kind]
         if order is None:
             return features
-        return features.take_along_dim(order.reshape(order.shape + (1,) * (features.ndim - 2)), dim=1)
+        return features.take_along_dim(
+            order.to(features.device).reshape(order.shape + (1,) * (features.ndim - 2)), dim=1
+        )
 
     @staticmethod
     def _valid(mask: Tensor) -> Tensor:
@@ -126,28 +127,30 @@ class Samples:
             )
         if self.like is not None:
             return self.like._tokens(name, features, kind if kind in self.like.masks else None)
-        length = features.shape[1]
-        if length not in self._chosen:
-            everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-            self._chosen[length] = self._choose(everywhere if kind is None else self._valid(self.masks[kind]), kind)
-        return self._chosen[length]
+        key = features.shape[1] if kind is None else kind
+        if key not in self._chosen:
+            everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=self.content.device)
+            self._chosen[key] = self._choose(everywhere if kind is None else self._valid(self.masks[kind]))
+        rows, positions = self._chosen[key]
+        return rows.to(features.device), positions.to(features.device)
 
-    def _choose(self, valid: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+    def _choose(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, positions) of the tokens that are compared."""
         if int(valid.sum()) <= self.max_tokens:
             rows, positions = valid.nonzero(as_tuple=True)
             return rows, positions
         positions = torch.arange(valid.shape[1], device=valid.device)
-        score = _mix(self._row_hashes(kind)[:, None] + _mix(positions + 1)[None, :] + self.seed) & INT64_MAX
+        score = _mix(self._row_hashes()[:, None] + _mix(positions + 1)[None, :] + self.seed) & INT64_MAX
         chosen = torch.where(valid, score, INT64_MAX).flatten().topk(self.max_tokens, largest=False).indices
         return chosen // valid.shape[1], chosen % valid.shape[1]
 
-    def _row_hashes(self, kind: str | None) -> Tensor:
+    def _row_hashes(self) -> Tensor:
         """``(batch,)``: a hash of what each row holds, blind to its padding."""
         content = self.content if not self.content.is_floating_point() else self.content.float().view(torch.int32)
         content = content.flatten(1).long()
-        if kind is not None and content.shape == self.masks[kind].shape:
-            content = torch.where(self._valid(self.masks[kind]), self._aligned(content, kind), -1)
+        mask = self.masks.get("encoder")  # that of the content, whichever layer the tokens are chosen for
+        if mask is not None and content.shape == mask.shape:
+            content = torch.where(self._valid(mask), self._aligned(content, "encoder"), -1)
         places = _mix(torch.arange(content.shape[1], device=content.device) + 1)
         return torch.where(content == -1, 0, _mix(content + places)).sum(1)
 
@@ -157,8 +160,8 @@ def _masks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     labels = tensors.get("labels")
     if (mask := tensors.get("decoder_attention_mask")) is not None:
         masks["decoder"] = mask.bool()
-    elif "decoder_input_ids" in tensors and labels is not None:
-        masks["decoder"] = labels != -100
+    elif (ids := tensors.get("decoder_input_ids")) is not None:
+        masks["decoder"] = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != -100
     if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
         masks["encoder"] = mask.bool()
     return masks

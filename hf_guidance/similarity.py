@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-20  # inside square roots: far below any Gram entry of a living layer (their diagonal averages 1)
+ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
 ALL_INVARIANCES = frozenset({"orthogonal", "isotropic_scaling", "translation", "permutation"})
 
 
@@ -58,8 +59,10 @@ def u_center(kernel: Tensor) -> Tensor:
 
 
 def unit(kernel: Tensor) -> Tensor:
-    """Scale a matrix to Frobenius norm 1; a zero matrix stays zero."""
-    return kernel / (kernel.square().sum() + TINY).sqrt()
+    """Scale a matrix to Frobenius norm 1; one that is zero up to rounding becomes zero, without a gradient."""
+    energy = kernel.square().sum()
+    zero = energy <= (ROUNDINGS * torch.finfo(kernel.dtype).eps * len(kernel)) ** 2
+    return torch.where(zero, 0, kernel / torch.where(zero, 1, energy).sqrt())
 
 
 def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -68,7 +71,8 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         features: ``(n, …)``; everything after the sample axis is one feature axis.
         mask: ``(n, length)``, true where valid, for features ``(n, length, …)``. A column's mean is then taken over its
-            valid entries and the invalid ones are set to it, so that padding carries no signal of its own.
+            valid entries and the invalid ones are set to it; the products of two samples lose on average to an
+            estimated mean what is given back here, so that padding carries no signal of its own.
 
     Returns:
         ``(n, n)`` in float32 (float64 for float64 features). The scale is a constant for the gradient, which is exact
@@ -86,8 +90,11 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
             valid = mask.bool().reshape(mask.shape + (1,) * (x.ndim - 2))
             mean = torch.where(valid, x, 0).sum(0) / valid.sum(0).clamp(min=1)
             centred = torch.where(valid, x - mean, 0)
-        centred = centred.flatten(1)
-        kernel = center(centred @ centred.T)  # the second centring removes what rounding of the mean left behind
+        kernel = centred.flatten(1) @ centred.flatten(1).T
+        if mask is not None:  # E⟨x̃_i, x̃_j⟩ of independent samples is −spread / (m (m − 1)) where m are valid, not 0
+            spread, m = centred.flatten(2).square().sum((0, 2)), mask.bool().sum(0).to(x)
+            kernel = kernel + (mask.bool() * (spread / (m * (m - 1)).clamp(min=1))) @ mask.to(x).T
+        kernel = center(kernel)  # also removes what rounding of the mean left behind
         energy = kernel.diagonal().mean().detach()
         rounding = 2 * torch.finfo(features.dtype).eps
         dead = energy <= rounding**2 * mean.detach().square().sum()  # false for NaN, which must come through
@@ -111,9 +118,10 @@ def _rbf(kernel: Tensor) -> Tensor:
 
 
 def _cosines(kernel: Tensor) -> Tensor:
-    """Off-diagonal cosine similarities with their mean subtracted; the diagonal is zero."""
+    """Off-diagonal cosine similarities with their mean subtracted; 0 on the diagonal and for a sample at the mean."""
     n = kernel.shape[0]
-    scale = (kernel.diagonal() + TINY).rsqrt()
+    at_mean = kernel.diagonal() <= ROUNDINGS * torch.finfo(kernel.dtype).eps  # has no direction
+    scale = torch.where(at_mean, 0, torch.where(at_mean, 1, kernel.diagonal()).rsqrt())
     off_diagonal = ~torch.eye(n, dtype=torch.bool, device=kernel.device)
     cosine = torch.where(off_diagonal, kernel * scale[:, None] * scale[None, :], 0)
     return torch.where(off_diagonal, cosine - cosine.sum() / (n * (n - 1)), 0)
@@ -136,21 +144,25 @@ def _ridge_r2(residual: Tensor, guide: Tensor) -> Tensor:
 @torch.no_grad()
 def _roots(kernel: Tensor) -> tuple[Tensor, Tensor]:
     """``S`` with ``S Sᵀ = K``, and its pseudo-inverse. Eigenvalues below rounding are zero, not their square roots."""
-    values, vectors = torch.linalg.eigh(kernel)
+    values, vectors = torch.linalg.eigh(kernel.nan_to_num(0, 0, 0))  # raises for NaN, which K itself lets through
     cutoff = len(values) * torch.finfo(kernel.dtype).eps * values[-1]
     root = torch.where(values > cutoff, values, 0).sqrt()
     inverse = torch.where(values > cutoff, 1 / root, 0)
     return vectors * root, (vectors * inverse).T
 
 
-def _nuclear(target: tuple[Tensor, Tensor, Tensor], guide: tuple[Tensor, Tensor]) -> Tensor:
+def _with_roots(kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (kernel, *_roots(kernel))
+
+
+def _nuclear(target: tuple[Tensor, Tensor, Tensor], guide: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """``‖X̃ᵀỸ‖_* / (‖X̃‖ ‖Ỹ‖)``; its gradient in K is in closed form, as autograd's fails at repeated eigenvalues."""
-    kernel, root, inverse = target
+    (kernel, root, inverse), (kernel_guide, root_guide, _) = target, guide
     with torch.no_grad():
-        left, singular, right = torch.linalg.svd(root.T @ guide[0])
-        half = guide[0] @ right.T @ left.T @ inverse / 2
+        left, singular, right = torch.linalg.svd(root.T @ root_guide)
+        half = root_guide @ right.T @ left.T @ inverse / 2
         slope = half + half.T - root @ inverse @ half  # d(Σ singular) = ⟨slope, dK⟩
-        scale = (guide[0].square().sum() + TINY).sqrt()
+        scale = (kernel_guide.trace() + TINY).sqrt()
     linear = (slope * kernel).sum()
     return (singular.sum() + linear - linear.detach()) / (scale * (kernel.trace() + TINY).sqrt())
 
@@ -200,7 +212,7 @@ MEASURES: dict[str, Measure] = {
         _symmetric("rbf_cka", 3, lambda kernel: unit(center(_rbf(kernel)))),
         _symmetric("rsa", 3, lambda kernel: unit(_cosines(kernel))),
         Measure("ridge", 3, _ridge_residual, lambda kernel: kernel / (kernel.trace() + TINY), _ridge_r2),
-        Measure("procrustes", 3, lambda kernel: (kernel, *_roots(kernel)), _roots, _nuclear),
+        Measure("procrustes", 3, _with_roots, _with_roots, _nuclear),
     )
 }
 

@@ -53,8 +53,10 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         if guide is None:
             return
         self._check_settings()
-        self.guide_identity = identity(guide)
         freeze(guide, self.guidance.guide_batch_norm, self.accelerator.device)
+        if self._calibrates():
+            calibrate_batch_norm(guide, ())  # forgets the statistics, which are then no part of the guide's identity
+        self.guide_identity = identity(guide)
         if self.guidance.guidance_weight:
             _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
         if self.pop_callback(ProgressCallback):
@@ -167,28 +169,34 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     # ----------------------------------------------------------------------------------------- around the training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.guide is not None and self.guidance.guide_batch_norm == "calibrated":
+        self._sums, self._micro_step = RunningMeans(), (-1, 0)  # an interrupted call may have left some
+        if self.guide is not None and self._calibrates():
             calibrate_batch_norm(self.guide, self._calibration_forwards())
         if self.guide is not None and self.guidance.save_guide and self.args.should_save:
             self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
         return super().train(*args, **kwargs)
 
+    def _calibrates(self) -> bool:
+        return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
+
     def _calibration_forwards(self) -> Iterator[Any]:
         """Forwards of the guide over the first batches of the training data, the same on every rank and resume."""
-        from torch.utils.data import DataLoader, IterableDataset
+        from torch.utils.data import DataLoader
 
-        dataset, count = self.train_dataset, self.guidance.calibration_batches
-        if hasattr(dataset, "column_names") and dataset.column_names:
+        dataset, collator, seen = self.train_dataset, self.data_collator, 0
+        size, count = self.args.per_device_train_batch_size, self.guidance.calibration_batches
+        if getattr(dataset, "column_names", None):
             dataset = self._remove_unused_columns(dataset)
-        size = self.args.per_device_train_batch_size
-        loader = DataLoader(dataset, size, shuffle=False, collate_fn=self.data_collator, drop_last=True)
-        if not isinstance(dataset, IterableDataset) and len(loader) < count:
-            raise ValueError(f"calibration_batches is {count}, but the training data has {len(loader)} full batches.")
+        else:
+            collator = self._get_collator_with_removed_columns(collator)
+        loader = DataLoader(dataset, size, shuffle=False, collate_fn=collator, drop_last=True)
         with torch.random.fork_rng():
             torch.manual_seed(generator_for(self.args.seed, 3).initial_seed())
-            for _, batch in zip(range(count), loader, strict=False):
+            for seen, batch in zip(range(1, count + 1), loader, strict=False):
                 with self.accelerator.autocast():
                     yield lambda batch=batch: self.guidance_loss.forward_guide(guide_batch(batch, self.model))
+        if seen < count:
+            raise ValueError(f"calibration_batches is {count}, but the training data has {seen} full batches.")
 
     def _save_guide(self, folder: Path) -> None:
         if hasattr(self.guide, "save_pretrained"):
@@ -218,7 +226,7 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training log, which every rank writes at the same steps
+        if self.guide is not None and "loss" in logs:  # a training log, which every rank writes at the same steps
             logs |= self._sums.drain(self.accelerator)
         super().log(logs, start_time)
 
@@ -244,11 +252,8 @@ class RunningMeans:
 
     def drain(self, accelerator: Any) -> dict[str, float]:
         """Means over micro-steps and ranks since the last call; names added with weight 0 are plain sums."""
-        if not self._sums and accelerator.num_processes == 1:
-            return {}
-        values = torch.stack(
-            [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
-        )
+        sums = [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
+        values = torch.stack(sums) if sums else torch.empty(0)
         mine = dict(zip(self._sums, zip(values.tolist(), self._weights.values(), strict=True), strict=True))
         totals: dict[str, tuple[float, float]] = {}
         for rank in gather_object([mine]):  # ranks may have skipped different batches, and so hold different names

@@ -137,12 +137,13 @@ class RNNModel(RNNPreTrainedModel):
         cache = RNNCache(len(self.layers)) if past_key_values is None and use_cache else past_key_values
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows = None if attention_mask is None else _ValidFirst(attention_mask[:, -hidden.shape[1] :])
-        states = self._read(hidden, cache, rows)
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = self._read(hidden, cache, rows)[0 if shown else -1 :]
+        states = states if rows is None else [rows.undo(outputs) for outputs in states]
         return BaseModelOutputWithPast(states[-1], cache, tuple(states) if shown else None)  # type: ignore[arg-type]
 
     def _read(self, hidden: Tensor, cache: RNNCache | None, rows: _ValidFirst | None) -> list[Tensor]:
-        """Embeddings and every layer's outputs; moves the cache along."""
+        """Embeddings and every layer's outputs, each row's valid positions first; moves the cache along."""
         states = [hidden if rows is None else rows.apply(hidden)]
         for index, layer in enumerate(self.layers):
             inputs = self.dropout(states[-1]) if index else states[-1]
@@ -155,7 +156,7 @@ class RNNModel(RNNPreTrainedModel):
             states.append(outputs)
         if cache is not None:
             cache.seq_length += hidden.shape[1]
-        return states if rows is None else [rows.undo(outputs) for outputs in states]
+        return states
 
 
 class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):

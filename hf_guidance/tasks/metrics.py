@@ -1,4 +1,4 @@
-"""The tasks' metrics as `evaluate.Metric`s, which compute offline and in memory."""
+"""The tasks' metrics: each an `evaluate.Metric` that computes offline and leaves no files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,73 @@ from .base import IGNORED_LABEL
 
 
 class InMemoryMetric(evaluate.Metric):
-    """A metric that leaves no files: described by its docstring, fed with flat columns of `features`."""
+    """A metric over flat columns, described by its own docstring."""
 
-    features_of_input: Features
+    columns: Features
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(keep_in_memory=True, **kwargs)
+        super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.__doc__, citation="", inputs_description="", features=self.features_of_input
+            description=self.__doc__, citation="", inputs_description="", features=self.columns, format="numpy"
         )
+
+
+class Accuracy(InMemoryMetric):
+    """Fraction of predictions that equal their reference; higher is better.
+
+    Args (of `compute`):
+        predictions: Predicted classes, `(n,)`.
+        references: True classes, `(n,)`.
+
+    Returns:
+        `accuracy`, between 0 and 1.
+    """
+
+    columns = Features({"predictions": Value("int64"), "references": Value("int64")})
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+class TokenAccuracy(Accuracy):
+    """Accuracy over the tokens that have a label; higher is better.
+
+    Args (of `compute`):
+        predictions: Predicted tokens, `(n,)`.
+        references: True tokens, `(n,)`, -100 where a position counts for nothing.
+
+    Returns:
+        `accuracy`, between 0 and 1.
+
+    Raises:
+        ValueError: If no position has a label.
+    """
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        labelled = references != IGNORED_LABEL
+        if not labelled.any():
+            raise ValueError(
+                f"no token to score: all {labelled.size} references are {IGNORED_LABEL}; check the labels' alignment"
+            )
+        return super()._compute(predictions[labelled], references[labelled])
+
+
+class Perplexity(InMemoryMetric):
+    """Exponential of the mean negative log-likelihood, per token and per word; lower is better.
+
+    Args (of `compute`):
+        predictions: Negative log-likelihood of each token in nats, `(n,)`.
+        tokens_per_word: Mean number of tokens in a word of the text that was scored.
+
+    Returns:
+        `perplexity`, and `word_perplexity` = exp(mean negative log-likelihood · tokens per word), which models with
+        different tokenizers can be compared by.
+    """
+
+    columns = Features({"predictions": Value("float32")})
+
+    def _compute(self, predictions: np.ndarray, tokens_per_word: float) -> dict[str, float]:
+        nats = predictions.mean(dtype=np.float64)
+        return {"perplexity": float(np.exp(nats)), "word_perplexity": float(np.exp(nats * tokens_per_word))}

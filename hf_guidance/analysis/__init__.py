@@ -1,0 +1,1 @@
+"""What people look at: tables of matched runs, curves, similarities over time."""

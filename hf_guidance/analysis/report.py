@@ -1,0 +1,105 @@
+"""Matched runs in numbers: mean ± std over the seeds, the guided runs against the unguided one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; the latter is None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def value_at(result: Result, *, step: float = math.inf, seconds: float = math.inf) -> float | None:
+    """The last validation value of a run not after `step` nor `seconds` of training; None if there is none yet."""
+    before = [p for p in result["curve"] if p["step"] <= step and (p["seconds"] or 0.0) <= seconds]
+    return before[-1]["value"] if before else None
+
+
+def comparison_rows(
+    results: Sequence[Result], baseline: str = "alone", longer: str = "alone_longer", metric: str = "accuracy"
+) -> list[dict[str, Any]]:
+    """One row per run name, over its seeds, in order of appearance.
+
+    Rows of the baseline at twice the steps, and at the training time of the slowest guided run of the same seed, are
+    read off the curves of the runs called `longer`, where there are any.
+
+    Returns:
+        Dicts of ``run``, ``seeds``, ``steps``, ``seconds`` (mean), ``validation`` and ``test`` (mean, std or None).
+    """
+    rows = []
+    for name in dict.fromkeys(r["run"] for r in results):
+        if name == longer:
+            continue
+        runs = [r for r in results if r["run"] == name]
+        rows.append(_row(name, runs, [r["validation"] for r in runs], [r["test"].get(metric) for r in runs]))
+    at = {r["seed"]: r for r in results if r["run"] == longer}
+    alone = {r["seed"]: r for r in results if r["run"] == baseline}
+    guided = {s: max((r["seconds"] for r in results if r["guide"] and r["seed"] == s), default=0.0) for s in at}
+    place = next((i + 1 for i, row in enumerate(rows) if row["run"] == baseline), 0)
+    if at and all(guided.values()):
+        equal = [value_at(at[s], seconds=guided[s]) for s in at]
+        row = _row(f"{baseline}, equal time", list(at.values()), equal, [None])
+        row["seconds"] = statistics.fmean(guided.values())
+        row["steps"] = round(statistics.fmean(at[s]["steps"] * guided[s] / at[s]["seconds"] for s in at))
+        rows.insert(place, row)
+    if at:
+        steps = 2 * next(iter(alone.values()))["steps"]
+        double = [value_at(at[s], step=steps) for s in at]
+        row = _row(f"{baseline}, twice the steps", list(at.values()), double, [None])
+        row["seconds"] *= steps / row["steps"]
+        row["steps"] = steps
+        rows.insert(place, row)
+    return rows
+
+
+def _row(name: str, runs: Sequence[Result], validation: Sequence[Any], test: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "run": name,
+        "seeds": [r["seed"] for r in runs],
+        "steps": runs[0]["steps"],
+        "seconds": statistics.fmean(r["seconds"] for r in runs),
+        "validation": None if None in validation else mean_std(validation),
+        "test": None if None in test else mean_std(test),
+    }
+
+
+def differences(results: Sequence[Result], name: str, baseline: str = "alone") -> dict[int, float]:
+    """Seed → validation value of the runs called `name` minus the baseline's of the same seed."""
+    base = {r["seed"]: r["validation"] for r in results if r["run"] == baseline}
+    return {r["seed"]: r["validation"] - base[r["seed"]] for r in results if r["run"] == name and r["seed"] in base}
+
+
+def markdown_table(rows: Sequence[dict[str, Any]], metric: str, percent: bool) -> str:
+    """The rows as a table that reads well in a terminal and on a web page."""
+    header = ["run", "seeds", "steps", "training time", f"validation {metric}", f"test {metric}"]
+    cells = [header] + [
+        [
+            row["run"].replace("_", " "),
+            " ".join(map(str, row["seeds"])),
+            str(row["steps"]),
+            f"{row['seconds']:.0f} s",
+            _plus_minus(row["validation"], percent),
+            _plus_minus(row["test"], percent),
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _plus_minus(value: tuple[float, float | None] | None, percent: bool) -> str:
+    if value is None:
+        return "–"
+    mean, std = value
+    factor, unit = (100, " %") if percent else (1, "")
+    return f"{mean * factor:.2f}{unit}" if std is None else f"{mean * factor:.2f} ± {std * factor:.2f}{unit}"

@@ -1,0 +1,261 @@
+"""Matched runs: same seed, same initial weights, same data order, so that nothing but the guidance differs.
+
+Every run keeps its checkpoints and, once done, its `result.json`; the same command skips what is done and goes on with
+what is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.trainer import GuidanceTrainer
+
+if TYPE_CHECKING:
+    from hf_guidance.tasks import Task
+
+RESULT = "result.json"
+SETTINGS = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "world_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of one network.
+
+    Args:
+        name: of its folder and of its row in the table.
+        seed: of initial weights, data order and dropout.
+        model: makes the network; called right after seeding.
+        guide: makes its guide; None for a run without guidance.
+        training: `TrainingArguments` fields that differ from the other runs'.
+        train_dataset: instead of the task's.
+    """
+
+    name: str
+    seed: int
+    model: Callable[[], PreTrainedModel]
+    guide: Callable[[], nn.Module] | None = None
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train_dataset: Any = None
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Time spent in training steps, evaluation and saving left out: of the processor on a CPU, else of the clock.
+
+    Survives a resume with the checkpoint's other state.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.marks: list[tuple[int, float]] = []  # (step, seconds) at every evaluation
+        self._began = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+        self._began = _now(args)
+
+    def on_step_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+        self.seconds += _now(args) - self._began
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+        self.marks.append((state.global_step, self.seconds))
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds, "marks": self.marks}}
+
+
+def _now(args: TrainingArguments) -> float:
+    if args.device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def carry_out(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig, folder: Path) -> dict[str, Any]:
+    """Train, evaluate, test and save one run under `folder`, or read what an earlier call left there.
+
+    Returns:
+        The content of its `result.json`: settings, final metrics, curves, similarities over time, seconds.
+
+    Raises:
+        ValueError: the folder holds a result of other settings.
+    """
+    place = folder / f"seed-{run.seed}" / run.name
+    args = _arguments(run, args, place)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {
+        "guidance": guidance.to_dict() if run.guide else None
+    }
+    settings = json.loads(json.dumps(settings, default=str))
+    if (place / RESULT).is_file():
+        return _read(place / RESULT, settings)
+    set_seed(run.seed)
+    model = run.model()
+    trainer = GuidanceTrainer(
+        model=model,
+        guide=run.guide() if run.guide else None,
+        guidance=guidance,
+        args=args,
+        train_dataset=task.train_dataset if run.train_dataset is None else run.train_dataset,
+        eval_dataset=task.eval_dataset,
+        data_collator=task.data_collator,
+        processing_class=task.processing_class,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
+        callbacks=[TrainingClock()],
+    )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
+    test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
+    trainer.save_model(str(place))
+    result = _result(run, trainer, settings, test, task.metric)
+    if trainer.is_world_process_zero():
+        write_json(place / RESULT, result)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArguments:
+    args = copy.copy(args)
+    args.output_dir, args.seed = str(place), run.seed
+    args.run_name = f"{place.parent.parent.name}-{run.name}-seed{run.seed}"
+    if args.push_to_hub:  # the guided targets are what is published
+        args.push_to_hub = run.guide is not None
+        base = args.hub_model_id or place.parent.parent.name
+        args.hub_model_id = f"{base}-{run.name.replace('_', '-')}-seed{run.seed}"
+    for name, value in run.training.items():
+        setattr(args, name, value)
+    return args
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["settings"] != settings:
+        then, now = result["settings"], settings
+        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        raise ValueError(
+            f"{path.parent} holds a finished run with other settings ({', '.join(changed)}). Give another "
+            "--output_dir, or remove that folder to run it again."
+        )
+    return result
+
+
+def _result(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
+    clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
+    seconds = dict(map(tuple, clock.marks))
+    history = trainer.state.log_history
+    curve = [
+        {"step": h["step"], "value": h[f"eval_{metric}"], "loss": h["eval_loss"], "seconds": seconds.get(h["step"])}
+        for h in history
+        if f"eval_{metric}" in h
+    ]
+    prefix = "guidance/similarity/"
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        "steps": trainer.state.global_step,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "target": type(trainer.model).__name__,
+        "guide": trainer.guide_identity if run.guide else None,
+        "settings": settings,
+        "validation": curve[-1]["value"],
+        "test": {k.removeprefix("test_"): v for k, v in test.items() if k.startswith("test_")},
+        "curve": curve,
+        "training": [{"step": h["step"], "loss": h.get("task/loss", h["loss"])} for h in history if "loss" in h],
+        "similarity": [
+            {"step": h["step"]} | {k.removeprefix(prefix): v for k, v in h.items() if k.startswith(prefix)}
+            for h in history
+            if any(k.startswith(prefix) for k in h)
+        ],
+        "seconds": clock.seconds,
+    }
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The latest checkpoint whose trainer state, which is written last, can be read; None if there is none."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write all of a file or nothing of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def usable_cpus() -> int:
+    """Processors this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware a figure was made with."""
+    import accelerate
+    import transformers
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor_name()
+    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
+    return {
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in modules.items()},
+        "device": f"{device.type}: {name}",
+        "processes": PartialState().num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def best_learning_rate(
+    runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], dict[str, Any]], higher_is_better: bool
+) -> tuple[float, list[dict[str, Any]]]:
+    """Train the unguided runs at each rate; the best on validation data, averaged over the seeds, and every result."""
+    results = [
+        carry(dataclasses.replace(run, name=f"{run.name}-lr{rate:g}", training={**run.training, "learning_rate": rate}))
+        for rate in rates
+        for run in runs
+    ]
+    means = {
+        rate: sum(r["validation"] for r in results if r["settings"]["learning_rate"] == rate) / len(runs)
+        for rate in rates
+    }
+    return (max if higher_is_better else min)(means, key=means.__getitem__), results

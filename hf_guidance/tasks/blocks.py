@@ -1,0 +1,154 @@
+"""From text to rows of equally many tokens: files and dataset splits in, blocks out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import StringIO
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+SPLITS = ("train", "validation", "test")
+LINES = 1000  # lines tokenised at a time
+SHUFFLE_BUFFER = 10_000  # blocks of a stream that are shuffled among one another
+
+
+def read_files(paths: list[str]) -> dict[str, Dataset]:
+    """Local text as splits of lines: the first 90 % of the characters, then 5 % and 5 %, cut at line ends.
+
+    Args:
+        paths: UTF-8 files, joined in this order.
+
+    Raises:
+        ValueError: If a file is missing or none holds any text.
+    """
+    from datasets import Dataset
+
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise ValueError(f"text file not found: {', '.join(missing)} (from {Path.cwd()}); give paths of UTF-8 files")
+    rows = [row for path in paths for row in StringIO(Path(path).read_text(encoding="utf-8"))]
+    if not any(row.strip() for row in rows):
+        raise ValueError(f"no text in {', '.join(paths) or 'an empty list of text files'}; give files with some text")
+    ends = np.cumsum([len(row) for row in rows])
+    cuts = [0, *np.searchsorted(ends, [0.90 * ends[-1], 0.95 * ends[-1]]), len(rows)]
+    return {
+        name: Dataset.from_dict({"text": rows[start:end]})
+        for name, (start, end) in zip(SPLITS, pairwise(cuts), strict=True)
+    }
+
+
+def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+    """The three splits of a dataset on the Hub or in a local folder, each with a column `text`.
+
+    Args:
+        dataset: Hub id or folder.
+        config: Name of its configuration, if it has several.
+        streaming: Whether to read it bit by bit instead of downloading it first.
+
+    Raises:
+        ValueError: If a split or the column is missing.
+    """
+    from datasets import load_dataset
+
+    found = load_dataset(dataset, config, streaming=streaming)
+    missing = [name for name in SPLITS if name not in found]
+    if missing:
+        raise ValueError(
+            f"{dataset} has no split {', '.join(missing)}; it has {', '.join(found)}, and all of "
+            f"{', '.join(SPLITS)} are needed: choose another dataset, or give its text as text_files"
+        )
+    for name in SPLITS:
+        columns = list(next(iter(found[name]), {}))
+        if "text" not in columns:
+            raise ValueError(f"the {name} split of {dataset} has no column 'text', but {columns or 'no rows'}")
+    return {name: found[name].select_columns("text") for name in SPLITS}
+
+
+def lines(rows: Any) -> Iterator[str]:
+    """The text of each row that has any, ended by a line break, so that words of two rows stay two words."""
+    for row in rows:
+        if row["text"]:
+            yield row["text"] if row["text"].endswith("\n") else row["text"] + "\n"
+
+
+def make_blocks(
+    split: Dataset | IterableDataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    limit: int | None = None,
+) -> Dataset:
+    """The text of a split, read once and held in memory as rows of `block_size` tokens; labels are the tokens.
+
+    Args:
+        split: Rows with a column `text`.
+        name: What to call the split in an error.
+        tokenizer: What makes tokens of text.
+        block_size: Tokens in a row; the rest that fills no row is dropped.
+        limit: Number of rows after which to stop; `None` for all.
+
+    Raises:
+        ValueError: If the text fills no row.
+    """
+    from datasets import Dataset
+
+    text, tokens = lines(split), [np.empty(0, dtype=np.int32)]
+    while (limit is None or sum(map(len, tokens)) < limit * block_size) and (batch := list(islice(text, LINES))):
+        tokens.append(_encode(batch, tokenizer))
+    rows = _cut(np.concatenate(tokens), block_size)[:limit]
+    if not len(rows):
+        raise ValueError(
+            f"the {name} text has {sum(map(len, tokens))} tokens, too few for one block of {block_size}; give more "
+            "text (in several lines, if it is to be split) or lower block_size"
+        )
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def stream_blocks(
+    split: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
+) -> IterableDataset:
+    """As `make_blocks`, made while they are read and shuffled within a buffer; each thousand lines drop their rest.
+
+    Args:
+        split: Rows with a column `text`.
+        tokenizer: What makes tokens of text.
+        block_size: Tokens in a row.
+        seed: Order of the rows.
+
+    Raises:
+        ValueError: If the first thousand lines fill no row.
+    """
+    from datasets import Features, List, Value
+
+    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        text = list(lines({"text": text} for text in batch["text"]))
+        rows = _cut(_encode(text, tokenizer), block_size).tolist()
+        return {"input_ids": rows, "labels": rows}
+
+    column = List(Value("int32"))
+    blocks = split.map(
+        cut,
+        batched=True,
+        batch_size=LINES,
+        remove_columns=split.column_names,
+        features=Features({"input_ids": column, "labels": column}),
+    )
+    if next(iter(blocks), None) is None:
+        raise ValueError(f"the train text is too short for one block of {block_size} tokens; lower block_size")
+    return blocks.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def _encode(text: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    return np.fromiter(chain.from_iterable(ids), dtype=np.int32)
+
+
+def _cut(tokens: np.ndarray, block_size: int) -> np.ndarray:
+    return tokens[: len(tokens) // block_size * block_size].reshape(-1, block_size)

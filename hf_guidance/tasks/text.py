@@ -1,0 +1,101 @@
+"""Language modelling on a streamed dataset or on local text files."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, default_data_collator
+
+from .base import IGNORED_LABEL, Task, main_logits
+from .blocks import lines, load_splits, make_blocks, read_files, stream_blocks
+from .vocabulary import train_byte_pairs
+
+
+def language_modeling(
+    dataset: str = "Salesforce/wikitext",
+    dataset_config: str | None = "wikitext-103-raw-v1",
+    text_files: list[str] | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    block_size: int = 32,
+    streaming: bool = True,
+    max_eval_blocks: int = 2048,
+    seed: int = 0,
+) -> Task:
+    """Predict the next token of running text, cut into blocks of equal length.
+
+    Args:
+        dataset: Hub id or local folder with a column `text` and the splits train, validation and test.
+        dataset_config: Its configuration; `"default"` (or `None`) where it has only one.
+        text_files: UTF-8 files to read instead of `dataset`: joined, then cut at line ends into the first 90 % of
+            the characters to train on, 5 % to validate and 5 % to test with.
+        tokenizer: Hub id or folder of a tokenizer; `None` learns byte pairs from the first ten million characters of
+            the training text.
+        vocab_size: Number of tokens of the byte pairs.
+        block_size: Tokens in a row.
+        streaming: Whether to read the training split of `dataset` while training, shuffled within a buffer; if not,
+            it is downloaded and held in memory.
+        max_eval_blocks: Rows to validate and to test with at most, from the beginning of each split.
+        seed: Order of the stream.
+
+    Returns:
+        The task; its metric is `perplexity` (per token), beside `word_perplexity`, a word being what stands between
+        white space in the decoded blocks: the text itself, if the tokenizer can write what it reads.
+
+    Raises:
+        ValueError: If a file, a split or the column `text` is missing, or a split too short for one block.
+
+    Source: Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035), language modelling on WikiText-103.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size must be at least 2, as a block's first token is only read; got {block_size}")
+    if max_eval_blocks < 1:
+        raise ValueError(f"max_eval_blocks must be at least 1, got {max_eval_blocks}")
+    splits = load_splits(dataset, dataset_config, streaming) if text_files is None else read_files(text_files)
+    train, source = splits["train"], dataset if text_files is None else ", ".join(text_files)
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_byte_pairs(lines(train), vocab_size)
+    return Task(
+        name="language_modeling",
+        description=f"Predict the next token of {source}.",
+        train_dataset=stream_blocks(train, vocabulary, block_size, seed)
+        if streaming and text_files is None
+        else make_blocks(train, "train", vocabulary, block_size),
+        eval_dataset=make_blocks(splits["validation"], "validation", vocabulary, block_size, max_eval_blocks),
+        test_dataset=make_blocks(splits["test"], "test", vocabulary, block_size, max_eval_blocks),
+        data_collator=default_data_collator,
+        processing_class=vocabulary,
+        compute_metrics=partial(_perplexity, tokenizer=vocabulary),
+        preprocess_logits_for_metrics=token_losses,
+        metric="perplexity",
+        higher_is_better=False,
+    )
+
+
+def token_losses(outputs: Any, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each token but the first, in nats: all that perplexity needs of the logits.
+
+    Args:
+        outputs: Logits, `(batch, length, vocab_size)`, perhaps the first of several outputs.
+        labels: Tokens, `(batch, length)`, -100 where none.
+
+    Returns:
+        `(batch, length - 1)`, float32, 0 where there is no label.
+    """
+    logits, targets = main_logits(outputs)[:, :-1].flatten(0, 1), labels[:, 1:]
+    losses = cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    return losses.view(targets.shape)
+
+
+def _perplexity(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Perplexities of losses (n, length - 1) on labels (n, length)."""
+    from .metrics import Perplexity
+
+    labels = np.asarray(prediction.label_ids)
+    scored = np.asarray(prediction.predictions)[labels[:, 1:] != IGNORED_LABEL]
+    tokens = labels[labels != IGNORED_LABEL]
+    words = len(str(tokenizer.decode(tokens, skip_special_tokens=True)).split())
+    return Perplexity().compute(predictions=scored, tokens_per_word=tokens.size / max(words, 1))

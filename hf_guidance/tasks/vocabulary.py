@@ -1,0 +1,64 @@
+"""Tokenizers made on the spot: a fixed list of symbols, or byte pairs learnt from a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, END = "<pad>", "<|endoftext|>"
+CHARACTERS = 10_000_000  # how much text byte pairs are learnt from; more hardly changes them
+
+
+def symbol_tokenizer(symbols: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of symbols separated by spaces, numbered as given, and of `<pad>` after them.
+
+    Args:
+        symbols: Every symbol there is; another one in a text is an error.
+    """
+    vocabulary = {symbol: index for index, symbol in enumerate([*symbols, PAD])}
+    backend = Tokenizer(models.WordLevel(vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _wrap(backend, pad_token=PAD)
+
+
+def train_byte_pairs(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, which can write any text; the same texts always make the same one.
+
+    Args:
+        texts: What to learn the merges from, as far as the first ten million characters.
+        vocab_size: Number of tokens: 256 bytes, `<|endoftext|>` (also for padding), and the merges.
+
+    Raises:
+        ValueError: If there is no room for the bytes.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise ValueError(f"vocab_size must exceed the {len(alphabet)} bytes, got {vocab_size}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(_beginning(texts), trainer)
+    return _wrap(backend, pad_token=END, eos_token=END)
+
+
+def _beginning(texts: Iterable[str]) -> Iterator[str]:
+    left = CHARACTERS
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def _wrap(backend: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **special_tokens,
+    )

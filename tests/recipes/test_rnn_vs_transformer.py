@@ -1,0 +1,174 @@
+"""The main job, run as a user runs it, in a size of seconds."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = REPOSITORY / "recipes" / "rnn_vs_transformer.py"
+TINY = {
+    "max_steps": 4,
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "per_device_train_batch_size": 16,
+    "eval_size": 32,
+    "use_cpu": True,
+}
+RUNS = ["alone", "guide_itself", "untrained_guide", "trained_guide"]
+
+
+def flags(folder, **options):
+    words = []
+    for name, value in {**TINY, "output_dir": folder, **options}.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run_here(monkeypatch, folder, **options):
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *flags(folder, **options)])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+    return json.loads((folder / "results.json").read_text())
+
+
+def launch(folder, *launcher, **options):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(RECIPE), *flags(folder, **options)]
+    return subprocess.Popen(
+        command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def copy_paste(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy_paste") / "out"
+    process = launch(folder)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed[-3000:]
+    return folder, printed, json.loads((folder / "results.json").read_text())
+
+
+def test_the_main_job_prints_a_table_and_leaves_results_figure_and_models(copy_paste):
+    folder, printed, report = copy_paste
+    assert [run["run"] for run in report["runs"]] == RUNS
+    for name in RUNS:
+        assert re.search(rf"^\| {name.replace('_', ' ')} +\| 0 ", printed, re.MULTILINE)
+        assert (folder / "seed-0" / name / "model.safetensors").is_file()
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    assert {"torch", "transformers", "device", "threads"} <= set(report["environment"])
+
+
+def test_guided_runs_log_the_similarity_of_every_pair_at_every_logging_step(copy_paste):
+    for run in copy_paste[2]["runs"]:
+        pairs = {f"hidden_states.{i}~hidden_states.{i}" for i in (1, 2, 3, 4)} if "_guide" in run["run"] else None
+        assert (pairs is None) == (run["similarity"] == []) == (run["guide"] is None)
+        if pairs:
+            assert [set(point) - {"step"} for point in run["similarity"]] == [pairs] * TINY["max_steps"]
+
+
+def test_the_trained_guide_is_the_network_of_the_reference_run(copy_paste):
+    from safetensors.torch import load_file
+
+    from hf_guidance.guide import fingerprint, load_guide
+
+    folder, _, report = copy_paste
+    trained = next(run for run in report["runs"] if run["run"] == "trained_guide")
+    assert trained["guide"]["fingerprint"] == fingerprint(load_guide(folder / "seed-0" / "guide_itself"))
+    assert load_file(folder / "seed-0" / "guide_itself" / "model.safetensors")
+
+
+def test_a_finished_job_is_read_not_run_again_and_other_settings_are_refused(copy_paste, monkeypatch):
+    folder, _, before = copy_paste
+    result = folder / "seed-0" / "alone" / "result.json"
+    written = result.stat().st_mtime_ns
+    assert run_here(monkeypatch, folder)["runs"] == before["runs"]
+    assert result.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"finished run with other settings \(learning_rate\)\. Give another"):
+        run_here(monkeypatch, folder, learning_rate=0.5)
+
+
+def test_ctrl_c_leaves_what_was_done_and_the_same_command_goes_on_to_the_same_result(copy_paste, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    process = launch(folder)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("seed-0/guide_itself/checkpoint-2/trainer_state.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "the same command goes on from there" in printed
+    assert not (folder / "results.json").exists()
+    resumed = run_here(monkeypatch, folder)
+    for now, unbroken in zip(resumed["runs"], copy_paste[2]["runs"], strict=True):
+        assert (now["run"], now["test"]["loss"], now["similarity"]) == (
+            unbroken["run"],
+            unbroken["test"]["loss"],
+            unbroken["similarity"],
+        )
+
+
+def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
+    report = run_here(monkeypatch, tmp_path / "out", task="parity", seeds=[0, 1], bf16=True)
+    assert [(run["run"], run["seed"]) for run in report["runs"]] == [(name, seed) for seed in (0, 1) for name in RUNS]
+    by_name = {run["run"]: run["target"] for run in report["runs"]}
+    assert by_name["alone"] == "ModernBertForSequenceClassification"
+    assert by_name["guide_itself"] == "RNNForSequenceClassification"
+    assert [row["validation"][1] is not None for row in report["table"]] == [True] * 4
+
+
+def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 3000)
+    rates = [1e-4, 1e-3, 1e-2]
+    report = run_here(
+        monkeypatch,
+        tmp_path / "out",
+        task="language_modeling",
+        text_files=[text],
+        learning_rates=rates,
+        longer_baseline=True,
+        runs=["alone", "untrained_guide"],
+    )
+    search = {run["run"]: run["validation"] for run in report["learning_rate_search"]}
+    assert list(search) == [f"alone-lr{rate:g}" for rate in rates]
+    best = min(search, key=search.get)
+    assert {f"alone-lr{run['settings']['learning_rate']:g}" for run in report["runs"]} == {best}
+    rows = [row["run"] for row in report["table"]]
+    assert rows == ["alone", "alone, twice the steps", "alone, equal time", "untrained_guide"]
+    assert {"perplexity", "word_perplexity"} <= set(report["runs"][0]["test"])
+
+
+def test_two_processes_end_well_and_agree_on_one_table(tmp_path):
+    folder = tmp_path / "out"
+    process = launch(folder, "--multi_gpu", "--num_processes", "2", runs=["alone", "untrained_guide"])
+    printed, _ = process.communicate(timeout=200)
+    report = json.loads((folder / "results.json").read_text())
+    assert report["environment"]["processes"] == 2, printed[-3000:]
+    assert printed.count("| untrained guide ") == 1
+    assert [run["settings"]["world_size"] for run in report["runs"]] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "copypaste"}, "tasks are copy_paste, parity, language_modeling"),
+        ({"preset": "large"}, "presets are small, paper"),
+        ({"runs": ["guided"]}, "runs are alone, untrained_guide, trained_guide, guide_itself"),
+        ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
+        ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
+        ({"guide_layers": ["h.14"]}, "guide layer 'h.14' not found; the guide has .*4 GPT2Block"),
+    ],
+)
+def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=words):
+        run_here(monkeypatch, tmp_path / "out", **{"runs": ["untrained_guide"], **options})
+    assert not list(tmp_path.glob("out/**/checkpoint-*"))

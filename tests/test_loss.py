@@ -1,0 +1,511 @@
+"""`GuidanceLoss` in a loop of one's own, against the formula written out over two separate forwards."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from builders import (
+    EVEN,
+    LENGTH,
+    VOCABULARY,
+    PlainNet,
+    cka,
+    gpt2,
+    gradients,
+    guidance_by_hand,
+    hidden_states,
+    llama,
+    module_outputs,
+    seeded,
+    t5,
+    token_batch,
+)
+from torch import Tensor, nn
+from transformers import BartConfig, BartModel, BertConfig, BertModel, MambaConfig, MambaModel, T5EncoderModel
+
+from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance.loss import Watched
+from hf_guidance.targets import RNNConfig, RNNForCausalLM
+
+Batch = dict[str, Tensor]
+
+
+def watch(target: nn.Module, guide: nn.Module, batch: Batch, where: Any = (), **config: Any) -> tuple[Watched, Any]:
+    """One watched forward, and what the target returned."""
+    guidance = GuidanceLoss(target, guide, GuidanceConfig(**config))
+    with guidance.watch(batch, **dict(where)) as watched:
+        outputs = target(**watched.inputs)
+    guidance.close()
+    return watched, outputs
+
+
+def inputs_of(network: nn.Module) -> list[Tensor]:
+    """The token ids of every forward of a network from now on."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["input_ids"])
+
+    network.register_forward_pre_hook(keep, with_kwargs=True)
+    return seen
+
+
+# -------------------------------------------------------------------------------------------------------- the value
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("sum", 1), ("mean", 3)])
+def test_loss_sums_or_averages_one_minus_similarity_over_the_pairs(reduction: str, divisor: int) -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    watched, _ = watch(target, guide, batch, guidance_reduction=reduction)
+    expected = guidance_by_hand(target, guide, batch) / divisor
+    torch.testing.assert_close(watched.loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_similarities_are_named_by_pair_and_carry_no_graph() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    similarities = watch(target, guide, batch)[0].similarities["linear_cka"]
+    ours, theirs = hidden_states(target, batch), hidden_states(guide, {"input_ids": batch["input_ids"]})
+    expected = {f"hidden_states.{t + 1}~hidden_states.{g + 1}": cka(ours[t], theirs[g]).item() for t, g in EVEN}
+    assert {pair: value.item() for pair, value in similarities.items()} == pytest.approx(expected, abs=1e-5)
+    assert not any(value.requires_grad for value in similarities.values())
+
+
+def test_gradients_are_those_of_the_formula_written_out() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    watched, outputs = watch(target, guide, batch)
+    expected = gradients(target, target(**batch).loss + 0.5 * guidance_by_hand(target, guide, batch))
+    got = gradients(target, outputs.loss + 0.5 * watched.loss)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_pair_counts_when_the_guide_is_deeper_than_the_target() -> None:
+    target, guide, batch = gpt2(), llama(layers=5), token_batch()
+    watched, _ = watch(target, guide, batch)
+    ours, theirs = hidden_states(target, batch), hidden_states(guide, {"input_ids": batch["input_ids"]})
+    pairs = [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]  # ⌊i/4 + ½⌋
+    expected = sum(1 - cka(ours[t], theirs[g]).item() for t, g in pairs)
+    assert len(watched.similarities["linear_cka"]) == 5
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_explicit_pairs_compare_modules_and_hidden_states_as_named() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    pairs = ["transformer.h.0.mlp~layers.2", "transformer.wte~hidden_states.1", "transformer.h.0.mlp~hidden_states.0"]
+    watched, _ = watch(target, guide, batch, layer_pairs=pairs)
+    ids = {"input_ids": batch["input_ids"]}
+    mlp, wte = module_outputs(target, ["transformer.h.0.mlp", "transformer.wte"], **ids)
+    embedded, first, last = module_outputs(guide, ["embed_tokens", "layers.0", "layers.2"], **ids)
+    expected = [cka(mlp, last).item(), cka(wte, first).item(), cka(mlp, embedded).item()]
+    assert [value.item() for value in watched.similarities["linear_cka"].values()] == pytest.approx(expected, abs=1e-5)
+    assert list(watched.similarities["linear_cka"]) == pairs
+
+
+def test_padding_is_left_out() -> None:
+    mask = torch.arange(LENGTH) < torch.tensor([6, 2, 4, 3, 5, 6, 1, 4])[:, None]
+    target, guide, batch = gpt2(), llama(), {**token_batch(), "attention_mask": mask.long()}
+    watched, _ = watch(target, guide, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ours, theirs = hidden_states(target, inputs), hidden_states(guide, inputs)
+    expected = sum(1 - cka(ours[t], theirs[g], mask).item() for t, g in EVEN)
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+    other = {**batch, "input_ids": torch.where(mask, batch["input_ids"], 3)}
+    assert watch(target, guide, other)[0].loss.item() == pytest.approx(watched.loss.item(), abs=1e-6)
+
+
+def test_on_the_token_axis_every_valid_position_is_a_sample() -> None:
+    mask = torch.arange(LENGTH) < torch.tensor([6, 2, 4, 3, 5, 6, 1, 4])[:, None]
+    target, guide, batch = gpt2(), llama(), {**token_batch(), "attention_mask": mask.long()}
+    watched, _ = watch(target, guide, batch, sample_axis="token")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ours, theirs = hidden_states(target, inputs), hidden_states(guide, inputs)
+    expected = sum(1 - cka(ours[t][mask], theirs[g][mask]).item() for t, g in EVEN)
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_loss_is_taken_from_the_one_forward_with_its_own_dropout_mask() -> None:
+    target, guide, batch = gpt2(dropout=0.5).train(), llama(), token_batch()
+    runs = inputs_of(target)
+    watched, outputs = watch(target, guide, batch)
+    theirs = hidden_states(guide, {"input_ids": batch["input_ids"]})
+    expected = sum(1 - cka(outputs.hidden_states[t + 1], theirs[g]).item() for t, g in EVEN)
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert len(runs) == 1
+
+
+def test_under_autocast_only_the_forwards_are_bfloat16() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        watched, outputs = watch(target, guide, batch)
+    assert outputs.logits.dtype == torch.bfloat16
+    assert watched.loss.dtype == torch.float32
+    assert watched.loss.item() == pytest.approx(guidance_by_hand(target, guide, batch).item(), abs=2e-2)
+
+
+def test_without_gradients_there_is_a_value_all_the_same() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    with torch.no_grad():
+        watched, _ = watch(target, guide, batch)
+        assert watched.loss.item() == pytest.approx(guidance_by_hand(target, guide, batch).item(), abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- other measures
+
+
+def song(features_target: Tensor, features_guide: Tensor) -> float:
+    """Debiased CKA by Song's three terms, in float64."""
+
+    def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+        n, ones = len(k), torch.ones(len(k), dtype=k.dtype)
+        cross = 2 / (n - 2) * (ones @ k @ l @ ones)
+        return (k * l).sum() + (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2)) - cross
+
+    def hollow(features: Tensor) -> Tensor:
+        x = features.flatten(1).double()
+        return (x @ x.T).fill_diagonal_(0)
+
+    k, l = hollow(features_target.detach()), hollow(features_guide.detach())  # noqa: E741
+    return (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item()
+
+
+def test_log_measures_are_reported_beside_the_one_trained_on_and_do_not_change_it() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    watched, _ = watch(target, guide, batch, log_measures=["debiased_cka", "linear_cka"])
+    alone, _ = watch(target, guide, batch, log_measures=[])
+    ours, theirs = hidden_states(target, batch), hidden_states(guide, {"input_ids": batch["input_ids"]})
+    expected = [song(ours[t], theirs[g]) for t, g in EVEN]
+    assert list(watched.similarities) == ["linear_cka", "debiased_cka"]
+    assert [v.item() for v in watched.similarities["debiased_cka"].values()] == pytest.approx(expected, abs=1e-5)
+    assert list(alone.similarities) == ["linear_cka"]
+    for one, other in zip(gradients(target, watched.loss), gradients(target, alone.loss), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_logged_measure_that_needs_more_samples_is_left_out() -> None:
+    watched, _ = watch(gpt2(), llama(), token_batch(rows=3), log_measures=["debiased_cka"])
+    assert list(watched.similarities) == ["linear_cka"]
+    assert watched.loss is not None
+
+
+# ---------------------------------------------------------------------------------------------- too few, and chance
+
+
+@pytest.mark.parametrize(("measure", "rows"), [("linear_cka", 2), ("debiased_cka", 3)])
+def test_a_batch_with_too_few_rows_has_no_loss_and_does_not_run_the_guide(measure: str, rows: int) -> None:
+    guide = llama()
+    runs = inputs_of(guide)
+    watched, outputs = watch(gpt2(), guide, token_batch(rows), measure=measure)
+    assert (watched.loss, watched.similarities, runs) == (None, {}, [])
+    assert outputs.hidden_states is None
+
+
+def test_a_batch_with_too_few_valid_tokens_has_no_loss() -> None:
+    mask = torch.zeros(8, LENGTH, dtype=torch.long)
+    mask[:2, 0] = 1
+    watched, _ = watch(gpt2(), llama(), {**token_batch(), "attention_mask": mask}, sample_axis="token")
+    assert (watched.loss, watched.similarities) == (None, {})
+
+
+RANDOM = {
+    "noise": {"guide_input": "noise"},
+    "prealign_noise": {"guide_input": "prealign_noise", "prealign_steps": 1},
+    "shuffled": {"guide_input": "shuffled"},
+    "choice of tokens": {"sample_axis": "token", "max_tokens": 10},
+}
+
+
+@pytest.mark.parametrize("config", RANDOM.values(), ids=RANDOM.keys())
+def test_chance_depends_on_seed_step_micro_step_and_rank_and_on_nothing_else(config: dict[str, Any]) -> None:
+    target, guide, batch = gpt2(), llama(), token_batch(rows=16)
+
+    def loss(seed: int = 0, **where: int) -> float:
+        guidance = GuidanceLoss(target, guide, GuidanceConfig(**config), seed=seed)
+        with guidance.watch(batch, prealign=True, **where) as watched:
+            target(**watched.inputs)
+        guidance.close()
+        return watched.loss.item()
+
+    before = torch.get_rng_state()
+    first = loss(seed=1, step=2, micro_step=3, rank=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert loss(seed=1, step=2, micro_step=3, rank=4) == first
+    others = [loss(seed=9, step=2, micro_step=3, rank=4), loss(seed=1, step=9, micro_step=3, rank=4)]
+    others += [loss(seed=1, step=2, micro_step=9, rank=4), loss(seed=1, step=2, micro_step=3, rank=9)]
+    assert len({first, *others}) == 5
+
+
+def test_noise_is_for_the_guide_alone() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    ours, theirs = inputs_of(target), inputs_of(guide)
+    watched, _ = watch(target, guide, batch, guide_input="noise")
+    assert torch.equal(ours[0], batch["input_ids"])
+    assert not torch.equal(theirs[0], batch["input_ids"])
+    noise = {"input_ids": theirs[0]}
+    expected = sum(1 - cka(hidden_states(target, batch)[t], hidden_states(guide, noise)[g]).item() for t, g in EVEN)
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_prealign_noise_is_for_both_while_prealigning_and_for_none_after() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    ours, theirs = inputs_of(target), inputs_of(guide)
+    for prealign in (True, False):
+        watch(target, guide, batch, {"prealign": prealign}, guide_input="prealign_noise", prealign_steps=1)
+    assert torch.equal(ours[0], theirs[0])
+    assert not torch.equal(ours[0], batch["input_ids"])
+    assert torch.equal(ours[1], batch["input_ids"])
+    assert torch.equal(theirs[1], batch["input_ids"])
+
+
+def test_prealign_noise_holds_no_token_that_one_of_the_two_does_not_know() -> None:
+    target, guide = gpt2(vocabulary=40), llama(vocabulary=5)
+    ours, batch = inputs_of(target), {"input_ids": torch.full((8, 30), 4)}
+    config = {"guide_input": "prealign_noise", "prealign_steps": 1, "guide_shares_tokenizer": True}
+    watch(target, guide, batch, {"prealign": True}, **config)
+    assert set(ours[0].unique().tolist()) == set(range(5))
+
+
+def test_shuffled_gives_the_guide_every_row_at_another_place() -> None:
+    guide, batch = llama(), token_batch()
+    theirs = inputs_of(guide)
+    watch(gpt2(), guide, batch, guide_input="shuffled")
+    same = (theirs[0][:, None] == batch["input_ids"][None]).all(-1)
+    assert same.sum(0).tolist() == same.sum(1).tolist() == [1] * 8
+    assert not same.diagonal().any()
+
+
+# ------------------------------------------------------------------------------------------------------ whom it suits
+
+
+def bert() -> BertModel:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertModel(BertConfig(vocab_size=VOCABULARY, **sizes))
+
+
+def bart() -> BartModel:
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 0}
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 3, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "forced_eos_token_id": 0}
+    return BartModel(BartConfig(vocab_size=VOCABULARY, **ids, **sizes, **heads))
+
+
+def mamba() -> MambaModel:
+    return MambaModel(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=3, state_size=4))
+
+
+GUIDES: dict[str, Callable[[], nn.Module]] = {
+    "decoder": llama,
+    "encoder": bert,
+    "encoder of an encoder-decoder": lambda: T5EncoderModel(t5(layers=3).config),
+    "encoder-decoder": bart,
+    "state space": mamba,
+    "recurrent": lambda: RNNForCausalLM(RNNConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=3)).model,
+}
+
+
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES.keys())
+def test_any_text_model_guides_by_its_hidden_states(make: Callable[[], nn.Module]) -> None:
+    target, guide, batch = gpt2(), seeded(make, 3), token_batch()
+    watched, _ = watch(target, guide, batch)
+    assert watched.loss.item() == pytest.approx(guidance_by_hand(target, guide, batch).item(), abs=1e-5)
+
+
+def test_an_encoder_decoder_guide_takes_decoder_inputs_of_its_own() -> None:
+    target, guide, batch = gpt2(), t5(layers=3), token_batch()
+    own = {"input_ids": batch["input_ids"].flip(1), "decoder_input_ids": batch["input_ids"][:, :4]}
+    watched, _ = watch(target, guide, {**batch, **{f"guide_{name}": value for name, value in own.items()}})
+    ours, theirs = hidden_states(target, batch), hidden_states(guide, own)
+    expected = sum(1 - cka(ours[t], theirs[g]).item() for t, g in EVEN)
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("last", [nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 8)], ids=lambda m: type(m).__name__)
+def test_a_plain_module_guides_by_its_named_layers(last: nn.Module) -> None:
+    target, guide, batch = gpt2(), nn.Sequential(nn.Embedding(VOCABULARY, 8), last), token_batch()
+    watched, _ = watch(target, guide, batch, guide_layers=["0", type(last).__name__])
+    ours, theirs = hidden_states(target, batch), module_outputs(guide, ["0", "1"], batch["input_ids"])
+    expected = sum(1 - cka(x, y).item() for x, y in zip(ours, theirs, strict=True))
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_plain_module_that_returns_a_tuple_is_guided_by_its_named_layers() -> None:
+    target, guide, batch = PlainNet(), llama(), token_batch()
+    watched, (task_loss, _) = watch(target, guide, batch, target_layers=["Linear"])
+    ours = module_outputs(target, ["body.1", "body.4"], batch["input_ids"])
+    with torch.no_grad():
+        theirs = hidden_states(guide, {"input_ids": batch["input_ids"]})
+    expected = sum(1 - cka(ours[t], theirs[g]) for t, g in EVEN)
+    got = gradients(target, task_loss + watched.loss)
+    torch.testing.assert_close(got, gradients(target, target(**batch)[0] + expected), rtol=1e-4, atol=1e-6)
+
+
+def test_an_rnn_is_guided_by_its_hidden_states() -> None:
+    target = seeded(lambda: RNNForCausalLM(RNNConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2)), 5)
+    guide, batch = llama(), token_batch()
+    watched, _ = watch(target, guide, batch)
+    expected = gradients(target, guidance_by_hand(target, guide, batch))
+    torch.testing.assert_close(gradients(target, watched.loss), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_guide_of_an_encoder_decoder_gets_decoder_inputs_made_from_the_labels() -> None:
+    target, guide, batch = t5(0), t5(1), token_batch()
+    watched, _ = watch(target, guide, batch)
+    shifted = torch.cat([torch.zeros(8, 1, dtype=torch.long), batch["labels"][:, :-1]], 1)
+    inputs = {"input_ids": batch["input_ids"], "decoder_input_ids": shifted}
+    ours, theirs = hidden_states(target, inputs), hidden_states(guide, inputs)
+    assert watched.loss.item() == pytest.approx(sum(1 - cka(ours[i], theirs[i]).item() for i in (0, 1)), abs=1e-5)
+
+
+CHECKPOINTED = [["hidden_states"], ["transformer.h.*"], ["transformer.h.*.mlp"]]
+
+
+@pytest.mark.parametrize("layers", CHECKPOINTED, ids=["hidden states", "blocks", "inside blocks"])
+def test_activation_checkpointing_changes_no_gradient(layers: list[str]) -> None:
+    def run(checkpointing: bool) -> tuple[float, list[Tensor]]:
+        target = gpt2(dropout=0.1).train()
+        if checkpointing:
+            target.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        watched, outputs = seeded(lambda: watch(target, llama(), token_batch(), target_layers=layers), 0)
+        return watched.loss.item(), gradients(target, outputs.loss + watched.loss)
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ what is wrong
+
+
+def test_words_when_the_target_did_not_run_inside_watch() -> None:
+    target, batch = gpt2(), token_batch()
+    guidance = GuidanceLoss(target, llama())
+    with pytest.raises(ValueError, match="target did not run inside `watch`"), guidance.watch(batch):
+        gpt2(seed=9)(**batch)
+
+
+def test_words_when_the_target_ran_twice_inside_watch() -> None:
+    target, batch = gpt2(), token_batch()
+    guidance = GuidanceLoss(target, llama())
+    with pytest.raises(ValueError, match="ran more than once in one forward"), guidance.watch(batch):
+        target(**batch)
+        target(**batch)
+
+
+def test_words_when_guide_and_target_are_not_two_networks() -> None:
+    target = gpt2()
+    with pytest.raises(ValueError, match="shares 28 parameters with the target.*copy"):
+        GuidanceLoss(target, target)
+    with pytest.raises(ValueError, match="shares 25 parameters with the target.*copy"):
+        GuidanceLoss(target, nn.Sequential(target.transformer.h, target.transformer.wte, nn.Linear(2, 2)))
+
+
+def test_words_when_vocabularies_differ() -> None:
+    with pytest.raises(ValueError, match=r"target's vocabulary has 17 tokens and the guide's 23.*guide_input_ids"):
+        watch(gpt2(), llama(vocabulary=23), token_batch())
+
+
+def test_other_vocabularies_are_fine_with_columns_of_the_guides_own() -> None:
+    target, guide, batch = gpt2(), llama(vocabulary=23), token_batch()
+    own, seen = batch["input_ids"] + 6, inputs_of(target)
+    watched, _ = watch(target, guide, {**batch, "guide_input_ids": own})
+    theirs = hidden_states(guide, {"input_ids": own})
+    expected = sum(1 - cka(hidden_states(target, batch)[t], theirs[g]).item() for t, g in EVEN)
+    assert watched.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert set(watched.inputs) == {"input_ids", "labels"}
+    assert torch.equal(seen[0], batch["input_ids"])
+
+
+def test_other_vocabularies_are_fine_where_one_tokenizer_serves_both() -> None:
+    target, guide, batch = gpt2(), llama(vocabulary=23), token_batch()
+    watched, _ = watch(target, guide, batch, guide_shares_tokenizer=True)
+    assert watched.loss.item() == pytest.approx(guidance_by_hand(target, guide, batch).item(), abs=1e-5)
+
+
+def test_words_when_the_guides_rows_are_not_the_targets() -> None:
+    batch = {**token_batch(), "guide_input_ids": torch.zeros(7, LENGTH, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"target layer gives 8 samples.*guide layer 7"):
+        watch(gpt2(), llama(), batch)
+
+
+def test_words_when_the_guides_tokens_are_not_the_targets() -> None:
+    mask = torch.ones(8, LENGTH, dtype=torch.long)
+    batch = {**token_batch(), "attention_mask": mask}
+    own = {"guide_input_ids": torch.zeros(8, 4, dtype=torch.long), "guide_attention_mask": mask[:, :4]}
+    with pytest.raises(ValueError, match="guide has 32 valid tokens and the target 48.*sample_axis='sequence'"):
+        watch(gpt2(), llama(), {**batch, **own}, sample_axis="token")
+
+
+def test_words_when_the_targets_layers_are_frozen() -> None:
+    target = gpt2()
+    target.transformer.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"none of the target layers .*hidden_states\.1.* carries a gradient"):
+        watch(target, llama(), token_batch())
+
+
+# ---------------------------------------------------------------------------------------------- what it leaves behind
+
+
+def test_the_guide_is_frozen_and_keeps_every_bit() -> None:
+    target, guide = gpt2(), llama().train()
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    watched, outputs = watch(target, guide, token_batch())
+    (outputs.loss + watched.loss).backward()
+    assert not guide.training
+    assert all(not p.requires_grad and p.grad is None for p in guide.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
+
+
+def test_a_guide_layers_activations_are_freed_before_the_guide_has_finished() -> None:
+    guide = nn.Sequential(nn.Embedding(VOCABULARY, 8), *(nn.Linear(8, 8) for _ in range(4)))
+    alive: list[list[bool]] = []
+    outputs: list[Any] = []
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.append([reference() is not None for reference in outputs])
+        outputs.append(weakref.ref(output))
+
+    guidance = GuidanceLoss(target := gpt2(), guide, GuidanceConfig(guide_layers=["Linear"]))
+    for module in guide:
+        module.register_forward_hook(look)
+    with guidance.watch(token_batch()) as watched:
+        assert [reference() for reference in outputs] == [None] * 5
+        target(**watched.inputs)
+    assert alive == [[], [True], [False, True], [False, False, True], [False, False, False, True]]
+
+
+def test_hidden_states_of_the_guide_are_freed_before_the_target_runs() -> None:
+    guide, states = llama(), []
+    guidance = GuidanceLoss(target := gpt2(), guide)
+    guide.register_forward_hook(lambda module, args, output: states.extend(map(weakref.ref, output.hidden_states)))
+    with guidance.watch(token_batch()) as watched:
+        assert len(states) == 4
+        assert not any(reference() is not None for reference in states)
+        target(**watched.inputs)
+
+
+def test_outside_watch_the_networks_are_as_ever_even_after_an_error_inside() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    guidance = GuidanceLoss(target, guide)
+    with pytest.raises(RuntimeError, match="mine"), guidance.watch(batch):
+        raise RuntimeError("mine")
+    assert target(**batch).hidden_states is None
+    assert guide(input_ids=batch["input_ids"]).hidden_states is None
+    with guidance.watch(batch) as watched:
+        target(**watched.inputs)
+    assert watched.loss is not None
+
+
+def test_close_takes_every_hook_off() -> None:
+    target, guide = gpt2(), llama()
+    modules = [*target.modules(), *guide.modules()]
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+    before = hooks()
+    pairs = ["transformer.h.0~layers.0", "hidden_states.2~hidden_states.3"]
+    guidance = GuidanceLoss(target, guide, GuidanceConfig(layer_pairs=pairs))
+    assert hooks() == before + 6
+    guidance.close()
+    assert hooks() == before
