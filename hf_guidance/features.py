@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class LayerReader:
         self._hidden: list[tuple[str, int | None]] = []
         self._reduce: Reduce | None = None
         self._read: dict[str, Tensor] = {}
+        self._seen: list[str] = []
         self._order: list[str] = []
         modules: dict[str, nn.Module] = {}
         for layer in layers:
@@ -57,7 +59,7 @@ class LayerReader:
         else:
             self._handles = []
         self._order = list(modules)
-        self._handles += [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+        self._handles += [m.register_forward_hook(partial(self._read_module, name)) for name, m in modules.items()]
 
     @contextmanager
     def reading(self, reduce: Reduce) -> Iterator[dict[str, Tensor]]:
@@ -66,7 +68,8 @@ class LayerReader:
         try:
             yield self._read
         finally:
-            self._reduce = None
+            self._seen = list(self._read)
+            self._reduce, self._read = None, {}  # nothing of a forward stays on the network: it can be copied and saved
 
     def names(self) -> list[str]:
         """The layers in order, modules as named and hidden states as counted in the last forward.
@@ -74,10 +77,10 @@ class LayerReader:
         Raises:
             ValueError: a named module did not run, or a hidden state is not among those returned.
         """
-        missing = [name for name in self._order if name not in self._read]
+        missing = [name for name in self._order if name not in self._seen]
         if missing:
             raise ValueError(f"{self.role} layers {missing} did not run in the {self.role}'s forward; leave them out.")
-        return [name for name in self._read if name not in self._order] + self._order
+        return [name for name in self._seen if name not in self._order] + self._order
 
     def remove(self) -> None:
         """Take the hooks off the network."""
@@ -96,8 +99,8 @@ class LayerReader:
             )
         self._read[name] = self._reduce(name, first_tensor(output))
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: self._store(name, output)
+    def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._store(name, output)
 
     def _ask_for_hidden_states(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return None if self._reduce is None else (args, {**kwargs, "output_hidden_states": True})

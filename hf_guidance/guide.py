@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_state_dict_offloaded_model
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 
 IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
@@ -43,7 +43,9 @@ def load_guide(
     Raises:
         ValueError: a source that is neither a folder nor an id the Hub knows, or `**kwargs` for an untrained guide.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
+
+    import hf_guidance.targets  # noqa: F401  registers our own architectures with the Auto classes
 
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedConfig):
@@ -52,16 +54,10 @@ def load_guide(
         name = Path(source).resolve().name if os.path.isdir(source) else str(source)  # no path of this machine in cards
     if untrained and kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
-    if isinstance(source, PreTrainedConfig):
-        guide = _build(source, seed, trust_remote_code)
+    if untrained:
+        guide = _build(_or_explain(source, lambda: _config_of(source, **hub)), seed, trust_remote_code)
     else:
-        if untrained:
-            config = _timm_config(name)
-            if config is None:
-                config = _or_explain(source, lambda: AutoConfig.from_pretrained(source, **hub))
-            guide = _build(config, seed, trust_remote_code)
-        else:
-            guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
+        guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
     origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
     setattr(guide, IDENTITY, origin | {"revision": getattr(guide.config, "_commit_hash", None)})
     return freeze(guide)
@@ -80,7 +76,7 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The random state of the CPU, where weights are drawn, is `seed`'s inside and as before after; no other's moves."""
+    """Inside, the random state of the CPU, where weights are drawn, is `seed`'s; after, as before; no other's moves."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -89,27 +85,27 @@ def _seeded(seed: int) -> Iterator[None]:
 def _load_pretrained(source: Any, seed: int, **kwargs: Any) -> nn.Module:
     from transformers import AutoModel
 
-    import hf_guidance.targets  # noqa: F401  registers our own architectures with the Auto classes
-
     with _seeded(seed):
         return AutoModel.from_pretrained(source, **kwargs)
 
 
-def _timm_config(name: str) -> Any:
-    if not name.startswith("timm/"):
-        return None
-    import timm
-    from transformers import TimmWrapperConfig
+def _config_of(source: Any, **kwargs: Any) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
-    architecture = name.removeprefix("timm/")
-    return TimmWrapperConfig(architecture=architecture) if timm.is_model(architecture) else None
+    if isinstance(source, PreTrainedConfig):
+        return source
+    if str(source).startswith("timm/") and not os.path.isdir(source):
+        import timm
+
+        architecture = str(source).removeprefix("timm/")
+        if timm.is_model(architecture):
+            return TimmWrapperConfig(architecture=architecture)
+    return AutoConfig.from_pretrained(source, **kwargs)
 
 
 def _build(config: Any, seed: int, trust_remote_code: bool) -> nn.Module:
     """A network with random weights; the caller's random state is left alone."""
     from transformers import AutoModel
-
-    import hf_guidance.targets  # noqa: F401
 
     with _seeded(seed), torch.device("cpu"):
         guide = AutoModel.from_config(config, trust_remote_code=trust_remote_code)

@@ -32,7 +32,7 @@ def accepted_columns(guide: nn.Module) -> list[str]:
 
 
 def guide_batch(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
-    """The guide's side of a batch: its own columns (``guide_*``, prefix removed) if there are any, else the target's."""
+    """The guide's side of a batch: its own columns (``guide_*``, prefix removed) if there are any, or all others."""
     own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
     return own or with_decoder_inputs(batch, target)
 
@@ -54,7 +54,8 @@ def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[
     accepted = accepted_columns(guide)
     named = {name: batch[name] for name in accepted if name in batch}
     main = next((name for name in MAIN_INPUTS if name in batch), None)
-    if named and (main is None or main in named or accepted[0] in named):
+    has_main = main is None or main in named or accepted[0] in named
+    if has_main and any(isinstance(value, Tensor) for value in named.values()):
         return [], named
     if main is None or not accepted:
         raise ValueError(

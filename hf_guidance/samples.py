@@ -40,7 +40,7 @@ class Samples:
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
         if not tensors:
             raise ValueError(f"the batch has no tensor with a sample axis and another one; it has {sorted(batch)}.")
-        known = [tensors[name] for name in ("input_ids", "pixel_values") if name in tensors]
+        known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
         self.content = (known or list(tensors.values()))[0]
         self.batch_size = self.content.shape[0]
         self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
@@ -147,10 +147,11 @@ class Samples:
     def _row_hashes(self) -> Tensor:
         """``(batch,)``: a hash of what each row holds, blind to its padding."""
         content = self.content if not self.content.is_floating_point() else self.content.float().view(torch.int32)
-        content = content.flatten(1).long()
         mask = self.masks.get("encoder")  # that of the content, whichever layer the tokens are chosen for
-        if mask is not None and content.shape == mask.shape:
-            content = torch.where(self._valid(mask), self._aligned(content, "encoder"), -1)
+        if mask is not None and content.shape[:2] == mask.shape:
+            valid = self._valid(mask).reshape(mask.shape + (1,) * (content.ndim - 2))
+            content = torch.where(valid, self._aligned(content, "encoder"), -1)
+        content = content.flatten(1).long()
         places = _mix(torch.arange(content.shape[1], device=content.device) + 1)
         return torch.where(content == -1, 0, _mix(content + places)).sum(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +81,12 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
                 f"per_device_train_batch_size is {args.per_device_train_batch_size}, but {config.measure} needs at "
                 f"least {needed} samples a batch (accumulation does not enlarge it)."
             )
-        if self.data_collator_is_default() and not config.guide_shares_tokenizer:
+        if self._data_collator_is_default() and not config.guide_shares_tokenizer:
             columns = getattr(self.train_dataset, "column_names", None)
             if columns:
                 check_vocabularies(self.model, self.guide, columns)
 
-    def data_collator_is_default(self) -> bool:
+    def _data_collator_is_default(self) -> bool:
         """Whether no collator of the user's can add ``guide_*`` columns to those of the dataset."""
         return type(self.data_collator).__module__.startswith("transformers.") or (
             getattr(self.data_collator, "__module__", "").startswith("transformers.")
@@ -192,9 +193,10 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         loader = DataLoader(dataset, size, shuffle=False, collate_fn=collator, drop_last=True)
         with torch.random.fork_rng():
             torch.manual_seed(generator_for(self.args.seed, 3).initial_seed())
-            for seen, batch in zip(range(1, count + 1), loader, strict=False):
+            for batch in islice(loader, count):
                 with self.accelerator.autocast():
                     yield lambda batch=batch: self.guidance_loss.forward_guide(guide_batch(batch, self.model))
+                seen += 1
         if seen < count:
             raise ValueError(f"calibration_batches is {count}, but the training data has {seen} full batches.")
 

@@ -12,12 +12,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaModel,
+    MambaModel,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
 )
-
-torch.set_num_threads(1)  # which networks this small are fastest on
 
 VOCABULARY, LENGTH = 17, 6
 
@@ -31,11 +30,12 @@ def seeded(make: Any, seed: int) -> Any:
 
 def gpt2(seed: int = 0, layers: int = 2, dropout: float = 0.0, vocabulary: int = VOCABULARY) -> GPT2LMHeadModel:
     """A language model whose forward accepts loss kwargs."""
-    drop = {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     sizes = {"n_positions": 32, "n_embd": 8, "n_layer": layers, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    # its class name does not tell Trainer that the loss shifts the labels, and so has one item less in each row
-    config = GPT2Config(vocab_size=vocabulary, loss_type="ForCausalLM", **sizes, **drop)
-    return seeded(lambda: GPT2LMHeadModel(config), seed)
+    config = GPT2Config(vocab_size=vocabulary, **sizes, **drop)
+    network = seeded(lambda: GPT2LMHeadModel(config), seed)
+    network.loss_type = "ForCausalLM"  # its class name does not say so, and Trainer would count an item too many a row
+    return network
 
 
 def llama_config(layers: int = 3, vocabulary: int = VOCABULARY) -> LlamaConfig:
@@ -136,7 +136,7 @@ def hidden_states(network: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """Hidden states but the embeddings, a decoder's if there are two stacks, asked for in a forward of its own."""
     outputs = network(**batch, output_hidden_states=True)
     states = outputs.hidden_states if "hidden_states" in outputs else outputs.decoder_hidden_states
-    return list(states[1:])
+    return list(states if isinstance(network, MambaModel) else states[1:])  # Mamba's first is its first layer's
 
 
 def module_outputs(network: nn.Module, names: list[str], *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -162,18 +162,24 @@ def guidance_by_hand(target: nn.Module, guide: nn.Module, batch: dict[str, Tenso
 
 
 def cka(target: Tensor, guide: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``‖X̃ᵀỸ‖² / (‖X̃ᵀX̃‖ ‖ỸᵀỸ‖)`` in float64; ``mask`` is for right-padded rows of both."""
-    x, y = _centred(target, mask), _centred(guide, mask)
-    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+    """``⟨K, L⟩ / (‖K‖ ‖L‖)`` in float64; ``mask`` ``(rows, length)`` is for right-padded rows of both."""
+    k, l = _kernel(target, mask), _kernel(guide, mask)  # noqa: E741
+    return (k * l).sum() / (k.norm() * l.norm())
 
 
-def _centred(features: Tensor, mask: Tensor | None) -> Tensor:
-    features = features.double()
+def _kernel(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Centred linear kernel; with a mask the sum over positions of the kernels of the rows that have one there."""
+    x = features.double()
     if mask is None:
-        return (features - features.mean(0)).flatten(1)
-    valid = mask[..., None].double()
-    mean = (features * valid).sum(0) / valid.sum(0).clamp(min=1)
-    return ((features - mean) * valid).flatten(1)
+        x = (x - x.mean(0)).flatten(1)
+        return x @ x.T
+    kernel = x.new_zeros(len(x), len(x))
+    for position, valid in enumerate(mask.T):
+        rows = valid.nonzero().flatten()
+        if (m := len(rows)) >= 2:
+            here = x[rows, position] - x[rows, position].mean(0)
+            kernel[rows[:, None], rows] += here @ here.T + here.square().sum() / (m * (m - 1))
+    return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
 
 
 def gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:

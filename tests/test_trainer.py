@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,6 @@ from builders import (
     t5,
     token_rows,
 )
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -38,6 +37,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from hf_guidance import GuidanceConfig, GuidanceMixin, GuidanceTrainer, load_guide
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
+
+gc.freeze()  # what is imported by now; Trainer collects garbage at every start, and half a second would go into that
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 STILL = {**SGD, "learning_rate": 0.0}  # the weights stay, so that every step can be told by hand
@@ -120,6 +121,14 @@ def by_hand(kind: str, target: nn.Module, guide: nn.Module, batch: dict[str, Ten
     return sum((1 - cka(ours[t], theirs[g]) for t, g in EVEN), torch.tensor(0.0, dtype=torch.float64))
 
 
+def descend(network: nn.Module, loss: Tensor) -> None:
+    """One step of `SGD` by hand."""
+    slopes = gradients(network, loss)
+    with torch.no_grad():
+        for parameter, slope in zip(network.parameters(), slopes, strict=True):
+            parameter -= SGD["learning_rate"] * slope
+
+
 # ------------------------------------------------------------------------------------ invariant 1: without guidance
 
 
@@ -141,10 +150,10 @@ def test_without_guidance_losses_and_weights_are_plain_trainers_bit_for_bit(
     shape = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     data = {"train_dataset": token_rows(), "eval_dataset": token_rows(8, seed=1)}
     plain = Trainer(model=make_target(), args=arguments(tmp_path, **shape), **data)
+    expected = trained(plain)[0]
     guide = make_guide() if make_guide else None
     guided = make_trainer(tmp_path, make_target(), guide, **data, **config, **shape)
-    expected, got = trained(plain)[0], trained(guided)[0]
-    assert same(got, expected)
+    assert same(trained(guided)[0], expected)
     timing = ("time", "per_second")
     expected_logs, got_logs = (
         [{k: v for k, v in log.items() if not k.endswith(timing)} for log in trainer.state.log_history]
@@ -268,15 +277,32 @@ def test_an_optimizer_step_follows_the_mean_over_its_micro_batches(
             + weight * by_hand(kind, copy, guide, batch)
             for batch, labels in ((batch, labels_apart(batch["input_ids"])) for batch in group)
         ]
-        gradient = gradients(copy, torch.stack(losses).mean())
-        with torch.no_grad():
-            for parameter, slope in zip(copy.parameters(), gradient, strict=True):
-                parameter -= SGD["learning_rate"] * slope
+        descend(copy, torch.stack(losses).mean())
+    torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=2e-6)
+
+
+class Autoencoder(PlainNet):
+    """Accepts loss kwargs, but gets no labels, so that Trainer counts no items and divides its loss after all."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return super().forward(input_ids, labels=input_ids)
+
+
+def test_an_optimizer_step_follows_the_mean_also_where_trainer_counts_no_items(tmp_path: Path) -> None:
+    target, copy, guide = Autoencoder(), Autoencoder(), llama()
+    batches, data = batches_of(target), [{"input_ids": row["input_ids"]} for row in token_rows()]
+    settings = {"target_layers": ["body.1", "body.4"], "gradient_accumulation_steps": 4, "max_steps": 1, **SGD}
+    trainer = make_trainer(tmp_path, target, guide, train_dataset=data, **settings)
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    losses = [copy(**batch)[0] + by_hand("plain module", copy, guide, batch) for batch in batches]
+    descend(copy, torch.stack(losses).mean())
     torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=2e-6)
 
 
 def labels_apart(ids: Tensor) -> Tensor:
-    return (ids * 5 + 3) % VOCABULARY
+    """Labels that are not the inputs; Trainer counts as many whether or not the loss shifts them."""
+    return torch.cat([torch.full_like(ids[..., :1], -100), ids[..., 1:] * 5 % VOCABULARY], -1)
 
 
 def with_labels_apart(rows: int) -> list[dict[str, Tensor]]:
@@ -465,9 +491,10 @@ def test_eval_loss_is_the_tasks_alone_and_predictions_have_no_hidden_states(tmp_
 
 
 def test_the_guides_columns_reach_the_guide_and_never_the_target(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
     rows = [{name: value.tolist() for name, value in row.items()} for row in token_rows(8)]
     own = [{"guide_input_ids": [n + 5 for n in row["input_ids"]], "guide_attention_mask": [1] * LENGTH} for row in rows]
-    dataset = Dataset.from_list([{**row, **mine, "note": [1, 2]} for row, mine in zip(rows, own, strict=True)])
+    dataset = datasets.Dataset.from_list([{**row, **mine, "note": [1, 2]} for row, mine in zip(rows, own, strict=True)])
     target, guide, ours, theirs = gpt2(), llama(vocabulary=22), [], []
     target.register_forward_pre_hook(lambda m, args, kwargs: ours.append(kwargs), with_kwargs=True)
     guide.register_forward_pre_hook(lambda m, args, kwargs: theirs.append(kwargs), with_kwargs=True)
@@ -476,9 +503,10 @@ def test_the_guides_columns_reach_the_guide_and_never_the_target(tmp_path: Path)
     assert [set(kwargs) - {"output_hidden_states"} for kwargs in theirs] == [{"input_ids", "attention_mask"}] * 2
     assert all(torch.equal(g["input_ids"], t["input_ids"] + 5) for t, g in zip(ours, theirs, strict=True))
     trainer.evaluate()
-    assert trainer.predict(dataset).predictions.shape == (8, LENGTH, VOCABULARY)
+    for data in (dataset, dataset.remove_columns("labels")):
+        assert trainer.predict(data).predictions.shape == (8, LENGTH, VOCABULARY)
     known = {"input_ids", "labels", "output_hidden_states", "num_items_in_batch"}
-    assert [set(kwargs) - known for kwargs in ours] == [set()] * 4
+    assert [set(kwargs) - known for kwargs in ours] == [set()] * 5
     assert len(theirs) == 2
 
 
@@ -488,18 +516,24 @@ def test_the_guides_columns_reach_the_guide_and_never_the_target(tmp_path: Path)
 def test_a_last_small_batch_is_trained_without_guidance_and_counted(tmp_path: Path) -> None:
     target, guide = gpt2(), llama()
     trainer = make_trainer(tmp_path, target, guide, train_dataset=token_rows(10), max_steps=-1, num_train_epochs=1)
-    before = {step: None for step in (1, 2, 3)}
+    after: dict[int, dict[str, Tensor]] = {}
 
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            before[state.global_step] = weights(target)
+            after[state.global_step] = weights(target)
 
     trainer.add_callback(Look())
     logs = trained(trainer)[1]
     assert [log.get("guidance/skipped_batches") for log in logs] == [None, None, 1]
     assert ["guidance/loss" in log for log in logs] == [True, True, False]
     assert logs[2]["loss"] == pytest.approx(logs[2]["task/loss"])
-    assert not same(before[2], before[3])
+    assert not same(after[2], after[3])
+
+
+def test_skipped_batches_are_summed_between_two_logs(tmp_path: Path) -> None:
+    shape = {"train_dataset": token_rows(10), "max_steps": 6, "logging_steps": 6}
+    (log,) = trained(make_trainer(tmp_path, gpt2(), llama(), **shape))[1]
+    assert log["guidance/skipped_batches"] == 2, "one in each of two epochs"
 
 
 @pytest.mark.parametrize(
@@ -526,28 +560,54 @@ def test_on_the_token_axis_a_batch_may_have_fewer_rows(tmp_path: Path) -> None:
 def test_words_at_construction_when_there_are_several_gpus_in_one_process(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     args._n_gpu = 2
-    with pytest.raises(ValueError, match="2 GPUs in one process.*accelerate launch"):
+    with pytest.raises(ValueError, match=r"2 GPUs in one process.*accelerate launch"):
         GuidanceTrainer(model=gpt2(), guide=llama(), args=args, train_dataset=token_rows())
 
 
 def test_words_at_construction_when_the_guide_is_the_target(tmp_path: Path) -> None:
     target = gpt2()
-    with pytest.raises(ValueError, match="guide shares .* parameters with the target"):
+    with pytest.raises(ValueError, match=r"guide shares .* parameters with the target"):
         make_trainer(tmp_path, target, target)
 
 
 def test_words_at_construction_when_vocabularies_differ_and_the_dataset_has_no_column_for_the_guide(
     tmp_path: Path,
 ) -> None:
+    datasets = pytest.importorskip("datasets")
     rows = [{name: value.tolist() for name, value in row.items()} for row in token_rows(8)]
-    with pytest.raises(ValueError, match="target's vocabulary has 17 tokens and the guide's 23.*guide_input_ids"):
-        make_trainer(tmp_path, gpt2(), llama(vocabulary=23), train_dataset=Dataset.from_list(rows))
-    make_trainer(
-        tmp_path, gpt2(), llama(vocabulary=23), train_dataset=Dataset.from_list(rows), guide_shares_tokenizer=True
-    )
+    data = {"train_dataset": datasets.Dataset.from_list(rows)}
+    with pytest.raises(ValueError, match=r"target's vocabulary has 17 tokens and the guide's 23.*guide_input_ids"):
+        make_trainer(tmp_path, gpt2(), llama(vocabulary=23), **data)
+    trainer = make_trainer(tmp_path, gpt2(), llama(vocabulary=23), **data, guide_shares_tokenizer=True, max_steps=1)
+    assert trained(trainer)[1][0]["guidance/loss"] > 0
 
 
-# --------------------------------------------------------------------------------------------------- pre-alignment
+# ------------------------------------------------------------------------------------------ noise and pre-alignment
+
+
+def test_noise_is_another_in_every_micro_step_and_for_every_seed_and_the_same_again(tmp_path: Path) -> None:
+    def noise(seed: int) -> list[tuple[int, ...]]:
+        guide = llama()
+        guide.register_forward_pre_hook(lambda m, args, kwargs: ids.append(kwargs["input_ids"]), with_kwargs=True)
+        ids: list[Tensor] = []
+        shape = {"gradient_accumulation_steps": 2, "max_steps": 2}
+        make_trainer(tmp_path, gpt2(), guide, guide_input="noise", seed=seed, **shape).train()
+        return [tuple(batch.flatten().tolist()) for batch in ids]
+
+    first, other = noise(seed=7), noise(seed=8)
+    assert len({*first, *other}) == 8
+    assert noise(seed=7) == first
+
+
+def test_while_prealigning_on_noise_both_networks_see_it_and_after_that_the_batch(tmp_path: Path) -> None:
+    target, guide, data = gpt2(), llama(), torch.stack([row["input_ids"] for row in token_rows()])
+    theirs: list[Tensor] = []
+    ours = batches_of(target)
+    guide.register_forward_pre_hook(lambda m, args, kwargs: theirs.append(kwargs["input_ids"]), with_kwargs=True)
+    make_trainer(tmp_path, target, guide, guide_input="prealign_noise", prealign_steps=2).train()
+    assert all(torch.equal(t["input_ids"], g) for t, g in zip(ours, theirs, strict=True))
+    is_data = [[bool((data == row).all(1).any()) for row in batch] for batch in theirs]
+    assert is_data == [[False] * 4, [False] * 4, [True] * 4]
 
 
 def test_a_prealigning_step_follows_the_guidance_alone_with_every_parameter_in_the_graph(
@@ -564,10 +624,7 @@ def test_a_prealigning_step_follows_the_guidance_alone_with_every_parameter_in_t
     settings = {**SGD, **layers, "prealign_steps": 1, "max_steps": 1, "guidance_weight": 0.7}
     trainer = make_trainer(tmp_path, target, guide, callbacks=[Look()], **settings)
     (log,) = trained(trainer)[1]
-    gradient = gradients(copy, 0.7 * by_hand(kind, copy, guide, batches[0]))
-    with torch.no_grad():
-        for parameter, slope in zip(copy.parameters(), gradient, strict=True):
-            parameter -= SGD["learning_rate"] * slope
+    descend(copy, 0.7 * by_hand(kind, copy, guide, batches[0]))
     torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=1e-6)
     assert in_graph == [True]
     assert log["loss"] == pytest.approx(0.7 * log["guidance/loss"], rel=1e-5)
@@ -631,9 +688,10 @@ def test_an_endless_stream_trains_for_max_steps(tmp_path: Path) -> None:
 
 
 def test_an_adapted_target_learns_in_its_adapters_only(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
     base, guide = gpt2(), llama()
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2, fan_in_fan_out=True)
-    target = seeded(lambda: get_peft_model(base, lora), 0)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2, fan_in_fan_out=True)
+    target = seeded(lambda: peft.get_peft_model(base, lora), 0)
     batches, before = batches_of(base), weights(target)
     trainer = make_trainer(tmp_path, target, guide, gradient_accumulation_steps=2)
     after, logs = trained(trainer)
@@ -697,10 +755,7 @@ def test_the_mixin_guides_another_trainer_with_a_loss_of_its_own(tmp_path: Path)
     guidance = [guidance_by_hand(copy, guide, batch) for batch in batches]
     assert log["task/loss"] == pytest.approx(torch.stack(task).mean().item(), rel=1e-5)
     assert log["loss"] == pytest.approx(log["task/loss"] + log["guidance/loss"], rel=1e-5)
-    gradient = gradients(copy, (sum(task) + sum(guidance)) / 2)
-    with torch.no_grad():
-        for parameter, slope in zip(copy.parameters(), gradient, strict=True):
-            parameter -= SGD["learning_rate"] * slope
+    descend(copy, (sum(task) + sum(guidance)) / 2)
     torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=1e-6)
 
 
@@ -711,9 +766,7 @@ class GuidedSeq2Seq(GuidanceMixin, Seq2SeqTrainer):
 def test_the_mixin_guides_a_seq2seq_trainer(tmp_path: Path) -> None:
     target, guide, data = t5(0), t5(1), token_rows(8)
     batches, copy = batches_of(target), t5(0)
-    args = Seq2SeqTrainingArguments(
-        **{**arguments(tmp_path).to_dict(), "max_steps": 2, "predict_with_generate": True}
-    )
+    args = Seq2SeqTrainingArguments(**{**arguments(tmp_path).to_dict(), "max_steps": 2, "predict_with_generate": True})
     trainer = GuidedSeq2Seq(model=target, guide=guide, args=args, train_dataset=data, eval_dataset=data)
     logs = trained(trainer)[1]
     ids = batches[0]["input_ids"]
@@ -727,13 +780,31 @@ def test_the_mixin_guides_a_seq2seq_trainer(tmp_path: Path) -> None:
     assert generated.dtype == "int64"
 
 
-def test_a_guide_placed_by_a_device_map_stays_where_it_is(tmp_path: Path) -> None:
+PLACES = {
+    "whole": "cpu",
+    "partly on disk": {"embed_tokens": "cpu", "layers": "disk", "norm": "cpu", "rotary_emb": "cpu"},
+}
+
+
+@pytest.mark.parametrize("device_map", PLACES.values(), ids=PLACES.keys())
+def test_a_guide_placed_by_a_device_map_guides_from_where_it_is(tmp_path: Path, device_map: Any) -> None:
     llama().save_pretrained(tmp_path / "guide")
     target = gpt2()
-    guide = load_guide(tmp_path / "guide", device_map="cpu", dtype=torch.bfloat16)
+    guide = load_guide(tmp_path / "guide", device_map=device_map, offload_folder=tmp_path / "disk")
+    places = {parameter.device.type for parameter in guide.parameters()}
+    assert places == ({"cpu"} if device_map == "cpu" else {"cpu", "meta"})
     batches = batches_of(target)
     logs = trained(make_trainer(tmp_path, target, guide, **STILL))[1]
-    assert guide.dtype == torch.bfloat16
+    assert logs[0]["guidance/loss"] == pytest.approx(guidance_by_hand(target, llama(), batches[0]).item(), abs=1e-5)
+    assert {parameter.device.type for parameter in guide.parameters()} == places
+
+
+def test_a_bfloat16_guide_stays_in_bfloat16(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "guide")
+    target, guide = gpt2(), load_guide(tmp_path / "guide", dtype=torch.bfloat16)
+    batches = batches_of(target)
+    logs = trained(make_trainer(tmp_path, target, guide, **STILL))[1]
+    assert {parameter.dtype for parameter in guide.parameters()} == {torch.bfloat16}
     assert logs[0]["guidance/loss"] == pytest.approx(guidance_by_hand(target, llama(), batches[0]).item(), abs=2e-2)
 
 

@@ -1,0 +1,60 @@
+"""The figure is drawn for what recipes hand it, and shows what it says."""
+
+import pytest
+
+from hf_guidance.analysis.curves import plot_comparison
+
+
+def run(name, seed, pairs=0):
+    return {
+        "run": name,
+        "seed": seed,
+        "curve": [{"step": s, "value": 0.1 * s + 0.01 * seed} for s in (1, 2, 3)],
+        "similarity": [{"step": s} | {f"hidden_states.{p}~layer{p}": 0.3 * s for p in range(pairs)} for s in (1, 2, 3)]
+        if pairs
+        else [],
+        "settings": {"guidance": {"measure": "linear_cka"} if pairs else None},
+    }
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws a comparison and returns its panels."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        figures.append(self)
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+
+    def draw(results, **options):
+        path = tmp_path / "figure.png"
+        plot_comparison(results, "accuracy", path, **options)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        return figures[-1].axes
+
+    return draw
+
+
+def test_one_panel_of_curves_and_one_of_similarities_per_guided_run(drawn):
+    results = [run("alone", 0), run("alone", 1), run("untrained_guide", 0, pairs=4), run("trained_guide", 0, pairs=20)]
+    curves, few, many = drawn(results)
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == [
+        "alone",
+        "untrained guide",
+        "trained guide",
+    ]
+    assert list(curves.lines[0].get_ydata()) == pytest.approx([10.5, 20.5, 30.5])  # percent, mean over the seeds
+    assert (len(few.lines), len(many.lines)) == (4, 20)
+    assert few.get_legend() is not None
+    assert many.get_legend() is None
+
+
+def test_unguided_runs_alone_and_a_logarithmic_axis(drawn):
+    (curves,) = drawn([run("alone", 0)], percent=False, log=True)
+    assert curves.get_yscale() == "log"
+    assert list(curves.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])

@@ -1,0 +1,233 @@
+"""`GuidanceConfig`: its fields, its checks, its JSON and its flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_guidance import GuidanceConfig
+from hf_guidance.config import CHOICES
+from hf_guidance.schedule import SCHEDULES
+from hf_guidance.similarity import MEASURES
+
+FIELDS = {field.name: field for field in dataclasses.fields(GuidanceConfig)}
+
+CHANGED = {  # another value than the default for every field, all at once
+    "measure": "debiased_cka",
+    "guidance_weight": 0.5,
+    "guidance_reduction": "mean",
+    "guidance_schedule": "linear",
+    "guidance_stop_step": 300,
+    "prealign_steps": 20,
+    "target_layers": ["h.*.mlp", "Linear"],
+    "guide_layers": ["hidden_states.2"],
+    "layer_mapping": "last_2",
+    "sample_axis": "token",
+    "max_tokens": 64,
+    "guide_input": "prealign_noise",
+    "guide_batch_norm": "batch",
+    "calibration_batches": 3,
+    "guide_shares_tokenizer": True,
+    "log_measures": ["rsa", "ridge"],
+    "save_guide": True,
+}
+PAIRS = {"layer_pairs": ["hidden_states.1~layer1", "hidden_states.2~layer1"]}
+
+
+def parse(*flags: str) -> tuple[TrainingArguments, GuidanceConfig]:
+    parser = HfArgumentParser((TrainingArguments, GuidanceConfig))
+    return parser.parse_args_into_dataclasses([*flags, "--output_dir", "out"])
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    return [
+        part
+        for name, value in values.items()
+        for part in [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- the fields
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_described(name: str) -> None:
+    text = FIELDS[name].metadata["help"]
+    assert text[0].isupper()
+    assert text.endswith(".")
+
+
+def test_every_choice_is_named_where_it_is_described() -> None:
+    choices = {**CHOICES, "measure": MEASURES, "guidance_schedule": SCHEDULES}
+    missing = [
+        (name, c) for name, possible in choices.items() for c in possible if c not in FIELDS[name].metadata["help"]
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_are_scalars_optional_scalars_or_lists_of_strings(name: str) -> None:
+    hint = typing.get_type_hints(GuidanceConfig)[name]
+    options = set(typing.get_args(hint)) if typing.get_origin(hint) is typing.Union else {hint}
+    (kind,) = options - {type(None)}
+    assert kind in (str, int, float, bool, list[str])
+
+
+def test_no_field_is_also_one_of_training_arguments() -> None:
+    assert not set(FIELDS) & {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = GuidanceConfig()
+    assert (config.measure, config.guidance_weight, config.guidance_reduction) == ("linear_cka", 1.0, "sum")
+    assert (config.layer_mapping, config.sample_axis, config.guide_input) == ("even", "sequence", "batch")
+
+
+def test_two_configs_share_no_list() -> None:
+    GuidanceConfig().target_layers.append("h.0")
+    assert GuidanceConfig().target_layers == ["hidden_states"]
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_without_flags_both_classes_have_their_defaults() -> None:
+    _, config = parse()
+    assert config == GuidanceConfig()
+
+
+def test_every_field_is_a_flag_beside_those_of_training_arguments() -> None:
+    assert set(CHANGED) | set(PAIRS) == set(FIELDS)
+    args, config = parse("--learning_rate", "0.25", *as_flags(CHANGED))
+    assert config == GuidanceConfig(**CHANGED)
+    assert args.learning_rate == 0.25
+    assert all(getattr(config, name) != getattr(GuidanceConfig(), name) for name in CHANGED)
+
+
+def test_pairs_are_a_flag() -> None:
+    assert parse(*as_flags(PAIRS))[1].layer_pairs == PAIRS["layer_pairs"]
+
+
+def test_a_mapping_given_by_hand_is_a_word_and_not_its_letters() -> None:
+    assert parse("--layer_mapping", "even")[1].layer_mapping == "even"
+    assert parse("--target_layers", "even")[1].target_layers == ["even"]
+    with pytest.raises(ValueError, match=r"target_layers is 'even' \(str\); expected list\[str\]"):
+        GuidanceConfig(target_layers="even")
+
+
+def test_a_bad_flag_is_the_same_error_as_a_bad_value() -> None:
+    with pytest.raises(ValueError, match="guidance_reduction is 'max'; possible are sum, mean"):
+        parse("--guidance_reduction", "max")
+
+
+# -------------------------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize("values", [{}, CHANGED, PAIRS], ids=["defaults", "changed", "pairs"])
+def test_json_gives_the_same_config_back(values: dict[str, Any], tmp_path: Path) -> None:
+    config, guide = GuidanceConfig(**values), {"source": "timm/resnet18", "seed": 0, "fingerprint": "sha256:ab"}
+    assert GuidanceConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    path = config.save(tmp_path, guide)
+    assert path == tmp_path / "guidance_config.json"
+    assert json.loads(path.read_text()) == {"guidance": config.to_dict(), "guide": guide}
+    assert GuidanceConfig.load(tmp_path) == (config, guide)
+
+
+def test_a_config_saved_without_a_guide_has_an_empty_section(tmp_path: Path) -> None:
+    GuidanceConfig().save(tmp_path)
+    assert GuidanceConfig.load(tmp_path) == (GuidanceConfig(), {})
+
+
+def test_unknown_field_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"Unknown guidance fields \['mesure', 'wieght'\]; this version knows \['meas"):
+        GuidanceConfig.from_dict({"wieght": 1, "mesure": "rsa", "guidance_weight": 1.0})
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"guidance": {}}', '{"guidance": {}, "guide": {}, "more": 1}'])
+def test_another_json_is_an_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "guidance_config.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a guidance config: expected the sections 'guidance' and 'guide'"):
+        GuidanceConfig.load(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- bad values
+
+BAD = [
+    ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
+    ({"log_measures": ["rsa", "cca"]}, "Unknown measure 'cca'"),
+    ({"guidance_schedule": "step"}, "Unknown guidance_schedule 'step'; possible are constant, linear, cosine"),
+    ({"layer_mapping": "random"}, "Unknown layer_mapping 'random'"),
+    ({"guidance_weight": -0.1}, "guidance_weight is -0.1; it must be a finite number ≥ 0"),
+    ({"guidance_weight": math.nan}, "guidance_weight is nan; it must be a finite number"),
+    ({"guidance_weight": math.inf}, "guidance_weight is inf; it must be a finite number"),
+    ({"prealign_steps": -1}, "prealign_steps is -1; it must be at least 0"),
+    ({"calibration_batches": 0}, "calibration_batches is 0; it must be at least 1"),
+    ({"max_tokens": 2}, "max_tokens is 2; it must be at least 3"),
+    ({"max_tokens": 3, "measure": "debiased_cka"}, "max_tokens is 3; it must be at least 4"),
+    (
+        {"guidance_stop_step": 0},
+        "guidance_stop_step is 0; it must be at least 1 .* For no guidance set guidance_weight",
+    ),
+    ({"guidance_stop_step": 5, "prealign_steps": 6}, r"not before the end of pre-alignment \(prealign_steps=6\)"),
+    (
+        {"prealign_steps": 5, "guidance_weight": 0.0},
+        "prealign_steps trains on guidance alone, and guidance_weight is 0",
+    ),
+    ({"guide_input": "prealign_noise"}, "guide_input='prealign_noise' is for pre-alignment: set prealign_steps"),
+    ({"target_layers": []}, r"target_layers is \[\]; name at least one layer, or 'hidden_states'"),
+    ({"guide_layers": ["h.0", " "]}, r"guide_layers is \['h.0', ' '\]; name at least one layer"),
+    ({"layer_pairs": []}, "layer_pairs is empty; name at least one pair, or leave it out"),
+    ({"layer_pairs": ["h.0"]}, "layer pair 'h.0' is not of the form"),
+    ({"layer_pairs": ["a~b", "a ~ b"]}, "layer_pairs names a pair twice"),
+    ({**PAIRS, "guide_layers": ["layer1"]}, "layer_pairs already names the layers: leave target_layers and guide_la"),
+    *(({name: "nonsense"}, f"{name} is 'nonsense'; possible are {', '.join(CHOICES[name])}") for name in CHOICES),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), BAD, ids=[",".join(values) for values, _ in BAD])
+def test_a_value_that_is_not_possible_is_an_error_that_says_what_is(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        GuidanceConfig(**values)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_refuses_a_value_of_another_type(name: str) -> None:
+    for wrong in ({"a": 1}, ("hidden_states",), [1]):
+        with pytest.raises(ValueError, match=re.escape(f"{name} is {wrong!r} ({type(wrong).__name__}); expected ")):
+            GuidanceConfig(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("guidance_weight", "1", "float"),
+        ("guidance_weight", None, "float"),
+        ("guidance_weight", True, "float"),
+        ("prealign_steps", 3.0, "int"),
+        ("prealign_steps", False, "int"),
+        ("save_guide", 1, "bool"),
+        ("guidance_stop_step", "300", "Optional[int]"),
+        ("guidance_stop_step", True, "Optional[int]"),
+        ("measure", None, "str"),
+        ("log_measures", "rsa", "list[str]"),
+        ("layer_pairs", "a~b", "list[str]"),
+    ],
+)
+def test_types_are_not_converted(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name} is {value!r} ({type(value).__name__}); expected ")
+    ) as error:
+        GuidanceConfig(**{name: value})
+    assert expected.removeprefix("Optional[").rstrip("]") in str(error.value)
+
+
+def test_a_whole_number_is_a_weight() -> None:
+    assert GuidanceConfig(guidance_weight=2).guidance_weight == 2

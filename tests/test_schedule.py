@@ -1,0 +1,74 @@
+"""Optimizer step → weights of guidance and task."""
+
+from typing import Any
+
+import pytest
+
+from hf_guidance.schedule import SCHEDULES, Weights, check_schedule, make_schedule
+
+
+def guidance(name: str, steps: int, **options: Any) -> list[float]:
+    """The guidance weight over the first steps."""
+    schedule = make_schedule(name, 2.0, **options)
+    return [schedule(step).guidance for step in range(steps)]
+
+
+def test_constant_is_constant() -> None:
+    schedule = make_schedule("constant", 2.0)
+    assert {schedule(step) for step in (0, 1, 10**9)} == {Weights(2.0, 1.0)}
+
+
+def test_constant_stops_at_its_stop_step_and_the_task_goes_on() -> None:
+    schedule = make_schedule("constant", 2.0, stop_step=3, total_steps=10)
+    assert [schedule(step) for step in range(5)] == [(2.0, 1.0)] * 3 + [(0.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", [2, 1.5, 1, 0.5, 0, 0]),
+        ("cosine", [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0, 0]),  # 1 + cos(π k / 4)
+    ],
+)
+@pytest.mark.parametrize("end", [{"stop_step": 4}, {"total_steps": 4}, {"stop_step": 4, "total_steps": 100}])
+def test_decay_starts_at_the_weight_and_ends_at_the_stop_step_or_the_end(
+    name: str, expected: list[float], end: dict[str, int]
+) -> None:
+    assert guidance(name, 6, **end) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_prealignment_trains_on_guidance_alone_at_full_weight(name: str) -> None:
+    schedule = make_schedule(name, 2.0, prealign_steps=3, total_steps=10)
+    assert [schedule(step) for step in range(3)] == [Weights(2.0, 0.0)] * 3
+    assert all(schedule(step).task == 1 for step in range(3, 12))
+    assert schedule(3).guidance == 2.0
+
+
+def test_decay_begins_after_prealignment() -> None:
+    assert guidance("linear", 7, prealign_steps=2, stop_step=6) == pytest.approx([2, 2, 2, 1.5, 1, 0.5, 0])
+
+
+def test_guidance_may_stop_when_prealignment_ends() -> None:
+    schedule = make_schedule("linear", 2.0, prealign_steps=2, stop_step=2)
+    assert [schedule(step) for step in range(4)] == [(2.0, 0.0)] * 2 + [(0.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_schedule_leaves_the_range_from_0_to_the_weight(name: str) -> None:
+    values = guidance(name, 60, total_steps=50, prealign_steps=7)
+    assert values == sorted(values, reverse=True)
+    assert 0 <= values[-1] <= values[0] == 2
+
+
+def test_unknown_schedule_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="Unknown guidance_schedule 'exponential'; possible are constant, linear, cos"):
+        check_schedule("exponential")
+    with pytest.raises(ValueError, match="Unknown guidance_schedule 'exponential'"):
+        make_schedule("exponential", 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"constant"}))
+def test_a_decay_without_an_end_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match=f"guidance_schedule '{name}' needs an end: set guidance_stop_step"):
+        make_schedule(name, 1.0)
