@@ -167,7 +167,7 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _result(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
-    seconds = dict(map(tuple, clock.marks))
+    seconds = {step: at for step, at in clock.marks}  # noqa: C416  JSON has made lists of the pairs
     history = trainer.state.log_history
     curve = [
         {"step": h["step"], "value": h[f"eval_{metric}"], "loss": h["eval_loss"], "seconds": seconds.get(h["step"])}
@@ -225,7 +225,7 @@ def environment() -> dict[str, Any]:
     import accelerate
     import transformers
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else _processor_name()
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
     return {

@@ -82,22 +82,21 @@ class Preset:
     curriculum: tuple[int, ...] = ()  # longest string of each stage in the guide's own training
 
 
-def recurrent(task: Task, classes: int = 0, **sizes: Any) -> PreTrainedModel:
-    if classes:
-        return RNNForSequenceClassification(RNNConfig(**_tokens(task), num_labels=classes, **sizes))
+def recurrent(task: Task, **sizes: Any) -> PreTrainedModel:
+    if "num_labels" in sizes:
+        return RNNForSequenceClassification(RNNConfig(**_tokens(task), **sizes))
     return RNNForCausalLM(RNNConfig(**_tokens(task), **sizes))
 
 
 def decoder(task: Task, length: int, **sizes: Any) -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(**_tokens(task), n_positions=length, loss_type="ForCausalLM", **sizes))
+    own: dict[str, Any] = {"n_positions": length, "loss_type": "ForCausalLM"}  # transformers finds none by GPT-2's name
+    return GPT2LMHeadModel(GPT2Config(**_tokens(task), **own, **sizes))
 
 
-def encoder(task: Task, classes: int, **sizes: Any) -> PreTrainedModel:
+def encoder(task: Task, **sizes: Any) -> PreTrainedModel:
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
-    config = ModernBertConfig(
-        **(_tokens(task) | special), num_labels=classes, classifier_pooling="mean", attn_implementation="sdpa", **sizes
-    )
-    return ModernBertForSequenceClassification(config)
+    own: dict[str, Any] = {"classifier_pooling": "mean", "attn_implementation": "sdpa"}
+    return ModernBertForSequenceClassification(ModernBertConfig(**(_tokens(task) | special), **own, **sizes))
 
 
 def _tokens(task: Task) -> dict[str, Any]:
@@ -109,6 +108,8 @@ def _tokens(task: Task) -> dict[str, Any]:
 def preset(task: str, size: str) -> Preset:
     """The settings of a task; tuned on validation data, as the log in recipes/README.md tells."""
     small = size == "small"
+    rnn: dict[str, Any]
+    transformer: dict[str, Any]
     if task == "copy_paste":
         rnn = {"hidden_size": 128} if small else {"embedding_size": 256, "hidden_size": 512}
         transformer = {"n_embd": 64, "n_head": 4, "n_inner": 128} if small else {"n_embd": 512, "n_head": 16}
@@ -127,13 +128,13 @@ def preset(task: str, size: str) -> Preset:
             task={"max_length": 20, "eval_size": 2000, "test_size": 5000} if small else {},
             target=partial(
                 encoder,
-                classes=2,
+                num_labels=2,
                 num_hidden_layers=1,
                 hidden_size=width,
                 intermediate_size=2 * width,
                 num_attention_heads=width // 16,
             ),
-            guide=partial(recurrent, classes=2, num_hidden_layers=1, hidden_size=width),
+            guide=partial(recurrent, num_labels=2, num_hidden_layers=1, hidden_size=width),
             training=_training(1500 if small else 31_300, batch=256, rate=1e-3),
             guidance={},
             guide_training={"max_grad_norm": 1.0},
@@ -169,14 +170,15 @@ def _training(steps: int, batch: int, rate: float) -> dict[str, Any]:
 
 
 def parse() -> tuple[RecipeArguments, TrainingArguments, GuidanceConfig, Preset]:
-    recipe, _ = HfArgumentParser(RecipeArguments).parse_args_into_dataclasses(return_remaining_strings=True)
+    first: Any = HfArgumentParser(RecipeArguments)  # type: ignore[arg-type]
+    recipe, _ = first.parse_args_into_dataclasses(return_remaining_strings=True)
     if recipe.task not in TASKS or recipe.preset not in ("small", "paper") or not set(recipe.runs) <= set(RUNS):
         raise ValueError(
             f"--task {recipe.task} --preset {recipe.preset} --runs {' '.join(recipe.runs)}: tasks are "
             f"{', '.join(TASKS)}; presets are small, paper; runs are {', '.join(RUNS)}."
         )
     chosen = preset(recipe.task, recipe.preset)
-    parser = HfArgumentParser((RecipeArguments, TrainingArguments, GuidanceConfig))
+    parser: Any = HfArgumentParser((RecipeArguments, TrainingArguments, GuidanceConfig))  # type: ignore[arg-type]
     folder = f"outputs/rnn_vs_transformer/{recipe.task}-{recipe.preset}"
     parser.set_defaults(output_dir=folder, **chosen.training, **chosen.guidance)
     return *parser.parse_args_into_dataclasses(), chosen
@@ -205,7 +207,7 @@ def matched_runs(recipe: RecipeArguments, chosen: Preset, task: Task, args: Trai
             task.train_dataset, chosen.curriculum, own.get("max_steps", args.max_steps) * batch, seed
         )
         own["train_sampling_strategy"] = "sequential"
-    trained = Path(args.output_dir) / f"seed-{seed}" / "guide_itself"
+    trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
     runs = [
         Run("alone", seed, target),
         Run("guide_itself", seed, guide, training=own, train_dataset=rows),
@@ -220,7 +222,7 @@ def compare(
     recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, chosen: Preset
 ) -> dict[str, Any]:
     """Carry out every run; what is already done is read, what was interrupted goes on."""
-    task, folder = task_of(recipe, chosen), Path(args.output_dir)
+    task, folder = task_of(recipe, chosen), Path(str(args.output_dir))
     alone = [Run("alone", seed, partial(chosen.target, task)) for seed in recipe.seeds]
     carry = partial(carry_out, task=task, args=args, guidance=guidance, folder=folder)
     search: list[dict[str, Any]] = []
@@ -269,7 +271,7 @@ def main() -> None:
         )
         sys.exit(130)
     if PartialState().is_main_process:
-        publish(report, Path(args.output_dir), percent=recipe.task != "language_modeling")
+        publish(report, Path(str(args.output_dir)), percent=recipe.task != "language_modeling")
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
 
