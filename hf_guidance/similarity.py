@@ -71,8 +71,8 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         features: ``(n, …)``; everything after the sample axis is one feature axis.
         mask: ``(n, length)``, true where valid, for features ``(n, length, …)``. A column's mean is then taken over its
-            valid entries and the invalid ones are set to it; the products of two samples lose on average to an
-            estimated mean what is given back here, so that padding carries no signal of its own.
+            valid entries and the invalid ones are set to it; what such a mean takes from the product of two samples on
+            average is given back, so that padding carries no signal of its own.
 
     Returns:
         ``(n, n)`` in float32 (float64 for float64 features). The scale is a constant for the gradient, which is exact
@@ -83,22 +83,31 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
     with exact_float32(features.device):
         x = features if features.dtype == torch.float64 else features.float()
-        if mask is None:
-            mean = x.mean(0)
-            centred = x - mean
-        else:
-            valid = mask.bool().reshape(mask.shape + (1,) * (x.ndim - 2))
-            mean = torch.where(valid, x, 0).sum(0) / valid.sum(0).clamp(min=1)
-            centred = torch.where(valid, x - mean, 0)
-        kernel = centred.flatten(1) @ centred.flatten(1).T
-        if mask is not None:  # E⟨x̃_i, x̃_j⟩ of independent samples is −spread / (m (m − 1)) where m are valid, not 0
-            spread, m = centred.flatten(2).square().sum((0, 2)), mask.bool().sum(0).to(x)
-            kernel = kernel + (mask.bool() * (spread / (m * (m - 1)).clamp(min=1))) @ mask.to(x).T
+        kernel, offset = _kernel(x.flatten(1)) if mask is None else _masked_kernel(x, mask.bool())
         kernel = center(kernel)  # also removes what rounding of the mean left behind
         energy = kernel.diagonal().mean().detach()
         rounding = 2 * torch.finfo(features.dtype).eps
-        dead = energy <= rounding**2 * mean.detach().square().sum()  # false for NaN, which must come through
+        dead = energy <= rounding**2 * offset.detach()  # false for NaN, which must come through
         return torch.where(dead, 0, kernel / torch.where(dead, 1, energy))
+
+
+def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x̃ x̃ᵀ`` of the centred features, and the squared norm of what was subtracted from a sample."""
+    mean = x.mean(0)
+    centred = x - mean
+    return centred @ centred.T, mean.square().sum()
+
+
+def _masked_kernel(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over the valid entries, and the mean over the samples of what was subtracted from them."""
+    x = x.reshape(*valid.shape, -1)
+    m = valid.sum(0).to(x)  # (length,)
+    mean = torch.where(valid[..., None], x, 0).sum(0) / m.clamp(min=1)[:, None]
+    centred = torch.where(valid[..., None], x - mean, 0)
+    # independent samples have E⟨x̃_i, x̃_j⟩ = −E[spread] / (m (m − 1)) at each position, for the mean is theirs; not 0
+    lost = centred.square().sum((0, 2)) / (m * (m - 1)).clamp(min=1)
+    kernel = centred.flatten(1) @ centred.flatten(1).T + (valid * lost) @ valid.to(x).T
+    return kernel, (mean.square().sum(1) * m).sum() / len(x)
 
 
 # ---------------------------------------------------------------------------------------- per layer, then per pair

@@ -136,8 +136,8 @@ def preset(task: str, size: str) -> Preset:
             ),
             guide=partial(recurrent, num_labels=2, num_hidden_layers=1, hidden_size=width),
             training=_training(1500 if small else 31_300, batch=256, rate=1e-3),
-            guidance={},
-            guide_training={"max_grad_norm": 1.0},
+            guidance={"sample_axis": "token", "max_tokens": 512},
+            guide_training={"max_grad_norm": 1.0, "learning_rate": 1e-3},
             curriculum=(5, 10, 20) if small else (5, 10, 20, 50),
         )
     rnn = {"hidden_size": 256} if small else {"embedding_size": 256, "hidden_size": 512}

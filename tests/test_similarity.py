@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -266,6 +267,19 @@ def test_sides_can_be_swapped_except_in_ridge(name: str, measure: Similarity) ->
     assert is_symmetric == (name != "ridge")
 
 
+def test_tensor_cores_are_kept_out_and_put_back_even_after_an_error() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with contextlib.suppress(RuntimeError), similarity.exact_float32(torch.device("cuda")):
+            inside = matmul.fp32_precision
+            raise RuntimeError
+        after = matmul.fp32_precision
+    finally:
+        matmul.fp32_precision = before
+    assert (inside, after) == ("ieee", "tf32")
+
+
 @pytest.mark.parametrize("scale", [1e-10, 1e-4, 1e4, 1e10])
 def test_features_of_any_scale_neither_overflow_nor_vanish(name: str, measure: Similarity, scale: float) -> None:
     x, y = (side.float() for side in features())
@@ -458,6 +472,19 @@ def test_gram_with_a_mask_is_the_one_by_hand() -> None:
     mask[:, 2] = False  # a position that nobody has, and one that only one sample has
     mask[:, 5] = torch.arange(9) == 4
     np.testing.assert_allclose(gram(x, mask), gram_by_hand(x.numpy(), mask.numpy()), atol=1e-12)
+
+
+def test_gram_with_a_mask_takes_features_of_one_number_a_position() -> None:
+    x, mask = masked_features(0, n=9, length=6, d=1).double(), lengths_mask(9, 6, shortest=1)
+    np.testing.assert_allclose(gram(x[..., 0], mask), gram_by_hand(x.numpy(), mask.numpy()), atol=1e-12)
+
+
+def test_one_sample_much_longer_than_the_others_does_not_make_a_layer_dead() -> None:
+    mask = torch.arange(1500) < torch.tensor([1500] + [4] * 15)[:, None]
+    x = (3 + masked_features(0, n=16, length=1500, d=8)).bfloat16()
+    assert gram(x, mask).diagonal().mean().item() == pytest.approx(1)
+    dead = torch.full_like(x, 3) * (1 + 2**-7 * (masked_features(1, n=16, length=1500, d=8) > 1))
+    assert gram(dead.bfloat16(), mask).count_nonzero() == 0
 
 
 def test_gram_with_nothing_masked_is_that_without_a_mask() -> None:
