@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -66,11 +69,10 @@ def load_guide(
 def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"No guide at {str(source)!r}: it is not a local folder with a config.json, and the Hub gave: "
-            f"{str(error).splitlines()[0]} For a randomly initialised timm guide use 'timm/<architecture>' with "
-            "untrained=True, or pass a config or a live module."
+            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]} A guide is a local folder with a "
+            "config.json, a Hub id, a config, a live module, or 'timm/<architecture>' with untrained=True."
         ) from error
 
 
@@ -84,9 +86,20 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _load_pretrained(source: Any, seed: int, **kwargs: Any) -> nn.Module:
     from transformers import AutoModel
+    from transformers.utils import logging as reports
 
-    with _seeded(seed):
-        return AutoModel.from_pretrained(source, **kwargs)
+    verbosity = reports.get_verbosity()
+    reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
+    try:
+        with _seeded(seed):
+            guide, report = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
+    finally:
+        reports.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        logger.warning(
+            "Guide %s has no weights for %s; drawn with seed %d.", source, sorted(report["missing_keys"]), seed
+        )
+    return guide
 
 
 def _config_of(source: Any, **kwargs: Any) -> Any:

@@ -87,11 +87,24 @@ def test_a_source_that_is_nowhere_is_an_error_that_says_what_is_possible(
     monkeypatch.setattr(constants, "ENDPOINT", nowhere)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between retries
-    words = (
-        rf"No guide at '{source}': it is not a local folder with a config.json, and the Hub gave: .* use 'timm/<arch"
-    )
+    words = rf"Cannot load guide '{source}': .* A guide is a local folder with a config.json, .*, or 'timm/<arch"
     with pytest.raises(ValueError, match=words):
         load_guide(source, untrained=untrained)
+
+
+def test_an_empty_folder_is_an_error_that_says_what_is_possible(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Cannot load guide '.*': .* A guide is a local folder with a config.json"):
+        load_guide(tmp_path)
+
+
+def test_weights_that_a_checkpoint_lacks_are_named_and_the_head_it_has_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
+    load_guide(tmp_path, seed=3)
+    assert "no weights for ['pooler.dense.bias', 'pooler.dense.weight']; drawn with seed 3" in caplog.text
+    assert "cls.predictions" not in caplog.text + capfd.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- untrained
