@@ -225,7 +225,7 @@ def environment() -> dict[str, Any]:
     import accelerate
     import transformers
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = PartialState().device
     name = torch.cuda.get_device_name() if device.type == "cuda" else _processor_name()
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
     return {
