@@ -2,8 +2,9 @@
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide import load_guide
+from hf_guidance.kernels import gram
 from hf_guidance.loss import GuidanceLoss
-from hf_guidance.similarity import debiased_cka, gram, linear_cka, procrustes, rbf_cka, ridge, rsa
+from hf_guidance.similarity import debiased_cka, linear_cka, procrustes, rbf_cka, ridge, rsa
 from hf_guidance.trainer import GuidanceMixin, GuidanceTrainer
 
 __version__ = "0.1.0"

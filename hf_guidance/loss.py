@@ -23,9 +23,10 @@ from hf_guidance.guide_input import (
     vocabulary_size,
     with_decoder_inputs,
 )
+from hf_guidance.kernels import exact_float32
 from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
 from hf_guidance.samples import Samples
-from hf_guidance.similarity import Measure, exact_float32, get_measure
+from hf_guidance.similarity import Measure, get_measure
 
 Grams = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.similarity import gram
+from hf_guidance.kernels import gram
 
 INT64_MAX = torch.iinfo(torch.int64).max
 

@@ -17,7 +17,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
-    {"similarity", "mapping", "schedule", "config"},
+    {"kernels", "similarity", "mapping", "schedule", "config"},
     {"samples", "features", "guide", "guide_input"},
     {"loss"},
     {"trainer"},
@@ -83,11 +83,12 @@ def test_targets_and_tasks_import_nothing_of_the_core(name: str) -> None:
     assert {top(other) for other in imported(MODULES[name])} <= {top(name)}
 
 
-def test_similarity_knows_nothing_of_hugging_face() -> None:
-    tree = ast.parse(MODULES["similarity"].read_text())
+@pytest.mark.parametrize("name", ["kernels", "similarity"])
+def test_the_mathematics_knows_nothing_of_hugging_face(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {top(name) for name in names} & {"transformers", "accelerate", "huggingface_hub", "timm", "hf_guidance"}
+    assert not {top(name) for name in names} & {"transformers", "accelerate", "huggingface_hub", "timm"}
 
 
 WITHOUT_EXTRAS = f"""

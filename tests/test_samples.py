@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_guidance.kernels import gram
 from hf_guidance.samples import Samples
-from hf_guidance.similarity import gram
 
 ROWS, LENGTH, WIDTH = 9, 7, 5
 LENGTHS = torch.tensor([7, 3, 5, 1, 6, 4, 2, 7, 5])
