@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
 from hf_guidance.guide import calibrate_batch_norm, check_same_guide, freeze, identity
@@ -23,6 +24,7 @@ from hf_guidance.guide_input import (
     generator_for,
     guide_batch,
 )
+from hf_guidance.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Weights, make_schedule
 from hf_guidance.similarity import get_measure
@@ -60,8 +62,9 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         self.guide_identity = identity(guide)
         if self.guidance.guidance_weight:
             _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(ShortProgressCallback)
+        for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
+            if self.pop_callback(full):
+                self.add_callback(short)
 
     def _check_settings(self) -> None:
         args, config = self.args, self.guidance
@@ -126,17 +129,22 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     ) -> Any:
         """Task loss plus weighted guidance loss while training; the task loss alone in evaluation."""
         kwargs = {"num_items_in_batch": num_items_in_batch}
-        weights = Weights(0.0, 1.0) if self.guide is None or not model.training else self.guidance_weights()
-        if not weights.guidance:
+        if self.guide is None or not self.guidance.guidance_weight or not model.training:
             return super().compute_loss(model, _without_guide(inputs), return_outputs=return_outputs, **kwargs)
-        micro_step, rank = self._next_micro_step(), self.accelerator.process_index
-        watch = self.guidance_loss.watch(
-            inputs, step=self.state.global_step, micro_step=micro_step, rank=rank, prealign=not weights.task
-        )
-        with watch as watched:
+        weights = self.guidance_weights()
+        with self._watch(inputs, weights) as watched:
             task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
         loss = self._add_guidance(task_loss, watched, weights, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _watch(self, inputs: dict[str, Any], weights: Weights) -> AbstractContextManager[Watched]:
+        step, seen = self._micro_step
+        self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
+        if not weights.guidance:  # guidance has stopped, and with it the guide
+            return nullcontext(Watched(_without_guide(inputs)))
+        step, micro_step = self._micro_step
+        rank = self.accelerator.process_index
+        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, prealign=not weights.task)
 
     def _add_guidance(self, task_loss: Tensor, watched: Watched, weights: Weights, num_items: Any) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
@@ -144,7 +152,8 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         self._sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
         self._sums.add("guidance/weight", weights.guidance)
         if watched.loss is None:
-            self._sums.add("guidance/skipped_batches", 1.0, 0)
+            if weights.guidance:
+                self._sums.add("guidance/skipped_batches", 1.0, 0)
             return task_loss * weights.task
         self._sums.add("guidance/loss", watched.loss.detach())
         for measure, similarities in watched.similarities.items():
@@ -161,11 +170,6 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         if declared is not None:
             return declared
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-
-    def _next_micro_step(self) -> int:
-        step, seen = self._micro_step
-        self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
-        return self._micro_step[1]
 
     # ----------------------------------------------------------------------------------------- around the training
 
@@ -205,7 +209,7 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             self.guide.save_pretrained(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.guide.state_dict(), folder / "guide.pt")
+            save_model(self.guide, str(folder / "model.safetensors"))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, _without_guide(inputs), *args, **kwargs)
@@ -239,36 +243,3 @@ class GuidanceTrainer(GuidanceMixin, Trainer):
 
 def _without_guide(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if not name.startswith(GUIDE_PREFIX)}
-
-
-class RunningMeans:
-    """Means of what is logged, kept on the device between two logs so that no step waits for them."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value
-        self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    def drain(self, accelerator: Any) -> dict[str, float]:
-        """Means over micro-steps and ranks since the last call; names added with weight 0 are plain sums."""
-        sums = [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
-        values = torch.stack(sums) if sums else torch.empty(0)
-        mine = dict(zip(self._sums, zip(values.tolist(), self._weights.values(), strict=True), strict=True))
-        totals: dict[str, tuple[float, float]] = {}
-        for rank in gather_object([mine]):  # ranks may have skipped different batches, and so hold different names
-            for name, (value, weight) in rank.items():
-                total, weights = totals.get(name, (0.0, 0.0))
-                totals[name] = total + value, weights + weight
-        self._sums, self._weights = {}, {}
-        return {name: value / weight if weight else value for name, (value, weight) in sorted(totals.items())}
-
-
-class ShortProgressCallback(ProgressCallback):
-    """Trainer's progress bar, printing all but the similarity of every single pair."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        short = {k: v for k, v in (logs or {}).items() if k.count("/") < 2}
-        super().on_log(args, state, control, logs=short, **kwargs)

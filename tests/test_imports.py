@@ -19,7 +19,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 LAYERS: list[set[str]] = [
     {"kernels", "similarity", "mapping", "schedule", "config"},
     {"samples", "features", "guide", "guide_input"},
-    {"loss"},
+    {"loss", "logs"},
     {"trainer"},
     {"model_card", "analysis", "comparison"},
     {"__init__"},

@@ -438,7 +438,7 @@ def test_a_saved_guide_resumes_the_run(tmp_path: Path, mode: str) -> None:
     saving, trained_guide = {"save_strategy": "steps", "save_steps": 2}, NormNet(seed=6)
     expected = trained(make_trainer(tmp_path, gpt2(), trained_guide, **config, **saving))[0]
     guide = NormNet(seed=8)
-    guide.load_state_dict(torch.load(tmp_path / "guide" / "guide.pt"))
+    guide.load_state_dict(load_file(tmp_path / "guide" / "model.safetensors"))
     again = make_trainer(tmp_path, gpt2(), guide, **config, **saving)
     assert same(trained(again, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))[0], expected)
 

@@ -74,7 +74,7 @@ def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> Non
         color = colormaps["viridis"](number / max(1, len(pairs) - 1))
         label = pair.replace("hidden_states.", "h").replace("~", " ~ ")
         panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], color=color, label=label, linewidth=1.2)
-    measure = runs[0]["settings"]["guidance"]["measure"].replace("_", " ")
+    measure = runs[0]["settings"]["guidance"]["measure"].replace("_", " ").replace("cka", "CKA")
     panel.set(xlabel="optimizer step", ylabel=measure, title=name.replace("_", " "))
     if len(pairs) <= MANY_PAIRS:
         panel.legend(frameon=False, fontsize=7, title="target ~ guide layer", title_fontsize=7)

@@ -1,0 +1,51 @@
+"""What a guided run logs, and what of it is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+
+class RunningMeans:
+    """Means of what is logged, kept on the device between two logs so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """Means over micro-steps and ranks since the last call; names added with weight 0 are plain sums."""
+        sums = [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
+        values = torch.stack(sums) if sums else torch.empty(0)
+        mine = dict(zip(self._sums, zip(values.tolist(), self._weights.values(), strict=True), strict=True))
+        totals: dict[str, tuple[float, float]] = {}
+        for rank in gather_object([mine]):  # ranks may have skipped different batches, and so hold different names
+            for name, (value, weight) in rank.items():
+                total, weights = totals.get(name, (0.0, 0.0))
+                totals[name] = total + value, weights + weight
+        self._sums, self._weights = {}, {}
+        return {name: value / weight if weight else value for name, (value, weight) in sorted(totals.items())}
+
+
+class _Short:
+    """Prints all but the similarity of every single pair."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        short = {name: value for name, value in (logs or {}).items() if name.count("/") < 2}
+        super().on_log(args, state, control, logs=short, **kwargs)  # type: ignore[misc]
+
+
+class ShortProgressCallback(_Short, ProgressCallback):
+    """Trainer's progress bar, in short."""
+
+
+class ShortPrinterCallback(_Short, PrinterCallback):
+    """What Trainer prints without a progress bar, in short."""
