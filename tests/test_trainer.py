@@ -169,6 +169,20 @@ def test_the_guide_is_not_run_once_the_stop_step_is_reached(tmp_path: Path) -> N
     logs = trained(trainer)[1]
     assert runs == [False] * 4
     assert ["guidance/loss" in log for log in logs] == [True, True, False]
+    assert [log["guidance/weight"] for log in logs] == [1.0, 1.0, 0.0]
+    assert logs[2]["task/loss"] == pytest.approx(logs[2]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_what_is_printed_leaves_out_the_single_pairs(
+    tmp_path: Path, disable_tqdm: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), disable_tqdm=disable_tqdm)
+    logs = trained(trainer)[1]
+    printed = capsys.readouterr().out
+    assert "'guidance/loss'" in printed
+    assert "hidden_states" not in printed
+    assert any("hidden_states" in key for key in logs[0])
 
 
 # ------------------------------------------------------------------------------------- invariant 2: the frozen guide
