@@ -170,15 +170,18 @@ def _training(steps: int, batch: int, rate: float) -> dict[str, Any]:
 
 
 def parse() -> tuple[RecipeArguments, TrainingArguments, GuidanceConfig, Preset]:
-    first: Any = HfArgumentParser(RecipeArguments)  # type: ignore[arg-type]
+    first: Any = HfArgumentParser(RecipeArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
     recipe, _ = first.parse_args_into_dataclasses(return_remaining_strings=True)
     if recipe.task not in TASKS or recipe.preset not in ("small", "paper") or not set(recipe.runs) <= set(RUNS):
         raise ValueError(
             f"--task {recipe.task} --preset {recipe.preset} --runs {' '.join(recipe.runs)}: tasks are "
             f"{', '.join(TASKS)}; presets are small, paper; runs are {', '.join(RUNS)}."
         )
+    if recipe.longer_baseline and "alone" not in recipe.runs:
+        raise ValueError(f"--longer_baseline is the run 'alone' for longer, but --runs is {' '.join(recipe.runs)}.")
     chosen = preset(recipe.task, recipe.preset)
-    parser: Any = HfArgumentParser((RecipeArguments, TrainingArguments, GuidanceConfig))  # type: ignore[arg-type]
+    dataclasses: Any = (RecipeArguments, TrainingArguments, GuidanceConfig)
+    parser: Any = HfArgumentParser(dataclasses, description=__doc__, allow_abbrev=False)
     folder = f"outputs/rnn_vs_transformer/{recipe.task}-{recipe.preset}"
     parser.set_defaults(output_dir=folder, **chosen.training, **chosen.guidance)
     return *parser.parse_args_into_dataclasses(), chosen

@@ -157,12 +157,22 @@ def test_two_processes_end_well_and_agree_on_one_table(tmp_path):
     assert [run["settings"]["world_size"] for run in report["runs"]] == [2, 2]
 
 
+def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), "--task", "parity", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("--longer_baseline", "--gradient_accumulation_steps", "--guidance_stop_step", "(default: 512)"):
+        assert words in printed
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"task": "copypaste"}, "tasks are copy_paste, parity, language_modeling"),
         ({"preset": "large"}, "presets are small, paper"),
         ({"runs": ["guided"]}, "runs are alone, untrained_guide, trained_guide, guide_itself"),
+        ({"longer_baseline": True}, "the run 'alone' for longer, but --runs is untrained_guide"),
         ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
         ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
         ({"guide_layers": ["h.14"]}, "guide layer 'h.14' not found; the guide has .*4 GPT2Block"),
