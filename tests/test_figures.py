@@ -1,0 +1,27 @@
+"""The figures in the READMEs are those of the committed results, which a command made."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_guidance.analysis.report import comparison_rows, markdown_table
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+RESULTS = sorted(RECIPES.glob("results/*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_table_and_its_command_stand_in_the_readme_as_the_results_have_them(path):
+    report = json.loads(path.read_text())
+    metric = report["task"]["metric"]
+    readme = (RECIPES / "README.md").read_text()
+    table = markdown_table(comparison_rows(report["runs"], metric=metric), metric, percent=metric == "accuracy")
+    assert table in readme
+    assert report["command"] in readme
+    for fact in (report["environment"]["torch"], report["environment"]["transformers"], report["environment"]["device"]):
+        assert fact in readme
+
+
+def test_there_are_results():
+    assert RESULTS
