@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,26 +24,19 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.trainer_callback import ExportableState
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.guide import check_same_guide, identity
 from hf_guidance.trainer import GuidanceTrainer
 
 if TYPE_CHECKING:
     from hf_guidance.tasks import Task
 
 RESULT = "result.json"
-SETTINGS = (
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "fp16",
-    "world_size",
+SETTINGS = "settings.json"
+# TrainingArguments that leave weights and curves as they are: where files go, what is printed, how data are loaded
+HARMLESS = re.compile(
+    r"output_dir|run_name|seed|report_to|disable_tqdm|(log|logging|save|hub|push|dataloader|ddp|trackio|_n_gpu).*|project"
+    r"|do_(train|eval|predict)|load_best_model_at_end|remove_unused_columns|resume_from_checkpoint|ignore_data_skip"
+    r"|local_rank|debug|skip_memory_metrics|torch_empty_cache_steps|eval_(delay|on_start|accumulation_steps|do_.*)|include_.*"
 )
 
 
@@ -98,29 +92,32 @@ def _now(args: TrainingArguments) -> float:
     return time.perf_counter()
 
 
-def carry_out(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig, folder: Path) -> dict[str, Any]:
+def carry_out(
+    run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig, folder: Path, data: dict[str, Any]
+) -> dict[str, Any]:
     """Train, evaluate, test and save one run under `folder`, or read what an earlier call left there.
+
+    Args:
+        data: what the task was built from; a run begun with other data is not gone on with.
 
     Returns:
         The content of its `result.json`: settings, final metrics, curves, similarities over time, seconds.
 
     Raises:
-        ValueError: the folder holds a result of other settings.
+        ValueError: the folder holds a run of other settings, finished or not, or of another guide.
     """
     place = folder / f"seed-{run.seed}" / run.name
     args = _arguments(run, args, place)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {
-        "guidance": guidance.to_dict() if run.guide else None
-    }
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = _settings(run, args, guidance, data)
+    _check_settings(place, settings)
     if (place / RESULT).is_file():
-        return _read(place / RESULT, settings)
+        return _read(place / RESULT, run)
     set_seed(run.seed)
     model = run.model()
     trainer = GuidanceTrainer(
         model=model,
         guide=run.guide() if run.guide else None,
-        guidance=guidance,
+        guidance=guidance if run.guide else None,
         args=args,
         train_dataset=task.train_dataset if run.train_dataset is None else run.train_dataset,
         eval_dataset=task.eval_dataset,
@@ -130,6 +127,8 @@ def carry_out(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceC
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[TrainingClock()],
     )
+    if trainer.is_world_process_zero():
+        write_json(place / SETTINGS, settings)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
     trainer.save_model(str(place))
@@ -137,6 +136,31 @@ def carry_out(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceC
     if trainer.is_world_process_zero():
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _settings(run: Run, args: TrainingArguments, guidance: GuidanceConfig, data: dict[str, Any]) -> dict[str, Any]:
+    training = {name: value for name, value in args.to_dict().items() if not HARMLESS.fullmatch(name)}
+    training |= {"world_size": args.world_size}
+    settings = training | {"guidance": guidance.to_dict() if run.guide else None, "data": data}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _check_settings(place: Path, now: dict[str, Any]) -> None:
+    if not (place / SETTINGS).is_file():
+        return
+    then = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+    if changed := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
+        raise ValueError(
+            f"{place} holds a run with other settings ({', '.join(changed)}). Give another --output_dir, or remove "
+            "that folder, and those of runs that used its network as their guide, to run it again."
+        )
+
+
+def _read(path: Path, run: Run) -> dict[str, Any]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if run.guide is not None:
+        check_same_guide(identity(run.guide()), result["guide"], str(path.parent))
     return result
 
 
@@ -151,18 +175,6 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
     for name, value in run.training.items():
         setattr(args, name, value)
     return args
-
-
-def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result["settings"] != settings:
-        then, now = result["settings"], settings
-        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-        raise ValueError(
-            f"{path.parent} holds a finished run with other settings ({', '.join(changed)}). Give another "
-            "--output_dir, or remove that folder to run it again."
-        )
-    return result
 
 
 def _result(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
@@ -183,6 +195,7 @@ def _result(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, fl
         "target": type(trainer.model).__name__,
         "guide": trainer.guide_identity if run.guide else None,
         "settings": settings,
+        "environment": environment(),
         "validation": curve[-1]["value"],
         "test": {k.removeprefix("test_"): v for k, v in test.items() if k.startswith("test_")},
         "curve": curve,

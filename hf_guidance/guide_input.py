@@ -65,6 +65,11 @@ def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[
     return [batch[main]], named
 
 
+def without_guide(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The target's side of a batch: all but the guide's own columns."""
+    return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX)}
+
+
 def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
     """The batch with its inputs replaced: random token ids, or noisy pixels in [0, 1]; masks and labels stay.
 

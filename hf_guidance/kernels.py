@@ -69,7 +69,8 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
     with exact_float32(features.device):
         x = features if features.dtype == torch.float64 else features.float()
-        kernel, offset = _kernel(x.flatten(1)) if mask is None else _masked_kernel(x, mask.bool())
+        coarse = torch.finfo(features.dtype).bits < 32
+        kernel, offset = _kernel(x.flatten(1), coarse) if mask is None else _masked_kernel(x, mask.bool(), coarse)
         kernel = center(kernel)  # also removes what rounding of the mean left behind
         energy = kernel.diagonal().mean().detach()
         rounding = 2 * torch.finfo(features.dtype).eps
@@ -77,14 +78,19 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
         return torch.where(dead, 0, kernel / torch.where(dead, 1, energy))
 
 
-def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel(x: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
     """``x̃ x̃ᵀ`` of the centred features, and the squared norm of what was subtracted from a sample."""
     mean = x.mean(0)
     centred = x - mean
-    return centred @ centred.T, mean.square().sum()
+    return centred @ centred.T, _varying(mean, centred, coarse).square().sum()
 
 
-def _masked_kernel(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _varying(mean: Tensor, centred: Tensor, coarse: bool) -> Tensor:
+    """The mean, without features that are one constant: they hold no rounding, which matters at 8 to 11 bits."""
+    return torch.where((centred != 0).any(0), mean, 0) if coarse else mean
+
+
+def _masked_kernel(x: Tensor, valid: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
     """The same over the valid entries, and the mean over the samples of what was subtracted from them."""
     x = x.reshape(*valid.shape, -1)
     m = valid.sum(0).to(x)  # (length,)
@@ -93,4 +99,4 @@ def _masked_kernel(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     # independent samples have E⟨x̃_i, x̃_j⟩ = −E[spread] / (m (m − 1)) at each position, for the mean is theirs; not 0
     lost = centred.square().sum((0, 2)) / (m * (m - 1)).clamp(min=1)
     kernel = centred.flatten(1) @ centred.flatten(1).T + (valid * lost) @ valid.to(x).T
-    return kernel, (mean.square().sum(1) * m).sum() / len(x)
+    return kernel, (_varying(mean, centred, coarse).square().sum(1) * m).sum() / len(x)

@@ -22,10 +22,12 @@ from hf_guidance.guide_input import (
     shuffle_rows,
     vocabulary_size,
     with_decoder_inputs,
+    without_guide,
 )
 from hf_guidance.kernels import exact_float32
 from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
 from hf_guidance.samples import Samples
+from hf_guidance.schedule import Weights, make_schedule
 from hf_guidance.similarity import Measure, get_measure
 
 Grams = dict[str, Tensor]
@@ -39,11 +41,18 @@ class Watched:
         inputs: what the target is to be run on: the batch, or noise while pre-aligning on it.
         loss: Σ or mean over the pairs of (1 − similarity), a scalar; None if the batch had too few samples.
         similarities: measure → pair → similarity, detached; the measure trained on comes first.
+        weights: of guidance and task at this step.
     """
 
     inputs: dict[str, Any]
+    weights: Weights
     loss: Tensor | None = None
     similarities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def total(self, task_loss: Tensor) -> Tensor:
+        """The loss to train on: the two terms, each with its weight at this step."""
+        total = task_loss if self.weights.task == 1 else self.weights.task * task_loss
+        return total if self.loss is None else total + self.weights.guidance * self.loss
 
 
 class GuidanceLoss:
@@ -55,6 +64,7 @@ class GuidanceLoss:
         config: see `GuidanceConfig`.
         seed: of noise, shuffling and the choice of tokens, together with step, micro-step and rank.
         autocast: context for the guide's forward; the surrounding one if left out.
+        total_steps: length of the run, where a decay without `guidance_stop_step` ends.
 
     Raises:
         ValueError: layers that do not exist, a guide that shares parameters with the target, and, on the first batch,
@@ -64,7 +74,7 @@ class GuidanceLoss:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
         >>> with guidance.watch(batch, step=step) as watched:  # doctest: +SKIP
         ...     outputs = target(**watched.inputs)
-        >>> loss = outputs.loss + watched.loss  # doctest: +SKIP
+        >>> loss = watched.total(outputs.loss)  # doctest: +SKIP
     """
 
     def __init__(
@@ -75,9 +85,10 @@ class GuidanceLoss:
         *,
         seed: int = 0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        total_steps: int | None = None,
     ) -> None:
         self.target, self.guide, self.config = target, guide, config or GuidanceConfig()
-        self.seed, self.autocast = seed, autocast
+        self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
         check_apart(target, guide)
         freeze(guide, self.config.guide_batch_norm)
         names = [self.config.measure, *self.config.log_measures]
@@ -87,24 +98,41 @@ class GuidanceLoss:
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
 
+    def weights(self, step: int) -> Weights:
+        """The weights of guidance and task at an optimizer step, as the config schedules them."""
+        config = self.config
+        schedule = make_schedule(
+            config.guidance_schedule,
+            config.guidance_weight,
+            stop_step=config.guidance_stop_step,
+            prealign_steps=config.prealign_steps,
+            total_steps=self.total_steps,
+        )
+        return schedule(step)
+
     @contextmanager
     def watch(
-        self, batch: Mapping[str, Any], *, step: int = 0, micro_step: int = 0, rank: int = 0, prealign: bool = False
+        self, batch: Mapping[str, Any], *, step: int = 0, micro_step: int = 0, rank: int = 0
     ) -> Iterator[Watched]:
         """Run the guide on a batch, then watch the one forward of the target inside the ``with`` block.
 
+        Where guidance weighs nothing at this step, the guide is not run and the target not watched.
+
         Args:
             batch: the inputs of the target, with ``guide_*`` columns where the guide needs its own.
-            step, micro_step, rank: where the run is; randomness depends on nothing else but the seed.
-            prealign: whether this step pre-aligns, for ``guide_input="prealign_noise"``.
+            step, micro_step, rank: where the run is; the weights follow the step, and randomness depends on nothing
+                else but the seed.
         """
-        key = (self.seed, step, micro_step, rank)
-        if prealign and self.config.guide_input == "prealign_noise":
+        key, weights = (self.seed, step, micro_step, rank), self.weights(step)
+        if not weights.guidance:
+            yield Watched(without_guide(batch), weights)
+            return
+        if not weights.task and self.config.guide_input == "prealign_noise":
             batch = noise_like(batch, self._common_vocabulary(), generator_for(*key))
         config = self.config
         seen = with_decoder_inputs(batch, self.target)
         samples = Samples(seen, config.sample_axis, config.max_tokens, generator_for(*key).initial_seed())
-        watched = Watched({k: v for k, v in batch.items() if not k.startswith("guide_")})
+        watched = Watched(without_guide(batch), weights)
         if config.sample_axis == "sequence" and samples.batch_size < self.measures[0].min_samples:
             yield watched
             return
@@ -140,7 +168,16 @@ class GuidanceLoss:
         if parameter is not None and parameter.device.type != "meta":
             args = [value.to(parameter.device) for value in args]
             kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        return self.guide(*args, **kwargs)
+        try:
+            return self.guide(*args, **kwargs)
+        except ValueError as error:
+            config = getattr(self.guide, "config", None)
+            if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
+                raise ValueError(
+                    f"the guide ({type(self.guide).__name__}) is an encoder-decoder and the batch has nothing for its "
+                    "decoder: add guide_decoder_input_ids (beside guide_input_ids), or pass guide.get_encoder()."
+                ) from error
+            raise
 
     def close(self) -> None:
         """Take the hooks off both networks."""

@@ -86,7 +86,8 @@ class Samples:
                 f"layer {name!r} has {features.shape[1]} positions and the mask another number ({lengths}): which of "
                 "them are padding is not known. Choose a layer with one position per token."
             )
-        side = "encoder" if "encoder" in name else "decoder"
+        is_encoder = {"encoder", "encoder_hidden_states"} & set(name.split("."))
+        side = "encoder" if is_encoder else "decoder"
         return side if side in fitting else fitting[0]
 
     def _aligned(self, features: Tensor, kind: str) -> Tensor:
@@ -116,7 +117,7 @@ class Samples:
                 raise ValueError(
                     f"sample_axis='token': the guide has {int(mine.sum())} valid tokens and the target "
                     f"{int(theirs.sum())}, or other numbers in some rows. Use sample_axis='sequence' where the two "
-                    "networks' tokens are not the same."
+                    "networks' tokens are not the same, or guide_input='shuffled' pairs rows of other lengths."
                 )
 
     def _tokens(self, name: str, features: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,10 @@ from hf_guidance.guide_input import (
     check_vocabularies,
     generator_for,
     guide_batch,
+    without_guide,
 )
 from hf_guidance.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.loss import GuidanceLoss, Watched
-from hf_guidance.schedule import Weights, make_schedule
 from hf_guidance.similarity import get_measure
 
 GUIDE_FOLDER = "guide"
@@ -47,6 +47,7 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def __init__(
         self, *args: Any, guide: nn.Module | None = None, guidance: GuidanceConfig | None = None, **kwargs: Any
     ) -> None:
+        _check_types(guide, guidance)
         super().__init__(*args, **kwargs)
         self.guide: Any = guide
         self.guidance = guidance or GuidanceConfig()
@@ -63,7 +64,8 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         if self.guidance.guidance_weight:
             _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
         for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
-            if self.pop_callback(full):
+            for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
+                self.remove_callback(callback)
                 self.add_callback(short)
 
     def _check_settings(self) -> None:
@@ -108,18 +110,6 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
         return self._loss
 
-    def guidance_weights(self) -> Weights:
-        """The weights of guidance and task at the current optimizer step."""
-        config = self.guidance
-        schedule = make_schedule(
-            config.guidance_schedule,
-            config.guidance_weight,
-            stop_step=config.guidance_stop_step,
-            prealign_steps=config.prealign_steps,
-            total_steps=self.state.max_steps,
-        )
-        return schedule(self.state.global_step)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -130,39 +120,38 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         """Task loss plus weighted guidance loss while training; the task loss alone in evaluation."""
         kwargs = {"num_items_in_batch": num_items_in_batch}
         if self.guide is None or not self.guidance.guidance_weight or not model.training:
-            return super().compute_loss(model, _without_guide(inputs), return_outputs=return_outputs, **kwargs)
-        weights = self.guidance_weights()
-        with self._watch(inputs, weights) as watched:
+            return super().compute_loss(model, without_guide(inputs), return_outputs=return_outputs, **kwargs)
+        with self._watch(inputs) as watched:
             task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
-        loss = self._add_guidance(task_loss, watched, weights, num_items_in_batch)
+        loss = self._add_guidance(task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _watch(self, inputs: dict[str, Any], weights: Weights) -> AbstractContextManager[Watched]:
+    def _watch(self, inputs: dict[str, Any]) -> AbstractContextManager[Watched]:
         step, seen = self._micro_step
         self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
-        if not weights.guidance:  # guidance has stopped, and with it the guide
-            return nullcontext(Watched(_without_guide(inputs)))
+        self.guidance_loss.total_steps = self.state.max_steps
         step, micro_step = self._micro_step
-        rank = self.accelerator.process_index
-        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, prealign=not weights.task)
+        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=self.accelerator.process_index)
 
-    def _add_guidance(self, task_loss: Tensor, watched: Watched, weights: Weights, num_items: Any) -> Tensor:
+    def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Any) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         task_is_scaled = self._loss_is_scaled(num_items)
         self._sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
-        self._sums.add("guidance/weight", weights.guidance)
+        self._sums.add("guidance/weight", watched.weights.guidance)
         if watched.loss is None:
-            if weights.guidance:
+            if watched.weights.guidance:
                 self._sums.add("guidance/skipped_batches", 1.0, 0)
-            return task_loss * weights.task
+            return watched.total(task_loss)
         self._sums.add("guidance/loss", watched.loss.detach())
         for measure, similarities in watched.similarities.items():
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
                 self._sums.add(f"guidance/{group}/{pair}", value)
-        # Trainer divides by the accumulation steps what is not normalised over the whole accumulated batch already
-        guidance = watched.loss / steps if task_is_scaled else watched.loss
-        return weights.task * task_loss + weights.guidance * guidance
+        if (
+            task_is_scaled
+        ):  # Trainer will not divide by the accumulation steps what the task's loss is divided by already
+            watched.loss = watched.loss / steps
+        return watched.total(task_loss)
 
     def _loss_is_scaled(self, num_items: Any) -> bool:
         """Whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
@@ -212,7 +201,7 @@ class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             save_model(self.guide, str(folder / "model.safetensors"))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, _without_guide(inputs), *args, **kwargs)
+        return super().prediction_step(model, without_guide(inputs), *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -241,5 +230,13 @@ class GuidanceTrainer(GuidanceMixin, Trainer):
     """transformers' Trainer with a guidance loss; see `GuidanceMixin`."""
 
 
-def _without_guide(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if not name.startswith(GUIDE_PREFIX)}
+def _check_types(guide: Any, guidance: Any) -> None:
+    if guide is not None and not isinstance(guide, nn.Module):
+        raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
+    if guidance is not None and not isinstance(guidance, GuidanceConfig):
+        raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")
+    if guide is None and guidance is not None and guidance.guidance_weight:
+        raise ValueError(
+            f"guidance_weight is {guidance.guidance_weight}, but there is no guide: pass guide=load_guide(...), or "
+            "guidance_weight=0 to train without guidance."
+        )

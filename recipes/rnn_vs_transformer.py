@@ -177,6 +177,11 @@ def parse() -> tuple[RecipeArguments, TrainingArguments, GuidanceConfig, Preset]
             f"--task {recipe.task} --preset {recipe.preset} --runs {' '.join(recipe.runs)}: tasks are "
             f"{', '.join(TASKS)}; presets are small, paper; runs are {', '.join(RUNS)}."
         )
+    if refused := {"--seed", "--num_train_epochs", "--resume_from_checkpoint"} & {w.split("=")[0] for w in sys.argv}:
+        raise ValueError(
+            f"{', '.join(sorted(refused))}: this recipe takes --seeds and --max_steps, and the same command after "
+            "a stop goes on by itself."
+        )
     if recipe.longer_baseline and "alone" not in recipe.runs:
         raise ValueError(f"--longer_baseline is the run 'alone' for longer, but --runs is {' '.join(recipe.runs)}.")
     chosen = preset(recipe.task, recipe.preset)
@@ -187,7 +192,7 @@ def parse() -> tuple[RecipeArguments, TrainingArguments, GuidanceConfig, Preset]
     return *parser.parse_args_into_dataclasses(), chosen
 
 
-def task_of(recipe: RecipeArguments, chosen: Preset) -> Task:
+def task_options(recipe: RecipeArguments, chosen: Preset) -> dict[str, Any]:
     options = dict(chosen.task)
     if recipe.task == "language_modeling":
         names = ("text_files", "dataset", "dataset_config", "tokenizer")
@@ -195,7 +200,7 @@ def task_of(recipe: RecipeArguments, chosen: Preset) -> Task:
         options |= {"max_eval_blocks": recipe.eval_size} if recipe.eval_size else {}
     elif recipe.eval_size:
         options |= {"eval_size": recipe.eval_size, "test_size": recipe.eval_size}
-    return build_task(recipe.task, **options)
+    return options
 
 
 def matched_runs(recipe: RecipeArguments, chosen: Preset, task: Task, args: TrainingArguments, seed: int) -> list[Run]:
@@ -221,13 +226,23 @@ def matched_runs(recipe: RecipeArguments, chosen: Preset, task: Task, args: Trai
     return [run for run in runs if run.name in needed]
 
 
+def longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
+    """The unguided run for twice the steps, or a little more than the time of the slowest guided run of its seed."""
+    own = [r for r in results if r["seed"] == run.seed]
+    guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
+    times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
+    return replace(run, name="alone_longer", training={"max_steps": int(steps * max(2.0, 1.1 * times) + 1)})
+
+
 def compare(
     recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, chosen: Preset
 ) -> dict[str, Any]:
     """Carry out every run; what is already done is read, what was interrupted goes on."""
-    task, folder = task_of(recipe, chosen), Path(str(args.output_dir))
+    options = task_options(recipe, chosen)
+    task, folder = build_task(recipe.task, **options), Path(str(args.output_dir))
     alone = [Run("alone", seed, partial(chosen.target, task)) for seed in recipe.seeds]
-    carry = partial(carry_out, task=task, args=args, guidance=guidance, folder=folder)
+    data = {"task": recipe.task, **options}
+    carry = partial(carry_out, task=task, args=args, guidance=guidance, folder=folder, data=data)
     search: list[dict[str, Any]] = []
     if recipe.learning_rates:
         args.learning_rate, search = best_learning_rate(alone, recipe.learning_rates, carry, task.higher_is_better)
@@ -238,10 +253,7 @@ def compare(
         for run in matched_runs(recipe, chosen, task, args, seed)
     ]
     if recipe.longer_baseline:
-        guided = max((r["seconds"] for r in results if r["guide"]), default=0.0)
-        times = guided / min(r["seconds"] for r in results if r["run"] == "alone")
-        steps = {"max_steps": int(args.max_steps * max(2.0, 1.1 * times) + 1)}  # a little more than equal time
-        results += [carry(replace(run, name="alone_longer", training=steps)) for run in alone]
+        results += [carry(longer(run, args.max_steps, results)) for run in alone]
     return {
         "recipe": "rnn_vs_transformer",
         "command": shlex.join(["accelerate", "launch", "recipes/rnn_vs_transformer.py", *sys.argv[1:]]),

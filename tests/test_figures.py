@@ -19,7 +19,11 @@ def test_the_table_and_its_command_stand_in_the_readme_as_the_results_have_them(
     table = markdown_table(comparison_rows(report["runs"], metric=metric), metric, percent=metric == "accuracy")
     assert table in readme
     assert report["command"] in readme
-    for fact in (report["environment"]["torch"], report["environment"]["transformers"], report["environment"]["device"]):
+    for fact in (
+        report["environment"]["torch"],
+        report["environment"]["transformers"],
+        report["environment"]["device"],
+    ):
         assert fact in readme
 
 

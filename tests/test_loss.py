@@ -212,7 +212,7 @@ def test_a_batch_with_too_few_valid_tokens_has_no_loss() -> None:
 
 RANDOM = {
     "noise": {"guide_input": "noise"},
-    "prealign_noise": {"guide_input": "prealign_noise", "prealign_steps": 1},
+    "prealign_noise": {"guide_input": "prealign_noise", "prealign_steps": 10},
     "shuffled": {"guide_input": "shuffled"},
     "choice of tokens": {"sample_axis": "token", "max_tokens": 10},
 }
@@ -224,7 +224,7 @@ def test_chance_depends_on_seed_step_micro_step_and_rank_and_on_nothing_else(con
 
     def loss(seed: int = 0, **where: int) -> float:
         guidance = GuidanceLoss(target, guide, GuidanceConfig(**config), seed=seed)
-        with guidance.watch(batch, prealign=True, **where) as watched:
+        with guidance.watch(batch, **where) as watched:
             target(**watched.inputs)
         guidance.close()
         return watched.loss.item()
@@ -253,8 +253,8 @@ def test_noise_is_for_the_guide_alone() -> None:
 def test_prealign_noise_is_for_both_while_prealigning_and_for_none_after() -> None:
     target, guide, batch = gpt2(), llama(), token_batch()
     ours, theirs = inputs_of(target), inputs_of(guide)
-    for prealign in (True, False):
-        watch(target, guide, batch, {"prealign": prealign}, guide_input="prealign_noise", prealign_steps=1)
+    for step in (0, 1):
+        watch(target, guide, batch, {"step": step}, guide_input="prealign_noise", prealign_steps=1)
     assert torch.equal(ours[0], theirs[0])
     assert not torch.equal(ours[0], batch["input_ids"])
     assert torch.equal(ours[1], batch["input_ids"])
@@ -265,7 +265,7 @@ def test_prealign_noise_holds_no_token_that_one_of_the_two_does_not_know() -> No
     target, guide = gpt2(vocabulary=40), llama(vocabulary=5)
     ours, batch = inputs_of(target), {"input_ids": torch.full((8, 30), 4)}
     config = {"guide_input": "prealign_noise", "prealign_steps": 1, "guide_shares_tokenizer": True}
-    watch(target, guide, batch, {"prealign": True}, **config)
+    watch(target, guide, batch, **config)
     assert set(ours[0].unique().tolist()) == set(range(5))
 
 
@@ -520,3 +520,42 @@ def test_close_takes_every_hook_off() -> None:
     assert hooks() == before + 6
     guidance.close()
     assert hooks() == before
+
+
+# ------------------------------------------------------------------------------------------- the loss to train on
+
+
+@pytest.mark.parametrize(
+    ("config", "step", "weights"),
+    [
+        ({"guidance_weight": 0.25}, 7, (0.25, 1.0)),
+        ({"guidance_weight": 0.0}, 0, (0.0, 1.0)),
+        ({"guidance_weight": 2.0, "guidance_stop_step": 3}, 3, (0.0, 1.0)),
+        ({"guidance_weight": 2.0, "prealign_steps": 3}, 2, (2.0, 0.0)),
+        ({"guidance_weight": 2.0, "guidance_schedule": "linear"}, 5, (1.0, 1.0)),
+    ],
+)
+def test_a_loop_of_ones_own_follows_weight_and_schedule(config: dict[str, Any], step: int, weights: Any) -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    runs = inputs_of(guide)
+    guidance = GuidanceLoss(target, guide, GuidanceConfig(**config), total_steps=10)
+    with guidance.watch(batch, step=step) as watched:
+        target(**watched.inputs)
+    task = torch.tensor(3.0)
+    expected = weights[1] * 3 + weights[0] * guidance_by_hand(target, guide, batch).item()
+    assert watched.total(task).item() == pytest.approx(expected, abs=1e-5)
+    assert len(runs) == (weights[0] > 0) + 1  # by hand it ran once more
+
+
+def test_a_batch_too_small_to_compare_leaves_the_task_loss() -> None:
+    with GuidanceLoss(gpt2(), llama()).watch(token_batch(rows=2)) as watched:
+        pass
+    task = torch.tensor(3.0)
+    assert watched.total(task) is task
+
+
+def test_an_encoder_decoder_guide_without_decoder_inputs_says_what_it_needs() -> None:
+    guidance = GuidanceLoss(gpt2(), t5())
+    words = "is an encoder-decoder and the batch has nothing for its decoder: add guide_decoder_input_ids"
+    with pytest.raises(ValueError, match=words), guidance.watch(token_batch()):
+        pass

@@ -547,3 +547,14 @@ def test_independent_features_under_one_mask_are_unlike_unless_padding_is_filled
 def test_gram_says_which_shape_it_expects(shape: tuple[int, ...], mask: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         gram(torch.zeros(shape), None if mask is None else torch.ones(mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_constant_massive_activation_does_not_make_a_living_bf16_layer_dead(masked: bool) -> None:
+    features = torch.randn(16, 8, 64, generator=torch.Generator().manual_seed(0))
+    features[:, 0] = 0.0
+    features[:, 0, 5] = 2600.0  # what large language models show at their first token
+    mask = torch.ones(16, 8, dtype=torch.bool) if masked else None
+    kernel = gram(features.bfloat16(), mask)
+    assert kernel.diagonal().mean().item() == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(kernel, gram(features[:, 1:].bfloat16()), atol=1e-5)

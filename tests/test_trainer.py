@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from hf_guidance import GuidanceConfig, GuidanceMixin, GuidanceTrainer, load_guide
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
@@ -68,7 +69,7 @@ def make_trainer(
     own = {"train_dataset", "eval_dataset", "compute_loss_func", "model_init", "callbacks", "data_collator"}
     for_trainer = {name: settings.pop(name) for name in own & settings.keys()}
     fields = GuidanceConfig.__dataclass_fields__.keys() & settings.keys()
-    guidance = GuidanceConfig(**{name: settings.pop(name) for name in fields})
+    guidance = GuidanceConfig(**{name: settings.pop(name) for name in fields}) if guide is not None else None
     data = {"train_dataset": token_rows(), **for_trainer}
     return GuidanceTrainer(model=target, guide=guide, guidance=guidance, args=arguments(folder, **settings), **data)
 
@@ -843,3 +844,28 @@ def test_a_compiled_target_is_guided_as_an_uncompiled_one(tmp_path: Path) -> Non
     assert [log["guidance/loss"] for log in compiled_logs] == pytest.approx(
         [log["guidance/loss"] for log in logs], abs=1e-4
     )
+
+
+# ------------------------------------------------------------------------------------------------------ wrong types
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"guide": "gpt2"}, r"guide is 'gpt2'; expected a network: use load_guide\('gpt2'\)"),
+        ({"guide": llama, "guidance": {"measure": "rsa"}}, "guidance is a dict; expected a GuidanceConfig"),
+        ({"guidance": GuidanceConfig(guidance_weight=2)}, "guidance_weight is 2, but there is no guide"),
+    ],
+)
+def test_what_is_not_a_guide_or_a_config_is_said_at_once(tmp_path: Path, given: dict[str, Any], words: str) -> None:
+    made = {name: value() if callable(value) else value for name, value in given.items()}
+    with pytest.raises(ValueError, match=words):
+        GuidanceTrainer(model=gpt2(), args=arguments(tmp_path), **made)
+
+
+def test_a_progress_callback_of_the_users_own_is_kept(tmp_path: Path) -> None:
+    class Mine(ProgressCallback):
+        pass
+
+    trainer = make_trainer(tmp_path, gpt2(), llama(), disable_tqdm=False, callbacks=[Mine()])
+    assert any(type(callback) is Mine for callback in trainer.callback_handler.callbacks)

@@ -16,9 +16,9 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def value_at(result: Result, *, step: float = math.inf, seconds: float = math.inf) -> float | None:
-    """The last validation value of a run not after `step` nor `seconds` of training; None if there is none yet."""
-    before = [p for p in result["curve"] if p["step"] <= step and (p["seconds"] or 0.0) <= seconds]
-    return before[-1]["value"] if before else None
+    """The first validation value of a run at or after `step` or `seconds` of training; None if it ended before."""
+    after = [p for p in result["curve"] if p["step"] >= step or p["seconds"] >= seconds]
+    return after[0]["value"] if after else None
 
 
 def comparison_rows(
@@ -52,7 +52,7 @@ def comparison_rows(
         steps = 2 * next(iter(alone.values()))["steps"]
         double = [value_at(at[s], step=steps) for s in at]
         row = _row(f"{baseline}, twice the steps", list(at.values()), double, [None])
-        row["seconds"] *= steps / row["steps"]
+        row["seconds"] = statistics.fmean(r["seconds"] * steps / r["steps"] for r in at.values())
         row["steps"] = steps
         rows.insert(place, row)
     return rows

@@ -53,11 +53,11 @@ def test_the_longer_baseline_is_read_at_twice_the_steps_and_at_the_guided_runs_t
     assert rows["alone, equal time"]["steps"] == 50
 
 
-def test_value_at_is_the_last_one_not_after_the_limit():
+def test_value_at_is_the_first_one_not_before_the_limit():
     run = LONGER[0]
-    assert value_at(run, step=39) == 0.25
-    assert value_at(run, step=9) is None
-    assert value_at(run, seconds=4.5) == 0.3
+    assert value_at(run, step=31) == 0.3
+    assert value_at(run, step=61) is None
+    assert value_at(run, seconds=4.5) == 0.35
 
 
 def test_differences_are_seed_by_seed():

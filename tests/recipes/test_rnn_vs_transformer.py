@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_a_finished_job_is_read_not_run_again_and_other_settings_are_refused(cop
     written = result.stat().st_mtime_ns
     assert run_here(monkeypatch, folder)["runs"] == before["runs"]
     assert result.stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"finished run with other settings \(learning_rate\)\. Give another"):
+    with pytest.raises(ValueError, match=r"a run with other settings \(learning_rate\)\. Give another"):
         run_here(monkeypatch, folder, learning_rate=0.5)
 
 
@@ -107,6 +108,8 @@ def test_ctrl_c_leaves_what_was_done_and_the_same_command_goes_on_to_the_same_re
     assert process.returncode != 0
     assert "the same command goes on from there" in printed
     assert not (folder / "results.json").exists()
+    with pytest.raises(ValueError, match=r"a run with other settings \(weight_decay\)\. Give another"):
+        run_here(monkeypatch, folder, weight_decay=0.1)
     resumed = run_here(monkeypatch, folder)
     for now, unbroken in zip(resumed["runs"], copy_paste[2]["runs"], strict=True):
         assert (now["run"], now["test"]["loss"], now["similarity"]) == (
@@ -114,6 +117,23 @@ def test_ctrl_c_leaves_what_was_done_and_the_same_command_goes_on_to_the_same_re
             unbroken["test"]["loss"],
             unbroken["similarity"],
         )
+
+
+def test_a_guide_trained_anew_is_not_mixed_with_what_the_old_one_guided(copy_paste, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    shutil.copytree(copy_paste[0], folder)
+    shutil.rmtree(folder / "seed-0" / "guide_itself")
+    with pytest.raises(ValueError, match=r"trained_guide was guided by GPT2Model .* this trainer's guide is GPT2Model"):
+        run_here(monkeypatch, folder, guide_max_steps=3)
+
+
+def test_other_text_is_other_data(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"the quick brown {name} jumps over the lazy dog\n" * 3000)
+    options = {"task": "language_modeling", "runs": ["alone"]}
+    run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "a"], **options)
+    with pytest.raises(ValueError, match=r"other settings \(data\)"):
+        run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "b"], **options)
 
 
 def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
@@ -172,6 +192,7 @@ def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
         ({"task": "copypaste"}, "tasks are copy_paste, parity, language_modeling"),
         ({"preset": "large"}, "presets are small, paper"),
         ({"runs": ["guided"]}, "runs are alone, untrained_guide, trained_guide, guide_itself"),
+        ({"seed": 7}, "--seed: this recipe takes --seeds and --max_steps"),
         ({"longer_baseline": True}, "the run 'alone' for longer, but --runs is untrained_guide"),
         ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
         ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
