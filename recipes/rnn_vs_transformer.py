@@ -136,7 +136,7 @@ def preset(task: str, size: str) -> Preset:
             ),
             guide=partial(recurrent, num_labels=2, num_hidden_layers=1, hidden_size=width),
             training=_training(1500 if small else 31_300, batch=256, rate=1e-3),
-            guidance={"sample_axis": "token", "max_tokens": 512},
+            guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge"},
             guide_training={"max_grad_norm": 1.0, "learning_rate": 1e-3},
             curriculum=(5, 10, 20) if small else (5, 10, 20, 50),
         )
