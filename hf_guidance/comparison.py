@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide import check_same_guide, identity
+from hf_guidance.runtime import environment
 from hf_guidance.trainer import GuidanceTrainer
 
 if TYPE_CHECKING:
@@ -226,36 +225,6 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def usable_cpus() -> int:
-    """Processors this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware a figure was made with."""
-    import accelerate
-    import transformers
-
-    device = PartialState().device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor_name()
-    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
-    return {
-        "python": platform.python_version(),
-        **{name: module.__version__ for name, module in modules.items()},
-        "device": f"{device.type}: {name}",
-        "processes": PartialState().num_processes,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def best_learning_rate(

@@ -35,7 +35,8 @@ from transformers import (
 from hf_guidance import GuidanceConfig, load_guide
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.report import comparison_rows, markdown_table
-from hf_guidance.comparison import Run, best_learning_rate, carry_out, environment, usable_cpus, write_json
+from hf_guidance.comparison import Run, best_learning_rate, carry_out, write_json
+from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import TASKS, Task, build_task
 from hf_guidance.tasks.parity import length_curriculum

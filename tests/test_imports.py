@@ -17,7 +17,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
-    {"kernels", "similarity", "mapping", "schedule", "config"},
+    {"runtime", "kernels", "similarity", "mapping", "schedule", "config"},
     {"samples", "features", "guide", "guide_input"},
     {"loss", "logs"},
     {"trainer"},
