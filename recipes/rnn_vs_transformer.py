@@ -6,8 +6,9 @@
 
 Matched runs (same seed, same initial weights, same data order): the target alone, guided by an untrained guide, guided
 by a trained one, and the guide itself as the reference line. Every field of TrainingArguments and GuidanceConfig is a
-flag (--seeds and --max_steps stand for --seed and --num_train_epochs), and changes all runs alike. The results stand in --output_dir: a table, results.json, a figure, and each run's
-model. After a stop the same command goes on where it was. Figures and their commands: recipes/README.md.
+flag (--seeds and --max_steps stand for --seed and --num_train_epochs), and changes all runs alike.
+The results stand in --output_dir: a table, results.json, a figure, and each run's model. After a stop the same command
+goes on where it was. Figures and their commands: recipes/README.md.
 """
 
 from __future__ import annotations
