@@ -49,6 +49,7 @@ class Run:
         model: makes the network; called right after seeding.
         guide: makes its guide; None for a run without guidance.
         training: `TrainingArguments` fields that differ from the other runs'.
+        guidance: `GuidanceConfig` fields that differ.
         train_dataset: instead of the task's.
     """
 
@@ -57,6 +58,7 @@ class Run:
     model: Callable[[], PreTrainedModel]
     guide: Callable[[], nn.Module] | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
     train_dataset: Any = None
 
 
@@ -106,7 +108,7 @@ def carry_out(
         ValueError: the folder holds a run of other settings, finished or not, or of another guide.
     """
     place = folder / f"seed-{run.seed}" / run.name
-    args = _arguments(run, args, place)
+    args, guidance = _arguments(run, args, place), dataclasses.replace(guidance, **run.guidance)
     settings = _settings(run, args, guidance, data)
     _check_settings(place, settings)
     if (place / RESULT).is_file():

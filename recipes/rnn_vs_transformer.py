@@ -13,31 +13,31 @@ goes on where it was. Figures and their commands: recipes/README.md.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-from accelerate import PartialState
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    HfArgumentParser,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
     TrainingArguments,
 )
 
-from hf_guidance import GuidanceConfig, load_guide
-from hf_guidance.analysis.curves import plot_comparison
-from hf_guidance.analysis.report import comparison_rows, markdown_table
-from hf_guidance.comparison import Run, best_learning_rate, carry_out, write_json
-from hf_guidance.runtime import environment, usable_cpus
+from hf_guidance import load_guide
+from hf_guidance.comparison import Run
+from hf_guidance.recipe import (
+    Comparison,
+    RecipeArguments,
+    check_choice,
+    identify_files,
+    launch,
+    training_defaults,
+)
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import TASKS, Task, build_task
 from hf_guidance.tasks.parity import length_curriculum
@@ -46,25 +46,11 @@ RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")
 
 
 @dataclass
-class RecipeArguments:
+class Arguments(RecipeArguments):
     """What is compared."""
 
     task: str = field(default="copy_paste", metadata={"help": f"One of {', '.join(TASKS)}."})
-    preset: str = field(
-        default="small", metadata={"help": "small (two CPU cores) or paper (the paper's sizes, a GPU)."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs for each."})
     runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS)}."})
-    learning_rates: Optional[list[float]] = field(
-        default=None,
-        metadata={"help": "Train the target alone at each of these; all runs take the best on validation data."},
-    )
-    longer_baseline: bool = field(
-        default=False, metadata={"help": "Train the target alone longer too: twice the steps, and equal training time."}
-    )
-    eval_size: Optional[int] = field(default=None, metadata={"help": "Rows to validate, and rows to test, with."})
-    guide_learning_rate: Optional[float] = field(default=None, metadata={"help": "For training the guide itself."})
-    guide_max_steps: Optional[int] = field(default=None, metadata={"help": "For training the guide itself."})
     text_files: Optional[list[str]] = field(default=None, metadata={"help": "Text for language_modeling."})
     dataset: str = field(default="Salesforce/wikitext", metadata={"help": "Hub id or folder, streamed."})
     dataset_config: str = field(default="wikitext-103-raw-v1", metadata={"help": "The dataset's configuration."})
@@ -120,7 +106,7 @@ def preset(task: str, size: str) -> Preset:
             task=data,
             target=partial(recurrent, num_hidden_layers=4, **rnn),
             guide=partial(decoder, length=32 if small else 96, n_layer=4, **transformer),
-            training=_training(400 if small else 31_300, batch=128 if small else 256, rate=3e-3 if small else 1e-3),
+            training=training_defaults(*((400, 128, 3e-3) if small else (31_300, 256, 1e-3))),
             guidance={"guidance_weight": 0.03} if small else {},
             guide_training={},
         )
@@ -137,64 +123,36 @@ def preset(task: str, size: str) -> Preset:
                 num_attention_heads=width // 16,
             ),
             guide=partial(recurrent, num_labels=2, num_hidden_layers=1, hidden_size=width),
-            training=_training(1500 if small else 31_300, batch=256, rate=1e-3),
+            training=training_defaults(1500 if small else 31_300, 256, 1e-3),
             guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge"},
             guide_training={"max_grad_norm": 1.0, "learning_rate": 1e-3},
             curriculum=(5, 10, 20) if small else (5, 10, 20, 50),
         )
     rnn = {"hidden_size": 256} if small else {"embedding_size": 256, "hidden_size": 512}
-    transformer = {"n_embd": 256, "n_head": 8} if small else {"n_embd": 512, "n_head": 16}
+    transformer = {"n_embd": 128, "n_head": 4} if small else {"n_embd": 512, "n_head": 16}
     return Preset(
         task={"block_size": 32, "vocab_size": 4096} if small else {"block_size": 50, "vocab_size": 32_000},
         target=partial(recurrent, num_hidden_layers=4, **rnn),
         guide=partial(decoder, length=64, n_layer=4, **transformer),
-        training=_training(600 if small else 60_000, batch=64 if small else 256, rate=1e-3) | {"max_grad_norm": 0.25},
-        guidance={"sample_axis": "token"},
+        training=training_defaults(*((300, 64, 1e-3) if small else (60_000, 256, 1e-3))) | {"max_grad_norm": 0.25},
+        guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge"},
         guide_training={},
     )
 
 
-def _training(steps: int, batch: int, rate: float) -> dict[str, Any]:
-    return {
-        "max_steps": steps,
-        "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": 2 * batch,
-        "learning_rate": rate,
-        "lr_scheduler_type": "constant",  # a longer run then passes through the shorter one's states
-        "eval_strategy": "steps",
-        "eval_steps": max(1, steps // 20),
-        "logging_steps": max(1, steps // 40),
-        "save_steps": max(1, steps // 4),
-        "save_total_limit": 1,
-        "report_to": ["none"],
-        "ddp_find_unused_parameters": False,
-    }
-
-
-def parse() -> tuple[RecipeArguments, TrainingArguments, GuidanceConfig, Preset]:
-    first: Any = HfArgumentParser(RecipeArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
-    recipe, _ = first.parse_args_into_dataclasses(return_remaining_strings=True)
-    if recipe.task not in TASKS or recipe.preset not in ("small", "paper") or not set(recipe.runs) <= set(RUNS):
-        raise ValueError(
-            f"--task {recipe.task} --preset {recipe.preset} --runs {' '.join(recipe.runs)}: tasks are "
-            f"{', '.join(TASKS)}; presets are small, paper; runs are {', '.join(RUNS)}."
-        )
-    if refused := {"--seed", "--num_train_epochs", "--resume_from_checkpoint"} & {w.split("=")[0] for w in sys.argv}:
-        raise ValueError(
-            f"{', '.join(sorted(refused))}: this recipe takes --seeds and --max_steps, and the same command after "
-            "a stop goes on by itself."
-        )
-    if recipe.longer_baseline and "alone" not in recipe.runs:
-        raise ValueError(f"--longer_baseline is the run 'alone' for longer, but --runs is {' '.join(recipe.runs)}.")
+def defaults(recipe: Arguments) -> dict[str, Any]:
+    """What the flags are where they are not given."""
+    check_choice("task", recipe.task, TASKS)
+    for run in recipe.runs:
+        check_choice("runs", run, RUNS)
     chosen = preset(recipe.task, recipe.preset)
-    dataclasses: Any = (RecipeArguments, TrainingArguments, GuidanceConfig)
-    parser: Any = HfArgumentParser(dataclasses, description=__doc__, allow_abbrev=False)
     folder = f"outputs/rnn_vs_transformer/{recipe.task}-{recipe.preset}"
-    parser.set_defaults(output_dir=folder, **chosen.training, **chosen.guidance)
-    return *parser.parse_args_into_dataclasses(), chosen
+    return {"output_dir": folder, **chosen.training, **chosen.guidance}
 
 
-def task_options(recipe: RecipeArguments, chosen: Preset) -> dict[str, Any]:
+def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
+    """Data and runs as the flags ask for them."""
+    chosen = preset(recipe.task, recipe.preset)
     options = dict(chosen.task)
     if recipe.task == "language_modeling":
         names = ("text_files", "dataset", "dataset_config", "tokenizer")
@@ -202,14 +160,20 @@ def task_options(recipe: RecipeArguments, chosen: Preset) -> dict[str, Any]:
         options |= {"max_eval_blocks": recipe.eval_size} if recipe.eval_size else {}
     elif recipe.eval_size:
         options |= {"eval_size": recipe.eval_size, "test_size": recipe.eval_size}
-    return options
+    task = build_task(recipe.task, **options)
+    files = {"text_files": identify_files(recipe.text_files)} if recipe.text_files else {}
+    return Comparison(
+        task=task,
+        data={"task": recipe.task, **options, **files},
+        target=partial(chosen.target, task),
+        runs=partial(matched_runs, recipe, args, chosen, task),
+    )
 
 
-def matched_runs(recipe: RecipeArguments, chosen: Preset, task: Task, args: TrainingArguments, seed: int) -> list[Run]:
+def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, task: Task, seed: int) -> list[Run]:
     """The runs of one seed, in an order in which the trained guide exists before it is needed."""
     target, guide = partial(chosen.target, task), partial(chosen.guide, task)
-    rates = {"learning_rate": recipe.guide_learning_rate, "max_steps": recipe.guide_max_steps}
-    own = chosen.guide_training | {name: value for name, value in rates.items() if value is not None}
+    own = chosen.guide_training | recipe.guide_training()
     rows = None
     if chosen.curriculum:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -228,70 +192,5 @@ def matched_runs(recipe: RecipeArguments, chosen: Preset, task: Task, args: Trai
     return [run for run in runs if run.name in needed]
 
 
-def longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
-    """The unguided run for twice the steps, or a little more than the time of the slowest guided run of its seed."""
-    own = [r for r in results if r["seed"] == run.seed]
-    guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
-    times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
-    return replace(run, name="alone_longer", training={"max_steps": int(steps * max(2.0, 1.1 * times) + 1)})
-
-
-def compare(
-    recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, chosen: Preset
-) -> dict[str, Any]:
-    """Carry out every run; what is already done is read, what was interrupted goes on."""
-    options = task_options(recipe, chosen)
-    task, folder = build_task(recipe.task, **options), Path(str(args.output_dir))
-    alone = [Run("alone", seed, partial(chosen.target, task)) for seed in recipe.seeds]
-    data = {"task": recipe.task, **options}
-    carry = partial(carry_out, task=task, args=args, guidance=guidance, folder=folder, data=data)
-    search: list[dict[str, Any]] = []
-    if recipe.learning_rates:
-        args.learning_rate, search = best_learning_rate(alone, recipe.learning_rates, carry, task.higher_is_better)
-    found = {r["seed"]: r | {"run": "alone"} for r in search if r["settings"]["learning_rate"] == args.learning_rate}
-    results = [
-        found[seed] if found and run.name == "alone" else carry(run)
-        for seed in recipe.seeds
-        for run in matched_runs(recipe, chosen, task, args, seed)
-    ]
-    if recipe.longer_baseline:
-        results += [carry(longer(run, args.max_steps, results)) for run in alone]
-    return {
-        "recipe": "rnn_vs_transformer",
-        "command": shlex.join(["accelerate", "launch", "recipes/rnn_vs_transformer.py", *sys.argv[1:]]),
-        "environment": environment(),
-        "task": {"name": task.name, "description": task.description, "metric": task.metric},
-        "learning_rate_search": [{k: r[k] for k in ("run", "seed", "validation")} for r in search],
-        "runs": results,
-    }
-
-
-def publish(report: dict[str, Any], folder: Path, percent: bool) -> None:
-    """Table, results.json and figure, the numbers first: a failing plot must not lose them."""
-    metric = report["task"]["metric"]
-    report["table"] = comparison_rows(report["runs"], metric=metric)
-    write_json(folder / "results.json", report)
-    print("\n" + markdown_table(report["table"], metric, percent) + "\n")
-    plot_comparison(report["runs"], metric, folder / "comparison.png", percent=percent, log=not percent)
-    print(f"{folder}/results.json, {folder}/comparison.png")
-
-
-def main() -> None:
-    recipe, args, guidance, chosen = parse()
-    if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
-        torch.set_num_threads(max(1, usable_cpus() // args.world_size))
-    try:
-        report = compare(recipe, args, guidance, chosen)
-    except KeyboardInterrupt:
-        print(
-            f"\nStopped. What was done is in {args.output_dir}; the same command goes on from there.", file=sys.stderr
-        )
-        sys.exit(130)
-    if PartialState().is_main_process:
-        publish(report, Path(str(args.output_dir)), percent=recipe.task != "language_modeling")
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    launch(__doc__ or "", Arguments, defaults, build)

@@ -16,7 +16,7 @@ def test_the_table_and_its_command_stand_in_the_readme_as_the_results_have_them(
     report = json.loads(path.read_text())
     metric = report["task"]["metric"]
     readme = (RECIPES / "README.md").read_text()
-    table = markdown_table(comparison_rows(report["runs"], metric=metric), metric, percent=metric == "accuracy")
+    table = markdown_table(comparison_rows(report["runs"], metric=metric), metric, percent=report["task"]["percent"])
     assert table in readme
     assert report["command"] in readme
     for fact in (

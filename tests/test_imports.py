@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"loss", "logs"},
     {"trainer"},
     {"model_card", "analysis", "comparison"},
+    {"recipe"},
     {"__init__"},
 ]
 BESIDE = {"targets", "tasks"}  # imported from anywhere, importing nothing of the core

@@ -32,6 +32,7 @@ class Task:
             not hold every logit; `None` if they need every logit.
         metric: Name of the main metric, without the `eval_` that `Trainer` puts in front.
         higher_is_better: Whether more of it is better.
+        percent: Whether it is a fraction, to be shown in percent.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task:
     preprocess_logits_for_metrics: Callable[[Any, Tensor], Tensor] | None
     metric: str
     higher_is_better: bool
+    percent: bool = True
 
 
 def main_logits(outputs: Any) -> Tensor:

@@ -72,6 +72,7 @@ def language_modeling(
         preprocess_logits_for_metrics=token_losses,
         metric="perplexity",
         higher_is_better=False,
+        percent=False,
     )
 
 

@@ -189,11 +189,11 @@ def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"task": "copypaste"}, "tasks are copy_paste, parity, language_modeling"),
-        ({"preset": "large"}, "presets are small, paper"),
-        ({"runs": ["guided"]}, "runs are alone, untrained_guide, trained_guide, guide_itself"),
+        ({"task": "copypaste"}, "--task copypaste: possible are copy_paste, parity, language_modeling"),
+        ({"preset": "large"}, "--preset large: possible are small, paper"),
+        ({"runs": ["guided"]}, "--runs guided: possible are alone, untrained_guide, trained_guide, guide_itself"),
         ({"seed": 7}, "--seed: this recipe takes --seeds and --max_steps"),
-        ({"longer_baseline": True}, "the run 'alone' for longer, but --runs is untrained_guide"),
+        ({"longer_baseline": True}, "the run 'alone' for longer, but --runs does not name it"),
         ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
         ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
         ({"guide_layers": ["h.14"]}, "guide layer 'h.14' not found; the guide has .*4 GPT2Block"),

@@ -1,0 +1,205 @@
+"""What every recipe does: flags and presets, the baseline's learning rate, matched runs, a table and a figure."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+import torch
+from accelerate import PartialState
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+
+from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.report import comparison_rows, markdown_table
+from hf_guidance.comparison import Run, best_learning_rate, carry_out, write_json
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.runtime import environment, usable_cpus
+from hf_guidance.tasks import Task
+
+PRESETS = ("small", "paper")
+
+
+@dataclass
+class RecipeArguments:
+    """What is compared; each recipe adds its own fields."""
+
+    preset: str = field(
+        default="small", metadata={"help": "small (two CPU cores) or paper (the paper's sizes, a GPU)."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs for each."})
+    runs: Optional[list[str]] = field(default=None, metadata={"help": "Which of the matched runs; see above."})
+    learning_rates: Optional[list[float]] = field(
+        default=None,
+        metadata={"help": "Train the target alone at each of these; all runs take the best on validation data."},
+    )
+    longer_baseline: bool = field(
+        default=False, metadata={"help": "Train the target alone longer too: twice the steps, and equal training time."}
+    )
+    eval_size: Optional[int] = field(default=None, metadata={"help": "Rows to validate, and rows to test, with."})
+    guide_learning_rate: Optional[float] = field(default=None, metadata={"help": "For training the guide itself."})
+    guide_max_steps: Optional[int] = field(default=None, metadata={"help": "For training the guide itself."})
+
+    def guide_training(self) -> dict[str, Any]:
+        """`TrainingArguments` fields that were given for the guide's own training."""
+        own = {"learning_rate": self.guide_learning_rate, "max_steps": self.guide_max_steps}
+        return {name: value for name, value in own.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a recipe compares, once its flags are known.
+
+    Args:
+        task: the data.
+        data: what they were made from, as it is to stand in the results.
+        target: makes the network that the runs have in common.
+        runs: the matched runs of a seed, each after those that it needs.
+        summary: printed beneath the table, if it has anything to say.
+    """
+
+    task: Task
+    data: dict[str, Any]
+    target: Callable[[], PreTrainedModel]
+    runs: Callable[[int], list[Run]]
+    summary: Callable[[], str] = lambda: ""
+
+
+A = TypeVar("A", bound=RecipeArguments)
+
+
+def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
+    """`TrainingArguments` of a preset: twenty validations and forty logs a run, a constant learning rate."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 2 * batch,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",  # a longer run then passes through the shorter one's states
+        "eval_strategy": "steps",
+        "eval_steps": max(1, steps // 20),
+        "logging_steps": max(1, steps // 40),
+        "save_steps": max(1, steps // 4),
+        "save_total_limit": 1,
+        "report_to": ["none"],
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
+    """Raise ValueError if a flag's value is none of the possible ones."""
+    if value not in possible:
+        raise ValueError(f"--{flag} {value}: possible are {', '.join(possible)}.")
+
+
+def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
+    """Name and digest of each file: the same data wherever they lie, other data if they change."""
+    return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
+
+
+def launch(
+    description: str,
+    arguments: type[A],
+    defaults: Callable[[A], dict[str, Any]],
+    build: Callable[[A, TrainingArguments], Comparison],
+) -> None:
+    """Run a recipe from its command line: the main function of each.
+
+    Args:
+        description: for ``--help``.
+        arguments: the recipe's own flags.
+        defaults: from them to defaults of `TrainingArguments` and `GuidanceConfig` fields, ``output_dir`` among them.
+        build: from them and the training arguments to what is compared.
+    """
+    recipe, args, guidance = _parse(description, arguments, defaults)
+    if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
+        torch.set_num_threads(max(1, usable_cpus() // args.world_size))
+    folder = Path(str(args.output_dir))
+    try:
+        comparison = build(recipe, args)
+        report = compare(recipe, args, guidance, comparison)
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was done is in {folder}; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    if PartialState().is_main_process:
+        publish(report, folder)
+        print(comparison.summary(), end="")
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
+def _parse(
+    description: str, arguments: type[A], defaults: Callable[[A], dict[str, Any]]
+) -> tuple[A, TrainingArguments, GuidanceConfig]:
+    first: Any = HfArgumentParser(arguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
+    recipe, _ = first.parse_args_into_dataclasses(return_remaining_strings=True)
+    check_choice("preset", recipe.preset, PRESETS)
+    if refused := {"--seed", "--num_train_epochs", "--resume_from_checkpoint"} & {w.split("=")[0] for w in sys.argv}:
+        raise ValueError(
+            f"{', '.join(sorted(refused))}: this recipe takes --seeds and --max_steps, and the same command after "
+            "a stop goes on by itself."
+        )
+    dataclasses: Any = (arguments, TrainingArguments, GuidanceConfig)
+    parser: Any = HfArgumentParser(dataclasses, description=description, allow_abbrev=False)
+    parser.set_defaults(**defaults(recipe))
+    parsed: Any = parser.parse_args_into_dataclasses()
+    return parsed
+
+
+def compare(
+    recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
+) -> dict[str, Any]:
+    """Carry out every run; what is already done is read, what was interrupted goes on."""
+    task, folder = comparison.task, Path(str(args.output_dir))
+    alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
+    if recipe.longer_baseline and "alone" not in {run.name for run in comparison.runs(recipe.seeds[0])}:
+        raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
+    carry = partial(carry_out, task=task, args=args, guidance=guidance, folder=folder, data=comparison.data)
+    search: list[dict[str, Any]] = []
+    if recipe.learning_rates:
+        args.learning_rate, search = best_learning_rate(alone, recipe.learning_rates, carry, task.higher_is_better)
+    found = {r["seed"]: r | {"run": "alone"} for r in search if r["settings"]["learning_rate"] == args.learning_rate}
+    results = [
+        found[seed] if found and run.name == "alone" else carry(run)
+        for seed in recipe.seeds
+        for run in comparison.runs(seed)
+    ]
+    if recipe.longer_baseline:
+        results += [carry(_longer(run, args.max_steps, results)) for run in alone]
+    name = Path(sys.argv[0]).name
+    return {
+        "recipe": Path(name).stem,
+        "command": shlex.join(["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]),
+        "environment": environment(),
+        "task": {
+            "name": task.name,
+            "description": task.description,
+            "metric": task.metric,
+            "percent": task.percent,
+        },
+        "learning_rate_search": [{k: r[k] for k in ("run", "seed", "validation")} for r in search],
+        "runs": results,
+    }
+
+
+def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
+    """The unguided run for twice the steps, or a little more than the time of the slowest guided run of its seed."""
+    own = [r for r in results if r["seed"] == run.seed]
+    guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
+    times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
+    return replace(run, name="alone_longer", training={"max_steps": int(steps * max(2.0, 1.1 * times) + 1)})
+
+
+def publish(report: dict[str, Any], folder: Path) -> None:
+    """Table, results.json and figure, the numbers first: a failing plot must not lose them."""
+    metric, percent = report["task"]["metric"], report["task"]["percent"]
+    report["table"] = comparison_rows(report["runs"], metric=metric)
+    write_json(folder / "results.json", report)
+    print("\n" + markdown_table(report["table"], metric, percent) + "\n")
+    plot_comparison(report["runs"], metric, folder / "comparison.png", percent=percent, log=not percent)
+    print(f"{folder}/results.json, {folder}/comparison.png")
