@@ -4,19 +4,46 @@ Importing this package lets `AutoModelForCausalLM.from_pretrained` and its sibli
 a saved target also carries its own code, so that `trust_remote_code=True` loads it where this package is missing.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
+from .configuration_fcn import FCNConfig
+from .configuration_plain_resnet import PlainResNetConfig
 from .configuration_plain_rnn import RNNConfig
+from .modeling_fcn import FCNForImageClassification, FCNModel
+from .modeling_plain_resnet import PlainResNetForImageClassification, PlainResNetModel
 from .modeling_plain_rnn import RNNCache, RNNForCausalLM, RNNForSequenceClassification, RNNModel
 
-__all__ = ["RNNCache", "RNNConfig", "RNNForCausalLM", "RNNForSequenceClassification", "RNNModel"]
+__all__ = [
+    "FCNConfig",
+    "FCNForImageClassification",
+    "FCNModel",
+    "PlainResNetConfig",
+    "PlainResNetForImageClassification",
+    "PlainResNetModel",
+    "RNNCache",
+    "RNNConfig",
+    "RNNForCausalLM",
+    "RNNForSequenceClassification",
+    "RNNModel",
+]
 
-AutoConfig.register(RNNConfig.model_type, RNNConfig, exist_ok=True)
-RNNConfig.register_for_auto_class()
+for config_class in (FCNConfig, PlainResNetConfig, RNNConfig):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    config_class.register_for_auto_class()
 for auto_class, model_class in (
+    (AutoModel, FCNModel),
+    (AutoModel, PlainResNetModel),
     (AutoModel, RNNModel),
     (AutoModelForCausalLM, RNNForCausalLM),
+    (AutoModelForImageClassification, FCNForImageClassification),
+    (AutoModelForImageClassification, PlainResNetForImageClassification),
     (AutoModelForSequenceClassification, RNNForSequenceClassification),
 ):
-    auto_class.register(RNNConfig, model_class, exist_ok=True)
+    auto_class.register(model_class.config_class, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
