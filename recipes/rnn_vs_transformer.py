@@ -107,7 +107,7 @@ def preset(task: str, size: str) -> Preset:
             target=partial(recurrent, num_hidden_layers=4, **rnn),
             guide=partial(decoder, length=32 if small else 96, n_layer=4, **transformer),
             training=training_defaults(*((400, 128, 3e-3) if small else (31_300, 256, 1e-3))),
-            guidance={"guidance_weight": 0.03} if small else {},
+            guidance={"sample_axis": "token", "max_tokens": 256, "measure": "ridge"} if small else {},
             guide_training={},
         )
     if task == "parity":
