@@ -13,12 +13,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
 from hf_guidance.config import GuidanceConfig
@@ -50,7 +51,8 @@ class Run:
         guide: makes its guide; None for a run without guidance.
         training: `TrainingArguments` fields that differ from the other runs'.
         guidance: `GuidanceConfig` fields that differ.
-        train_dataset: instead of the task's.
+        task: instead of the comparison's, where its data differ.
+        trainer: makes the trainer of everything but guide and guidance; None for a `GuidanceTrainer` with both.
     """
 
     name: str
@@ -59,7 +61,8 @@ class Run:
     guide: Callable[[], nn.Module] | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    train_dataset: Any = None
+    task: Task | None = None
+    trainer: Callable[..., Trainer] | None = None
 
 
 class TrainingClock(TrainerCallback, ExportableState):
@@ -114,13 +117,14 @@ def carry_out(
     if (place / RESULT).is_file():
         return _read(place / RESULT, run)
     set_seed(run.seed)
-    model = run.model()
-    trainer = GuidanceTrainer(
+    model, task = run.model(), run.task or task
+    make = run.trainer or partial(
+        GuidanceTrainer, guide=run.guide() if run.guide else None, guidance=guidance if run.guide else None
+    )
+    trainer: Any = make(
         model=model,
-        guide=run.guide() if run.guide else None,
-        guidance=guidance if run.guide else None,
         args=args,
-        train_dataset=task.train_dataset if run.train_dataset is None else run.train_dataset,
+        train_dataset=task.train_dataset,
         eval_dataset=task.eval_dataset,
         data_collator=task.data_collator,
         processing_class=task.processing_class,

@@ -46,7 +46,7 @@ def load_guide(
     Raises:
         ValueError: a source that is neither a folder nor an id the Hub knows, or `**kwargs` for an untrained guide.
     """
-    from transformers import PreTrainedConfig
+    from transformers import AutoModel, PreTrainedConfig
 
     import hf_guidance.targets  # noqa: F401  registers our own architectures with the Auto classes
 
@@ -58,7 +58,9 @@ def load_guide(
     if untrained and kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
     if untrained:
-        guide = _build(_or_explain(source, lambda: _config_of(source, **hub)), seed, trust_remote_code)
+        config = _or_explain(source, lambda: _config_of(source, **hub))
+        with _seeded(seed):
+            guide = _build(config, AutoModel, trust_remote_code)
     else:
         guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
     origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
@@ -116,19 +118,35 @@ def _config_of(source: Any, **kwargs: Any) -> Any:
     return AutoConfig.from_pretrained(source, **kwargs)
 
 
-def _build(config: Any, seed: int, trust_remote_code: bool) -> nn.Module:
-    """A network with random weights; the caller's random state is left alone."""
-    from transformers import AutoModel
+def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = False, **changes: Any) -> Any:
+    """A network of an architecture with random weights from torch's random state, to be trained.
 
-    with _seeded(seed), torch.device("cpu"):
-        guide = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    Args:
+        source: as of `load_guide`.
+        auto_class: transformers' Auto class of the task, `AutoModelForImageClassification` say.
+        trust_remote_code: as of `load_guide`.
+        **changes: config fields that shall differ, ``num_labels`` say.
+    """
+    config = _or_explain(source, lambda: _config_of(source, trust_remote_code=trust_remote_code))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return _build(config, auto_class, trust_remote_code)
+
+
+def _build(config: Any, auto_class: Any, trust_remote_code: bool) -> Any:
+    """A network with random weights, drawn as its own architecture's code draws them."""
+    state = torch.random.get_rng_state()
+    with torch.device("cpu"):
+        network = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     if config.model_type == "timm_wrapper":  # transformers overwrites timm's own initialisation with its generic one
         import timm
 
-        with _seeded(seed), torch.device("cpu"):
-            own = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
-        guide.timm_model.load_state_dict(own.state_dict())
-    return guide
+        classes = network.timm_model.num_classes
+        torch.random.set_rng_state(state)
+        with torch.device("cpu"):
+            own = timm.create_model(config.architecture, num_classes=classes, **(config.model_args or {}))
+        network.timm_model.load_state_dict(own.state_dict())
+    return network
 
 
 # ---------------------------------------------------------------------------------------------------------- frozen

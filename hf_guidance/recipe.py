@@ -148,6 +148,11 @@ def _parse(
     parser: Any = HfArgumentParser(dataclasses, description=description, allow_abbrev=False)
     parser.set_defaults(**defaults(recipe))
     parsed: Any = parser.parse_args_into_dataclasses()
+    if parsed[1].max_steps < 1:
+        raise ValueError(
+            f"--max_steps is {parsed[1].max_steps}; it must be at least 1: matched runs are compared step by step, and "
+            "a stream has no end."
+        )
     return parsed
 
 

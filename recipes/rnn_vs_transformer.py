@@ -14,7 +14,7 @@ goes on where it was. Figures and their commands: recipes/README.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -39,9 +39,10 @@ from hf_guidance.recipe import (
     training_defaults,
 )
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
-from hf_guidance.tasks import TASKS, Task, build_task
+from hf_guidance.tasks import Task, build_task
 from hf_guidance.tasks.parity import length_curriculum
 
+TEXT_TASKS = ("copy_paste", "parity", "language_modeling")
 RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")
 
 
@@ -49,7 +50,7 @@ RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")
 class Arguments(RecipeArguments):
     """What is compared."""
 
-    task: str = field(default="copy_paste", metadata={"help": f"One of {', '.join(TASKS)}."})
+    task: str = field(default="copy_paste", metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
     runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS)}."})
     text_files: Optional[list[str]] = field(default=None, metadata={"help": "Text for language_modeling."})
     dataset: str = field(default="Salesforce/wikitext", metadata={"help": "Hub id or folder, streamed."})
@@ -142,7 +143,7 @@ def preset(task: str, size: str) -> Preset:
 
 def defaults(recipe: Arguments) -> dict[str, Any]:
     """What the flags are where they are not given."""
-    check_choice("task", recipe.task, TASKS)
+    check_choice("task", recipe.task, TEXT_TASKS)
     for run in recipe.runs:
         check_choice("runs", run, RUNS)
     chosen = preset(recipe.task, recipe.preset)
@@ -174,17 +175,18 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
     """The runs of one seed, in an order in which the trained guide exists before it is needed."""
     target, guide = partial(chosen.target, task), partial(chosen.guide, task)
     own = chosen.guide_training | recipe.guide_training()
-    rows = None
+    own_task = None
     if chosen.curriculum:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         rows = length_curriculum(
             task.train_dataset, chosen.curriculum, own.get("max_steps", args.max_steps) * batch, seed
         )
+        own_task = replace(task, train_dataset=rows)
         own["train_sampling_strategy"] = "sequential"
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
     runs = [
         Run("alone", seed, target),
-        Run("guide_itself", seed, guide, training=own, train_dataset=rows),
+        Run("guide_itself", seed, guide, training=own, task=own_task),
         Run("untrained_guide", seed, target, guide=lambda: load_guide(guide().config, seed=seed)),
         Run("trained_guide", seed, target, guide=lambda: load_guide(trained)),
     ]

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"runtime", "kernels", "similarity", "mapping", "schedule", "config"},
     {"samples", "features", "guide", "guide_input"},
     {"loss", "logs"},
-    {"trainer"},
+    {"trainer", "distillation"},
     {"model_card", "analysis", "comparison"},
     {"recipe"},
     {"__init__"},

@@ -12,15 +12,26 @@ from typing import Any
 
 from .base import Task
 from .copy_paste import copy_paste
+from .images import image_classification
 from .parity import limit_length, parity
 from .text import language_modeling
 
-__all__ = ["TASKS", "Task", "build_task", "copy_paste", "language_modeling", "limit_length", "parity"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "build_task",
+    "copy_paste",
+    "image_classification",
+    "language_modeling",
+    "limit_length",
+    "parity",
+]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "copy_paste": copy_paste,
     "parity": parity,
     "language_modeling": language_modeling,
+    "image_classification": image_classification,
 }
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from transformers import EvalPrediction
 
 IGNORED_LABEL = -100  # transformers' mark of a position without a label, and what it pads labels with
 
@@ -22,31 +19,33 @@ class Task:
     Args:
         name: The task's name in `TASKS`.
         description: One sentence on what is learnt.
-        train_dataset: Rows to train on; a stream where the data are streamed.
+        train_dataset: Rows to train on, of any kind `Trainer` takes; a stream where the data are streamed.
         eval_dataset: Rows to choose settings by.
         test_dataset: Rows to report once.
         data_collator: Makes a batch of rows.
-        processing_class: The tokenizer; `len(task.processing_class)` is the vocabulary size.
+        processing_class: The tokenizer, whose length is the vocabulary size, or the image processor.
         compute_metrics: From predictions, as `preprocess_logits_for_metrics` leaves them, and labels to metrics.
         preprocess_logits_for_metrics: Reduces a batch's logits to what the metrics need, so that an evaluation does
             not hold every logit; `None` if they need every logit.
         metric: Name of the main metric, without the `eval_` that `Trainer` puts in front.
         higher_is_better: Whether more of it is better.
         percent: Whether it is a fraction, to be shown in percent.
+        labels: Names of the classes, where there are classes.
     """
 
     name: str
     description: str
-    train_dataset: Dataset | IterableDataset
-    eval_dataset: Dataset
-    test_dataset: Dataset
+    train_dataset: Any
+    eval_dataset: Any
+    test_dataset: Any
     data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-    processing_class: PreTrainedTokenizerBase
+    processing_class: Any
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     preprocess_logits_for_metrics: Callable[[Any, Tensor], Tensor] | None
     metric: str
     higher_is_better: bool
     percent: bool = True
+    labels: tuple[str, ...] = ()
 
 
 def main_logits(outputs: Any) -> Tensor:

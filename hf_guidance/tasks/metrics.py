@@ -6,7 +6,7 @@ from typing import Any
 
 import evaluate
 import numpy as np
-from datasets import Features, Value
+from datasets import Features, List, Value
 from sklearn.metrics import accuracy_score
 
 from .base import IGNORED_LABEL
@@ -16,13 +16,14 @@ class InMemoryMetric(evaluate.Metric):
     """A metric over flat columns, described by its own docstring."""
 
     columns: Features
+    format: str | None = "numpy"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.__doc__, citation="", inputs_description="", features=self.columns, format="numpy"
+            description=self.__doc__, citation="", inputs_description="", features=self.columns, format=self.format
         )
 
 
@@ -64,6 +65,32 @@ class TokenAccuracy(Accuracy):
                 f"no token to score: all {labelled.size} references are {IGNORED_LABEL}; check the labels' alignment"
             )
         return super()._compute(predictions[labelled], references[labelled])
+
+
+class TopKAccuracy(InMemoryMetric):
+    """Fraction of images whose class is the best one predicted, and among the k best; higher is better.
+
+    Args:
+        k: number of best classes.
+
+    Args (of `compute`):
+        predictions: Classes of each image, best first, `(n, ≥ min(k, classes))`.
+        references: True classes, `(n,)`.
+
+    Returns:
+        `accuracy` and `top_k_accuracy` (k as given), between 0 and 1.
+    """
+
+    columns = Features({"predictions": List(Value("int64")), "references": Value("int64")})
+    format = None  # rows of several numbers come as lists
+
+    def __init__(self, k: int = 5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = k
+
+    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
+        hits = np.asarray(predictions)[:, : self.k] == np.asarray(references)[:, None]
+        return {"accuracy": float(hits[:, 0].mean()), f"top_{self.k}_accuracy": float(hits.any(1).mean())}
 
 
 class Perplexity(InMemoryMetric):

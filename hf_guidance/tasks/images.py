@@ -1,0 +1,246 @@
+"""Image classification on a dataset of the Hub, a local folder, or scikit-learn's digits; streamed if it is large."""
+
+from __future__ import annotations
+
+from functools import partial
+from io import BytesIO
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+from transformers import CLIPImageProcessor, EvalPrediction
+
+from .base import Task, main_logits
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+    from .image_rows import PixelFormat
+
+VALIDATION = ("validation", "valid", "val", "dev")
+LABELS = ("label", "labels", "fine_label", "cls", "class")
+TOP = 5
+
+
+def image_classification(
+    dataset: str = "digits",
+    dataset_config: str | None = None,
+    streaming: bool = False,
+    target: PixelFormat | None = None,
+    guide: PixelFormat | None = None,
+    augmentation: str = "none",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_labels: int | None = None,
+    eval_size: int | None = None,
+    shuffle_buffer: int = 2000,
+    on_bad_image: str = "raise",
+    seed: int = 0,
+) -> Task:
+    """Name the class of an image.
+
+    Args:
+        dataset: Hub id or local folder (parquet, images in a folder per class, webdataset, …), or ``digits``, the 1797
+            of scikit-learn. It has a split train; without a validation split the even rows of the test split validate
+            and the odd ones test, and the other way round.
+        dataset_config: its configuration, if it has several.
+        streaming: whether to read the training split while training, shuffled within a buffer and without end; if
+            not, it is downloaded first.
+        target: how the target wants its pixels.
+        guide: how the guide does, in ``guide_pixel_values``; None for the target's own.
+        augmentation: ``none`` or ``crop_flip``, of the training images; the others are resized and cropped to their
+            centre.
+        image_column: name; None finds the one that holds images.
+        label_column: name; None finds the one that holds classes.
+        num_labels: of a dataset that does not name its classes.
+        eval_size: rows to validate, and to test, with at most, from the beginning of their splits.
+        shuffle_buffer: encoded images of a stream that are shuffled among one another, in each worker.
+        on_bad_image: ``raise``, or ``skip`` and count those that cannot be decoded.
+        seed: of the stream's order and of the augmentation.
+
+    Returns:
+        The task; its metrics are `accuracy` and `top_5_accuracy`.
+
+    Raises:
+        ValueError: a dataset that is not there or not open to this user, without a split, column or class that is
+            needed, or an option of another name.
+
+    Source: object recognition, Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035).
+    """
+    from datasets import Image
+
+    from .image_rows import (
+        AUGMENTATIONS,
+        CROP_FRACTION,
+        ImageCollator,
+        ImageDecoder,
+        ImageRows,
+        ImageStream,
+        PixelFormat,
+    )
+    from .metrics import TopKAccuracy
+
+    for name, value, possible in (
+        ("augmentation", augmentation, AUGMENTATIONS),
+        ("on_bad_image", on_bad_image, ("raise", "skip")),
+    ):
+        if value not in possible:
+            raise ValueError(f"{name} is {value!r}; possible are {', '.join(possible)}.")
+    target = target or PixelFormat(28)
+    splits = digits() if dataset == "digits" else _load(dataset, dataset_config, streaming)
+    features = _features(splits["train"], dataset)
+    columns = _columns(features, dataset, image_column, label_column)
+    names = _class_names(features, columns[1], dataset, num_labels)
+    encoded = {name: split.select_columns(list(columns)) for name, split in splits.items()}
+    encoded = {name: split.cast_column(columns[0], Image(decode=False)) for name, split in encoded.items()}
+    validation, test = _evaluation_splits(encoded, columns[1], dataset, eval_size)
+    sizes = (target.size,) if guide is None or guide.size == target.size else (target.size, guide.size)
+    crop = CROP_FRACTION if augmentation == "crop_flip" else 1.0
+    decoder = partial(ImageDecoder, sizes, columns, len(names), crop=crop, seed=seed, on_bad_image=on_bad_image)
+    train: Any = encoded["train"]
+    if streaming and dataset != "digits":
+        train = ImageStream.of(train.shuffle(seed=seed, buffer_size=shuffle_buffer), decoder(augmentation))
+    else:
+        train = ImageRows(train, decoder(augmentation))
+    return Task(
+        name="image_classification",
+        description=f"Name which of {len(names)} classes an image of {dataset.rstrip('/').split('/')[-1]} belongs to.",
+        train_dataset=train,
+        eval_dataset=ImageRows(validation, decoder()),
+        test_dataset=ImageRows(test, decoder()),
+        data_collator=ImageCollator(target, guide),
+        processing_class=image_processor(target, crop),
+        compute_metrics=partial(_metrics, TopKAccuracy(k=TOP)),
+        preprocess_logits_for_metrics=_best_classes,
+        metric="accuracy",
+        higher_is_better=True,
+        labels=tuple(names),
+    )
+
+
+def image_processor(pixels: PixelFormat, crop: float = 1.0) -> Any:
+    """What a saved target is used with: resizes, crops and normalises as validation does."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": round(pixels.size / crop)},
+        crop_size={"height": pixels.size, "width": pixels.size},
+        resample=2,  # bilinear
+        image_mean=list(pixels.mean),
+        image_std=list(pixels.std),
+        do_convert_rgb=True,
+    )
+
+
+def _metrics(metric: Any, prediction: EvalPrediction) -> dict[str, float]:
+    return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+
+def _best_classes(outputs: Any, labels: Tensor) -> Tensor:
+    """The five best classes of each image, best first: `(batch, classes)` to `(batch, 5)`."""
+    logits = main_logits(outputs)
+    return logits.topk(min(TOP, logits.shape[-1])).indices
+
+
+def digits() -> dict[str, Dataset]:
+    """scikit-learn's 1797 hand-written digits of 8 × 8 pixels: two thirds to train on, a sixth each to evaluate."""
+    import PIL.Image
+    from datasets import ClassLabel, Dataset, Features, Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, rest = train_test_split(np.arange(len(labels)), train_size=1197, stratify=labels, random_state=0)
+    validation, test = train_test_split(rest, train_size=300, stratify=labels[rest], random_state=0)
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+
+    def encode(row: np.ndarray) -> dict[str, Any]:
+        buffer = BytesIO()
+        PIL.Image.fromarray((row.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    return {
+        name: Dataset.from_dict(
+            {"image": [encode(pixels[i]) for i in rows], "label": labels[rows].tolist()}, features=features
+        )
+        for name, rows in (("train", train), ("validation", validation), ("test", test))
+    }
+
+
+def _load(dataset: str, config: str | None, streaming: bool) -> dict[str, Any]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        found = load_dataset(dataset, config, streaming=streaming)
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise ValueError(
+                f"the dataset {dataset} is gated: accept its terms at {ENDPOINT}/datasets/{dataset}, make a token with "
+                f"read rights at {ENDPOINT}/settings/tokens, then run `hf auth login` or set HF_TOKEN."
+            ) from error
+        raise ValueError(
+            f"dataset {dataset!r} not found: it is no local folder, and the Hub has none of that name that this user "
+            "may read (for a private one run `hf auth login` or set HF_TOKEN)."
+        ) from error
+    if "train" not in found:
+        raise ValueError(f"{dataset} has no split 'train'; it has {', '.join(found)}.")
+    return dict(found)
+
+
+def _features(split: Any, dataset: str) -> Features:
+    features = split.features or split._resolve_features().features
+    if not features:
+        raise ValueError(f"the train split of {dataset} has no rows.")
+    return features
+
+
+def _columns(features: Features, dataset: str, image: str | None, label: str | None) -> tuple[str, str]:
+    from datasets import ClassLabel, Image
+
+    images = [image] if image else [name for name, kind in features.items() if isinstance(kind, Image)]
+    classes = [label] if label else [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+    classes = classes or [name for name in LABELS if name in features]
+    for what, found, flag in (("images", images, "image_column"), ("classes", classes, "label_column")):
+        if not found or found[0] not in features or (len(found) > 1 and what == "images"):
+            raise ValueError(
+                f"{dataset} has the columns {', '.join(features)}, and which holds the {what} is "
+                f"{'not among them' if found and found[0] not in features else 'not clear'}: name it with {flag}."
+            )
+    return images[0], classes[0]
+
+
+def _class_names(features: Features, column: str, dataset: str, num_labels: int | None) -> list[str]:
+    names = getattr(features[column], "names", None)
+    if names is None and num_labels is None:
+        raise ValueError(f"{dataset} does not name the classes of its column {column!r}: give num_labels.")
+    if names is not None and num_labels not in (None, len(names)):
+        raise ValueError(f"num_labels is {num_labels}, but {dataset} names {len(names)} classes: leave it out.")
+    return names or [str(number) for number in range(num_labels or 0)]
+
+
+def _evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: int | None) -> tuple[Dataset, Dataset]:
+    """Rows to validate and to test with, in memory; a split without labels (ImageNet's test) counts as missing."""
+    validation = next((splits[name] for name in VALIDATION if name in splits), None)
+    test = splits.get("test")
+    if test is not None and next(iter(test), {label: None})[label] in (None, -1):
+        test = None
+    if validation is not None and test is not None:
+        return _rows(validation, slice(size)), _rows(test, slice(size))
+    one = validation if test is None else test
+    if one is None:
+        raise ValueError(
+            f"{dataset} has only the splits {', '.join(splits)}; validation needs one of {', '.join(VALIDATION)} or "
+            "test, with labels."
+        )
+    rows = _rows(one, slice(size and 2 * size))
+    return rows.select(range(0, len(rows), 2)), rows.select(range(1, len(rows), 2))
+
+
+def _rows(split: Dataset | IterableDataset, part: slice) -> Dataset:
+    from datasets import Dataset
+
+    if isinstance(split, Dataset):
+        return split.select(range(*part.indices(len(split))))
+    rows = list(islice(split, part.stop))
+    return Dataset.from_list(rows, features=split.features or split._resolve_features().features)
