@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
+from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide import check_same_guide, identity
 from hf_guidance.runtime import environment
@@ -134,14 +135,28 @@ def carry_out(
     )
     if trainer.is_world_process_zero():
         write_json(place / SETTINGS, settings)
+    maps = {"before": _map(trainer, guidance, task)} if run.guide else {}
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
     trainer.save_model(str(place))
     result = _result(run, trainer, settings, test, task.metric)
+    if maps.get("before"):
+        result["similarity_maps"] = maps | {"after": _map(trainer, guidance, task)}
     if trainer.is_world_process_zero():
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _map(trainer: GuidanceTrainer, guidance: GuidanceConfig, task: Task) -> dict[str, Any] | None:
+    """Similarities of all layers on the first validation rows; None where one process does not hold the target."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not guidance.guidance_weight:
+        return None
+    size = min(trainer.args.per_device_train_batch_size, len(task.eval_dataset))
+    rows = [task.eval_dataset[i] for i in range(size)]
+    batch = trainer._prepare_inputs(task.data_collator(rows))
+    target = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(trainer.args.device)
+    return similarity_map(target, trainer.guide, guidance, batch, autocast=trainer.accelerator.autocast())
 
 
 def _settings(run: Run, args: TrainingArguments, guidance: GuidanceConfig, data: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
 from hf_guidance.comparison import Run, best_learning_rate, carry_out, write_json
 from hf_guidance.config import GuidanceConfig
@@ -207,4 +208,7 @@ def publish(report: dict[str, Any], folder: Path) -> None:
     write_json(folder / "results.json", report)
     print("\n" + markdown_table(report["table"], metric, percent) + "\n")
     plot_comparison(report["runs"], metric, folder / "comparison.png", percent=percent, log=not percent)
-    print(f"{folder}/results.json, {folder}/comparison.png")
+    written = [f"{folder}/results.json", f"{folder}/comparison.png"]
+    if plot_similarity_maps(report["runs"], folder / "similarity.png"):
+        written.append(f"{folder}/similarity.png")
+    print(", ".join(written))

@@ -20,8 +20,8 @@ def plot_comparison(
     percent: bool = True,
     log: bool = False,
 ) -> None:
-    """Draw one panel of validation curves (mean over seeds, band from lowest to highest) and one of similarities per
-    guided run, and save them as a picture.
+    """Draw a panel of validation curves (mean over seeds, band from lowest to highest), one of training and validation
+    loss, and one of similarities per guided run, and save them as a picture.
 
     Args:
         results: of `comparison.carry_out`.
@@ -34,15 +34,24 @@ def plot_comparison(
 
     names = list(dict.fromkeys(r["run"] for r in results))
     guided = [n for n in names if any(r["run"] == n and r["similarity"] for r in results)]
-    figure = Figure(figsize=(5.2 + 4.2 * len(guided), 4.0), layout="constrained")
-    panels = figure.subplots(1, 1 + len(guided), width_ratios=[1.25] + [1.0] * len(guided), squeeze=False)[0]
+    columns = min(2 + len(guided), 4)
+    lines = -(-(2 + len(guided)) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    panels = grid[: 2 + len(guided)]
+    for spare in grid[len(panels) :]:
+        spare.set_axis_off()
     for number, name in enumerate(names):
-        _curve(panels[0], [r for r in results if r["run"] == name], name, f"C{number}", 100 if percent else 1)
+        runs = [r for r in results if r["run"] == name]
+        _curve(panels[0], runs, name, f"C{number}", 100 if percent else 1)
+        _losses(panels[1], runs, f"C{number}")
+    panels[1].set(xlabel="optimizer step", ylabel="task loss", yscale="log")
+    panels[1].set_title("dashed: training, solid: validation", fontsize=8)
     panels[0].set(xlabel="optimizer step", ylabel=f"validation {metric}" + (" (%)" if percent else ""))
     if log:
         panels[0].set_yscale("log")
     panels[0].legend(frameon=False, fontsize=8)
-    for panel, name in zip(panels[1:], guided, strict=True):
+    for panel, name in zip(panels[2:], guided, strict=True):
         _similarities(panel, [r for r in results if r["run"] == name], name)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
@@ -59,6 +68,16 @@ def _curve(panel: Axes, runs: Sequence[dict[str, Any]], name: str, color: str, f
     if len(runs) > 1:
         lows, highs = [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps]
         panel.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
+
+
+def _losses(panel: Axes, runs: Sequence[dict[str, Any]], color: str) -> None:
+    for points, style in (("curve", "-"), ("training", "--")):
+        by_step: dict[int, list[float]] = {}
+        for run in runs:
+            for point in run[points]:
+                by_step.setdefault(point["step"], []).append(point["loss"])
+        steps = sorted(by_step)
+        panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], style, color=color, linewidth=1.0)
 
 
 def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> None:

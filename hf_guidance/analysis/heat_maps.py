@@ -1,0 +1,117 @@
+"""Every layer of the target against every layer of the guide: similarities, and a picture of them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
+from hf_guidance.guide import BATCH_NORM, freeze
+from hf_guidance.loss import GuidanceLoss
+from hf_guidance.mapping import pair_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FEW_LAYERS = 12  # above it only every so-manieth is named on an axis
+
+
+@torch.no_grad()
+def similarity_map(
+    target: nn.Module,
+    guide: nn.Module,
+    config: GuidanceConfig,
+    batch: Mapping[str, Tensor],
+    autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, Any]:
+    """Similarity of every pair of layers on one batch.
+
+    The target is looked at as in training but for dropout: batch norm with the batch's statistics, none of them kept.
+
+    Args:
+        target: a network on the batch's device; it is left as it is.
+        guide: the frozen network.
+        config: names layers, measure and sample axis; its mapping only marks the pairs.
+        batch: a collated batch, of at least as many samples as the measure needs.
+        autocast: precision of both forwards; float32 if left out.
+
+    Returns:
+        ``measure``, ``target_layers``, ``guide_layers``, ``similarity`` (a list of as many numbers as there are guide
+        layers for each target layer) and ``pairs`` (as named in the logs).
+    """
+    target = copy.deepcopy(target)
+    norms = [module for module in target.modules() if isinstance(module, BATCH_NORM)]
+    freeze(target, "batch" if norms else "eval")
+    with autocast or torch.autocast(next(target.parameters()).device.type, enabled=False), torch.random.fork_rng():
+        first = _watch(GuidanceLoss(target, guide, config), batch)
+        rows, columns = first.target_reader.names(), first.guide_reader.names()
+        names = [[pair_name((row, column)) for column in columns] for row in rows]
+        own: dict[str, Any] = {"target_layers": [HIDDEN_STATES], "guide_layers": [HIDDEN_STATES], "log_measures": []}
+        every = replace(config, **own, layer_pairs=[name for row in names for name in row])
+        loss = GuidanceLoss(target, guide, every)
+        with loss.watch(batch, step=0) as watched:
+            target(**watched.inputs)
+    similarity = watched.similarities[config.measure]
+    return {
+        "measure": config.measure,
+        "target_layers": rows,
+        "guide_layers": columns,
+        "similarity": [[round(float(similarity[name]), 4) for name in row] for row in names],
+        "pairs": [pair_name(pair) for pair in first.pairs or ()],
+    }
+
+
+def _watch(loss: GuidanceLoss, batch: Mapping[str, Tensor]) -> GuidanceLoss:
+    with loss.watch(batch, step=0) as watched:
+        loss.target(**watched.inputs)
+    loss.close()
+    return loss
+
+
+def plot_similarity_maps(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
+    """Draw the maps of each guided run before and after training, its first seed's, and save them as a picture.
+
+    Args:
+        results: of `comparison.carry_out`.
+        path: of the picture; its suffix decides the format.
+
+    Returns:
+        Whether there was any to draw.
+    """
+    from matplotlib.figure import Figure
+
+    runs = list({r["run"]: r for r in reversed(results) if r.get("similarity_maps")}.values())[::-1]
+    if not runs:
+        return False
+    figure = Figure(figsize=(7.2, 3.1 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), 2, squeeze=False)
+    for line, run in zip(panels, runs, strict=True):
+        for panel, when in zip(line, ("before", "after"), strict=True):
+            image = _draw(panel, run["similarity_maps"][when])
+            panel.set_title(f"{run['run'].replace('_', ' ')}, {when} training", fontsize=9)
+        measure = run["similarity_maps"]["after"]["measure"].replace("_", " ").replace("cka", "CKA")
+        figure.colorbar(image, ax=list(line), label=measure, shrink=0.9)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _draw(panel: Axes, content: dict[str, Any]) -> Any:
+    rows, columns = content["target_layers"], content["guide_layers"]
+    image = panel.imshow(content["similarity"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+    places = [pair.split("~") for pair in content["pairs"]]
+    panel.scatter([columns.index(g) for _, g in places], [rows.index(t) for t, _ in places], s=5, c="white", marker="s")
+    for set_ticks, layers in ((panel.set_xticks, columns), (panel.set_yticks, rows)):
+        every = -(-len(layers) // FEW_LAYERS)
+        short = [layer.replace("hidden_states.", "h").replace("timm_model.", "") for layer in layers]
+        set_ticks(range(0, len(layers), every), short[::every], fontsize=6)
+    panel.tick_params(axis="x", rotation=60)
+    panel.set_xlabel("guide layer", fontsize=8)
+    panel.set_ylabel("target layer", fontsize=8)
+    return image
