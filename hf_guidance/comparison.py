@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide import check_same_guide, identity
+from hf_guidance.loss import GuidanceLoss
 from hf_guidance.runtime import environment
 from hf_guidance.trainer import GuidanceTrainer
 
@@ -53,6 +54,7 @@ class Run:
         training: `TrainingArguments` fields that differ from the other runs'.
         guidance: `GuidanceConfig` fields that differ.
         task: instead of the comparison's, where its data differ.
+        needs: name of the run of the same seed whose network its guide is, if it is one's.
         trainer: makes the trainer of everything but guide and guidance; None for a `GuidanceTrainer` with both.
     """
 
@@ -63,6 +65,7 @@ class Run:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
     task: Task | None = None
+    needs: str | None = None
     trainer: Callable[..., Trainer] | None = None
 
 
@@ -95,6 +98,13 @@ def _now(args: TrainingArguments) -> float:
         return time.process_time()
     torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def check(run: Run, guidance: GuidanceConfig) -> None:
+    """Raise ValueError, before anything is trained, if a guided run's settings or layers are not possible."""
+    config = dataclasses.replace(guidance, **run.guidance)
+    if run.guide is not None and run.needs is None and config.guidance_weight:
+        GuidanceLoss(run.model(), run.guide(), config).close()
 
 
 def carry_out(

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
-from hf_guidance.comparison import Run, best_learning_rate, carry_out, write_json
+from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, last_whole_checkpoint, write_json
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.tasks import Task
@@ -127,6 +127,10 @@ def launch(
     except KeyboardInterrupt:
         print(f"\nStopped. What was done is in {folder}; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
+    except ConnectionError as error:  # of a stream, after its retries
+        unfinished = [p for p in folder.glob("seed-*/*") if not (p / RESULT).is_file()]
+        whole = [Path(last).name for place in unfinished if (last := last_whole_checkpoint(place))]
+        sys.exit(f"{error}\nThe same command goes on from {whole[-1] if whole else 'the run it was in'}; see {folder}.")
     if PartialState().is_main_process:
         publish(report, folder)
         print(comparison.summary(), end="")
@@ -165,6 +169,8 @@ def compare(
     alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
     if recipe.longer_baseline and "alone" not in {run.name for run in comparison.runs(recipe.seeds[0])}:
         raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
+    for run in comparison.runs(recipe.seeds[0]):
+        check(run, guidance)
     carry = partial(carry_out, task=task, args=args, guidance=guidance, folder=folder, data=comparison.data)
     search: list[dict[str, Any]] = []
     if recipe.learning_rates:

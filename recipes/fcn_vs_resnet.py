@@ -153,7 +153,9 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     """Data and runs as the flags ask for them."""
     guide = str(recipe.guide)
+    network = load_guide(guide, untrained=True)
     own = pixel_format_of(guide, recipe.image_size, recipe.guide_image_size)
+    check_takes(network, own, guide)
     options: dict[str, Any] = {
         name: getattr(recipe, name)
         for name in (
@@ -172,7 +174,6 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     pixels = PixelFormat(int(recipe.image_size or 0), own.mean, own.std)
     load = partial(image_classification, **options)
     task = load(target=pixels, guide=own)
-    check_takes(load_guide(guide, untrained=True), own, guide)
     alike = {"alone": task, "itself": load(target=own) if recipe.train_guide and own != pixels else task}
     data = {**options, "dataset": Path(recipe.dataset).name if os.path.isdir(recipe.dataset) else recipe.dataset}
     return Comparison(
@@ -195,21 +196,23 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
     source, labels = str(recipe.guide), len(tasks["alone"].labels)
     target = partial(target_of, recipe, tasks["alone"])
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
-    stop = {"guidance_stop_step": recipe.stop_step or max(1, args.max_steps // 3)}
+    third = max(1, args.max_steps // 3)
+    stop = {"guidance_stop_step": third if recipe.stop_step is None else recipe.stop_step}
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)
     given: Callable[[], Any] = partial(load_guide, trained if recipe.train_guide else source)
 
     def distil(**kwargs: Any) -> DistillationTrainer:
         return DistillationTrainer(guide=AutoModelForImageClassification.from_pretrained(trained), **kwargs)
 
+    needs = "guide_itself" if recipe.train_guide else None
     itself = partial(untrained_network, source, AutoModelForImageClassification, num_labels=labels)
     runs = [
         Run("alone", seed, target),
         Run("guide_itself", seed, itself, training=recipe.guide_training(), task=tasks["itself"]),
         Run("untrained_guide", seed, target, guide=untrained),
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
-        Run("trained_guide", seed, target, guide=given),
-        Run("trained_guide_stopped", seed, target, guide=given, guidance=stop),
+        Run("trained_guide", seed, target, guide=given, needs=needs),
+        Run("trained_guide_stopped", seed, target, guide=given, needs=needs, guidance=stop),
         Run("shuffled_guide", seed, target, guide=untrained, guidance={"guide_input": "shuffled"}),
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
         Run("distillation", seed, target, trainer=distil),

@@ -132,12 +132,12 @@ def preset(task: str, size: str) -> Preset:
     rnn = {"hidden_size": 256} if small else {"embedding_size": 256, "hidden_size": 512}
     transformer = {"n_embd": 128, "n_head": 4} if small else {"n_embd": 512, "n_head": 16}
     return Preset(
-        task={"block_size": 32, "vocab_size": 4096} if small else {"block_size": 50, "vocab_size": 32_000},
+        task={"block_size": 32, "max_eval_blocks": 512} if small else {"block_size": 50, "vocab_size": 32_000},
         target=partial(recurrent, num_hidden_layers=4, **rnn),
         guide=partial(decoder, length=64, n_layer=4, **transformer),
-        training=training_defaults(*((300, 64, 1e-3) if small else (60_000, 256, 1e-3))) | {"max_grad_norm": 0.25},
+        training=training_defaults(*((300, 64, 2e-3) if small else (60_000, 256, 1e-3))) | {"max_grad_norm": 0.25},
         guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge"},
-        guide_training={},
+        guide_training={"max_steps": 1000} if small else {},
     )
 
 
@@ -188,7 +188,7 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
         Run("alone", seed, target),
         Run("guide_itself", seed, guide, training=own, task=own_task),
         Run("untrained_guide", seed, target, guide=lambda: load_guide(guide().config, seed=seed)),
-        Run("trained_guide", seed, target, guide=lambda: load_guide(trained)),
+        Run("trained_guide", seed, target, guide=lambda: load_guide(trained), needs="guide_itself"),
     ]
     needed = {*recipe.runs, *(["guide_itself"] if "trained_guide" in recipe.runs else [])}
     return [run for run in runs if run.name in needed]

@@ -190,7 +190,7 @@ class ImageStream(datasets.IterableDataset):
         for epoch in itertools.count():
             one_epoch = copy.copy(self)
             one_epoch._epoch = torch.tensor(epoch)  # the shared one would be moved by all workers at once
-            rows = super(ImageStream, one_epoch).__iter__()
+            rows = _readable(super(ImageStream, one_epoch).__iter__())
             number = -1
             for number, row in enumerate(itertools.islice(rows, self.part[0], None, self.part[1])):
                 decoded = self.decode(row, epoch, name=f"number {number} of epoch {epoch}")
@@ -198,6 +198,21 @@ class ImageStream(datasets.IterableDataset):
                     yield decoded
             if number < 0:
                 return  # a worker without a file
+
+
+def _readable(rows: Iterator[Any]) -> Iterator[Any]:
+    """The rows; what breaks off reading them, after the retries of `datasets`, as a ConnectionError."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ConnectionError(
+                f"The data could not be read any further ({type(error).__name__}: {error}). Retries: "
+                "datasets.config.STREAMING_READ_MAX_RETRIES, STREAMING_READ_RETRY_INTERVAL seconds apart."
+            ) from error
+        yield row
 
 
 class ImageCollator:

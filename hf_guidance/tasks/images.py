@@ -173,7 +173,7 @@ def _load(dataset: str, config: str | None, streaming: bool) -> dict[str, Any]:
 
     try:
         found = load_dataset(dataset, config, streaming=streaming)
-    except DatasetNotFoundError as error:
+    except (DatasetNotFoundError, FileNotFoundError) as error:
         if "gated" in str(error):
             raise ValueError(
                 f"the dataset {dataset} is gated: accept its terms at {ENDPOINT}/datasets/{dataset}, make a token with "

@@ -6,15 +6,12 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from launching import Recipe
 
-REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "recipes" / "rnn_vs_transformer.py"
 TINY = {
     "max_steps": 4,
     "eval_steps": 2,
@@ -25,26 +22,8 @@ TINY = {
     "use_cpu": True,
 }
 RUNS = ["alone", "guide_itself", "untrained_guide", "trained_guide"]
-
-
-def flags(folder, **options):
-    words = []
-    for name, value in {**TINY, "output_dir": folder, **options}.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def run_here(monkeypatch, folder, **options):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *flags(folder, **options)])
-    runpy.run_path(str(RECIPE), run_name="__main__")
-    return json.loads((folder / "results.json").read_text())
-
-
-def launch(folder, *launcher, **options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(RECIPE), *flags(folder, **options)]
-    return subprocess.Popen(
-        command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+RECIPE = Recipe("rnn_vs_transformer", TINY)
+run_here, launch = RECIPE.run_here, RECIPE.launch
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +157,9 @@ def test_two_processes_end_well_and_agree_on_one_table(tmp_path):
 
 
 def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), "--task", "parity", "--help"])
+    monkeypatch.setattr(sys, "argv", [str(RECIPE.path), "--task", "parity", "--help"])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        runpy.run_path(str(RECIPE.path), run_name="__main__")
     printed = " ".join(capsys.readouterr().out.split())
     for words in ("--longer_baseline", "--gradient_accumulation_steps", "--guidance_stop_step", "(default: 512)"):
         assert words in printed

@@ -1,0 +1,46 @@
+"""Running a recipe as a user does, here or in processes of its own."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class Recipe:
+    """One recipe, in a size of seconds.
+
+    Args:
+        name: of its file.
+        tiny: flags that make it small.
+    """
+
+    def __init__(self, name, tiny):
+        self.path, self.tiny = REPOSITORY / "recipes" / f"{name}.py", tiny
+
+    def flags(self, folder, **options):
+        words = []
+        for name, value in {**self.tiny, "output_dir": folder, **options}.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words
+
+    def run_here(self, monkeypatch, folder, **options):
+        """Run in this process; what stands in results.json."""
+        monkeypatch.setattr(sys, "argv", [str(self.path), *self.flags(folder, **options)])
+        runpy.run_path(str(self.path), run_name="__main__")
+        return json.loads((folder / "results.json").read_text())
+
+    def launch(self, folder, *launcher, env=None, **options):
+        """Start by accelerate, as a process group of its own."""
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(self.path)]
+        return subprocess.Popen(
+            [*command, *self.flags(folder, **options)],
+            cwd=folder.parent,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )

@@ -1,0 +1,246 @@
+"""The vision recipe, run as a user runs it, in a size of seconds."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from hub import Hub
+from images import imagenet_files, imagenet_rows, parquet, truncate, write
+from launching import Recipe
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_guidance.comparison import last_whole_checkpoint
+from hf_guidance.guide import fingerprint, load_guide
+
+TINY = {
+    "max_steps": 4,
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "per_device_train_batch_size": 16,
+    "width": 16,
+    "depth": 4,
+    "guide": "timm/resnet10t",
+    "untrained_guide": True,
+    "eval_size": 32,
+    "use_cpu": True,
+}
+RECIPE = Recipe("fcn_vs_resnet", TINY)
+run_here, launch = RECIPE.run_here, RECIPE.launch
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("imagenet"), imagenet_files(train=96))
+
+
+def test_every_run_of_the_comparison_on_digits(tmp_path):
+    folder = tmp_path / "out"
+    kinds = ["untrained_guide", "trained_guide", "untrained_guide_stopped", "trained_guide_stopped"]
+    runs = ["alone", *kinds, "shuffled_guide", "noise_guide", "distillation", "guide_itself"]
+    process = launch(folder, train_guide=True, runs=runs, longer_baseline=True, guide_image_size=32)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed[-3000:]
+    report = json.loads((folder / "results.json").read_text())
+    by_name = {run["run"]: run for run in report["runs"]}
+    assert set(by_name) == {*runs, "alone_longer"}
+    for name in runs:
+        assert re.search(rf"^\| {name.replace('_', ' ')} +\| 0 ", printed, re.MULTILINE)
+        assert {"accuracy", "top_5_accuracy", "loss"} <= set(by_name[name]["test"])
+    for picture in ("comparison.png", "similarity.png"):
+        assert (folder / picture).stat().st_size > 10_000
+    assert [by_name[kind]["settings"]["guidance"]["guidance_stop_step"] for kind in kinds] == [None, None, 1, 1]
+    assert by_name["shuffled_guide"]["settings"]["guidance"]["guide_input"] == "shuffled"
+    trained = folder / "seed-0" / "guide_itself"
+    assert by_name["trained_guide"]["guide"]["fingerprint"] == fingerprint(load_guide(trained))
+    assert by_name["untrained_guide"]["guide"]["untrained"]
+    assert by_name["distillation"]["guide"] is None
+    guided = by_name["untrained_guide"]["similarity_maps"]["after"]
+    convolutions = len(guided["guide_layers"])
+    assert convolutions == sum(isinstance(m, torch.nn.Conv2d) for m in load_guide(trained).modules())
+    assert len(guided["pairs"]) == convolutions == len(by_name["untrained_guide"]["similarity"][0]) - 1
+    assert torch.tensor(guided["similarity"]).shape == (4, convolutions)
+    for saved in ("alone", "guide_itself"):
+        processor = AutoImageProcessor.from_pretrained(folder / "seed-0" / saved)
+        assert processor.crop_size["height"] == (32 if saved == "guide_itself" else 8)
+        AutoModelForImageClassification.from_pretrained(folder / "seed-0" / saved)
+
+
+def test_a_guide_that_is_left_out_is_the_papers_with_random_weights_read_from_the_names(tmp_path, monkeypatch):
+    tiny = {name: value for name, value in TINY.items() if name not in ("guide", "untrained_guide")}
+    report = Recipe("fcn_vs_resnet", tiny).run_here(monkeypatch, tmp_path / "out", max_steps=1)
+    assert [run["run"] for run in report["runs"]] == ["alone", "untrained_guide"]
+    guide = report["runs"][1]["guide"]
+    assert (guide["source"], guide["untrained"], guide["seed"]) == ("timm/resnet18", True, 0)
+    assert len(report["runs"][1]["similarity"][0]) - 1 == 20  # the convolutions of a ResNet-18
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ({"target": "wide_fcn", "depth": 3}, "FCNForImageClassification"),
+        ({"target": "resnet50_without_skips", "depth": 18, "image_size": 16}, "PlainResNetForImageClassification"),
+        ({"prealign_steps": 2, "guide_input": "prealign_noise", "guide_batch_norm": "batch", "bf16": True}, "FCNFor"),
+    ],
+)
+def test_other_targets_and_every_guidance_field_as_a_flag(options, target, tmp_path, monkeypatch):
+    report = run_here(monkeypatch, tmp_path / "out", **options)
+    assert report["runs"][0]["target"].startswith(target)
+    assert [run["run"] for run in report["runs"]] == ["alone", "untrained_guide"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext", "swin", "dinov2"])
+def test_vision_models_of_transformers_guide_from_a_folder_in_a_size_of_their_own(kind, tmp_path, monkeypatch):
+    from transformers import ConvNextConfig, Dinov2Config, SwinConfig, ViTConfig
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {
+        "vit": ViTConfig(image_size=24, patch_size=8, **small),
+        "convnext": ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1]),
+        "swin": SwinConfig(image_size=32, patch_size=4, window_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2]),
+        "dinov2": Dinov2Config(image_size=28, patch_size=14, mlp_ratio=1, **small),
+    }[kind]
+    config.save_pretrained(tmp_path / "guide")
+    size = 32 if kind == "convnext" else config.image_size
+    report = run_here(monkeypatch, tmp_path / "out", guide=tmp_path / "guide", guide_image_size=size, max_steps=2)
+    pairs = [key for key in report["runs"][1]["similarity"][0] if key != "step"]
+    assert all("hidden_states" in pair.split("~")[1] for pair in pairs)
+    assert str(tmp_path) not in json.dumps(report["runs"])
+
+
+def test_imagenet_streams_from_a_folder_and_goes_on_after_a_stop_to_the_same_weights(imagenet, tmp_path, monkeypatch):
+    options = {
+        "dataset": imagenet,
+        "streaming": True,
+        "image_size": 16,
+        "augmentation": "crop_flip",
+        "shuffle_buffer": 20,
+        "runs": ["untrained_guide"],
+        "max_steps": 10,  # more than the six batches of an epoch
+        "save_steps": 8,
+        "eval_size": 8,
+        "dropout": 0.1,
+    }
+    unbroken = run_here(monkeypatch, tmp_path / "one", **options)["runs"][0]
+    stopped = tmp_path / "two" / "seed-0" / "untrained_guide"
+    run_here(monkeypatch, tmp_path / "two", **options)
+    for name in ("result.json", "model.safetensors", "checkpoint-10"):
+        os.rename(stopped / name, tmp_path / name)
+    resumed = run_here(monkeypatch, tmp_path / "two", **options)["runs"][0]
+    assert (stopped / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert resumed["test"]["loss"] == unbroken["test"]["loss"]
+    assert "imagenet" not in json.dumps(unbroken["settings"]["data"]).replace(os.path.basename(imagenet), "")
+
+
+def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections(tmp_path):
+    calls = []
+
+    def drop(method, path):
+        calls.append(path)
+        return "cut" if method == "GET" and "/resolve/" in path and "train" in path and len(calls) % 5 == 0 else None
+
+    with Hub(tmp_path / "hub", gated=["dataset/ILSVRC/imagenet-1k"], fault=drop) as hub:
+        hub.store.add("dataset/ILSVRC/imagenet-1k", imagenet_files(train=96))
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        process = launch(
+            tmp_path / "out",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            env=environment,
+            dataset="ILSVRC/imagenet-1k",
+            image_size=16,
+            dataloader_num_workers=1,
+            eval_size=8,
+        )
+        printed, _ = process.communicate(timeout=300)
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert printed.count("| untrained guide ") == 1, printed[-3000:]
+    assert report["runs"][1]["settings"]["world_size"] == 2
+    assert report["runs"][1]["settings"]["data"]["streaming"]
+    assert len(calls) > 10
+
+
+IMPATIENT = """
+import runpy, sys
+import datasets.config
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
+datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0.1
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_dead_connection_is_an_error_that_says_how_to_go_on_and_leaves_the_checkpoint_whole(tmp_path):
+    dead = []
+
+    def die(method, path):
+        return 503 if dead and "/resolve/" in path and "train" in path else None
+
+    options = {"dataset": "org/pictures", "streaming": True, "image_size": 16, "runs": ["alone"], "shuffle_buffer": 4}
+    options |= {"max_steps": 2000, "eval_steps": 2000, "save_steps": 4, "guide_image_size": 16}
+    with Hub(tmp_path / "hub", fault=die) as hub:
+        hub.store.add("dataset/org/pictures", imagenet_files(train=96, shards=24))
+        command = [sys.executable, "-c", IMPATIENT, str(RECIPE.path), *RECIPE.flags(tmp_path / "out", **options)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, env={**os.environ, **hub.environment(tmp_path / "home")}, **pipes)
+        place = tmp_path / "out" / "seed-0" / "alone"
+        deadline = time.monotonic() + 120
+        while not list(place.glob("checkpoint-*/trainer_state.json")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        dead.append(True)
+        printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "The data could not be read any further (" in printed, printed[-2000:]
+    last = last_whole_checkpoint(place)
+    assert f"The same command goes on from {Path(last).name}" in printed
+    assert load_guide(last).config.hidden_size == 16
+
+
+def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
+    rows = imagenet_rows(96)
+    rows[7] = truncate(rows[7])
+    files = imagenet_files() | {"data/train-00000-of-00001.parquet": parquet(rows)}
+    files = {path: content for path, content in files.items() if "of-00004" not in path}
+    options = {"dataset": write(tmp_path / "data", files), "image_size": 16, "eval_size": 8, "runs": ["alone"]}
+    with pytest.raises(ValueError, match=r"n00000007\.JPEG cannot be decoded"):
+        run_here(monkeypatch, tmp_path / "a", max_steps=12, **options)
+    run_here(monkeypatch, tmp_path / "b", max_steps=12, on_bad_image="skip", **options)
+    assert re.search(r"\n[12] training images could not be decoded and were skipped", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target": "deep_fnc"}, "--target deep_fnc: possible are deep_fcn, wide_fcn, resnet50_without_skips"),
+        ({"runs": ["guided"]}, "--runs guided: possible are alone, guide_itself, untrained_guide"),
+        ({"runs": ["distillation"]}, "need a guide trained on the data: --train_guide"),
+        ({"max_steps": -1}, "--max_steps is -1; it must be at least 1"),
+        ({"guide_layers": ["Conv3d"]}, "guide layer 'Conv3d' not found; the guide has"),
+        ({"guide": "timm/vit_tiny_patch16_224", "guide_image_size": 30},
+         "guide timm/vit_tiny_patch16_224 cannot take images of 30 × 30 pixels .*choose another --guide_image_size"),
+        ({"guide": "/nowhere/at/all"}, "Cannot load guide '/nowhere/at/all'"),
+        ({"target": "resnet50_without_skips", "depth": 4}, "depth must be one of 18, 34, 50, got 4"),
+        ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'; possible are raise, skip"),
+        ({"stop_step": 0, "runs": ["untrained_guide_stopped"]}, "guidance_stop_step is 0"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=words):
+        run_here(monkeypatch, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out/**/checkpoint-*"))
