@@ -1,6 +1,7 @@
 """The figures in the READMEs are those of the committed results, which a command made."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ def test_the_table_and_its_command_stand_in_the_readme_as_the_results_have_them(
         report["environment"]["device"],
     ):
         assert fact in readme
+
+
+def test_every_mean_on_the_first_page_is_one_of_the_results():
+    tables = (RECIPES / "README.md").read_text()
+    means = re.findall(r"\d+\.\d+ ± \d+\.\d+", (RECIPES.parent / "README.md").read_text())
+    assert len(means) > 3
+    assert [mean for mean in means if mean not in tables] == []
 
 
 def test_there_are_results():

@@ -59,25 +59,27 @@ def plot_comparison(
 
 
 def _curve(panel: Axes, runs: Sequence[dict[str, Any]], name: str, color: str, factor: float) -> None:
-    by_step: dict[int, list[float]] = {}
-    for run in runs:
-        for point in run["curve"]:
-            by_step.setdefault(point["step"], []).append(point["value"] * factor)
-    steps = sorted(by_step)
-    panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], color=color, label=name.replace("_", " "))
+    by_step = _by_step(runs, "curve", "value")
+    steps = list(by_step)
+    panel.plot(steps, [statistics.fmean(by_step[s]) * factor for s in steps], color=color, label=name.replace("_", " "))
     if len(runs) > 1:
-        lows, highs = [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps]
+        lows, highs = [min(by_step[s]) * factor for s in steps], [max(by_step[s]) * factor for s in steps]
         panel.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
 
 
 def _losses(panel: Axes, runs: Sequence[dict[str, Any]], color: str) -> None:
     for points, style in (("curve", "-"), ("training", "--")):
-        by_step: dict[int, list[float]] = {}
-        for run in runs:
-            for point in run[points]:
-                by_step.setdefault(point["step"], []).append(point["loss"])
-        steps = sorted(by_step)
-        panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], style, color=color, linewidth=1.0)
+        by_step = _by_step(runs, points, "loss")
+        panel.plot(list(by_step), [statistics.fmean(v) for v in by_step.values()], style, color=color, linewidth=1.0)
+
+
+def _by_step(runs: Sequence[dict[str, Any]], points: str, name: str) -> dict[int, list[float]]:
+    """Step → the runs' values there, at the steps that all runs have."""
+    by_step: dict[int, list[float]] = {}
+    for run in runs:
+        for point in run[points]:
+            by_step.setdefault(point["step"], []).append(point[name])
+    return {step: by_step[step] for step in sorted(by_step) if len(by_step[step]) == len(runs)}
 
 
 def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> None:
@@ -85,11 +87,8 @@ def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> Non
 
     pairs = [key for key in runs[0]["similarity"][0] if key != "step"]
     for number, pair in enumerate(pairs):
-        by_step: dict[int, list[float]] = {}
-        for run in runs:
-            for point in run["similarity"]:
-                by_step.setdefault(point["step"], []).append(point[pair])
-        steps = sorted(by_step)
+        by_step = _by_step(runs, "similarity", pair)
+        steps = list(by_step)
         color = colormaps["viridis"](number / max(1, len(pairs) - 1))
         label = pair.replace("hidden_states.", "h").replace("~", " ~ ")
         panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], color=color, label=label, linewidth=1.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
 from hf_guidance.guide import BATCH_NORM, freeze
-from hf_guidance.loss import GuidanceLoss
+from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.mapping import pair_name
 
 if TYPE_CHECKING:
@@ -46,19 +46,20 @@ def similarity_map(
         ``measure``, ``target_layers``, ``guide_layers``, ``similarity`` (a list of as many numbers as there are guide
         layers for each target layer) and ``pairs`` (as named in the logs).
     """
+    config = replace(
+        config, guidance_weight=1.0, guidance_schedule="constant", guidance_stop_step=None, log_measures=[]
+    )
     target = copy.deepcopy(target)
     norms = [module for module in target.modules() if isinstance(module, BATCH_NORM)]
     freeze(target, "batch" if norms else "eval")
-    with autocast or torch.autocast(next(target.parameters()).device.type, enabled=False), torch.random.fork_rng():
-        first = _watch(GuidanceLoss(target, guide, config), batch)
+    with autocast or nullcontext(), torch.random.fork_rng():
+        first = GuidanceLoss(target, guide, config)
+        _watch(first, batch)
         rows, columns = first.target_reader.names(), first.guide_reader.names()
         names = [[pair_name((row, column)) for column in columns] for row in rows]
-        own: dict[str, Any] = {"target_layers": [HIDDEN_STATES], "guide_layers": [HIDDEN_STATES], "log_measures": []}
-        every = replace(config, **own, layer_pairs=[name for row in names for name in row])
-        loss = GuidanceLoss(target, guide, every)
-        with loss.watch(batch, step=0) as watched:
-            target(**watched.inputs)
-    similarity = watched.similarities[config.measure]
+        every = [name for row in names for name in row]
+        config = replace(config, target_layers=[HIDDEN_STATES], guide_layers=[HIDDEN_STATES], layer_pairs=every)
+        similarity = _watch(GuidanceLoss(target, guide, config), batch).similarities[config.measure]
     return {
         "measure": config.measure,
         "target_layers": rows,
@@ -68,11 +69,11 @@ def similarity_map(
     }
 
 
-def _watch(loss: GuidanceLoss, batch: Mapping[str, Tensor]) -> GuidanceLoss:
-    with loss.watch(batch, step=0) as watched:
+def _watch(loss: GuidanceLoss, batch: Mapping[str, Tensor]) -> Watched:
+    with loss.watch(batch, step=loss.config.prealign_steps) as watched:
         loss.target(**watched.inputs)
     loss.close()
-    return loss
+    return watched
 
 
 def plot_similarity_maps(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
@@ -111,7 +112,8 @@ def _draw(panel: Axes, content: dict[str, Any]) -> Any:
         every = -(-len(layers) // FEW_LAYERS)
         short = [layer.replace("hidden_states.", "h").replace("timm_model.", "") for layer in layers]
         set_ticks(range(0, len(layers), every), short[::every], fontsize=6)
-    panel.tick_params(axis="x", rotation=60)
+    for label in panel.get_xticklabels():
+        label.set(rotation=60, horizontalalignment="right", rotation_mode="anchor")
     panel.set_xlabel("guide layer", fontsize=8)
     panel.set_ylabel("target layer", fontsize=8)
     return image

@@ -9,7 +9,8 @@ def run(name, seed, pairs=0):
     return {
         "run": name,
         "seed": seed,
-        "curve": [{"step": s, "value": 0.1 * s + 0.01 * seed} for s in (1, 2, 3)],
+        "curve": [{"step": s, "value": 0.1 * s + 0.01 * seed, "loss": 2.0 / s} for s in range(1, 4 + 2 * seed)],
+        "training": [{"step": s, "loss": 1.0 / s} for s in (2, 4)],
         "similarity": [{"step": s} | {f"hidden_states.{p}~layer{p}": 0.3 * s for p in range(pairs)} for s in (1, 2, 3)]
         if pairs
         else [],
@@ -42,19 +43,22 @@ def drawn(monkeypatch, tmp_path):
 
 def test_one_panel_of_curves_and_one_of_similarities_per_guided_run(drawn):
     results = [run("alone", 0), run("alone", 1), run("untrained_guide", 0, pairs=4), run("trained_guide", 0, pairs=20)]
-    curves, few, many = drawn(results)
+    curves, losses, few, many, *spare = drawn(results)
+    assert not spare
     assert [text.get_text() for text in curves.get_legend().get_texts()] == [
         "alone",
         "untrained guide",
         "trained guide",
     ]
     assert list(curves.lines[0].get_ydata()) == pytest.approx([10.5, 20.5, 30.5])  # percent, mean over the seeds
+    assert list(curves.lines[0].get_xdata()) == [1, 2, 3]  # where both have a value
+    assert [list(line.get_ydata()) for line in losses.lines[:2]] == [pytest.approx([2, 1, 2 / 3]), [0.5, 0.25]]
     assert (len(few.lines), len(many.lines)) == (4, 20)
     assert few.get_legend() is not None
     assert many.get_legend() is None
 
 
 def test_unguided_runs_alone_and_a_logarithmic_axis(drawn):
-    (curves,) = drawn([run("alone", 0)], percent=False, log=True)
+    curves, _ = drawn([run("alone", 0)], percent=False, log=True)
     assert curves.get_yscale() == "log"
     assert list(curves.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
