@@ -34,7 +34,8 @@ class Recipe:
 
     def launch(self, folder, *launcher, env=None, **options):
         """Start by accelerate, as a process group of its own."""
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(self.path)]
+        port = ["--main_process_port", "0"] if "--multi_gpu" in launcher else []  # any free one
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *port, str(self.path)]
         return subprocess.Popen(
             [*command, *self.flags(folder, **options)],
             cwd=folder.parent,

@@ -113,6 +113,11 @@ def test_other_text_is_other_data(tmp_path, monkeypatch):
     run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "a"], **options)
     with pytest.raises(ValueError, match=r"other settings \(data\)"):
         run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "b"], **options)
+    moved = tmp_path / "elsewhere" / "a"
+    moved.parent.mkdir()
+    os.rename(tmp_path / "a", moved)
+    report = run_here(monkeypatch, tmp_path / "out", text_files=[moved], **options)  # read, not run again
+    assert str(tmp_path) not in json.dumps(report["runs"])
 
 
 def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
