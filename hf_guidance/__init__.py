@@ -4,6 +4,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide import load_guide
 from hf_guidance.kernels import gram
 from hf_guidance.loss import GuidanceLoss
+from hf_guidance.pushed import load_guide_of
 from hf_guidance.similarity import debiased_cka, linear_cka, procrustes, rbf_cka, ridge, rsa
 from hf_guidance.trainer import GuidanceMixin, GuidanceTrainer
 
@@ -18,6 +19,7 @@ __all__ = [
     "gram",
     "linear_cka",
     "load_guide",
+    "load_guide_of",
     "procrustes",
     "rbf_cka",
     "ridge",

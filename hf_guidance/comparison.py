@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.guide import check_same_guide, identity
+from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.runtime import environment
 from hf_guidance.trainer import GuidanceTrainer

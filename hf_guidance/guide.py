@@ -1,8 +1,7 @@
-"""The frozen network: loading it, building an untrained one from a seed, telling one from another."""
+"""The frozen network: loading it, or building an untrained one from a seed, and freezing it."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
+
+from hf_guidance.identity import IDENTITY
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -190,49 +189,6 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
-
-
-# -------------------------------------------------------------------------------------------------------- identity
-
-
-def fingerprint(model: nn.Module) -> str:
-    """``sha256:…`` over names, types, shapes and bytes of all parameters and saved buffers."""
-    state = model.state_dict()
-    if any(value.device.type == "meta" for value in state.values()):  # weights that a device map keeps elsewhere
-        state = get_state_dict_offloaded_model(model)
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def identity(guide: nn.Module) -> dict[str, Any]:
-    """What tells this guide from any other: origin, architecture, size, versions and fingerprint of its weights."""
-    import transformers
-
-    origin = getattr(guide, IDENTITY, {"source": None, "untrained": None, "seed": None, "revision": None})
-    return origin | {
-        "architecture": type(guide).__name__,
-        "parameters": sum(parameter.numel() for parameter in guide.parameters()),
-        "fingerprint": fingerprint(guide),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def check_same_guide(now: dict[str, Any], then: dict[str, Any], where: str) -> None:
-    """Raise ValueError if a run would go on with another guide than it began with."""
-    if then.get("fingerprint") not in (None, now["fingerprint"]):
-        raise ValueError(
-            f"{where} was guided by {_in_words(then)}, but this trainer's guide is {_in_words(now)}. Resuming would "
-            "train towards another network: pass the same guide (same seed and library versions, or the weights kept "
-            "by save_guide=True), or start anew without resume_from_checkpoint."
-        )
-
-
-def _in_words(guide: dict[str, Any]) -> str:
-    kind = f"untrained, seed {guide.get('seed')}" if guide.get("untrained") else "with given weights"
-    return f"{guide.get('architecture')} ({guide.get('source') or 'live module'}, {kind}, {guide['fingerprint'][:19]}…)"
 
 
 def check_apart(target: nn.Module, guide: nn.Module) -> None:

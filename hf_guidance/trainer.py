@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_model
@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
-from hf_guidance.guide import calibrate_batch_norm, check_same_guide, freeze, identity
+from hf_guidance.guide import calibrate_batch_norm, freeze
 from hf_guidance.guide_input import (
     GUIDE_PREFIX,
     accepted_columns,
@@ -25,14 +25,16 @@ from hf_guidance.guide_input import (
     guide_batch,
     without_guide,
 )
+from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.publishing import PublishingMixin
 from hf_guidance.similarity import get_measure
 
 GUIDE_FOLDER = "guide"
 
 
-class GuidanceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+class GuidanceMixin(PublishingMixin):
     """Put in front of a Trainer class, adds a guidance loss to its task loss; everything else stays as it is.
 
     Args:

@@ -78,7 +78,9 @@ class Arguments(RecipeArguments):
     )
     untrained_guide: bool = field(default=False, metadata={"help": "Random weights for --guide, and not its own."})
     train_guide: bool = field(default=False, metadata={"help": "Train the guide on the same data first, and keep it."})
-    guide_image_size: Optional[int] = field(default=None, metadata={"help": "Left out, what the guide needs or takes."})
+    guide_image_size: Optional[int] = field(
+        default=None, metadata={"help": "Left out, what it was trained on or is made for, else the target's."}
+    )
     stop_step: Optional[int] = field(
         default=None, metadata={"help": "Where the *_stopped runs stop guidance; a third of the steps if left out."}
     )
@@ -145,6 +147,8 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     values["remove_unused_columns"] = False  # the rows are images still
     if recipe.streaming:
         values["accelerator_config"] = {"dispatch_batches": False}  # or rank 0 decodes for all
+    if recipe.preset == "small":
+        values["measure"] = "ridge"  # for linear CKA see the log in recipes/README.md
     if "resnet" in str(recipe.guide):
         values["guide_layers"] = ["Conv2d"]  # the paper's: every convolution
     return values
@@ -154,7 +158,9 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     """Data and runs as the flags ask for them."""
     guide = str(recipe.guide)
     network = load_guide(guide, untrained=True)
-    own = pixel_format_of(guide, recipe.image_size, recipe.guide_image_size)
+    size = int(recipe.image_size or 0)
+    trained = not recipe.train_guide and bool({"trained_guide", "trained_guide_stopped"} & set(recipe.runs or ()))
+    own = pixel_format_of(guide, size, trained=trained, given=recipe.guide_image_size)
     check_takes(network, own, guide)
     options: dict[str, Any] = {
         name: getattr(recipe, name)
@@ -171,7 +177,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
             "on_bad_image",
         )
     }
-    pixels = PixelFormat(int(recipe.image_size or 0), own.mean, own.std)
+    pixels = PixelFormat(size, own.mean, own.std)
     load = partial(image_classification, **options)
     task = load(target=pixels, guide=own)
     alike = {"alone": task, "itself": load(target=own) if recipe.train_guide and own != pixels else task}

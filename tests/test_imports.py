@@ -18,10 +18,13 @@ PACKAGE = Path(hf_guidance.__file__).parent
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
     {"runtime", "kernels", "similarity", "mapping", "schedule", "config"},
+    {"identity"},
     {"samples", "features", "guide", "guide_input"},
-    {"loss", "logs"},
-    {"trainer", "distillation"},
-    {"model_card", "analysis", "comparison"},
+    {"pushed"},
+    {"loss", "logs", "card_facts", "model_card"},
+    {"publishing"},
+    {"trainer", "distillation", "analysis"},
+    {"comparison"},
     {"recipe"},
     {"__init__"},
 ]

@@ -11,42 +11,42 @@ from torch import nn
 from .image_rows import PixelFormat
 
 
-def pixel_format_of(source: str, size: int | None, given: int | None = None) -> PixelFormat:
-    """Size and normalisation of a network's images, as far as its image processor and config say.
+def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None = None) -> PixelFormat:
+    """Size and normalisation of a network's images.
 
     Args:
         source: Hub id, local folder or ``timm/<architecture>``.
-        size: what a network that takes any size is given, in pixels.
-        given: overrules both.
-
-    Returns:
-        The format; mean and standard deviation are 0.5 where nothing is said.
+        size: in pixels, for a network that takes any size and was trained on none.
+        trained: whether its own weights are used: then its image processor says how its images were made.
+        given: a size that overrules all.
     """
     from transformers import AutoConfig, AutoImageProcessor
 
-    config: Any = None
-    if source.startswith("timm/") and not os.path.isdir(source):
+    architecture = source.removeprefix("timm/")
+    if source.startswith("timm/") and not os.path.isdir(source) and not trained:
         import timm
 
-        architecture = source.removeprefix("timm/")
         if timm.is_model(architecture):
-            pretrained: Any = timm.get_pretrained_cfg(architecture)
-            own = pretrained.input_size[-1] if pretrained and pretrained.fixed_input_size else None
-            if pretrained is None or "." not in architecture:  # no tag, no weights: untrained
-                return PixelFormat(given or own or size or 224)
-            return PixelFormat(given or own or size or 224, tuple(pretrained.mean), tuple(pretrained.std))
-    config = AutoConfig.from_pretrained(source)
-    own = getattr(config, "image_size", None)
-    own = own[0] if isinstance(own, (list, tuple)) else own
-    try:
-        processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError):  # a config alone, of a network that is to stay untrained
-        return PixelFormat(given or own or size or 224)
-    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
-    data = getattr(processor, "data_config", {})  # timm's
-    mean, std = mean or data.get("mean"), std or data.get("std")
-    half = (0.5, 0.5, 0.5)
-    return PixelFormat(given or own or size or 224, tuple(mean or half), tuple(std or half))
+            defaults: Any = timm.get_pretrained_cfg(architecture)
+            return PixelFormat(given or (defaults.input_size[-1] if defaults and defaults.fixed_input_size else size))
+    if not trained:
+        own = _side(getattr(AutoConfig.from_pretrained(source), "image_size", None))
+        return PixelFormat(given or own or size)
+    processor: Any = AutoImageProcessor.from_pretrained(source)
+    timms = getattr(processor, "data_config", None) or {}  # timm's own processor keeps all in one place
+    mean = timms.get("mean") or getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
+    std = timms.get("std") or getattr(processor, "image_std", None) or (0.5, 0.5, 0.5)
+    own = timms.get("input_size") or getattr(processor, "crop_size", None) or getattr(processor, "size", None)
+    return PixelFormat(given or _side(own) or size, tuple(mean), tuple(std))
+
+
+def _side(size: Any) -> int | None:
+    """One side of a square, however it is written: 224, (3, 224, 224), {"height": 224, …}, {"shortest_edge": 224}."""
+    if isinstance(size, (list, tuple)):
+        return int(size[-1])
+    if size is None or isinstance(size, int):
+        return size
+    return size["height"] if size.get("height") else size.get("shortest_edge")
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from launching import Recipe
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_guidance.comparison import last_whole_checkpoint
-from hf_guidance.guide import fingerprint, load_guide
+from hf_guidance.guide import load_guide
+from hf_guidance.identity import fingerprint
 
 TINY = {
     "max_steps": 4,

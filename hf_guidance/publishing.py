@@ -1,0 +1,171 @@
+"""What leaves the machine: pushes to the Hub with card and code, and without token or path."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress
+
+from hf_guidance.card_facts import run_facts
+from hf_guidance.model_card import render
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS = "training_args.bin"
+STATE = "trainer_state.json"
+# in a checkpoint, for going on with the training, and no part of the model
+FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", "latest", "zero_to_fp32.py")
+NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS]
+
+
+class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """The part of `GuidanceMixin` that saves for others to see: card, code, scrubbed arguments, pushes.
+
+    Attributes:
+        card_facts: what the card is to say beside what the trainer knows; see `run_facts`.
+    """
+
+    guide: Any
+    push_in_progress: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.card_facts: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card to ``<output_dir>/README.md``; without a guide, transformers' own.
+
+        Args:
+            language, license, tags, model_name, dataset: as of `Trainer.create_model_card`.
+        """
+        if self.guide is None and not self.card_facts:
+            return super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return None
+        tags, data = kwargs.get("tags") or [], kwargs.get("dataset")
+        given = {name: kwargs.get(name) for name in ("language", "license")}
+        given |= {"name": kwargs.get("model_name"), "tags": [tags] if isinstance(tags, str) else list(tags)}
+        if data:
+            given["data"] = {"name": data if isinstance(data, str) else ", ".join(data)}
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        given |= {name: value for name, value in self.card_facts.items() if given.get(name) is None}
+        (folder / "README.md").write_text(render(run_facts(self, **given)), encoding="utf-8")
+        return None
+
+    def _try_to_write_a_card(self) -> None:
+        try:
+            self.create_model_card(model_name=(self.hub_model_id or "").split("/")[-1] or None)
+        except Exception:  # training goes on, and what is trained is kept, whatever ails a card
+            logger.exception("The model card could not be written; everything else was.")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # transformers' own holds token and paths in clear
+            torch.save(scrubbed(self.args), Path(output_dir or str(self.args.output_dir)) / ARGUMENTS)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As transformers', with all that belongs to the model: its code, guidance config and card too."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        output, checkpoint = Path(str(args.output_dir)), Path(checkpoint_folder)
+        state = shutil.ignore_patterns(*FOR_RESUMING, STATE, ARGUMENTS)
+        shutil.copytree(checkpoint, output, ignore=state, dirs_exist_ok=True)
+        self._try_to_write_a_card()
+        message = f"Training in progress, step {self.state.global_step}"
+        options: dict[str, Any] = {"repo_id": self.hub_model_id, "token": args.hub_token, "run_as_future": True}
+        options["revision"] = args.hub_revision
+        api = HfApi()
+        jobs: list[Any] = [
+            api.upload_folder(folder_path=output, commit_message=message, ignore_patterns=NOT_PUSHED, **options)
+        ]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            whole = output / f"_{checkpoint.name}"  # a copy, as the run goes on and its state names paths
+            shutil.copytree(checkpoint, whole, ignore=shutil.ignore_patterns(ARGUMENTS), dirs_exist_ok=True)
+            _without_paths(whole / STATE)
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                api.upload_folder(
+                    folder_path=whole,
+                    path_in_repo="last-checkpoint" if last else checkpoint.name,
+                    commit_message=f"{message}, checkpoint",
+                    **options,
+                )
+            )
+            jobs[-1].add_done_callback(lambda _: shutil.rmtree(whole, ignore_errors=True))
+        if busy and self.push_in_progress is not None:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        current = getattr(self, "push_in_progress", None)
+        for job in current.jobs if current is not None else ():
+            if job.done() and not job.cancelled() and (error := job.exception()) is not None:
+                logger.warning("A push during training failed (%s); the last one brings everything.", error)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'.
+
+        Raises:
+            ConnectionError: the push failed; everything is on disk, and the message has the command to push it later.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            folder = Path(str(self.args.output_dir))
+            if not (folder / "README.md").is_file():
+                self._try_to_write_a_card()
+            repository = self.hub_model_id or self.args.hub_model_id or folder.name
+            raise ConnectionError(
+                f"The push to {repository} failed ({type(error).__name__}: {_one_line(error)}). Nothing is lost: all "
+                f"of it is in {folder}. To push it later: {later(repository, folder)}"
+            ) from error
+
+
+def later(repository: str, folder: Path) -> str:
+    """The command that pushes a saved model."""
+    left_out = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
+    return f"hf upload {repository} {folder} . {left_out}"
+
+
+def scrubbed(args: Any) -> Any:
+    """A copy of training arguments without tokens and without paths of this machine."""
+    clean = copy.copy(args)
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if "token" in field.name and isinstance(value, str):
+            setattr(clean, field.name, None)
+        elif isinstance(value, (str, os.PathLike)) and os.path.isabs(value):
+            setattr(clean, field.name, os.path.basename(os.path.normpath(value)))
+    return clean
+
+
+def _without_paths(state: Path) -> None:
+    if not state.is_file():
+        return
+    content = json.loads(state.read_text(encoding="utf-8"))
+    if content.get("best_model_checkpoint"):
+        content["best_model_checkpoint"] = os.path.basename(content["best_model_checkpoint"])
+    state.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,112 @@
+"""The guide that guided a pushed target, rebuilt from what the target's repository says of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.guide import load_guide
+from hf_guidance.identity import fingerprint
+
+LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number, or more layers
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TYPES: dict[str, tuple[type, ...]] = {
+    "source": (str, type(None)),
+    "untrained": (bool, type(None)),
+    "seed": (int, type(None)),
+}
+TYPES |= {"revision": (str, type(None)), "fingerprint": (str,), "config": (dict, type(None))}
+
+
+def load_guide_of(
+    target: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> nn.Module:
+    """The guide of a pushed or saved target: an untrained one from its seed, a trained one from where it is kept.
+
+    Nothing but numbers and names is read from the target's repository, and none of its code is run.
+
+    Args:
+        target: Hub id or local folder of a target that was saved by a `GuidanceTrainer`.
+        revision: branch, tag or commit of the target's repository.
+        token: for a private repository.
+
+    Returns:
+        The guide, frozen, its weights the same to the bit as those that guided.
+
+    Raises:
+        ValueError: no guidance config is there, it is not one, or the guide cannot be had again: it was a module or
+            folder of the user's own, or these versions of the libraries draw other weights.
+    """
+    folder = _fetch(target, revision, token)
+    try:
+        _, guide = GuidanceConfig.load(folder)
+        _check(guide)
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"the {CONFIG_NAME} of {target} is not one of this package's: {error}") from error
+    rebuilt = _rebuild(guide, str(target))
+    if (found := fingerprint(rebuilt)) != guide["fingerprint"]:
+        raise ValueError(
+            f"the guide of {target} is {guide['fingerprint'][:19]}… and what was rebuilt is {found[:19]}…: it was made "
+            f"with {guide.get('versions')}, whose random weights or files were others."
+        )
+    return rebuilt
+
+
+def _fetch(target: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    if os.path.isdir(target):
+        if not (Path(target) / CONFIG_NAME).is_file():
+            raise ValueError(f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer saved.")
+        return Path(target)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(target), CONFIG_NAME, revision=revision, token=token)).parent
+    except EntryNotFoundError as error:
+        raise ValueError(f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer pushed.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"{target} is neither a folder nor a repository that this user may read (for a private one run `hf auth "
+            "login`, or pass token)."
+        ) from error
+
+
+def _check(guide: Any) -> None:
+    if not isinstance(guide, dict) or not guide:
+        raise ValueError("it names no guide")
+    for name, possible in TYPES.items():
+        if not isinstance(guide.get(name), possible) or (name == "seed" and isinstance(guide.get(name), bool)):
+            raise ValueError(f"{name} is {str(guide.get(name))[:80]!r}")
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", guide["fingerprint"]):
+        raise ValueError(f"fingerprint is {guide['fingerprint'][:80]!r}")
+    for name, value in (guide["config"] or {}).items():
+        most = DEEPEST if "layer" in name or name == "depths" else LARGEST
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and abs(number) > most for number in numbers):
+            raise ValueError(f"{name} is {str(value)[:80]}")
+    if guide["seed"] is not None and not 0 <= guide["seed"] < 2**63:
+        raise ValueError(f"seed is {guide['seed']}")
+
+
+def _rebuild(guide: dict[str, Any], target: str) -> nn.Module:
+    from transformers import AutoConfig
+
+    import hf_guidance.targets  # noqa: F401  registers our own architectures
+
+    source = guide["source"] or ""
+    if guide["untrained"] and guide["config"]:
+        values = dict(guide["config"])
+        kind = values.pop("model_type", "")
+        try:
+            return load_guide(AutoConfig.for_model(kind, **values), seed=guide["seed"] or 0)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
+    if guide["untrained"] is False and HUB_ID.fullmatch(source):
+        return load_guide(source, revision=guide["revision"])
+    where = f"a local folder called {source!r}" if source else "a module of the user's own"
+    raise ValueError(f"the guide of {target} was {where}, which is not kept with it; whoever trained it has it.")
