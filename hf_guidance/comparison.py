@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +29,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.runtime import environment
+from hf_guidance.similarity import get_measure
 from hf_guidance.trainer import GuidanceTrainer
 
 if TYPE_CHECKING:
@@ -34,9 +37,11 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 SETTINGS = "settings.json"
+FEW = 8  # rows that settings are checked with
 # TrainingArguments that leave weights and curves as they are: where files go, what is printed, how data are loaded
 HARMLESS = re.compile(
-    r"output_dir|run_name|seed|report_to|disable_tqdm|(log|logging|save|hub|push|dataloader|ddp|trackio|_n_gpu).*|project"
+    r"output_dir|run_name|seed|report_to|disable_tqdm|(log|logging|save|hub|push|ddp|trackio|_n_gpu).*|project"
+    r"|dataloader_(?!drop_last).*"
     r"|do_(train|eval|predict)|load_best_model_at_end|remove_unused_columns|resume_from_checkpoint|ignore_data_skip"
     r"|local_rank|debug|skip_memory_metrics|torch_empty_cache_steps|eval_(delay|on_start|accumulation_steps|do_.*)|include_.*"
 )
@@ -55,6 +60,7 @@ class Run:
         guidance: `GuidanceConfig` fields that differ.
         task: instead of the comparison's, where its data differ.
         needs: name of the run of the same seed whose network its guide is, if it is one's.
+        like: makes a guide of the same layers, to check settings with before that run is done.
         trainer: makes the trainer of everything but guide and guidance; None for a `GuidanceTrainer` with both.
     """
 
@@ -66,6 +72,7 @@ class Run:
     guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
     task: Task | None = None
     needs: str | None = None
+    like: Callable[[], nn.Module] | None = None
     trainer: Callable[..., Trainer] | None = None
 
 
@@ -100,11 +107,23 @@ def _now(args: TrainingArguments) -> float:
     return time.perf_counter()
 
 
-def check(run: Run, guidance: GuidanceConfig) -> None:
-    """Raise ValueError, before anything is trained, if a guided run's settings or layers are not possible."""
+def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
+    """Raise ValueError, before anything is trained, if a guided run's settings, layers or data do not go together."""
     config = dataclasses.replace(guidance, **run.guidance)
-    if run.guide is not None and run.needs is None and config.guidance_weight:
-        GuidanceLoss(run.model(), run.guide(), config).close()
+    make = run.like if run.needs else run.guide
+    if make is None or not config.guidance_weight:
+        return
+    set_seed(run.seed)
+    size = max(FEW, get_measure(config.measure).min_samples)
+    loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
+    with torch.no_grad(), loss.watch(_first_rows(run.task or task, size), step=0) as watched:
+        loss.target(**watched.inputs)
+    loss.close()
+
+
+def _first_rows(task: Task, size: int) -> dict[str, Any]:
+    rows = (task.eval_dataset[i] for i in range(min(size, len(task.eval_dataset))))
+    return dict(task.data_collator(list(rows)))
 
 
 def carry_out(
@@ -123,12 +142,12 @@ def carry_out(
     """
     place = folder / f"seed-{run.seed}" / run.name
     args, guidance = _arguments(run, args, place), dataclasses.replace(guidance, **run.guidance)
-    settings = _settings(run, args, guidance, data)
+    set_seed(run.seed)
+    model, task = run.model(), run.task or task
+    settings = _settings(run, model, args, guidance, data)
     _check_settings(place, settings)
     if (place / RESULT).is_file():
         return _read(place / RESULT, run)
-    set_seed(run.seed)
-    model, task = run.model(), run.task or task
     make = run.trainer or partial(
         GuidanceTrainer, guide=run.guide() if run.guide else None, guidance=guidance if run.guide else None
     )
@@ -147,14 +166,20 @@ def carry_out(
         write_json(place / SETTINGS, settings)
     maps = {"before": _map(trainer, guidance, task)} if run.guide else {}
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
+    if not any(
+        log.get("step") == trainer.state.global_step and "eval_loss" in log for log in trainer.state.log_history
+    ):
+        trainer.evaluate()  # so that every run has a value at its last step
     test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
-    trainer.save_model(str(place))
+    trainer.save_model(str(place), _internal_call=True)
     result = _result(run, trainer, settings, test, task.metric)
     if maps.get("before"):
         result["similarity_maps"] = maps | {"after": _map(trainer, guidance, task)}
     if trainer.is_world_process_zero():
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return result
 
 
@@ -162,17 +187,21 @@ def _map(trainer: GuidanceTrainer, guidance: GuidanceConfig, task: Task) -> dict
     """Similarities of all layers on the first validation rows; None where one process does not hold the target."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not guidance.guidance_weight:
         return None
-    size = min(trainer.args.per_device_train_batch_size, len(task.eval_dataset))
-    rows = [task.eval_dataset[i] for i in range(size)]
-    batch = trainer._prepare_inputs(task.data_collator(rows))
+    batch = trainer._prepare_inputs(_first_rows(task, trainer.args.per_device_train_batch_size))
+    if len(next(iter(batch.values()))) < get_measure(guidance.measure).min_samples:
+        return None
     target = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(trainer.args.device)
     return similarity_map(target, trainer.guide, guidance, batch, autocast=trainer.accelerator.autocast())
 
 
-def _settings(run: Run, args: TrainingArguments, guidance: GuidanceConfig, data: dict[str, Any]) -> dict[str, Any]:
+def _settings(
+    run: Run, model: PreTrainedModel, args: TrainingArguments, guidance: GuidanceConfig, data: dict[str, Any]
+) -> dict[str, Any]:
+    network = json.loads(model.config.to_json_string(use_diff=True))
+    network.pop("transformers_version", None)
     training = {name: value for name, value in args.to_dict().items() if not HARMLESS.fullmatch(name)}
     training |= {"world_size": args.world_size}
-    settings = training | {"guidance": guidance.to_dict() if run.guide else None, "data": data}
+    settings = training | {"guidance": guidance.to_dict() if run.guide else None, "data": data, "network": network}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -264,11 +293,11 @@ def best_learning_rate(
     """Train the unguided runs at each rate; the best on validation data, averaged over the seeds, and every result."""
     results = [
         carry(dataclasses.replace(run, name=f"{run.name}-lr{rate:g}", training={**run.training, "learning_rate": rate}))
-        for rate in rates
+        for rate in dict.fromkeys(rates)
         for run in runs
     ]
-    means = {
-        rate: sum(r["validation"] for r in results if r["settings"]["learning_rate"] == rate) / len(runs)
-        for rate in rates
-    }
+    means: dict[float, float] = {}
+    for rate in rates:
+        mean = statistics.fmean(r["validation"] for r in results if r["settings"]["learning_rate"] == rate)
+        means[rate] = mean if math.isfinite(mean) else -math.inf if higher_is_better else math.inf
     return (max if higher_is_better else min)(means, key=means.__getitem__), results

@@ -7,13 +7,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
@@ -24,6 +24,7 @@ from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.tasks import Task
 
 PRESETS = ("small", "paper")
+LONGER = "alone_longer"
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Comparison:
         data: what they were made from, as it is to stand in the results.
         target: makes the network that the runs have in common.
         runs: the matched runs of a seed, each after those that it needs.
+        train_dataset: of a seed, where its order or augmentation is not the sampler's; else the task's.
         summary: printed beneath the table, if it has anything to say.
     """
 
@@ -68,6 +70,7 @@ class Comparison:
     data: dict[str, Any]
     target: Callable[[], PreTrainedModel]
     runs: Callable[[int], list[Run]]
+    train_dataset: Callable[[int], Any] | None = None
     summary: Callable[[], str] = lambda: ""
 
 
@@ -103,6 +106,12 @@ def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
     return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
 
 
+def identify_folder(folder: str) -> str:
+    """A digest of the names and sizes of all files in a folder."""
+    found = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob("*") if p.is_file())
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
 def launch(
     description: str,
     arguments: type[A],
@@ -130,7 +139,7 @@ def launch(
     except ConnectionError as error:  # of a stream, after its retries
         unfinished = [p for p in folder.glob("seed-*/*") if not (p / RESULT).is_file()]
         whole = [Path(last).name for place in unfinished if (last := last_whole_checkpoint(place))]
-        sys.exit(f"{error}\nThe same command goes on from {whole[-1] if whole else 'the run it was in'}; see {folder}.")
+        sys.exit(f"{error}\nThe same command goes on from {whole[-1] if whole else 'where it was'}; see {folder}.")
     if PartialState().is_main_process:
         publish(report, folder)
         print(comparison.summary(), end="")
@@ -141,7 +150,8 @@ def launch(
 def _parse(
     description: str, arguments: type[A], defaults: Callable[[A], dict[str, Any]]
 ) -> tuple[A, TrainingArguments, GuidanceConfig]:
-    first: Any = HfArgumentParser(arguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
+    kind: Any = arguments
+    first: Any = _allow_bare_flags(HfArgumentParser(kind, add_help=False, allow_abbrev=False))
     recipe, _ = first.parse_args_into_dataclasses(return_remaining_strings=True)
     check_choice("preset", recipe.preset, PRESETS)
     if refused := {"--seed", "--num_train_epochs", "--resume_from_checkpoint"} & {w.split("=")[0] for w in sys.argv}:
@@ -150,15 +160,28 @@ def _parse(
             "a stop goes on by itself."
         )
     dataclasses: Any = (arguments, TrainingArguments, GuidanceConfig)
-    parser: Any = HfArgumentParser(dataclasses, description=description, allow_abbrev=False)
-    parser.set_defaults(**defaults(recipe))
+    parser: Any = _allow_bare_flags(HfArgumentParser(dataclasses, description=description, allow_abbrev=False))
+    values = defaults(recipe)
+    if any(word.split("=")[0] == "--layer_pairs" for word in sys.argv):  # they name the layers themselves
+        values = {name: value for name, value in values.items() if name not in ("target_layers", "guide_layers")}
+    parser.set_defaults(**values)
     parsed: Any = parser.parse_args_into_dataclasses()
+    if parsed[1].eval_strategy == "no" or parsed[0].eval_size == 0:
+        raise ValueError("--eval_strategy no, --eval_size 0: runs are compared by their validation; leave it on.")
     if parsed[1].max_steps < 1:
         raise ValueError(
             f"--max_steps is {parsed[1].max_steps}; it must be at least 1: matched runs are compared step by step, and "
             "a stream has no end."
         )
     return parsed
+
+
+def _allow_bare_flags(parser: Any) -> Any:
+    """Let ``--flag`` alone say true where HfArgumentParser wants a word after it: an optional bool without default."""
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def compare(
@@ -170,8 +193,12 @@ def compare(
     if recipe.longer_baseline and "alone" not in {run.name for run in comparison.runs(recipe.seeds[0])}:
         raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
     for run in comparison.runs(recipe.seeds[0]):
-        check(run, guidance)
-    carry = partial(carry_out, task=task, args=args, guidance=guidance, folder=folder, data=comparison.data)
+        check(run, task, guidance)
+
+    def carry(run: Run) -> dict[str, Any]:
+        own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
+        return carry_out(run, own, args, guidance, folder, comparison.data)
+
     search: list[dict[str, Any]] = []
     if recipe.learning_rates:
         args.learning_rate, search = best_learning_rate(alone, recipe.learning_rates, carry, task.higher_is_better)
@@ -182,7 +209,7 @@ def compare(
         for run in comparison.runs(seed)
     ]
     if recipe.longer_baseline:
-        results += [carry(_longer(run, args.max_steps, results)) for run in alone]
+        results += [carry(_longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
     name = Path(sys.argv[0]).name
     return {
         "recipe": Path(name).stem,
@@ -200,11 +227,12 @@ def compare(
 
 
 def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
-    """The unguided run for twice the steps, or a little more than the time of the slowest guided run of its seed."""
+    """The unguided run for twice the steps, or somewhat more than the time of the slowest guided run of its seed."""
     own = [r for r in results if r["seed"] == run.seed]
     guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
     times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
-    return replace(run, name="alone_longer", training={"max_steps": int(steps * max(2.0, 1.1 * times) + 1)})
+    more = int(steps * max(2.0, 1.25 * times) + 1)
+    return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
 
 
 def publish(report: dict[str, Any], folder: Path) -> None:

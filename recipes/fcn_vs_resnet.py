@@ -26,18 +26,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from hf_guidance import load_guide
 from hf_guidance.comparison import Run
 from hf_guidance.distillation import DistillationTrainer
 from hf_guidance.guide import untrained_network
-from hf_guidance.recipe import Comparison, RecipeArguments, check_choice, launch, training_defaults
+from hf_guidance.recipe import (
+    Comparison,
+    RecipeArguments,
+    check_choice,
+    identify_folder,
+    launch,
+    training_defaults,
+)
 from hf_guidance.targets import (
     FCNConfig,
     FCNForImageClassification,
@@ -113,8 +120,12 @@ class Arguments(RecipeArguments):
         self.runs = self.runs or self._runs_of_the_guide()
         if self.train_guide and os.path.isdir(self.guide):
             raise ValueError(f"--train_guide trains an architecture from random weights; {self.guide} is a folder.")
-        if not self.train_guide and {"guide_itself", "distillation"} & set(self.runs):
-            raise ValueError("the runs guide_itself and distillation need a guide trained on the data: --train_guide.")
+        if not self.train_guide and "guide_itself" in self.runs:
+            raise ValueError("the run guide_itself trains the guide on the data: add --train_guide.")
+        if "distillation" in self.runs and not self.train_guide and (self.untrained_guide or not self.guide_is_named):
+            raise ValueError("the run distillation needs a trained guide: name one with --guide, or add --train_guide.")
+        if self.target == "resnet50_without_skips" and (self.width or self.dropout is not None):
+            raise ValueError("--width and --dropout are of the FCNs; a ResNet has --depth 18, 34 or 50.")
 
     def _runs_of_the_guide(self) -> list[str]:
         if self.train_guide:
@@ -149,9 +160,17 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
         values["accelerator_config"] = {"dispatch_batches": False}  # or rank 0 decodes for all
     if recipe.preset == "small":
         values["measure"] = "ridge"  # for linear CKA see the log in recipes/README.md
-    if "resnet" in str(recipe.guide):
+    if is_resnet(str(recipe.guide)):
         values["guide_layers"] = ["Conv2d"]  # the paper's: every convolution
     return values
+
+
+def is_resnet(guide: str) -> bool:
+    """Whether a guide is a ResNet, by its architecture."""
+    if guide.startswith("timm/") and not os.path.isdir(guide):
+        return "resnet" in guide
+    config = PreTrainedConfig.get_config_dict(guide)[0]
+    return "resnet" in str(config.get("architecture", config.get("model_type")))
 
 
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
@@ -181,20 +200,47 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     load = partial(image_classification, **options)
     task = load(target=pixels, guide=own)
     alike = {"alone": task, "itself": load(target=own) if recipe.train_guide and own != pixels else task}
-    data = {**options, "dataset": Path(recipe.dataset).name if os.path.isdir(recipe.dataset) else recipe.dataset}
+    data = {**options, "guide_source": Path(guide).name}
+    if os.path.isdir(recipe.dataset):
+        data["dataset"] = {"name": Path(recipe.dataset).resolve().name, "files": identify_folder(recipe.dataset)}
+    if recipe.streaming:
+        data["workers"] = args.dataloader_num_workers  # they share the files, so that their number makes the order
+    check_last_batch(task, args)
     return Comparison(
         task=task,
         data={"task": task.name, **data, "target": vars(pixels), "guide": vars(own)},
         target=partial(target_of, recipe, task),
         runs=partial(matched_runs, recipe, args, alike),
+        train_dataset=lambda seed: task.train_dataset.with_seed(seed),
         summary=partial(bad_images, task),
     )
 
 
+def check_last_batch(task: Task, args: TrainingArguments) -> None:
+    """Raise ValueError if an epoch would end in a batch of one image, which batch norm cannot take."""
+    rows = len(task.train_dataset) if hasattr(task.train_dataset, "__len__") else 0
+    if rows % args.train_batch_size == 1 and not args.dataloader_drop_last:
+        raise ValueError(
+            f"{rows} training images in batches of {args.train_batch_size} leave one over, and batch norm needs two: "
+            "choose another --per_device_train_batch_size, or pass --dataloader_drop_last."
+        )
+
+
 def bad_images(task: Task) -> str:
     """What is to be said of images that were skipped."""
-    count = task.train_dataset.decode.skipped
-    return f"{count} training images could not be decoded and were skipped, each time they came.\n" if count else ""
+    counts = {
+        name: rows.decode.skipped
+        for name, rows in (
+            ("training", task.train_dataset),
+            ("validation", task.eval_dataset),
+            ("test", task.test_dataset),
+        )
+    }
+    return "".join(
+        f"{count} {name} images could not be decoded and were skipped, counted each time they came.\n"
+        for name, count in counts.items()
+        if count
+    )
 
 
 def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Task], seed: int) -> list[Run]:
@@ -208,17 +254,19 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
     given: Callable[[], Any] = partial(load_guide, trained if recipe.train_guide else source)
 
     def distil(**kwargs: Any) -> DistillationTrainer:
-        return DistillationTrainer(guide=AutoModelForImageClassification.from_pretrained(trained), **kwargs)
+        classifier = trained if recipe.train_guide else source
+        return DistillationTrainer(guide=AutoModelForImageClassification.from_pretrained(classifier), **kwargs)
 
     needs = "guide_itself" if recipe.train_guide else None
+    own_task = replace(tasks["itself"], train_dataset=tasks["itself"].train_dataset.with_seed(seed))
     itself = partial(untrained_network, source, AutoModelForImageClassification, num_labels=labels)
     runs = [
         Run("alone", seed, target),
-        Run("guide_itself", seed, itself, training=recipe.guide_training(), task=tasks["itself"]),
+        Run("guide_itself", seed, itself, training=recipe.guide_training(), task=own_task),
         Run("untrained_guide", seed, target, guide=untrained),
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
-        Run("trained_guide", seed, target, guide=given, needs=needs),
-        Run("trained_guide_stopped", seed, target, guide=given, needs=needs, guidance=stop),
+        Run("trained_guide", seed, target, guide=given, needs=needs, like=untrained),
+        Run("trained_guide_stopped", seed, target, guide=given, needs=needs, like=untrained, guidance=stop),
         Run("shuffled_guide", seed, target, guide=untrained, guidance={"guide_input": "shuffled"}),
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
         Run("distillation", seed, target, trainer=distil),

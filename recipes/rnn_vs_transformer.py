@@ -40,6 +40,7 @@ from hf_guidance.recipe import (
 )
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import Task, build_task
+from hf_guidance.tasks.blocks import SHUFFLE_BUFFER
 from hf_guidance.tasks.parity import length_curriculum
 
 TEXT_TASKS = ("copy_paste", "parity", "language_modeling")
@@ -168,7 +169,14 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
         data={"task": recipe.task, **options, **files},
         target=partial(chosen.target, task),
         runs=partial(matched_runs, recipe, args, chosen, task),
+        train_dataset=partial(in_order_of, task),
     )
+
+
+def in_order_of(task: Task, seed: int) -> Any:
+    """The rows to train on; a stream, which no sampler puts in order, in that of the seed."""
+    rows = task.train_dataset
+    return rows if hasattr(rows, "__len__") else rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
 def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, task: Task, seed: int) -> list[Run]:
@@ -184,11 +192,15 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
         own_task = replace(task, train_dataset=rows)
         own["train_sampling_strategy"] = "sequential"
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
+
+    def untrained() -> Any:
+        return load_guide(guide().config, seed=seed)
+
     runs = [
         Run("alone", seed, target),
         Run("guide_itself", seed, guide, training=own, task=own_task),
-        Run("untrained_guide", seed, target, guide=lambda: load_guide(guide().config, seed=seed)),
-        Run("trained_guide", seed, target, guide=lambda: load_guide(trained), needs="guide_itself"),
+        Run("untrained_guide", seed, target, guide=untrained),
+        Run("trained_guide", seed, target, guide=lambda: load_guide(trained), needs="guide_itself", like=untrained),
     ]
     needed = {*recipe.runs, *(["guide_itself"] if "trained_guide" in recipe.runs else [])}
     return [run for run in runs if run.name in needed]

@@ -22,7 +22,8 @@ class Recipe:
 
     def flags(self, folder, **options):
         words = []
-        for name, value in {**self.tiny, "output_dir": folder, **options}.items():
+        given = {**self.tiny, "output_dir": folder, **options}
+        for name, value in ((name, value) for name, value in given.items() if value != []):  # an empty list: left out
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return words
 

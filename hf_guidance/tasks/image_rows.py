@@ -82,6 +82,12 @@ class ImageDecoder:
         """Number of images so far that could not be decoded."""
         return int(self._skipped)
 
+    def with_seed(self, seed: int) -> ImageDecoder:
+        """The same but for the seed; what is skipped is counted together."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
     def __call__(self, row: dict[str, Any], epoch: int = 0, name: str = "") -> dict[str, Any] | None:
         """The row as ``pixel_values`` (uint8, `(3, size, size)` for each size) and ``labels``; None if skipped.
 
@@ -98,7 +104,7 @@ class ImageDecoder:
         try:
             content = _content(encoded)
             image = _decode(content)
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
             if self.on_bad_image == "raise":
                 raise ValueError(
                     f"image {name} cannot be decoded: {error}. Mend or remove it, or pass --on_bad_image skip "
@@ -122,6 +128,8 @@ class ImageDecoder:
 
 def _content(encoded: Any) -> bytes:
     """The file of an image: its bytes, or what stands at its path."""
+    if encoded is None or (encoded.get("bytes") is None and encoded.get("path") is None):
+        raise ValueError("the row holds no image")
     if encoded.get("bytes") is not None:
         return encoded["bytes"]
     with xopen(encoded["path"], "rb") as file:
@@ -133,6 +141,10 @@ def _decode(content: bytes) -> PIL.Image.Image:
     image.load()
     if image.getexif().get(PIL.Image.ExifTags.Base.Orientation) is not None:
         image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+    if image.mode.startswith("I"):  # 16 bits a pixel, which converting would cut off at 255
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -150,6 +162,10 @@ class ImageRows(torch.utils.data.Dataset):
         self.rows, self.decode = rows, decode
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
 
+    def with_seed(self, seed: int) -> ImageRows:
+        """The same rows, augmented otherwise."""
+        return ImageRows(self.rows, self.decode.with_seed(seed))
+
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's loader: another epoch, another augmentation."""
         self._epoch.fill_(epoch)
@@ -165,15 +181,31 @@ class ImageStream(datasets.IterableDataset):
     """An endless stream: epoch after epoch, each in an order and with augmentations of its own.
 
     A Trainer that resumes reads as many batches as it had, so that the stream must not end with its first epoch. Ranks
-    that outnumber the files share each file row by row; a row is decoded by the rank that trains on it alone.
+    that outnumber the files share each file row by row; a row is decoded by the rank that trains on it alone. Each
+    rank's workers go round their own files: the epochs of one with fewer rows are shorter.
     """
 
     @classmethod
-    def of(cls, rows: datasets.IterableDataset, decode: ImageDecoder, part: tuple[int, int] = (0, 1)) -> ImageStream:
-        """A stream over encoded `rows`, or over every `part[1]`-th of them from the `part[0]`-th on."""
+    def of(cls, rows: datasets.IterableDataset, decode: ImageDecoder, buffer: int) -> ImageStream:
+        """A stream over encoded `rows`, shuffled within a buffer of so many by the decoder's seed."""
+        stream = cls._around(rows.shuffle(seed=decode.seed, buffer_size=buffer), decode, (0, 1))
+        stream.__dict__ |= {"source": rows, "buffer": buffer}
+        return stream
+
+    @classmethod
+    def _around(cls, rows: datasets.IterableDataset, decode: ImageDecoder, part: tuple[int, int]) -> ImageStream:
         stream = cls.__new__(cls)
         stream.__dict__ = rows.__dict__ | {"decode": decode, "part": part}
         return stream
+
+    def with_seed(self, seed: int) -> ImageStream:
+        """The same rows in another order and augmented otherwise."""
+        return self.of(self.source, self.decode.with_seed(seed), self.buffer)
+
+    @property
+    def column_names(self) -> None:
+        """Not known to those who would drop columns of what is yet to be decoded."""
+        return None
 
     @property
     def n_shards(self) -> int:
@@ -181,22 +213,26 @@ class ImageStream(datasets.IterableDataset):
         return 2**31
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> ImageStream:
-        """The `index`-th of `num_shards` parts: files where there are enough, else rows."""
+        """The `index`-th of `num_shards` parts: files where there are enough, else every `num_shards`-th row."""
         if self.num_shards < num_shards:
-            return self.of(self, self.decode, (index, num_shards))
-        return self.of(super().shard(num_shards, index, contiguous), self.decode, self.part)
+            return self._around(self, self.decode, (index, num_shards))
+        return self._around(super().shard(num_shards, index, contiguous), self.decode, self.part)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for epoch in itertools.count():
             one_epoch = copy.copy(self)
             one_epoch._epoch = torch.tensor(epoch)  # the shared one would be moved by all workers at once
             rows = _readable(super(ImageStream, one_epoch).__iter__())
-            number = -1
-            for number, row in enumerate(itertools.islice(rows, self.part[0], None, self.part[1])):
-                decoded = self.decode(row, epoch, name=f"number {number} of epoch {epoch}")
+            read = good = 0
+            for row in itertools.islice(rows, self.part[0], None, self.part[1]):
+                decoded = self.decode(row, epoch, name=f"number {read} of epoch {epoch}")
+                read += 1
                 if decoded is not None:
+                    good += 1
                     yield decoded
-            if number < 0:
+            if read and not good:
+                raise ValueError(f"none of the {read} images of an epoch could be decoded; look at the data.")
+            if not read:
                 return  # a worker without a file
 
 

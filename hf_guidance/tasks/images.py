@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +20,13 @@ if TYPE_CHECKING:
 
     from .image_rows import PixelFormat
 
+logger = logging.getLogger(__name__)
+
 VALIDATION = ("validation", "valid", "val", "dev")
 LABELS = ("label", "labels", "fine_label", "cls", "class")
 TOP = 5
+STREAMED_EVALUATION = 5000  # of ImageNet, half a gigabyte
+CHUNK = 500  # rows of a stream in one table: a column of one holds no more than two gigabytes
 
 
 def image_classification(
@@ -54,7 +60,8 @@ def image_classification(
         image_column: name; None finds the one that holds images.
         label_column: name; None finds the one that holds classes.
         num_labels: of a dataset that does not name its classes.
-        eval_size: rows to validate, and to test, with at most, from the beginning of their splits.
+        eval_size: rows to validate, and to test, with at most; None for all, or for 5000 of a stream, which are held in
+            memory, encoded.
         shuffle_buffer: encoded images of a stream that are shuffled among one another, in each worker.
         on_bad_image: ``raise``, or ``skip`` and count those that cannot be decoded.
         seed: of the stream's order and of the augmentation.
@@ -94,13 +101,14 @@ def image_classification(
     names = _class_names(features, columns[1], dataset, num_labels)
     encoded = {name: split.select_columns(list(columns)) for name, split in splits.items()}
     encoded = {name: split.cast_column(columns[0], Image(decode=False)) for name, split in encoded.items()}
-    validation, test = _evaluation_splits(encoded, columns[1], dataset, eval_size)
+    most = STREAMED_EVALUATION if eval_size is None and streaming else eval_size
+    validation, test = _evaluation_splits(encoded, columns[1], dataset, most)
     sizes = (target.size,) if guide is None or guide.size == target.size else (target.size, guide.size)
     crop = CROP_FRACTION if augmentation == "crop_flip" else 1.0
     decoder = partial(ImageDecoder, sizes, columns, len(names), crop=crop, seed=seed, on_bad_image=on_bad_image)
     train: Any = encoded["train"]
     if streaming and dataset != "digits":
-        train = ImageStream.of(train.shuffle(seed=seed, buffer_size=shuffle_buffer), decoder(augmentation))
+        train = ImageStream.of(train, decoder(augmentation), shuffle_buffer)
     else:
         train = ImageRows(train, decoder(augmentation))
     return Task(
@@ -180,8 +188,8 @@ def _load(dataset: str, config: str | None, streaming: bool) -> dict[str, Any]:
                 f"read rights at {ENDPOINT}/settings/tokens, then run `hf auth login` or set HF_TOKEN."
             ) from error
         raise ValueError(
-            f"dataset {dataset!r} not found: it is no local folder, and the Hub has none of that name that this user "
-            "may read (for a private one run `hf auth login` or set HF_TOKEN)."
+            f"dataset {dataset!r} not found: it is no local folder with data, and the Hub has none of that name that "
+            "this user may read (for a private one run `hf auth login` or set HF_TOKEN)."
         ) from error
     if "train" not in found:
         raise ValueError(f"{dataset} has no split 'train'; it has {', '.join(found)}.")
@@ -207,11 +215,16 @@ def _columns(features: Features, dataset: str, image: str | None, label: str | N
                 f"{dataset} has the columns {', '.join(features)}, and which holds the {what} is "
                 f"{'not among them' if found and found[0] not in features else 'not clear'}: name it with {flag}."
             )
+    if not isinstance(features[images[0]], Image):
+        raise ValueError(f"{dataset}: the column {images[0]!r} holds {features[images[0]]}; expected images.")
     return images[0], classes[0]
 
 
 def _class_names(features: Features, column: str, dataset: str, num_labels: int | None) -> list[str]:
-    names = getattr(features[column], "names", None)
+    kind = features[column]
+    names = getattr(kind, "names", None)
+    if names is None and not str(getattr(kind, "dtype", "")).lstrip("u").startswith("int"):
+        raise ValueError(f"{dataset}: the column {column!r} holds {kind}; expected classes as whole numbers from 0 on.")
     if names is None and num_labels is None:
         raise ValueError(f"{dataset} does not name the classes of its column {column!r}: give num_labels.")
     if names is not None and num_labels not in (None, len(names)):
@@ -226,21 +239,37 @@ def _evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: i
     if test is not None and next(iter(test), {label: None})[label] in (None, -1):
         test = None
     if validation is not None and test is not None:
-        return _rows(validation, slice(size)), _rows(test, slice(size))
+        return _rows(validation, label, size), _rows(test, label, size)
     one = validation if test is None else test
     if one is None:
         raise ValueError(
             f"{dataset} has only the splits {', '.join(splits)}; validation needs one of {', '.join(VALIDATION)} or "
             "test, with labels."
         )
-    rows = _rows(one, slice(size and 2 * size))
+    rows = _rows(one, label, size and 2 * size)
     return rows.select(range(0, len(rows), 2)), rows.select(range(1, len(rows), 2))
 
 
-def _rows(split: Dataset | IterableDataset, part: slice) -> Dataset:
-    from datasets import Dataset
+def _rows(split: Dataset | IterableDataset, label: str, size: int | None) -> Dataset:
+    """The first rows of a split, in memory; of a shuffled one where they come class by class, as folders do."""
+    from datasets import Dataset, concatenate_datasets
 
     if isinstance(split, Dataset):
-        return split.select(range(*part.indices(len(split))))
-    rows = list(islice(split, part.stop))
-    return Dataset.from_list(rows, features=split.features or split._resolve_features().features)
+        size = min(size or len(split), len(split))
+        if size < len(split) and _sorted(split.select(range(size))[label]):
+            split = split.shuffle(seed=0)
+        return split.select(range(size))
+    features = split.features or split._resolve_features().features
+    rows, parts = islice(split, size), []
+    while part := list(islice(rows, CHUNK)):
+        parts.append(Dataset.from_list(part, features=features))
+    if not parts:
+        raise ValueError("a split to evaluate on has no rows.")
+    found = concatenate_datasets(parts)
+    if len(found) == size and _sorted(found[label]):
+        logger.warning("The first %d rows come class by class: evaluate on more of them, or shuffle the split.", size)
+    return found
+
+
+def _sorted(labels: Sequence[Any]) -> bool:
+    return len(labels) > 1 and all(a <= b for a, b in pairwise(labels))

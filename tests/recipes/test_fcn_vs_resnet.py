@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -93,7 +94,10 @@ def test_a_guide_that_is_left_out_is_the_papers_with_random_weights_read_from_th
     ("options", "target"),
     [
         ({"target": "wide_fcn", "depth": 3}, "FCNForImageClassification"),
-        ({"target": "resnet50_without_skips", "depth": 18, "image_size": 16}, "PlainResNetForImageClassification"),
+        (
+            {"target": "resnet50_without_skips", "width": [], "depth": 18, "image_size": 16},
+            "PlainResNetForImageClassification",
+        ),
         ({"prealign_steps": 2, "guide_input": "prealign_noise", "guide_batch_norm": "batch", "bf16": True}, "FCNFor"),
     ],
 )
@@ -101,6 +105,31 @@ def test_other_targets_and_every_guidance_field_as_a_flag(options, target, tmp_p
     report = run_here(monkeypatch, tmp_path / "out", **options)
     assert report["runs"][0]["target"].startswith(target)
     assert [run["run"] for run in report["runs"]] == ["alone", "untrained_guide"]
+
+
+def test_another_network_guide_or_data_in_the_same_folder_is_refused(imagenet, tmp_path, monkeypatch):
+    data = {"image_size": 16, "eval_size": 8, "max_steps": 2}
+    run_here(monkeypatch, tmp_path / "out", dataset=imagenet, **data)
+    for change, words in (
+        ({"width": 8}, "network"),
+        ({"guide": "timm/resnet18"}, "data"),
+        ({"dataset": write(tmp_path / "x" / Path(imagenet).name, imagenet_files(train=90))}, "data"),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \(.*{words}.*\)"):
+            run_here(monkeypatch, tmp_path / "out", **{"dataset": imagenet, **data, **change})
+
+
+def test_layer_pairs_and_bare_flags(imagenet, tmp_path, monkeypatch):
+    options = {"dataset": imagenet, "image_size": 16, "eval_size": 8, "max_steps": 1, "runs": ["untrained_guide"]}
+    words = [
+        *RECIPE.flags(tmp_path / "out", **options, layer_pairs=["hidden_states.2~timm_model.conv1.0"]),
+        "--streaming",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(RECIPE.path), *words])
+    runpy.run_path(str(RECIPE.path), run_name="__main__")
+    run = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
+    assert run["settings"]["data"]["streaming"] is True
+    assert set(run["similarity"][0]) == {"step", pair}
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext", "swin", "dinov2"])
@@ -230,13 +259,19 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
     [
         ({"target": "deep_fnc"}, "--target deep_fnc: possible are deep_fcn, wide_fcn, resnet50_without_skips"),
         ({"runs": ["guided"]}, "--runs guided: possible are alone, guide_itself, untrained_guide"),
-        ({"runs": ["distillation"]}, "need a guide trained on the data: --train_guide"),
+        ({"runs": ["distillation"]}, "needs a trained guide: name one with --guide, or add --train_guide"),
+        ({"runs": ["guide_itself"]}, "trains the guide on the data: add --train_guide"),
+        ({"target": "resnet50_without_skips"}, "--width and --dropout are of the FCNs"),
+        ({"per_device_train_batch_size": 52}, "1197 training images in batches of 52 leave one over"),
+        ({"sample_axis": "token"}, "need the same positions"),
+        ({"layer_mapping": "last_99"}, "last_99"),
+        ({"eval_strategy": "no"}, "runs are compared by their validation"),
         ({"max_steps": -1}, "--max_steps is -1; it must be at least 1"),
         ({"guide_layers": ["Conv3d"]}, "guide layer 'Conv3d' not found; the guide has"),
         ({"guide": "timm/vit_tiny_patch16_224", "guide_image_size": 30},
          "guide timm/vit_tiny_patch16_224 cannot take images of 30 × 30 pixels .*choose another --guide_image_size"),
         ({"guide": "/nowhere/at/all"}, "Cannot load guide '/nowhere/at/all'"),
-        ({"target": "resnet50_without_skips", "depth": 4}, "depth must be one of 18, 34, 50, got 4"),
+        ({"target": "resnet50_without_skips", "width": [], "depth": 4}, "depth must be one of 18, 34, 50, got 4"),
         ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'; possible are raise, skip"),
         ({"stop_step": 0, "runs": ["untrained_guide_stopped"]}, "guidance_stop_step is 0"),
     ],

@@ -126,6 +126,24 @@ def test_grey_cmyk_and_turned_images_become_upright_rgb():
     assert torch.equal(view, torch.from_numpy(array).permute(2, 0, 1))
 
 
+def test_sixteen_bits_are_scaled_and_floating_point_and_missing_images_are_bad():
+    ramp = np.linspace(0, 65535, 24 * 24).reshape(24, 24).astype(np.uint16)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(ramp).save(buffer, "PNG")
+    view = decoder(sizes=[24])({"image": {"bytes": buffer.getvalue(), "path": "a"}, "label": 1})["pixel_values"][0]
+    assert np.abs(view[0].numpy().astype(int) - ramp / 257).max() <= 1
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.ones((4, 4), np.float32)).save(buffer, "TIFF")
+    for encoded, words in (
+        ({"bytes": buffer.getvalue(), "path": "a.tiff"}, r"a\.tiff cannot be decoded: its pixels are floating-point"),
+        ({"bytes": None, "path": None}, "the row holds no image"),
+        (None, "the row holds no image"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            decoder()({"image": encoded, "label": 0})
+        assert decoder(on_bad_image="skip")({"image": encoded, "label": 0}) is None
+
+
 def test_one_decode_serves_two_normalisations():
     target, guide = SMALL, PixelFormat(16, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     row = decoder()(imagenet_rows(1)[0])
@@ -222,6 +240,25 @@ def test_a_stream_goes_on_epoch_after_epoch_each_whole_and_in_another_order(imag
     assert numbers(stream, 3 * 48) == seen  # the same again when read again, as a resumed training does
 
 
+def test_another_seed_is_another_order_and_another_augmentation(imagenet):
+    stream = load(imagenet, streaming=True, shuffle_buffer=10, augmentation="crop_flip").train_dataset
+    other = stream.with_seed(1)
+    assert numbers(other, 48) != numbers(stream, 48)
+    assert numbers(stream.with_seed(0), 48) == numbers(stream, 48)
+    assert sorted(numbers(other, 48)) == list(range(48))
+    rows = load(imagenet, augmentation="crop_flip").train_dataset
+    assert not torch.equal(rows[0]["pixel_values"][0], rows.with_seed(1)[0]["pixel_values"][0])
+    assert torch.equal(rows[0]["pixel_values"][0], rows.with_seed(0)[0]["pixel_values"][0])
+
+
+def test_rows_that_come_class_by_class_are_shuffled_before_some_are_taken(tmp_path):
+    labelled = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
+    folder = rows_of(tmp_path, labelled, {"image": [PICTURE] * 40, "label": [0] * 20 + [1] * 20})
+    task = load(folder, eval_size=8)
+    labels = [task.eval_dataset[i]["labels"] for i in range(8)] + [task.test_dataset[i]["labels"] for i in range(8)]
+    assert set(labels) == {0, 1}
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_share_an_epoch_without_loss_or_duplication(imagenet, ranks, workers):
@@ -292,6 +329,13 @@ def test_an_undecodable_image_stops_with_its_name_or_is_skipped_and_counted(dama
     assert task.eval_dataset.decode.skipped == 0
 
 
+def test_a_stream_of_bad_images_alone_ends_in_an_error(tmp_path):
+    files = {path: parquet([truncate(row) for row in imagenet_rows(3)]) for path in imagenet_files(shards=1)}
+    stream = load(write(tmp_path, files), streaming=True, on_bad_image="skip", eval_size=2).train_dataset
+    with pytest.raises(ValueError, match="none of the 3 images of an epoch could be decoded"):
+        next(iter(stream))
+
+
 def test_a_batch_of_bad_images_alone_is_an_error():
     with pytest.raises(ValueError, match="none of the 3 images of a batch could be decoded"):
         ImageCollator(SMALL)([None, None, None])
@@ -321,6 +365,10 @@ PICTURE = {"bytes": encode(pixels(0), kind="PNG"), "path": None}
         ({"image": Image(), "y": Value("int64")}, ([PICTURE], [0]), {}, "the classes is not clear: name it"),
         ({"image": Image(), "label": ClassLabel(names=["a"])}, ([PICTURE], [0]), {"image_column": "img"},
          "which holds the images is not among them: name it with image_column"),
+        ({"image": Image(), "label": Value("string")}, ([PICTURE], ["cat"]), {"num_labels": 2},
+         "the column 'label' holds Value.*expected classes as whole numbers"),
+        ({"image": Image(), "label": ClassLabel(names=["a"])}, ([PICTURE], [0]), {"image_column": "label"},
+         "the column 'label' holds ClassLabel.*expected images"),
         ({"image": Image(), "label": ClassLabel(names=["a"])}, ([PICTURE], [0]), {"num_labels": 3},
          "num_labels is 3, but .* names 1 classes"),
         ({"image": Image(), "label": ClassLabel(names=["a"])}, ([PICTURE], [0]), {"augmentation": "flip"},
