@@ -121,10 +121,8 @@ def test_another_network_guide_or_data_in_the_same_folder_is_refused(imagenet, t
 
 def test_layer_pairs_and_bare_flags(imagenet, tmp_path, monkeypatch):
     options = {"dataset": imagenet, "image_size": 16, "eval_size": 8, "max_steps": 1, "runs": ["untrained_guide"]}
-    words = [
-        *RECIPE.flags(tmp_path / "out", **options, layer_pairs=["hidden_states.2~timm_model.conv1.0"]),
-        "--streaming",
-    ]
+    pair = "hidden_states.2~timm_model.conv1.0"
+    words = [*RECIPE.flags(tmp_path / "out", **options, layer_pairs=[pair]), "--streaming"]
     monkeypatch.setattr(sys, "argv", [str(RECIPE.path), *words])
     runpy.run_path(str(RECIPE.path), run_name="__main__")
     run = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
