@@ -13,7 +13,6 @@ import math
 import os
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.loss import GuidanceLoss
-from hf_guidance.runtime import environment
+from hf_guidance.record import TrainingClock, first_rows, record_of, similarity_map_of
 from hf_guidance.similarity import get_measure
 from hf_guidance.trainer import GuidanceTrainer
 
@@ -76,37 +73,6 @@ class Run:
     trainer: Callable[..., Trainer] | None = None
 
 
-class TrainingClock(TrainerCallback, ExportableState):
-    """Time spent in training steps, evaluation and saving left out: of the processor on a CPU, else of the clock.
-
-    Survives a resume with the checkpoint's other state.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.marks: list[tuple[int, float]] = []  # (step, seconds) at every evaluation
-        self._began = 0.0
-
-    def on_step_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
-        self._began = _now(args)
-
-    def on_step_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
-        self.seconds += _now(args) - self._began
-
-    def on_evaluate(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
-        self.marks.append((state.global_step, self.seconds))
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds, "marks": self.marks}}
-
-
-def _now(args: TrainingArguments) -> float:
-    if args.device.type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
 def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
     """Raise ValueError, before anything is trained, if a guided run's settings, layers or data do not go together."""
     config = dataclasses.replace(guidance, **run.guidance)
@@ -116,14 +82,9 @@ def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
     set_seed(run.seed)
     size = max(FEW, get_measure(config.measure).min_samples)
     loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
-    with torch.no_grad(), loss.watch(_first_rows(run.task or task, size), step=0) as watched:
+    with torch.no_grad(), loss.watch(first_rows(run.task or task, size), step=0) as watched:
         loss.target(**watched.inputs)
     loss.close()
-
-
-def _first_rows(task: Task, size: int) -> dict[str, Any]:
-    rows = (task.eval_dataset[i] for i in range(min(size, len(task.eval_dataset))))
-    return dict(task.data_collator(list(rows)))
 
 
 def carry_out(
@@ -164,7 +125,7 @@ def carry_out(
     )
     if trainer.is_world_process_zero():
         write_json(place / SETTINGS, settings)
-    maps = {"before": _map(trainer, guidance, task)} if run.guide else {}
+    maps = {"before": similarity_map_of(trainer, guidance, task)} if run.guide else {}
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     if not any(
         log.get("step") == trainer.state.global_step and "eval_loss" in log for log in trainer.state.log_history
@@ -172,26 +133,15 @@ def carry_out(
         trainer.evaluate()  # so that every run has a value at its last step
     test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
     trainer.save_model(str(place), _internal_call=True)
-    result = _result(run, trainer, settings, test, task.metric)
+    result = record_of(run, trainer, settings, test, task.metric)
     if maps.get("before"):
-        result["similarity_maps"] = maps | {"after": _map(trainer, guidance, task)}
+        result["similarity_maps"] = maps | {"after": similarity_map_of(trainer, guidance, task)}
     if trainer.is_world_process_zero():
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return result
-
-
-def _map(trainer: GuidanceTrainer, guidance: GuidanceConfig, task: Task) -> dict[str, Any] | None:
-    """Similarities of all layers on the first validation rows; None where one process does not hold the target."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not guidance.guidance_weight:
-        return None
-    batch = trainer._prepare_inputs(_first_rows(task, trainer.args.per_device_train_batch_size))
-    if len(next(iter(batch.values()))) < get_measure(guidance.measure).min_samples:
-        return None
-    target = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(trainer.args.device)
-    return similarity_map(target, trainer.guide, guidance, batch, autocast=trainer.accelerator.autocast())
 
 
 def _settings(
@@ -234,38 +184,6 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
     for name, value in run.training.items():
         setattr(args, name, value)
     return args
-
-
-def _result(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
-    clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
-    seconds = {step: at for step, at in clock.marks}  # noqa: C416  JSON has made lists of the pairs
-    history = trainer.state.log_history
-    curve = [
-        {"step": h["step"], "value": h[f"eval_{metric}"], "loss": h["eval_loss"], "seconds": seconds.get(h["step"])}
-        for h in history
-        if f"eval_{metric}" in h
-    ]
-    prefix = "guidance/similarity/"
-    return {
-        "run": run.name,
-        "seed": run.seed,
-        "steps": trainer.state.global_step,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "target": type(trainer.model).__name__,
-        "guide": trainer.guide_identity if run.guide else None,
-        "settings": settings,
-        "environment": environment(),
-        "validation": curve[-1]["value"],
-        "test": {k.removeprefix("test_"): v for k, v in test.items() if k.startswith("test_")},
-        "curve": curve,
-        "training": [{"step": h["step"], "loss": h.get("task/loss", h["loss"])} for h in history if "loss" in h],
-        "similarity": [
-            {"step": h["step"]} | {k.removeprefix(prefix): v for k, v in h.items() if k.startswith(prefix)}
-            for h in history
-            if any(k.startswith(prefix) for k in h)
-        ],
-        "seconds": clock.seconds,
-    }
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

@@ -52,7 +52,8 @@ from hf_guidance.targets import (
     PlainResNetForImageClassification,
 )
 from hf_guidance.tasks import Task, image_classification
-from hf_guidance.tasks.image_rows import AUGMENTATIONS, PixelFormat
+from hf_guidance.tasks.image_decoding import AUGMENTATIONS, PixelFormat
+from hf_guidance.tasks.images import check_last_batch, count_skipped
 from hf_guidance.tasks.pixel_formats import check_takes, pixel_format_of
 
 TARGETS = ("deep_fcn", "wide_fcn", "resnet50_without_skips")
@@ -205,41 +206,15 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
         data["dataset"] = {"name": Path(recipe.dataset).resolve().name, "files": identify_folder(recipe.dataset)}
     if recipe.streaming:
         data["workers"] = args.dataloader_num_workers  # they share the files, so that their number makes the order
-    check_last_batch(task, args)
+    if not args.dataloader_drop_last:
+        check_last_batch(task, args.train_batch_size)
     return Comparison(
         task=task,
         data={"task": task.name, **data, "target": vars(pixels), "guide": vars(own)},
         target=partial(target_of, recipe, task),
         runs=partial(matched_runs, recipe, args, alike),
         train_dataset=lambda seed: task.train_dataset.with_seed(seed),
-        summary=partial(bad_images, task),
-    )
-
-
-def check_last_batch(task: Task, args: TrainingArguments) -> None:
-    """Raise ValueError if an epoch would end in a batch of one image, which batch norm cannot take."""
-    rows = len(task.train_dataset) if hasattr(task.train_dataset, "__len__") else 0
-    if rows % args.train_batch_size == 1 and not args.dataloader_drop_last:
-        raise ValueError(
-            f"{rows} training images in batches of {args.train_batch_size} leave one over, and batch norm needs two: "
-            "choose another --per_device_train_batch_size, or pass --dataloader_drop_last."
-        )
-
-
-def bad_images(task: Task) -> str:
-    """What is to be said of images that were skipped."""
-    counts = {
-        name: rows.decode.skipped
-        for name, rows in (
-            ("training", task.train_dataset),
-            ("validation", task.eval_dataset),
-            ("test", task.test_dataset),
-        )
-    }
-    return "".join(
-        f"{count} {name} images could not be decoded and were skipped, counted each time they came.\n"
-        for name, count in counts.items()
-        if count
+        summary=partial(count_skipped, task),
     )
 
 

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"loss", "logs", "card_facts", "model_card"},
     {"publishing"},
     {"trainer", "distillation", "analysis"},
-    {"comparison"},
+    {"comparison", "record"},
     {"recipe"},
     {"__init__"},
 ]

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from functools import partial
-from io import BytesIO
-from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 from transformers import CLIPImageProcessor, EvalPrediction
 
 from .base import Task, main_logits
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from .image_decoding import PixelFormat
 
-    from .image_rows import PixelFormat
-
-logger = logging.getLogger(__name__)
-
-VALIDATION = ("validation", "valid", "val", "dev")
-LABELS = ("label", "labels", "fine_label", "cls", "class")
 TOP = 5
 STREAMED_EVALUATION = 5000  # of ImageNet, half a gigabyte
-CHUNK = 500  # rows of a stream in one table: a column of one holds no more than two gigabytes
 
 
 def image_classification(
@@ -77,15 +65,9 @@ def image_classification(
     """
     from datasets import Image
 
-    from .image_rows import (
-        AUGMENTATIONS,
-        CROP_FRACTION,
-        ImageCollator,
-        ImageDecoder,
-        ImageRows,
-        ImageStream,
-        PixelFormat,
-    )
+    from .image_decoding import AUGMENTATIONS, CROP_FRACTION, ImageCollator, ImageDecoder, PixelFormat
+    from .image_rows import ImageRows, ImageStream
+    from .image_splits import class_names, digits, evaluation_splits, features_of, find_columns, load_splits
     from .metrics import TopKAccuracy
 
     for name, value, possible in (
@@ -95,14 +77,14 @@ def image_classification(
         if value not in possible:
             raise ValueError(f"{name} is {value!r}; possible are {', '.join(possible)}.")
     target = target or PixelFormat(28)
-    splits = digits() if dataset == "digits" else _load(dataset, dataset_config, streaming)
-    features = _features(splits["train"], dataset)
-    columns = _columns(features, dataset, image_column, label_column)
-    names = _class_names(features, columns[1], dataset, num_labels)
+    splits = digits() if dataset == "digits" else load_splits(dataset, dataset_config, streaming)
+    features = features_of(splits["train"], dataset)
+    columns = find_columns(features, dataset, image_column, label_column)
+    names = class_names(features, columns[1], dataset, num_labels)
     encoded = {name: split.select_columns(list(columns)) for name, split in splits.items()}
     encoded = {name: split.cast_column(columns[0], Image(decode=False)) for name, split in encoded.items()}
     most = STREAMED_EVALUATION if eval_size is None and streaming else eval_size
-    validation, test = _evaluation_splits(encoded, columns[1], dataset, most)
+    validation, test = evaluation_splits(encoded, columns[1], dataset, most)
     sizes = (target.size,) if guide is None or guide.size == target.size else (target.size, guide.size)
     crop = CROP_FRACTION if augmentation == "crop_flip" else 1.0
     decoder = partial(ImageDecoder, sizes, columns, len(names), crop=crop, seed=seed, on_bad_image=on_bad_image)
@@ -149,127 +131,28 @@ def _best_classes(outputs: Any, labels: Tensor) -> Tensor:
     return logits.topk(min(TOP, logits.shape[-1])).indices
 
 
-def digits() -> dict[str, Dataset]:
-    """scikit-learn's 1797 hand-written digits of 8 × 8 pixels: two thirds to train on, a sixth each to evaluate."""
-    import PIL.Image
-    from datasets import ClassLabel, Dataset, Features, Image
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
-    train, rest = train_test_split(np.arange(len(labels)), train_size=1197, stratify=labels, random_state=0)
-    validation, test = train_test_split(rest, train_size=300, stratify=labels[rest], random_state=0)
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-
-    def encode(row: np.ndarray) -> dict[str, Any]:
-        buffer = BytesIO()
-        PIL.Image.fromarray((row.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    return {
-        name: Dataset.from_dict(
-            {"image": [encode(pixels[i]) for i in rows], "label": labels[rows].tolist()}, features=features
+def check_last_batch(task: Task, batch: int) -> None:
+    """Raise ValueError if an epoch would end in a batch of one image, which batch norm cannot take."""
+    rows = len(task.train_dataset) if hasattr(task.train_dataset, "__len__") else 0
+    if rows % batch == 1:
+        raise ValueError(
+            f"{rows} training images in batches of {batch} leave one over, and batch norm needs two: "
+            "choose another --per_device_train_batch_size, or pass --dataloader_drop_last."
         )
-        for name, rows in (("train", train), ("validation", validation), ("test", test))
+
+
+def count_skipped(task: Task) -> str:
+    """What is to be said of images that were skipped."""
+    counts = {
+        name: rows.decode.skipped
+        for name, rows in (
+            ("training", task.train_dataset),
+            ("validation", task.eval_dataset),
+            ("test", task.test_dataset),
+        )
     }
-
-
-def _load(dataset: str, config: str | None, streaming: bool) -> dict[str, Any]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.constants import ENDPOINT
-
-    try:
-        found = load_dataset(dataset, config, streaming=streaming)
-    except (DatasetNotFoundError, FileNotFoundError) as error:
-        if "gated" in str(error):
-            raise ValueError(
-                f"the dataset {dataset} is gated: accept its terms at {ENDPOINT}/datasets/{dataset}, make a token with "
-                f"read rights at {ENDPOINT}/settings/tokens, then run `hf auth login` or set HF_TOKEN."
-            ) from error
-        raise ValueError(
-            f"dataset {dataset!r} not found: it is no local folder with data, and the Hub has none of that name that "
-            "this user may read (for a private one run `hf auth login` or set HF_TOKEN)."
-        ) from error
-    if "train" not in found:
-        raise ValueError(f"{dataset} has no split 'train'; it has {', '.join(found)}.")
-    return dict(found)
-
-
-def _features(split: Any, dataset: str) -> Features:
-    features = split.features or split._resolve_features().features
-    if not features:
-        raise ValueError(f"the train split of {dataset} has no rows.")
-    return features
-
-
-def _columns(features: Features, dataset: str, image: str | None, label: str | None) -> tuple[str, str]:
-    from datasets import ClassLabel, Image
-
-    images = [image] if image else [name for name, kind in features.items() if isinstance(kind, Image)]
-    classes = [label] if label else [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-    classes = classes or [name for name in LABELS if name in features]
-    for what, found, flag in (("images", images, "image_column"), ("classes", classes, "label_column")):
-        if not found or found[0] not in features or (len(found) > 1 and what == "images"):
-            raise ValueError(
-                f"{dataset} has the columns {', '.join(features)}, and which holds the {what} is "
-                f"{'not among them' if found and found[0] not in features else 'not clear'}: name it with {flag}."
-            )
-    if not isinstance(features[images[0]], Image):
-        raise ValueError(f"{dataset}: the column {images[0]!r} holds {features[images[0]]}; expected images.")
-    return images[0], classes[0]
-
-
-def _class_names(features: Features, column: str, dataset: str, num_labels: int | None) -> list[str]:
-    kind = features[column]
-    names = getattr(kind, "names", None)
-    if names is None and not str(getattr(kind, "dtype", "")).lstrip("u").startswith("int"):
-        raise ValueError(f"{dataset}: the column {column!r} holds {kind}; expected classes as whole numbers from 0 on.")
-    if names is None and num_labels is None:
-        raise ValueError(f"{dataset} does not name the classes of its column {column!r}: give num_labels.")
-    if names is not None and num_labels not in (None, len(names)):
-        raise ValueError(f"num_labels is {num_labels}, but {dataset} names {len(names)} classes: leave it out.")
-    return names or [str(number) for number in range(num_labels or 0)]
-
-
-def _evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: int | None) -> tuple[Dataset, Dataset]:
-    """Rows to validate and to test with, in memory; a split without labels (ImageNet's test) counts as missing."""
-    validation = next((splits[name] for name in VALIDATION if name in splits), None)
-    test = splits.get("test")
-    if test is not None and next(iter(test), {label: None})[label] in (None, -1):
-        test = None
-    if validation is not None and test is not None:
-        return _rows(validation, label, size), _rows(test, label, size)
-    one = validation if test is None else test
-    if one is None:
-        raise ValueError(
-            f"{dataset} has only the splits {', '.join(splits)}; validation needs one of {', '.join(VALIDATION)} or "
-            "test, with labels."
-        )
-    rows = _rows(one, label, size and 2 * size)
-    return rows.select(range(0, len(rows), 2)), rows.select(range(1, len(rows), 2))
-
-
-def _rows(split: Dataset | IterableDataset, label: str, size: int | None) -> Dataset:
-    """The first rows of a split, in memory; of a shuffled one where they come class by class, as folders do."""
-    from datasets import Dataset, concatenate_datasets
-
-    if isinstance(split, Dataset):
-        size = min(size or len(split), len(split))
-        if size < len(split) and _sorted(split.select(range(size))[label]):
-            split = split.shuffle(seed=0)
-        return split.select(range(size))
-    features = split.features or split._resolve_features().features
-    rows, parts = islice(split, size), []
-    while part := list(islice(rows, CHUNK)):
-        parts.append(Dataset.from_list(part, features=features))
-    if not parts:
-        raise ValueError("a split to evaluate on has no rows.")
-    found = concatenate_datasets(parts)
-    if len(found) == size and _sorted(found[label]):
-        logger.warning("The first %d rows come class by class: evaluate on more of them, or shuffle the split.", size)
-    return found
-
-
-def _sorted(labels: Sequence[Any]) -> bool:
-    return len(labels) > 1 and all(a <= b for a, b in pairwise(labels))
+    return "".join(
+        f"{count} {name} images could not be decoded and were skipped, counted each time they came.\n"
+        for name, count in counts.items()
+        if count
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .image_rows import PixelFormat
+from .image_decoding import PixelFormat
 
 
 def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None = None) -> PixelFormat:

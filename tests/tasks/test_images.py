@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, EvalPrediction
 
 from hf_guidance.tasks import build_task, image_classification
-from hf_guidance.tasks.image_rows import ImageCollator, ImageDecoder, PixelFormat
+from hf_guidance.tasks.image_decoding import ImageCollator, ImageDecoder, PixelFormat
 
 SMALL = PixelFormat(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 

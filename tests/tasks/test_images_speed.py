@@ -13,7 +13,7 @@ from images import parquet, write
 from torch.utils.data import DataLoader, Dataset
 
 from hf_guidance.tasks import image_classification
-from hf_guidance.tasks.image_rows import PixelFormat
+from hf_guidance.tasks.image_decoding import PixelFormat
 
 TARGET = PixelFormat(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GUIDE = PixelFormat(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -5,7 +5,7 @@ import timm
 from transformers import CLIPImageProcessor, TimmWrapperConfig, ViTConfig, ViTImageProcessor
 
 from hf_guidance import load_guide
-from hf_guidance.tasks.image_rows import PixelFormat
+from hf_guidance.tasks.image_decoding import PixelFormat
 from hf_guidance.tasks.pixel_formats import check_takes, pixel_format_of
 
 

@@ -1,0 +1,178 @@
+"""Encoded images to pixels: one decode, one augmentation, then target and guide each in its own size."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from datasets.utils.file_utils import xopen
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+logger = logging.getLogger(__name__)
+
+AUGMENTATIONS = ("none", "crop_flip")
+CROP_FRACTION = 0.875  # of the shorter side that the centre crop keeps, where training crops at random: 224 of 256
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How a network wants its images.
+
+    Args:
+        size: height and width in pixels.
+        mean: per channel, of pixels in [0, 1]; subtracted.
+        std: per channel; divided by.
+    """
+
+    size: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Bytes `(batch, channels, height, width)` to float32."""
+        mean, std = (torch.tensor(values).mul(255.0)[:, None, None] for values in (self.mean, self.std))
+        return pixels.to(torch.float32).sub_(mean).div_(std)
+
+
+class ImageDecoder:
+    """Makes a row of bytes out of an encoded image and its label.
+
+    Augmentation is a function of (seed, epoch, the image's bytes), so neither workers, ranks nor a resume change it.
+
+    Args:
+        sizes: of the images to make, in pixels; the first is the target's.
+        columns: names of the image and the label.
+        classes: number of them.
+        augmentation: ``none`` (resize, centre crop) or ``crop_flip`` (a random crop of 8 to 100 % of the area, resized,
+            and flipped half the time).
+        crop: fraction of the shorter side that the centre crop keeps.
+        seed: of the augmentation.
+        on_bad_image: ``raise`` or ``skip`` what cannot be decoded; what is skipped is counted over all workers.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        columns: tuple[str, str],
+        classes: int,
+        augmentation: str = "none",
+        crop: float = 1.0,
+        seed: int = 0,
+        on_bad_image: str = "raise",
+    ) -> None:
+        self.sizes, self.columns, self.classes = tuple(sizes), columns, classes
+        self.augmentation, self.crop, self.seed, self.on_bad_image = augmentation, crop, seed, on_bad_image
+        self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # one number for all workers
+
+    @property
+    def skipped(self) -> int:
+        """Number of images so far that could not be decoded."""
+        return int(self._skipped)
+
+    def with_seed(self, seed: int) -> ImageDecoder:
+        """The same but for the seed; what is skipped is counted together."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+    def __call__(self, row: dict[str, Any], epoch: int = 0, name: str = "") -> dict[str, Any] | None:
+        """The row as ``pixel_values`` (uint8, `(3, size, size)` for each size) and ``labels``; None if skipped.
+
+        Raises:
+            ValueError: the image cannot be decoded, or its label is none of the classes.
+        """
+        encoded, label = (row[column] for column in self.columns)
+        name = (encoded.get("path") if isinstance(encoded, dict) else None) or name
+        if label is None or not 0 <= label < self.classes:
+            raise ValueError(
+                f"image {name}: its label is {label}, and num_labels is {self.classes} (0 … {self.classes - 1}): "
+                "choose a labelled split, or correct the labels."
+            )
+        try:
+            content = _content(encoded)
+            image = _decode(content)
+        except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
+            if self.on_bad_image == "raise":
+                raise ValueError(
+                    f"image {name} cannot be decoded: {error}. Mend or remove it, or pass --on_bad_image skip "
+                    "(on_bad_image='skip') to leave such images out."
+                ) from error
+            self._skipped += 1
+            logger.warning("Skipped image %s, which cannot be decoded: %s.", name, error)
+            return None
+        return {"pixel_values": self._crop(image, content, epoch), "labels": label}
+
+    def _crop(self, image: PIL.Image.Image, content: bytes, epoch: int) -> tuple[Tensor, ...]:
+        if self.augmentation == "none":
+            return tuple(F.pil_to_tensor(_centre_crop(image, size, self.crop)) for size in self.sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(zlib.crc32(b"%d %d" % (self.seed, epoch), zlib.crc32(content)))
+            box = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+            flip = torch.rand(1) < 0.5
+        views = [F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR) for size in self.sizes]
+        return tuple(F.pil_to_tensor(F.hflip(view) if flip else view) for view in views)
+
+
+def _content(encoded: Any) -> bytes:
+    """The file of an image: its bytes, or what stands at its path."""
+    if encoded is None or (encoded.get("bytes") is None and encoded.get("path") is None):
+        raise ValueError("the row holds no image")
+    if encoded.get("bytes") is not None:
+        return encoded["bytes"]
+    with xopen(encoded["path"], "rb") as file:
+        return file.read()
+
+
+def _decode(content: bytes) -> PIL.Image.Image:
+    image: PIL.Image.Image = PIL.Image.open(BytesIO(content))
+    image.load()
+    if image.getexif().get(PIL.Image.ExifTags.Base.Orientation) is not None:
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+    if image.mode.startswith("I"):  # 16 bits a pixel, which converting would cut off at 255
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _centre_crop(image: PIL.Image.Image, size: int, crop: float) -> PIL.Image.Image:
+    shorter = round(size / crop)
+    if min(image.size) != shorter:
+        image = F.resize(image, [shorter], InterpolationMode.BILINEAR)
+    return F.center_crop(image, [size, size])
+
+
+class ImageCollator:
+    """Rows of bytes to a batch of normalised pixels for the target, and for the guide where its differ.
+
+    Args:
+        target: how the target wants its images.
+        guide: how the guide does; None if as the target.
+    """
+
+    def __init__(self, target: PixelFormat, guide: PixelFormat | None = None) -> None:
+        self.target, self.guide = target, None if guide == target else guide
+
+    def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
+        good = [row for row in rows if row is not None]
+        if not good:
+            raise ValueError(f"none of the {len(rows)} images of a batch could be decoded; look at the data.")
+        views = [torch.from_numpy(np.stack(view)) for view in zip(*(row["pixel_values"] for row in good), strict=True)]
+        batch = {
+            "pixel_values": self.target.normalise(views[0]),
+            "labels": torch.tensor([row["labels"] for row in good]),
+        }
+        if self.guide is not None:
+            batch["guide_pixel_values"] = self.guide.normalise(views[-1])
+        return batch
