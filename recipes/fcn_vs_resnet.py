@@ -170,7 +170,10 @@ def is_resnet(guide: str) -> bool:
     """Whether a guide is a ResNet, by its architecture."""
     if guide.startswith("timm/") and not os.path.isdir(guide):
         return "resnet" in guide
-    config = PreTrainedConfig.get_config_dict(guide)[0]
+    try:
+        config = PreTrainedConfig.get_config_dict(guide)[0]
+    except OSError:  # which load_guide explains
+        return False
     return "resnet" in str(config.get("architecture", config.get("model_type")))
 
 

@@ -261,7 +261,7 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
         ({"runs": ["guide_itself"]}, "trains the guide on the data: add --train_guide"),
         ({"target": "resnet50_without_skips"}, "--width and --dropout are of the FCNs"),
         ({"per_device_train_batch_size": 52}, "1197 training images in batches of 52 leave one over"),
-        ({"sample_axis": "token"}, "need the same positions"),
+        ({"sample_axis": "token"}, "has no positions; sample_axis='token' needs"),
         ({"layer_mapping": "last_99"}, "last_99"),
         ({"eval_strategy": "no"}, "runs are compared by their validation"),
         ({"max_steps": -1}, "--max_steps is -1; it must be at least 1"),
