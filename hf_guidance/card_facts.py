@@ -32,7 +32,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
     Args:
         trainer: a `GuidanceTrainer` that has trained.
         **given: facts that the trainer cannot know (license, language, tags, command, data, comparison, figures), in
-            place of those it does.
+            place of those it does; those of the ``target`` beside.
     """
     guided = trainer.guide is not None
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -50,6 +50,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
         "data": _data(trainer),
         "versions": {k: v for k, v in environment().items() if k in ("python", "torch", "transformers", "accelerate")},
     }
+    facts["target"] |= given.pop("target", {})
     facts |= {name: value for name, value in given.items() if value is not None}
     return {name: value for name, value in facts.items() if value is not None}
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from hf_guidance.card_facts import run_facts
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.loss import GuidanceLoss
@@ -88,12 +89,19 @@ def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
 
 
 def carry_out(
-    run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig, folder: Path, data: dict[str, Any]
+    run: Run,
+    task: Task,
+    args: TrainingArguments,
+    guidance: GuidanceConfig,
+    folder: Path,
+    data: dict[str, Any],
+    facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate, test and save one run under `folder`, or read what an earlier call left there.
 
     Args:
         data: what the task was built from; a run begun with other data is not gone on with.
+        facts: for the cards of guided runs.
 
     Returns:
         The content of its `result.json`: settings, final metrics, curves, similarities over time, seconds.
@@ -123,6 +131,8 @@ def carry_out(
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[TrainingClock()],
     )
+    if run.guide:
+        trainer.card_facts = {**(facts or {}), "target": {"untrained": True, "seed": run.seed}}
     if trainer.is_world_process_zero():
         write_json(place / SETTINGS, settings)
     maps = {"before": similarity_map_of(trainer, guidance, task)} if run.guide else {}
@@ -137,6 +147,8 @@ def carry_out(
     if maps.get("before"):
         result["similarity_maps"] = maps | {"after": similarity_map_of(trainer, guidance, task)}
     if trainer.is_world_process_zero():
+        if run.guide:
+            result["card"] = run_facts(trainer, **trainer.card_facts)
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:

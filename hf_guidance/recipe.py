@@ -20,6 +20,7 @@ from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
 from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, last_whole_checkpoint, write_json
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.recipe_cards import data_facts, push_cards, without_paths, write_cards
 from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.tasks import Task
 
@@ -141,7 +142,7 @@ def launch(
         whole = [Path(last).name for place in unfinished if (last := last_whole_checkpoint(place))]
         sys.exit(f"{error}\nThe same command goes on from {whole[-1] if whole else 'where it was'}; see {folder}.")
     if PartialState().is_main_process:
-        publish(report, folder)
+        publish(report, folder, args)
         print(comparison.summary(), end="")
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
@@ -192,12 +193,16 @@ def compare(
     alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
     if recipe.longer_baseline and "alone" not in {run.name for run in comparison.runs(recipe.seeds[0])}:
         raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
+    name = Path(sys.argv[0]).name
+    command = ["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]
+    facts: dict[str, Any] = {"command": without_paths(command), "license": "apache-2.0"}
+    facts |= {"data": data_facts(task.name, task.description, comparison.data)}
     for run in comparison.runs(recipe.seeds[0]):
         check(run, task, guidance)
 
     def carry(run: Run) -> dict[str, Any]:
         own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
-        return carry_out(run, own, args, guidance, folder, comparison.data)
+        return carry_out(run, own, args, guidance, folder, comparison.data, facts)
 
     search: list[dict[str, Any]] = []
     if recipe.learning_rates:
@@ -210,10 +215,9 @@ def compare(
     ]
     if recipe.longer_baseline:
         results += [carry(_longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
-    name = Path(sys.argv[0]).name
     return {
         "recipe": Path(name).stem,
-        "command": shlex.join(["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]),
+        "command": shlex.join(command),
         "environment": environment(),
         "task": {
             "name": task.name,
@@ -235,8 +239,8 @@ def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
     return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
 
 
-def publish(report: dict[str, Any], folder: Path) -> None:
-    """Table, results.json and figure, the numbers first: a failing plot must not lose them."""
+def publish(report: dict[str, Any], folder: Path, args: TrainingArguments) -> None:
+    """Table, results.json, figures, cards, the numbers first: what fails later must not lose them."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     report["table"] = comparison_rows(report["runs"], metric=metric)
     write_json(folder / "results.json", report)
@@ -245,4 +249,7 @@ def publish(report: dict[str, Any], folder: Path) -> None:
     written = [f"{folder}/results.json", f"{folder}/comparison.png"]
     if plot_similarity_maps(report["runs"], folder / "similarity.png"):
         written.append(f"{folder}/similarity.png")
-    print(", ".join(written))
+    cards = write_cards(report, folder)
+    print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
+    if args.push_to_hub:
+        push_cards(report, cards, args.hub_token)

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"loss", "logs", "card_facts", "model_card"},
     {"publishing"},
     {"trainer", "distillation", "analysis"},
-    {"comparison", "record"},
+    {"comparison", "record", "recipe_cards"},
     {"recipe"},
     {"__init__"},
 ]

@@ -70,6 +70,13 @@ def test_every_run_of_the_comparison_on_digits(tmp_path):
     assert by_name["trained_guide"]["guide"]["fingerprint"] == fingerprint(load_guide(trained))
     assert by_name["untrained_guide"]["guide"]["untrained"]
     assert by_name["distillation"]["guide"] is None
+    card = (folder / "seed-0" / "untrained_guide" / "README.md").read_text()
+    assert re.search(r"\| alone, equal time +\| 0 ", card)
+    assert re.search(r"\| untrained guide +\| 0 ", card)
+    assert "trained guide stopped" not in card
+    assert f"| {by_name['untrained_guide']['test']['accuracy']:.4f} " in card
+    assert not re.search(rf"\bNone\b|\bnan\b|{{{{|{re.escape(str(tmp_path))}", card)
+    assert (folder / "seed-0" / "untrained_guide" / "similarity.png").is_file()
     guided = by_name["untrained_guide"]["similarity_maps"]["after"]
     convolutions = len(guided["guide_layers"])
     assert convolutions == sum(isinstance(m, torch.nn.Conv2d) for m in load_guide(trained).modules())
