@@ -22,14 +22,11 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Model, Llam
 from hf_guidance import load_guide
 from hf_guidance.features import LayerReader
 from hf_guidance.guide import (
-    IDENTITY,
     calibrate_batch_norm,
     check_apart,
-    check_same_guide,
-    fingerprint,
     freeze,
-    identity,
 )
+from hf_guidance.identity import IDENTITY, check_same_guide, fingerprint, identity
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -16,8 +16,14 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def value_at(result: Result, *, step: float = math.inf, seconds: float = math.inf) -> float | None:
-    """The first validation value of a run at or after `step` or `seconds` of training; None if it ended before."""
+    """The first validation value of a run at or after `step` or `seconds` of training.
+
+    Seconds are measured, so that a run that was meant to reach them may end a little early: its last value then, if it
+    came within five percent. None if it ended before.
+    """
     after = [p for p in result["curve"] if p["step"] >= step or p["seconds"] >= seconds]
+    if not after and math.isfinite(seconds) and result["curve"][-1]["seconds"] >= 0.95 * seconds:
+        return result["curve"][-1]["value"]
     return after[0]["value"] if after else None
 
 

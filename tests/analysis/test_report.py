@@ -58,6 +58,8 @@ def test_value_at_is_the_first_one_not_before_the_limit():
     assert value_at(run, step=31) == 0.3
     assert value_at(run, step=61) is None
     assert value_at(run, seconds=4.5) == 0.35
+    assert value_at(run, seconds=6.3) == 0.36  # measured times differ a little
+    assert value_at(run, seconds=6.4) is None
 
 
 def test_differences_are_seed_by_seed():
