@@ -112,7 +112,10 @@ class LayerReader:
             states = _states(output, kind)
             if not states:
                 hint = ", as a tuple has no names: set config.return_dict=True" if isinstance(output, tuple) else ""
-                raise ValueError(f"the {self.role} returned no {kind}{hint}; or name its modules instead.")
+                raise ValueError(
+                    f"the {self.role} ({type(module).__name__}) returned no {kind}{hint}. If it has layers at all, "
+                    f"name them with {self.role}_layers."
+                )
             if index is not None and (index >= len(states) or states[index] is None):
                 raise ValueError(
                     f"{self.role} layer '{kind}.{index}' not found; the {self.role} returned {kind}.0 … "
