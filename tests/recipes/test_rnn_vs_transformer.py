@@ -112,7 +112,7 @@ def test_other_text_is_other_data(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"the quick brown {name} jumps over the lazy dog\n" * 3000)
     options = {"task": "language_modeling", "runs": ["alone"]}
     run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "a"], **options)
-    with pytest.raises(ValueError, match=r"other settings \(data):
+    with pytest.raises(ValueError, match=r"other settings \(data"):
         run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "b"], **options)
     moved = tmp_path / "elsewhere" / "a"
     moved.parent.mkdir()
