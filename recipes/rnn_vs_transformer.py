@@ -9,8 +9,8 @@ by a trained one, and the guide itself as the reference line. Every field of Tra
 flag (--seeds and --max_steps stand for --seed and --num_train_epochs), and changes all runs alike.
 The results stand in --output_dir: a table, results.json, a figure, and each run's model. After a stop the same command
 goes on where it was. Small presets, seeds 0 1 2, guided against alone, equal steps: copy-paste 43.0 against 21.6 %
-(untrained guide), parity 69.7 against 58.8 %, Shakespeare's perplexity 137.0 against 160.1 (trained guides). Tables, full
-commands and hardware: recipes/README.md.
+(untrained guide), parity 69.7 against 58.8 %, Shakespeare's perplexity 137.0 against 160.1 (trained guides). Tables,
+full commands and hardware: recipes/README.md.
 """
 
 from __future__ import annotations
