@@ -76,7 +76,13 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
             torch.save(scrubbed(self.args), Path(output_dir or str(self.args.output_dir)) / ARGUMENTS)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As transformers', with all that belongs to the model: its code, guidance config and card too."""
+        """As transformers', with all that belongs to the model; a push that fails is said, and training goes on."""
+        try:
+            self._push_all_of(checkpoint_folder)
+        except Exception as error:
+            logger.warning("The push of %s failed (%s); training goes on.", checkpoint_folder, _one_line(error))
+
+    def _push_all_of(self, checkpoint_folder: str) -> None:
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
