@@ -137,18 +137,18 @@ def carry_out(
         write_json(place / SETTINGS, settings)
     maps = {"before": similarity_map_of(trainer, guidance, task)} if run.guide else {}
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
-    if not any(
-        log.get("step") == trainer.state.global_step and "eval_loss" in log for log in trainer.state.log_history
-    ):
+    last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
+    if not any("eval_loss" in log for log in last):
         trainer.evaluate()  # so that every run has a value at its last step
     test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
     trainer.save_model(str(place), _internal_call=True)
     result = record_of(run, trainer, settings, test, task.metric)
+    if trainer.is_world_process_zero():
+        write_json(place / RESULT, result)  # before anything that could fail
     if maps.get("before"):
         result["similarity_maps"] = maps | {"after": similarity_map_of(trainer, guidance, task)}
-    if trainer.is_world_process_zero():
-        if run.guide:
-            result["card"] = run_facts(trainer, **trainer.card_facts)
+    if trainer.is_world_process_zero() and run.guide:
+        result["card"] = run_facts(trainer, **trainer.card_facts)
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:

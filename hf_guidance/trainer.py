@@ -149,9 +149,7 @@ class GuidanceMixin(PublishingMixin):
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
                 self._sums.add(f"guidance/{group}/{pair}", value)
-        if (
-            task_is_scaled
-        ):  # Trainer will not divide by the accumulation steps what the task's loss is divided by already
+        if task_is_scaled:  # then Trainer divides nothing by the accumulation steps
             watched.loss = watched.loss / steps
         return watched.total(task_loss)
 
