@@ -39,10 +39,13 @@ class PixelFormat:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Bytes `(batch, channels, height, width)` to float32."""
+    def normalise(self, images: Sequence[Tensor]) -> Tensor:
+        """Bytes, `(channels, height, width)` each, to one float32 batch; image by image, as one fits the cache."""
         mean, std = (torch.tensor(values).mul(255.0)[:, None, None] for values in (self.mean, self.std))
-        return pixels.to(torch.float32).sub_(mean).div_(std)
+        batch = torch.empty(len(images), *images[0].shape)
+        for image, normalised in zip(images, batch, strict=True):
+            torch.sub(image, mean, out=normalised).div_(std)
+        return batch
 
 
 class ImageDecoder:
@@ -168,7 +171,7 @@ class ImageCollator:
         good = [row for row in rows if row is not None]
         if not good:
             raise ValueError(f"none of the {len(rows)} images of a batch could be decoded; look at the data.")
-        views = [torch.from_numpy(np.stack(view)) for view in zip(*(row["pixel_values"] for row in good), strict=True)]
+        views = list(zip(*(row["pixel_values"] for row in good), strict=True))
         batch = {
             "pixel_values": self.target.normalise(views[0]),
             "labels": torch.tensor([row["labels"] for row in good]),
