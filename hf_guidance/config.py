@@ -21,6 +21,7 @@ HIDDEN_STATES = "hidden_states"
 CHOICES = {
     "guidance_reduction": ("sum", "mean"),
     "sample_axis": ("sequence", "token"),
+    "similarity_batch": ("local", "global"),
     "guide_input": ("batch", "noise", "prealign_noise", "shuffled"),
     "guide_batch_norm": ("eval", "batch", "calibrated"),
 }
@@ -48,6 +49,7 @@ class GuidanceConfig:
     guidance_stop_step: Optional[int] = _knob(
         None, "No guidance from this optimizer step on (guidance as initialisation); a decay ends here."
     )
+    guidance_every: int = _knob(1, "Guide at each so-manieth optimizer step only; the guide rests at the others.")
     prealign_steps: int = _knob(0, "Optimizer steps at the start that train on guidance alone.")
     target_layers: list[str] = _knob(
         [HIDDEN_STATES],
@@ -63,6 +65,20 @@ class GuidanceConfig:
         "sequence", "What one sample is: sequence (a batch row, positions flattened) or token (a valid position)."
     )
     max_tokens: int = _knob(1024, "With sample_axis=token: at most so many positions, chosen by a hash, per batch.")
+    similarity_batch: str = _knob(
+        "local", "The batch a similarity is taken over: local (each process its own) or global (all processes' as one)."
+    )
+    sketch: Optional[int] = _knob(
+        None, "Keep so many numbers a sample of wider layers, by a random linear sketch; none compares exactly."
+    )
+    cache_guide: Optional[str] = _knob(
+        None,
+        "Folder for the guide's sketched features of every sample: the guide runs in the first epoch only, and its "
+        "input must be the same in each.",
+    )
+    sample_id_column: Optional[str] = _knob(
+        None, "With cache_guide: the column that numbers the samples, from 0 to one less than there are."
+    )
     guide_input: str = _knob(
         "batch",
         "What the guide sees: batch; noise; prealign_noise (both networks see the same noise while pre-aligning, the "
@@ -91,13 +107,15 @@ class GuidanceConfig:
         check_mapping(self.layer_mapping)
         self._check_numbers()
         self._check_layers()
+        self._check_cache()
 
     def _check_numbers(self) -> None:
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
             raise ValueError(f"guidance_weight is {self.guidance_weight}; it must be a finite number ≥ 0.")
         least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": get_measure(self.measure).min_samples}
+        least |= {"guidance_every": 1, "sketch": 1}
         for name, minimum in least.items():
-            if getattr(self, name) < minimum:
+            if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
         if self.guidance_stop_step is not None and self.guidance_stop_step < max(1, self.prealign_steps):
             raise ValueError(
@@ -123,6 +141,28 @@ class GuidanceConfig:
         if len(set(pairs)) < len(pairs):
             raise ValueError(f"layer_pairs names a pair twice: {self.layer_pairs}.")
 
+    def _check_cache(self) -> None:
+        if self.cache_guide is None:
+            if self.sample_id_column is not None:
+                raise ValueError("sample_id_column is for cache_guide: name a folder, or leave both out.")
+            return
+        if self.sketch is None or self.sample_id_column is None:
+            raise ValueError(
+                "cache_guide keeps a sketch of each sample's features under its id: set sketch (1024, say) and "
+                "sample_id_column (dataset.add_column('id', range(len(dataset))) makes one)."
+            )
+        for name, possible in (("sample_axis", "sequence"), ("guide_input", "batch")):
+            if getattr(self, name) != possible:
+                raise ValueError(
+                    f"cache_guide needs guide features that depend on the sample alone, and {name} is "
+                    f"{getattr(self, name)!r}: set {possible!r}, or leave cache_guide out."
+                )
+        if self.guide_batch_norm == "batch":
+            raise ValueError(
+                "cache_guide needs guide features that depend on the sample alone, and with guide_batch_norm='batch' "
+                "they depend on the whole batch: set 'eval' or 'calibrated', or leave cache_guide out."
+            )
+
     # ------------------------------------------------------------------------------------------------------- JSON
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +179,8 @@ class GuidanceConfig:
     def save(self, directory: str | os.PathLike[str], guide: dict[str, Any] | None = None) -> Path:
         """Write `guidance_config.json`, the guide's identity in a section of its own; return its path."""
         path = Path(directory) / CONFIG_NAME
-        content = {"guidance": self.to_dict(), "guide": guide or {}}
+        cache = None if self.cache_guide is None else os.path.basename(os.path.normpath(self.cache_guide))
+        content = {"guidance": self.to_dict() | {"cache_guide": cache}, "guide": guide or {}}  # no path of the machine
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
 

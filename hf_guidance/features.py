@@ -19,6 +19,10 @@ HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
 Reduce = Callable[[str, Any], Tensor]
 
 
+class AllRead(Exception):
+    """Raised out of a forward when the last of the layers that are needed has been read."""
+
+
 class LayerReader:
     """Reads chosen layers of one network while it runs, reducing each at once so that nothing else is kept.
 
@@ -39,6 +43,7 @@ class LayerReader:
     def __init__(self, model: nn.Module, layers: Sequence[str], role: str) -> None:
         self.model, self.role = model, role
         self.keep: set[str] | None = None  # once the pairs are known: the layers that are in one
+        self.stop_early = False  # end a forward by `AllRead` once those are read
         self._hidden: list[tuple[str, int | None]] = []
         self._reduce: Reduce | None = None
         self._read: dict[str, Tensor] = {}
@@ -98,6 +103,8 @@ class LayerReader:
                 "Name another layer, or use hidden_states."
             )
         self._read[name] = self._reduce(name, first_tensor(output))
+        if self.stop_early and self.keep == self._read.keys():
+            raise AllRead
 
     def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._store(name, output)

@@ -65,9 +65,9 @@ def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[
     return [batch[main]], named
 
 
-def without_guide(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The target's side of a batch: all but the guide's own columns."""
-    return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX)}
+def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str, Any]:
+    """The target's side of a batch: all but the guide's own columns and that of the sample ids."""
+    return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
 
 
 def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
+# Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
+# the mean relative to that of the signal: up to here that stays below 1e-6.
+SAFE_OFFSET = 16
 
 
 @contextmanager
@@ -27,8 +31,9 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
 
 def center(kernel: Tensor) -> Tensor:
-    """Subtract row and column means: ``H K H`` with ``H = I − 11ᵀ/n``."""
-    return kernel - kernel.mean(0, keepdim=True) - kernel.mean(1, keepdim=True) + kernel.mean()
+    """Subtract row and column means of a symmetric matrix: ``H K H`` with ``H = I − 11ᵀ/n``."""
+    mean = kernel.mean(0)
+    return kernel - mean[:, None] - (mean - mean.mean())[None, :]
 
 
 def u_center(kernel: Tensor) -> Tensor:
@@ -51,7 +56,14 @@ def unit(kernel: Tensor) -> Tensor:
     return torch.where(zero, 0, kernel / torch.where(zero, 1, energy).sqrt())
 
 
-def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
+def gram(
+    features: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sketch: Callable[[Tensor], Tensor] | None = None,
+    precision: torch.dtype | None = None,
+    keep_copy: bool = False,
+) -> Tensor:
     """Gram matrix of the centred features, scaled to a mean diagonal of 1; zero for a dead layer.
 
     Args:
@@ -59,6 +71,9 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: ``(n, length)``, true where valid, for features ``(n, length, …)``. A column's mean is then taken over its
             valid entries and the invalid ones are set to it; what such a mean takes from the product of two samples on
             average is given back, so that padding carries no signal of its own.
+        sketch: applied to the masked, centred features ``(n, d)``; without a mask, sketch them before.
+        precision: what the features were computed in, if they are in another now.
+        keep_copy: for features that are overwritten in place before the backward, as a module's output may be.
 
     Returns:
         ``(n, n)`` in float32 (float64 for float64 features). The scale is a constant for the gradient, which is exact
@@ -67,22 +82,71 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     if features.ndim < 2 or (mask is not None and features.shape[:2] != mask.shape):
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …), as the mask has it"
         raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
+    precision = precision or features.dtype
     with exact_float32(features.device):
         x = features if features.dtype == torch.float64 else features.float()
-        coarse = torch.finfo(features.dtype).bits < 32
-        kernel, offset = _kernel(x.flatten(1), coarse) if mask is None else _masked_kernel(x, mask.bool(), coarse)
-        kernel = center(kernel)  # also removes what rounding of the mean left behind
+        coarse = torch.finfo(precision).bits < 32
+        if mask is None:
+            kernel, offset = CentredKernel.apply(flat(x), coarse, keep_copy and x is features)
+        else:
+            kernel, offset = _masked_kernel(x, mask.bool(), coarse, sketch or (lambda centred: centred))
+            kernel = center(kernel)  # also removes what rounding of the mean left behind
         energy = kernel.diagonal().mean().detach()
-        rounding = 2 * torch.finfo(features.dtype).eps
+        rounding = 2 * torch.finfo(precision).eps
         dead = energy <= rounding**2 * offset.detach()  # false for NaN, which must come through
         return torch.where(dead, 0, kernel / torch.where(dead, 1, energy))
 
 
-def _kernel(x: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
-    """``x̃ x̃ᵀ`` of the centred features, and the squared norm of what was subtracted from a sample."""
-    mean = x.mean(0)
-    centred = x - mean
-    return centred @ centred.T, _varying(mean, centred, coarse).square().sum()
+def flat(x: Tensor) -> Tensor:
+    """``(n, …)`` as ``(n, d)``, the features in whichever order they lie in memory, so that nothing is copied."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.flatten(1)
+
+
+class CentredKernel(torch.autograd.Function):
+    """``x̃ x̃ᵀ`` of the centred features ``(n, d)``, and the squared norm of what was subtracted from a sample.
+
+    The gradient is one product, ``(G + Gᵀ) x̃``, where autograd makes two and goes through the centring as well; with
+    ``G`` centred it is as good with ``x`` in place of ``x̃``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coarse: bool, keep_copy: bool) -> tuple[Tensor, Tensor]:
+        if x.dtype == torch.float32 and _on_cpu(x):  # elsewhere to look would be to wait
+            raw = outer(x)
+            energy = raw.trace()
+            kernel = center(raw)
+            left = kernel.trace()
+            if energy - left <= SAFE_OFFSET * left:
+                if ctx.needs_input_grad[0]:
+                    ctx.save_for_backward(x.clone() if keep_copy else x)
+                offset = (energy - left) / len(x)
+                ctx.mark_non_differentiable(offset)
+                return kernel, offset
+        mean = x.mean(0)
+        centred = x - mean
+        offset = _varying(mean, centred, coarse).square().sum()
+        ctx.save_for_backward(centred)
+        ctx.mark_non_differentiable(offset)
+        return center(outer(centred)), offset  # again, for what rounding of the mean left behind
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return center(gradient + gradient.T) @ x, None, None
+
+
+def outer(x: Tensor) -> Tensor:
+    """``x xᵀ``; on a CPU by numpy, which knows that half of it is enough."""
+    if not _on_cpu(x):
+        return x @ x.T
+    array = x.numpy()
+    return torch.from_numpy(array @ array.T)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _varying(mean: Tensor, centred: Tensor, coarse: bool) -> Tensor:
@@ -90,7 +154,7 @@ def _varying(mean: Tensor, centred: Tensor, coarse: bool) -> Tensor:
     return torch.where((centred != 0).any(0), mean, 0) if coarse else mean
 
 
-def _masked_kernel(x: Tensor, valid: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
+def _masked_kernel(x: Tensor, valid: Tensor, coarse: bool, sketch: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The same over the valid entries, and the mean over the samples of what was subtracted from them."""
     x = x.reshape(*valid.shape, -1)
     m = valid.sum(0).to(x)  # (length,)
@@ -98,5 +162,6 @@ def _masked_kernel(x: Tensor, valid: Tensor, coarse: bool) -> tuple[Tensor, Tens
     centred = torch.where(valid[..., None], x - mean, 0)
     # independent samples have E⟨x̃_i, x̃_j⟩ = −E[spread] / (m (m − 1)) at each position, for the mean is theirs; not 0
     lost = centred.square().sum((0, 2)) / (m * (m - 1)).clamp(min=1)
-    kernel = centred.flatten(1) @ centred.flatten(1).T + (valid * lost) @ valid.to(x).T
+    flattened = sketch(centred.flatten(1))
+    kernel = flattened @ flattened.T + (valid * lost) @ valid.to(x).T
     return kernel, (_varying(mean, centred, coarse).square().sum(1) * m).sum() / len(x)

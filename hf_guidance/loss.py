@@ -15,7 +15,6 @@ from hf_guidance.features import LayerReader, Reduce
 from hf_guidance.guide import check_apart, freeze
 from hf_guidance.guide_input import (
     check_vocabularies,
-    forward_arguments,
     generator_for,
     guide_batch,
     noise_like,
@@ -24,13 +23,14 @@ from hf_guidance.guide_input import (
     with_decoder_inputs,
     without_guide,
 )
-from hf_guidance.kernels import exact_float32
+from hf_guidance.guide_running import GuideRunning, forward
 from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
+from hf_guidance.pairwise import Grams, guidance_loss, similarities
+from hf_guidance.ranks import Ranks
 from hf_guidance.samples import Samples
 from hf_guidance.schedule import Weights, make_schedule
 from hf_guidance.similarity import Measure, get_measure
-
-Grams = dict[str, Tensor]
+from hf_guidance.sketch import Sketch
 
 
 @dataclass
@@ -39,7 +39,8 @@ class Watched:
 
     Attributes:
         inputs: what the target is to be run on: the batch, or noise while pre-aligning on it.
-        loss: Σ or mean over the pairs of (1 − similarity), a scalar; None if the batch had too few samples.
+        loss: Σ or mean over the pairs of (1 − similarity), a scalar; None if the batch had too few samples. With
+            `similarity_batch="global"` its gradient is for a wrapper that averages gradients over the ranks.
         similarities: measure → pair → similarity, detached; the measure trained on comes first.
         weights: of guidance and task at this step.
     """
@@ -67,8 +68,8 @@ class GuidanceLoss:
         total_steps: length of the run, where a decay without `guidance_stop_step` ends.
 
     Raises:
-        ValueError: layers that do not exist, a guide that shares parameters with the target, and, on the first batch,
-            vocabularies or samples that do not line up.
+        ValueError: layers that do not exist, a guide that shares parameters with the target, a global batch without a
+            process group, and, on the first batch, vocabularies or samples that do not line up.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -93,10 +94,13 @@ class GuidanceLoss:
         freeze(guide, self.config.guide_batch_norm)
         names = [self.config.measure, *self.config.log_measures]
         self.measures: list[Measure] = [get_measure(name) for name in dict.fromkeys(names)]
+        self.ranks = Ranks() if self.config.similarity_batch == "global" else None
+        self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch)
         self.pairs: list[Pair] | None = None  # known once the hidden states have been counted
         explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
+        self.running = GuideRunning(self.guide_reader, self.config, self.sketch, autocast)
 
     def weights(self, step: int) -> Weights:
         """The weights of guidance and task at an optimizer step, as the config schedules them."""
@@ -106,13 +110,14 @@ class GuidanceLoss:
             config.guidance_weight,
             stop_step=config.guidance_stop_step,
             prealign_steps=config.prealign_steps,
+            every=config.guidance_every,
             total_steps=self.total_steps,
         )
         return schedule(step)
 
     @contextmanager
     def watch(
-        self, batch: Mapping[str, Any], *, step: int = 0, micro_step: int = 0, rank: int = 0
+        self, batch: Mapping[str, Any], *, step: int = 0, micro_step: int = 0, rank: int = 0, log: bool = True
     ) -> Iterator[Watched]:
         """Run the guide on a batch, then watch the one forward of the target inside the ``with`` block.
 
@@ -122,18 +127,20 @@ class GuidanceLoss:
             batch: the inputs of the target, with ``guide_*`` columns where the guide needs its own.
             step, micro_step, rank: where the run is; the weights follow the step, and randomness depends on nothing
                 else but the seed.
+            log: whether to compute the config's `log_measures` too.
         """
         key, weights = (self.seed, step, micro_step, rank), self.weights(step)
         if not weights.guidance:
-            yield Watched(without_guide(batch), weights)
+            yield Watched(without_guide(batch, self.config.sample_id_column), weights)
             return
         if not weights.task and self.config.guide_input == "prealign_noise":
             batch = noise_like(batch, self._common_vocabulary(), generator_for(*key))
         config = self.config
         seen = with_decoder_inputs(batch, self.target)
-        samples = Samples(seen, config.sample_axis, config.max_tokens, generator_for(*key).initial_seed())
-        watched = Watched(without_guide(batch), weights)
-        if config.sample_axis == "sequence" and samples.batch_size < self.measures[0].min_samples:
+        choice = generator_for(*key[:3], 0 if self.ranks else rank).initial_seed()  # of tokens, the ranks' as one
+        samples = self._samples(seen, seed=choice)
+        watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
+        if config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples:
             yield watched
             return
         guide_samples, guide_grams = self._run_guide(batch, samples, key)
@@ -144,7 +151,30 @@ class GuidanceLoss:
         if self.pairs is None:
             self._resolve_pairs()
         self._check_aligned(samples, guide_samples, target_grams, guide_grams)
-        self._compare(watched, target_grams, guide_grams)
+        self._compare(watched, target_grams, guide_grams, log)
+
+    def _samples(self, batch: Mapping[str, Any], **options: Any) -> Samples:
+        config = self.config
+        return Samples(batch, config.sample_axis, config.max_tokens, ranks=self.ranks, sketch=self.sketch, **options)
+
+    def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the guide on those of the inputs that it takes, moved to where it is."""
+        return forward(self.guide, inputs)
+
+    @torch.no_grad()
+    def open_cache(self, batch: Mapping[str, Any], rows: int, identity: Mapping[str, Any], create: bool = True) -> None:
+        """Open or create the config's `cache_guide`; call it once, before the first step.
+
+        Args:
+            batch: the first rows of the data, from which the layers' widths and scales are taken.
+            rows: samples in the data, whose ids are 0 to `rows` − 1.
+            identity: of the guide: whatever tells it from another.
+            create: whether this process may create the folder, as one of several does.
+
+        Raises:
+            ValueError: a batch without ids or with padding, or what `GuideCache` raises.
+        """
+        self.running.open_cache(guide_batch(batch, self.target), batch, rows, identity, create)
 
     @torch.no_grad()
     def _run_guide(self, batch: Mapping[str, Any], samples: Samples, key: tuple[int, ...]) -> tuple[Samples, Grams]:
@@ -155,29 +185,8 @@ class GuidanceLoss:
             inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
         elif self.config.guide_input == "shuffled":
             inputs = shuffle_rows(inputs, generator_for(*key, 2))
-        config = self.config
-        guide_samples = Samples(inputs, config.sample_axis, config.max_tokens, like=samples)
-        with self.autocast(), self.guide_reader.reading(guide_samples.gram) as grams:
-            self.forward_guide(inputs)
-        return guide_samples, grams
-
-    def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the guide on those of the inputs that it takes, moved to where it is."""
-        args, kwargs = forward_arguments(self.guide, inputs)
-        parameter = next(self.guide.parameters(), None)
-        if parameter is not None and parameter.device.type != "meta":
-            args = [value.to(parameter.device) for value in args]
-            kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        try:
-            return self.guide(*args, **kwargs)
-        except ValueError as error:
-            config = getattr(self.guide, "config", None)
-            if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
-                raise ValueError(
-                    f"the guide ({type(self.guide).__name__}) is an encoder-decoder and the batch has nothing for its "
-                    "decoder: add guide_decoder_input_ids (beside guide_input_ids), or pass guide.get_encoder()."
-                ) from error
-            raise
+        guide_samples = self._samples(inputs, like=samples)
+        return guide_samples, self.running.grams(inputs, batch, guide_samples)
 
     def close(self) -> None:
         """Take the hooks off both networks."""
@@ -189,11 +198,16 @@ class GuidanceLoss:
         return min(sizes, default=None)
 
     def _resolve_pairs(self) -> None:
-        targets, guides = self.target_reader.names(), self.guide_reader.names()
+        targets, guides = self.target_reader.names(), self.running.names()
         if self.config.layer_pairs is not None:
             self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
         else:
             self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
+        if self.sketch and self.sketch.widest <= self.sketch.size:
+            raise ValueError(
+                f"sketch is {self.sketch.size}, but the widest layer that is compared has {self.sketch.widest} "
+                "features: there is nothing to sketch. Lower it, or leave it out to compare exactly."
+            )
         self.target_reader.keep = {target for target, _ in self.pairs}
         self.guide_reader.keep = {guide for _, guide in self.pairs}
 
@@ -208,35 +222,23 @@ class GuidanceLoss:
                     "the same positions. Use sample_axis='sequence'."
                 )
 
-    def _compare(self, watched: Watched, targets: Grams, guides: Grams) -> None:
+    def _compare(self, watched: Watched, targets: Grams, guides: Grams, log: bool) -> None:
+        assert self.pairs is not None
         n = next(iter(targets.values())).shape[0]
-        if n < self.measures[0].min_samples:
+        trained_on, *logged = self.measures
+        if n < trained_on.min_samples:
             return
-        for measure in self.measures:
+        mean, scale = self.config.guidance_reduction == "mean", self.ranks.scale if self.ranks else 1
+        watched.loss, values = guidance_loss(self.pairs, trained_on, targets, guides, mean=mean, scale=scale)
+        watched.similarities[trained_on.name] = values
+        for measure in logged if log else ():
             if n >= measure.min_samples:
-                trained_on = measure is self.measures[0]
-                with torch.set_grad_enabled(trained_on and torch.is_grad_enabled()):
-                    similarity = self._similarities(measure, targets, guides)
-                watched.similarities[measure.name] = {pair: value.detach() for pair, value in similarity.items()}
-                if trained_on:
-                    total = (1 - torch.stack(list(similarity.values()))).sum()
-                    watched.loss = total if self.config.guidance_reduction == "sum" else total / len(similarity)
-        if torch.is_grad_enabled() and watched.loss is not None and not watched.loss.requires_grad:
+                watched.similarities[measure.name] = similarities(self.pairs, measure, targets, guides)
+        if torch.is_grad_enabled() and not watched.loss.requires_grad:
             raise ValueError(
                 f"none of the target layers {sorted(targets)} carries a gradient: they are frozen, or run under "
                 "reentrant activation checkpointing (set use_reentrant=False)."
             )
-
-    def _similarities(self, measure: Measure, targets: Grams, guides: Grams) -> dict[str, Tensor]:
-        assert self.pairs is not None
-        like = next(iter(targets.values()))
-        with exact_float32(like.device):
-            target_sides = {t: measure.target_side(targets[t]) for t in dict.fromkeys(t for t, _ in self.pairs)}
-            with torch.no_grad():
-                guide_sides = {
-                    g: measure.guide_side(guides[g].to(like)) for g in dict.fromkeys(g for _, g in self.pairs)
-                }
-            return {pair_name((t, g)): measure.compare(target_sides[t], guide_sides[g]) for t, g in self.pairs}
 
 
 def _not_recomputed(reduce: Reduce) -> Reduce:

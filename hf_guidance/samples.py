@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import gram
+from hf_guidance.features import HIDDEN
+from hf_guidance.kernels import flat, gram
+from hf_guidance.ranks import Ranks
+from hf_guidance.sketch import Sketch
 
 INT64_MAX = torch.iinfo(torch.int64).max
+Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and how many of them each rank has
 
 
 class Samples:
@@ -24,9 +29,15 @@ class Samples:
         max_tokens: with ``token``, at most so many, chosen by a hash of row content, position and `seed`, so that
             neither the order of the rows nor the padding changes the choice.
         like: the other network's `Samples`, whose choice of tokens is taken over.
+        ranks: the processes whose batches are taken as one; None for this process's own.
+        sketch: of wide layers.
+
+    Attributes:
+        count: samples on the sequence axis, those of all ranks.
 
     Raises:
-        ValueError: a batch without tensors, or valid positions that differ from those of `like`.
+        ValueError: a batch without tensors, valid positions that differ from those of `like`, or ranks whose batches
+            differ in length without a mask.
     """
 
     def __init__(
@@ -36,18 +47,19 @@ class Samples:
         max_tokens: int = 1024,
         seed: int = 0,
         like: Samples | None = None,
+        ranks: Ranks | None = None,
+        sketch: Sketch | None = None,
     ) -> None:
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
-        if not tensors:
-            raise ValueError(f"the batch has no tensor with a sample axis and another one; it has {sorted(batch)}.")
-        known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
-        self.content = (known or list(tensors.values()))[0]
+        self.content = content_of(batch)
         self.batch_size = self.content.shape[0]
         self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
-        self.masks = _masks(tensors)
+        self.masks = _masks({k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2})
+        self.ranks, self.sketch = ranks, sketch
+        self.counts, self.lengths = self._across_ranks()
+        self.count = sum(self.counts)
         self.positions: dict[str, int | str] = {}  # whose, or how many, a layer's tokens are: the same for a pair
         self._orders: dict[str, Tensor | None] = {}
-        self._chosen: dict[str | int, tuple[Tensor, Tensor]] = {}  # by kind of mask, else by number of positions
+        self._chosen: dict[str | int, Tokens] = {}  # by kind of mask, else by number of positions
         if like is not None and axis == "token":
             self._check_same_tokens(like)
 
@@ -65,13 +77,46 @@ class Samples:
             )
         if self.axis == "token" and features.ndim == 4:
             features = features.flatten(2).transpose(1, 2)  # (batch, channels, h, w): a token is a place in the image
+        given, precision, counts = features, features.dtype, self.counts
         kind = self._kind_of_mask(name, features)
         if kind is not None:
             features = self._aligned(features, kind)
+        mask, length = None, None
         if self.axis == "token":
             self.positions[name] = features.shape[1] if kind is None else f"the {kind}'s"
-            return gram(features[self._tokens(name, features, kind)])
-        return gram(features, None if kind is None else self._valid(self.masks[kind]).to(features.device))
+            rows, positions, counts = self._tokens(name, features, kind)
+            features = features[rows, positions]
+        elif kind is not None:
+            mask, length = self._valid(self.masks[kind]).to(features.device), self.lengths[kind]
+        if self.sketch and mask is None:
+            features = self.sketch(name, flat(features))
+        if self.ranks:
+            features = self.ranks.gather(features, counts, length)
+            mask = mask if mask is None else self.ranks.gather(mask, counts, length)
+        return gram(
+            features,
+            mask,
+            sketch=partial(self.sketch, name) if self.sketch else None,
+            precision=precision,
+            keep_copy=features is given and not HIDDEN.fullmatch(name),  # hidden states are the user's to keep
+        )
+
+    # ------------------------------------------------------------------------------------------------------ ranks
+
+    def _across_ranks(self) -> tuple[list[int], dict[str, int]]:
+        """Every rank's number of rows, and the longest of the masks of each kind."""
+        lengths = {kind: mask.shape[1] for kind, mask in self.masks.items()}
+        if self.ranks is None:
+            return [self.batch_size], lengths
+        own = self.content.shape[1] if self.content.ndim < 4 else 0  # images have one size
+        every = self.ranks.numbers([self.batch_size, own, *lengths.values()], self.content.device)
+        if not lengths and len({row[1] for row in every}) > 1:
+            raise ValueError(
+                f"the ranks' batches have sequences of {', '.join(str(row[1]) for row in every)} positions and no "
+                "attention_mask: which of them are padding is not known. Add a mask, or pad to a fixed length."
+            )
+        longest = {kind: max(row[2 + i] for row in every) for i, kind in enumerate(lengths)}
+        return [row[0] for row in every], longest
 
     # ---------------------------------------------------------------------------------------------------- padding
 
@@ -120,7 +165,7 @@ class Samples:
                     "networks' tokens are not the same, or guide_input='shuffled' pairs rows of other lengths."
                 )
 
-    def _tokens(self, name: str, features: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+    def _tokens(self, name: str, features: Tensor, kind: str | None) -> Tokens:
         if features.ndim < 3:
             raise ValueError(
                 f"layer {name!r} gave shape {tuple(features.shape)}, which has no positions; "
@@ -131,18 +176,30 @@ class Samples:
         key = features.shape[1] if kind is None else kind
         if key not in self._chosen:
             everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=self.content.device)
-            self._chosen[key] = self._choose(everywhere if kind is None else self._valid(self.masks[kind]))
-        rows, positions = self._chosen[key]
-        return rows.to(features.device), positions.to(features.device)
+            rows, positions = self._choose(everywhere if kind is None else self._valid(self.masks[kind]))
+            counts = [len(rows)]
+            if self.ranks is not None:
+                counts = [row[0] for row in self.ranks.numbers(counts, rows.device)]
+            self._chosen[key] = rows, positions, counts
+        rows, positions, counts = self._chosen[key]
+        return rows.to(features.device), positions.to(features.device), counts
 
     def _choose(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, positions) of the tokens that are compared."""
-        if int(valid.sum()) <= self.max_tokens:
+        total = int(valid.sum())
+        if self.ranks is not None:
+            total = sum(row[0] for row in self.ranks.numbers([total], self.content.device))
+        if total <= self.max_tokens:
             rows, positions = valid.nonzero(as_tuple=True)
             return rows, positions
         positions = torch.arange(valid.shape[1], device=valid.device)
-        score = _mix(self._row_hashes()[:, None] + _mix(positions + 1)[None, :] + self.seed) & INT64_MAX
-        chosen = torch.where(valid, score, INT64_MAX).flatten().topk(self.max_tokens, largest=False).indices
+        score = mix(self._row_hashes()[:, None] + mix(positions + 1)[None, :] + self.seed) & INT64_MAX
+        score = torch.where(valid, score, INT64_MAX)
+        if self.ranks is not None:
+            scores = torch.nn.functional.pad(score.flatten(), (0, self.max_tokens), value=INT64_MAX)
+            rows, positions = (score <= self.ranks.smallest(scores, self.max_tokens)[-1]).nonzero(as_tuple=True)
+            return rows, positions
+        chosen = score.flatten().topk(self.max_tokens, largest=False).indices
         return chosen // valid.shape[1], chosen % valid.shape[1]
 
     def _row_hashes(self) -> Tensor:
@@ -153,8 +210,17 @@ class Samples:
             valid = self._valid(mask).reshape(mask.shape + (1,) * (content.ndim - 2))
             content = torch.where(valid, self._aligned(content, "encoder"), -1)
         content = content.flatten(1).long()
-        places = _mix(torch.arange(content.shape[1], device=content.device) + 1)
-        return torch.where(content == -1, 0, _mix(content + places)).sum(1)
+        places = mix(torch.arange(content.shape[1], device=content.device) + 1)
+        return torch.where(content == -1, 0, mix(content + places)).sum(1)
+
+
+def content_of(batch: Mapping[str, Any]) -> Tensor:
+    """What the rows of a batch are made of: token ids, pixels, embeddings, or else its first tensor of two axes."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
+    if not tensors:
+        raise ValueError(f"the batch has no tensor with a sample axis and another one; it has {sorted(batch)}.")
+    known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
+    return (known or list(tensors.values()))[0]
 
 
 def _masks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,7 +235,7 @@ def _masks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return masks
 
 
-def _mix(value: Tensor) -> Tensor:
+def mix(value: Tensor) -> Tensor:
     """Scatter int64 values over all 64 bits (products wrap around)."""
     for factor in (-7046029254386353131, -4658895280553007687):
         value = (value ^ (value >> 29)) * factor

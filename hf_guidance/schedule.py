@@ -32,6 +32,7 @@ def make_schedule(
     *,
     stop_step: int | None = None,
     prealign_steps: int = 0,
+    every: int = 1,
     total_steps: int | None = None,
 ) -> Callable[[int], Weights]:
     """Build the schedule of a run: a function of the number of optimizer steps already taken.
@@ -41,6 +42,7 @@ def make_schedule(
         weight: the guidance weight at its highest.
         stop_step: guidance is 0 from this step on (*guidance as initialisation*); a decay ends here.
         prealign_steps: for so many steps at the start the task's weight is 0 and the guidance's is `weight`.
+        every: after pre-alignment, guidance is 0 at all steps but each so-manieth.
         total_steps: length of the run, where a decay without `stop_step` ends.
 
     Raises:
@@ -56,10 +58,10 @@ def make_schedule(
     def schedule(step: int) -> Weights:
         if step < prealign_steps:
             return Weights(weight, 0.0)
+        if (end is not None and step >= end) or step % every:
+            return Weights(0.0, 1.0)
         if end is None:
             return Weights(weight, 1.0)
-        if step >= end:
-            return Weights(0.0, 1.0)
         progress = (step - prealign_steps) / (end - prealign_steps)
         return Weights(weight * SCHEDULES[name](progress), 1.0)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
 from hf_guidance.guide import calibrate_batch_norm, freeze
@@ -21,13 +19,12 @@ from hf_guidance.guide_input import (
     GUIDE_PREFIX,
     accepted_columns,
     check_vocabularies,
-    generator_for,
-    guide_batch,
     without_guide,
 )
 from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.preparation import calibrate, open_cache
 from hf_guidance.publishing import PublishingMixin
 from hf_guidance.similarity import get_measure
 
@@ -122,7 +119,7 @@ class GuidanceMixin(PublishingMixin):
         """Task loss plus weighted guidance loss while training; the task loss alone in evaluation."""
         kwargs = {"num_items_in_batch": num_items_in_batch}
         if self.guide is None or not self.guidance.guidance_weight or not model.training:
-            return super().compute_loss(model, without_guide(inputs), return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
         with self._watch(inputs) as watched:
             task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
@@ -133,7 +130,14 @@ class GuidanceMixin(PublishingMixin):
         self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
         self.guidance_loss.total_steps = self.state.max_steps
         step, micro_step = self._micro_step
-        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=self.accelerator.process_index)
+        rank, log = self.accelerator.process_index, self._logs_at(step)
+        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
+
+    def _logs_at(self, step: int) -> bool:
+        """Whether this step may be logged, so that what is only looked at is computed at no other."""
+        if self.args.logging_strategy != IntervalStrategy.STEPS or (self.args.logging_first_step and step == 0):
+            return True
+        return (step + 1) % max(1, self.state.logging_steps) == 0
 
     def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Any) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
@@ -165,33 +169,15 @@ class GuidanceMixin(PublishingMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._sums, self._micro_step = RunningMeans(), (-1, 0)  # an interrupted call may have left some
         if self.guide is not None and self._calibrates():
-            calibrate_batch_norm(self.guide, self._calibration_forwards())
+            calibrate(self)
+        if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
+            open_cache(self)
         if self.guide is not None and self.guidance.save_guide and self.args.should_save:
             self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
         return super().train(*args, **kwargs)
 
     def _calibrates(self) -> bool:
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
-
-    def _calibration_forwards(self) -> Iterator[Any]:
-        """Forwards of the guide over the first batches of the training data, the same on every rank and resume."""
-        from torch.utils.data import DataLoader
-
-        dataset, collator, seen = self.train_dataset, self.data_collator, 0
-        size, count = self.args.per_device_train_batch_size, self.guidance.calibration_batches
-        if getattr(dataset, "column_names", None):
-            dataset = self._remove_unused_columns(dataset)
-        else:
-            collator = self._get_collator_with_removed_columns(collator)
-        loader = DataLoader(dataset, size, shuffle=False, collate_fn=collator, drop_last=True)
-        with torch.random.fork_rng():
-            torch.manual_seed(generator_for(self.args.seed, 3).initial_seed())
-            for batch in islice(loader, count):
-                with self.accelerator.autocast():
-                    yield lambda batch=batch: self.guidance_loss.forward_guide(guide_batch(batch, self.model))
-                seen += 1
-        if seen < count:
-            raise ValueError(f"calibration_batches is {count}, but the training data has {seen} full batches.")
 
     def _save_guide(self, folder: Path) -> None:
         if hasattr(self.guide, "save_pretrained"):
@@ -201,12 +187,16 @@ class GuidanceMixin(PublishingMixin):
             save_model(self.guide, str(folder / "model.safetensors"))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, without_guide(inputs), *args, **kwargs)
+        return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
+
+    def _for_target(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return without_guide(inputs, self.guidance.sample_id_column)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if getattr(self, "guide", None) is not None:
-            own = (GUIDE_PREFIX + name for name in accepted_columns(self.guide))
+            ids = self.guidance.sample_id_column
+            own = [GUIDE_PREFIX + name for name in accepted_columns(self.guide)] + ([ids] if ids else [])
             self._signature_columns += [name for name in own if name not in self._signature_columns]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

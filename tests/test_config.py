@@ -27,11 +27,14 @@ CHANGED = {  # another value than the default for every field, all at once
     "guidance_schedule": "linear",
     "guidance_stop_step": 300,
     "prealign_steps": 20,
+    "guidance_every": 4,
     "target_layers": ["h.*.mlp", "Linear"],
     "guide_layers": ["hidden_states.2"],
     "layer_mapping": "last_2",
     "sample_axis": "token",
     "max_tokens": 64,
+    "similarity_batch": "global",
+    "sketch": 512,
     "guide_input": "prealign_noise",
     "guide_batch_norm": "batch",
     "calibration_batches": 3,
@@ -40,6 +43,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "save_guide": True,
 }
 PAIRS = {"layer_pairs": ["hidden_states.1~layer1", "hidden_states.2~layer1"]}
+CACHED = {"cache_guide": "features", "sample_id_column": "id", "sketch": 64}
 
 
 def parse(*flags: str) -> tuple[TrainingArguments, GuidanceConfig]:
@@ -105,7 +109,7 @@ def test_without_flags_both_classes_have_their_defaults() -> None:
 
 
 def test_every_field_is_a_flag_beside_those_of_training_arguments() -> None:
-    assert set(CHANGED) | set(PAIRS) == set(FIELDS)
+    assert set(CHANGED) | set(PAIRS) | set(CACHED) == set(FIELDS)
     args, config = parse("--learning_rate", "0.25", *as_flags(CHANGED))
     assert config == GuidanceConfig(**CHANGED)
     assert args.learning_rate == 0.25
@@ -131,7 +135,7 @@ def test_a_bad_flag_is_the_same_error_as_a_bad_value() -> None:
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 
-@pytest.mark.parametrize("values", [{}, CHANGED, PAIRS], ids=["defaults", "changed", "pairs"])
+@pytest.mark.parametrize("values", [{}, CHANGED, PAIRS, CACHED], ids=["defaults", "changed", "pairs", "cached"])
 def test_json_gives_the_same_config_back(values: dict[str, Any], tmp_path: Path) -> None:
     config, guide = GuidanceConfig(**values), {"source": "timm/resnet18", "seed": 0, "fingerprint": "sha256:ab"}
     assert GuidanceConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

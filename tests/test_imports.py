@@ -17,12 +17,13 @@ PACKAGE = Path(hf_guidance.__file__).parent
 
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
-    {"runtime", "kernels", "similarity", "mapping", "schedule", "config"},
+    {"runtime", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"},
     {"identity"},
     {"samples", "features", "guide", "guide_input"},
-    {"pushed"},
+    {"pushed", "cache"},
+    {"guide_running"},
     {"loss", "logs", "card_facts", "model_card"},
-    {"publishing"},
+    {"publishing", "preparation"},
     {"trainer", "distillation", "analysis"},
     {"comparison", "record", "recipe_cards"},
     {"recipe"},

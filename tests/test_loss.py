@@ -28,8 +28,10 @@ from builders import (
 from torch import Tensor, nn
 from transformers import BartConfig, BartModel, BertConfig, BertModel, MambaConfig, MambaModel, T5EncoderModel
 
-from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance import GuidanceConfig, GuidanceLoss, gram
 from hf_guidance.loss import Watched
+from hf_guidance.pairwise import guidance_loss
+from hf_guidance.similarity import MEASURES
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
 
 Batch = dict[str, Tensor]
@@ -472,6 +474,87 @@ def test_a_guide_layers_activations_are_freed_before_the_guide_has_finished() ->
         assert [reference() for reference in outputs] == [None] * 5
         target(**watched.inputs)
     assert alive == [[], [True], [False, True], [False, False, True], [False, False, False, True]]
+
+
+def test_a_guide_is_run_no_further_than_its_last_layer_in_a_pair() -> None:
+    guide = nn.Sequential(nn.Embedding(VOCABULARY, 8), *(nn.Linear(8, 8) for _ in range(4)))
+    ran: list[int] = []
+    for number, module in enumerate(guide):
+        module.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
+    guidance = GuidanceLoss(target := gpt2(), guide, GuidanceConfig(guide_layers=["1", "2"]))
+    found = []
+    for _ in range(2):  # which layers are needed is known once a batch has been seen
+        with guidance.watch(token_batch()) as watched:
+            target(**watched.inputs)
+        found.append(watched.loss.item())
+    assert ran == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert found[0] == found[1]
+
+
+def test_at_steps_between_no_guide_is_run() -> None:
+    guidance = GuidanceLoss(target := gpt2(), guide := llama(), GuidanceConfig(guidance_every=2))
+    runs = inputs_of(guide)
+    losses = []
+    for step in range(4):
+        with guidance.watch(token_batch(), step=step) as watched:
+            target(**watched.inputs)
+        losses.append(watched.loss)
+    assert [loss is not None for loss in losses] == [True, False, True, False]
+    assert len(runs) == 2
+
+
+def test_what_is_only_looked_at_is_left_out_where_it_is_not_logged() -> None:
+    guidance = GuidanceLoss(target := gpt2(), llama())
+    with guidance.watch(token_batch(), log=False) as watched:
+        target(**watched.inputs)
+    assert list(watched.similarities) == ["linear_cka"]
+
+
+def test_features_that_are_overwritten_in_place_have_the_gradient_of_what_they_were() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.first = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.first(self.embed(input_ids)).relu_()
+
+    target, guide, batch = seeded(InPlace, 3), llama(), token_batch()
+    guidance = GuidanceLoss(target, guide, GuidanceConfig(target_layers=["first"], guide_layers=["hidden_states.1"]))
+    with guidance.watch(batch) as watched:
+        target(batch["input_ids"])
+    ours = target.first(target.embed(batch["input_ids"]))
+    expected = 1 - cka(ours, hidden_states(guide, {"input_ids": batch["input_ids"]})[0])
+    for got, wanted in zip(gradients(target, watched.loss), gradients(target, expected), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_between_forward_and_backward_one_matrix_a_target_layer_is_kept() -> None:
+    rows, width = 64, 8
+    kernels = {f"t{i}": gram(torch.randn(rows, width, requires_grad=True)) for i in range(3)}
+    guides = {f"g{i}": gram(torch.randn(rows, 5)) for i in range(4)}
+    pairs = [("t0", "g0"), ("t1", "g1"), ("t1", "g2"), ("t2", "g3")]
+    for measure in MEASURES.values():
+        leaves = {name: kernel.clone() for name, kernel in kernels.items()}
+        loss, _ = guidance_loss(pairs, measure, leaves, guides)
+        graph = sum(tensor.numel() for tensor in _saved(loss))
+        assert graph <= 3 * rows**2 + 100, measure.name
+
+
+def _saved(loss: Tensor) -> list[Tensor]:
+    """All tensors that the graph above the Gram matrices keeps."""
+    found, open_nodes, seen = [], [loss.grad_fn], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen or "CloneBackward" in node.name():
+            continue
+        seen.add(node)
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            if isinstance(value, Tensor):
+                found.append(value)
+        open_nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def test_hidden_states_of_the_guide_are_freed_before_the_target_runs() -> None:

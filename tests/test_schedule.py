@@ -61,6 +61,12 @@ def test_no_schedule_leaves_the_range_from_0_to_the_weight(name: str) -> None:
     assert 0 <= values[-1] <= values[0] == 2
 
 
+def test_every_so_manieth_step_is_guided_and_all_steps_of_prealignment_are() -> None:
+    assert guidance("constant", 8, every=3) == [2, 0, 0, 2, 0, 0, 2, 0]
+    assert guidance("constant", 8, every=3, prealign_steps=2, stop_step=6) == [2, 2, 0, 2, 0, 0, 0, 0]
+    assert guidance("linear", 5, every=2, stop_step=4) == pytest.approx([2, 0, 1, 0, 0])
+
+
 def test_unknown_schedule_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="Unknown guidance_schedule 'exponential'; possible are constant, linear, cos"):
         check_schedule("exponential")

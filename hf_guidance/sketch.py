@@ -1,0 +1,84 @@
+"""A sketch of wide features: few numbers a sample, whose products are on average those of the features themselves."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Sketch:
+    """Count sketch of features ``(n, d)`` to ``(n, size)``: each is added, with a random sign, to one of ``size`` sums.
+
+    It is linear, and unbiased for the Gram matrix: ``E⟨Sx, Sy⟩ = ⟨x, y⟩`` with a variance of at most
+    ``(‖x‖²‖y‖² + ⟨x, y⟩²) / size``. Over all pairs of samples, the Gram matrix K has a relative error whose mean square
+    is at most ``(r + 1) / size``; ``r = tr(K)² / ‖K‖²`` is the participation ratio of the centred features,
+    about the number of directions they spread over. Layers no wider than ``size`` are left as they are.
+
+    Signs and sums are drawn by the layer's name and width alone: all runs, ranks and stored features share them.
+
+    Args:
+        size: numbers kept of a sample.
+
+    Source: Charikar, Chen, Farach-Colton 2002 (count sketch); the variance is Weinberger et al. 2009, lemma 2.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.widest = 0  # layer seen so far
+        self._tables: dict[tuple[str, int, torch.device], tuple[Tensor, list[int]]] = {}
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """The sketch of a layer's features, in float32 or better; differentiable."""
+        width = x.shape[1]
+        self.widest = max(self.widest, width)
+        if width <= self.size:
+            return x
+        key = (name, width, x.device)
+        if key not in self._tables:
+            self._tables[key] = self._draw(name, width, x.device)
+        return _CountSketch.apply(x if x.dtype == torch.float64 else x.float(), self.size, *self._tables[key])
+
+    def _draw(self, name: str, width: int, device: torch.device) -> tuple[Tensor, list[int]]:
+        """A sign for each feature, and for each block of ``size`` features by how much its sums are rotated."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {width} {self.size}".encode()))
+        signs = torch.randint(2, (width,), generator=generator).to(device, torch.float32) * 2 - 1
+        return signs, torch.randint(self.size, (-(-width // self.size),), generator=generator).tolist()
+
+
+class _CountSketch(torch.autograd.Function):
+    """Feature j of block b goes to sum ``(j + shift_b) mod size``: two features collide with a chance of 1 / size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, signs: Tensor, shifts: list[int]) -> Tensor:
+        ctx.save_for_backward(signs)
+        ctx.size, ctx.shifts = size, shifts
+        if x.device.type != "cpu":  # where many small steps cost more than moving the features twice
+            return x.new_zeros(len(x), size).index_add_(1, _sums(signs, size, shifts), x * signs.to(x))
+        sums = x.new_zeros(len(x), size)
+        for begin, end, to in _pieces(x.shape[1], size, shifts):
+            sums[:, to : to + end - begin].addcmul_(x[:, begin:end], signs[begin:end].to(x))
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (signs,) = ctx.saved_tensors
+        return gradient[:, _sums(signs, ctx.size, ctx.shifts)] * signs.to(gradient), None, None, None
+
+
+def _pieces(width: int, size: int, shifts: list[int]) -> list[tuple[int, int, int]]:
+    """(first, end, first sum) of the runs of features that go to neighbouring sums."""
+    pieces = []
+    for block, shift in enumerate(shifts):
+        begin, end = block * size, min((block + 1) * size, width)
+        turn = min(begin + size - shift, end)
+        pieces += [(begin, turn, shift), (turn, end, 0)]
+    return [piece for piece in pieces if piece[0] < piece[1]]
+
+
+def _sums(signs: Tensor, size: int, shifts: list[int]) -> Tensor:
+    """Which sum each feature goes to."""
+    feature = torch.arange(len(signs), device=signs.device)
+    return (feature + torch.tensor(shifts, device=signs.device)[feature // size]) % size

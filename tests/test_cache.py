@@ -1,0 +1,217 @@
+"""The guide's features are computed once and read after, and nothing else changes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import LENGTH, VOCABULARY, arguments, gpt2, llama, seeded, token_rows
+from datasets import Dataset
+from torch import Tensor
+
+from hf_guidance import GuidanceConfig, GuidanceTrainer
+from hf_guidance.cache import GuideCache
+
+ROWS, BATCH, SKETCH = 16, 4, 24
+CACHED = {"sketch": SKETCH, "sample_id_column": "id"}
+
+
+def numbered(rows: int = ROWS, seed: int = 0, ids: Any = None) -> Dataset:
+    content = [{name: value.tolist() for name, value in row.items()} for row in token_rows(rows, seed=seed)]
+    return Dataset.from_list(content).add_column("id", list(range(rows)) if ids is None else ids)
+
+
+def trainer(folder: Path, cache: Path | None, guide: Any = None, data: Any = None, **changes: Any) -> GuidanceTrainer:
+    config = {"sketch": SKETCH} if cache is None else {**CACHED, "cache_guide": str(cache)}
+    config |= changes.pop("guidance", {})
+    return GuidanceTrainer(
+        model=gpt2(),
+        guide=llama() if guide is None else guide,
+        guidance=GuidanceConfig(**config),
+        args=arguments(folder, **{"max_steps": 12, "lr_scheduler_type": "constant", **changes}),
+        train_dataset=numbered() if data is None else data,
+    )
+
+
+def counted(guide: Any) -> list[int]:
+    runs: list[int] = []
+    guide.register_forward_pre_hook(lambda module, args: runs.append(1))
+    return runs
+
+
+def weights(run: GuidanceTrainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def test_the_guide_runs_in_the_first_epoch_alone_and_training_is_that_without_a_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = llama()
+    runs = counted(guide)
+    cached, plain = trainer(tmp_path / "a", tmp_path / "cache", guide), trainer(tmp_path / "b", None)
+    cached.train()
+    plain.train()
+    # two looks at the first rows (what the layers are, and once more with the trainer's own batches) come before
+    assert len(runs) == 1 + ROWS // BATCH
+    assert "The guide's features will take" in capsys.readouterr().out
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(cached)[name], value, rtol=0, atol=2e-3)  # float16 instead of float32
+    ours, theirs = ([log["guidance/loss"] for log in run.state.log_history if "loss" in log] for run in (cached, plain))
+    assert ours == pytest.approx(theirs, abs=5e-3)
+
+
+def test_a_run_with_a_full_cache_is_bit_for_bit_the_one_that_filled_it(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "a", tmp_path / "cache")
+    first.train()
+    guide = llama()
+    runs = counted(guide)
+    second = trainer(tmp_path / "b", tmp_path / "cache", guide)
+    second.train()
+    assert len(runs) == 1, "but for the look at the first rows"
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
+
+
+def test_places_without_their_checksum_are_computed_again(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "a", tmp_path / "cache")
+    first.train()
+    cache = first.guidance_loss.running.cache
+    kind, path = cache.kind, tmp_path / "cache" / "rows.bin"
+    del first, cache
+    rows = np.memmap(path, kind, "r+")
+    good = rows.copy()
+    rows["features"][3, :5] = 7  # torn by a crash: the features are not those of the checksum
+    rows["check"][6] = 0  # or the checksum was not reached
+    rows.flush()
+    guide = llama()
+    runs = counted(guide)
+    trainer(tmp_path / "b", tmp_path / "cache", guide).train()
+    assert len(runs) == 1 + len({3 // BATCH, 6 // BATCH}) or len(runs) == 3
+    assert np.array_equal(np.memmap(path, kind, "r"), good)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guide": llama(seed=5)}, "its fingerprint differ"),
+        ({"guidance": {"guide_layers": ["hidden_states.1"]}}, "its layers differ"),
+        ({"guidance": {"sketch": 12}}, "its layers, sketch differ|its sketch, layers differ"),
+        ({"data": numbered(20)}, "its rows differ"),
+        ({"data": numbered(seed=3)}, r"sample \d+ is not what it was when"),
+    ],
+)
+def test_a_cache_of_something_else_is_an_error_that_names_it(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    trainer(tmp_path / "a", tmp_path / "cache").train()
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path / "b", tmp_path / "cache", **changes).train()
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Rows that are others each time they are read."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.randint(VOCABULARY, (LENGTH,))
+        return {"input_ids": ids, "labels": ids, "id": index}
+
+
+class ByEpoch(Augmented):
+    """Rows that change from one epoch to the next, and only then."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = seeded(lambda: torch.randint(VOCABULARY, (LENGTH,)), 1000 * self.epoch + index)
+        return {"input_ids": ids, "labels": ids, "id": index}
+
+
+class Masked(Augmented):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "attention_mask": torch.ones(LENGTH, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (Augmented(), "the first rows differ when they are read twice: leave augmentation out"),
+        (ByEpoch(), r"sample \d+ is not what it was when .* cache_guide needs inputs that are the same in every epoch"),
+        (numbered(ids=list(range(100, 100 + ROWS))), r"the sample ids of a batch are \[1\d\d, .* from 0 to 15"),
+        (numbered().remove_columns("id"), r"no column of sample ids 'id': add one, dataset\.add_column\('id'"),
+        (numbered(2), "has 2 rows, fewer than one batch of 4"),
+        (numbered().to_iterable_dataset(), "this one is a stream"),
+    ],
+)
+def test_data_whose_samples_are_not_the_same_each_time_are_refused(tmp_path: Path, data: Any, words: str) -> None:
+    run = trainer(tmp_path / "a", tmp_path / "cache", data=data)
+    with pytest.raises(ValueError, match=words):
+        run.train()
+
+
+def test_padded_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_guidance.preparation.row_checksums", lambda inputs: np.zeros(1))
+    run = trainer(tmp_path / "a", tmp_path / "cache", data=Masked())
+    with pytest.raises(ValueError, match="these rows have an attention_mask or decoder"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sketch": None}, "cache_guide keeps a sketch .* set sketch"),
+        ({"sample_id_column": None}, "sample_id_column"),
+        ({"sample_axis": "token"}, "sample_axis is 'token': set 'sequence'"),
+        ({"guide_input": "noise"}, "guide_input is 'noise': set 'batch'"),
+        ({"guide_input": "shuffled"}, "guide_input is 'shuffled': set 'batch'"),
+        ({"guide_batch_norm": "batch"}, "with guide_batch_norm='batch' they depend on the whole batch"),
+        ({"cache_guide": None}, "sample_id_column is for cache_guide"),
+    ],
+)
+def test_settings_under_which_features_are_no_function_of_the_sample_are_refused(
+    changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        GuidanceConfig(**{**CACHED, "cache_guide": "cache", **changes})
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"file/cache' cannot be used \(.*Not a directory.* in a folder that this process"
+    ):
+        trainer(tmp_path / "a", tmp_path / "file" / "cache").train()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        ValueError, match=r"No space left on device.*it needs \d+ MiB .* free the disk, or lower sketch"
+    ):
+        trainer(tmp_path / "a", tmp_path / "cache").train()
+    monkeypatch.undo()
+    trainer(tmp_path / "a", tmp_path / "cache").train()  # what the full disk left behind is no obstacle
+
+
+def test_its_size_is_what_it_says(tmp_path: Path) -> None:
+    first = {"a": torch.randn(4, 10), "b": torch.randn(4, 6)}
+    cache = GuideCache(tmp_path / "cache", first, 1000, {})
+    assert (tmp_path / "cache" / "rows.bin").stat().st_size == cache.size == 1000 * (16 * 2 + 8 + 4)
+
+
+def test_the_folder_in_a_saved_config_has_no_path(tmp_path: Path) -> None:
+    GuidanceConfig(**CACHED, cache_guide=str(tmp_path / "deep" / "cache")).save(tmp_path)
+    assert json.loads((tmp_path / "guidance_config.json").read_text())["guidance"]["cache_guide"] == "cache"

@@ -1,0 +1,113 @@
+"""The sketch is linear, unbiased, as exact as it says, and the same for all who use it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import EVEN, cka, gpt2, hidden_states, llama, token_batch
+from torch import Tensor
+
+from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance.kernels import gram
+from hf_guidance.sketch import Sketch
+
+
+def spectrum(rows: int, width: int, decay: float, seed: int = 0) -> Tensor:
+    """Centred features in float64 whose energy falls as i^(−decay) over the directions, in coordinates at random."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    x = x * torch.arange(1, width + 1, dtype=torch.float64) ** (-decay / 2)
+    x = x[:, torch.randperm(width, generator=generator)]
+    return x - x.mean(0)
+
+
+def participation_ratio(x: Tensor) -> float:
+    values = torch.linalg.svdvals(x).square()
+    return (values.sum().square() / values.square().sum()).item()
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_the_grams_error_is_what_size_and_participation_ratio_say(size: int, decay: float) -> None:
+    x = spectrum(32, 2000, decay)
+    exact = x @ x.T
+    bound = ((participation_ratio(x) + 1) / size) ** 0.5
+    errors, mean = [], torch.zeros_like(exact)
+    for draw in range(60):
+        y = Sketch(size)(f"layer {draw}", x)
+        assert y.shape == (32, size)
+        errors.append(((y @ y.T - exact).norm() / exact.norm()).square())
+        mean += y @ y.T / 60
+    measured = torch.stack(errors).mean().sqrt().item()
+    assert 0.5 * bound < measured < 1.15 * bound, "no worse than the bound, and the bound says something"
+    assert ((mean - exact).norm() / exact.norm()).item() < 2 * bound / 60**0.5, "unbiased: it averages out"
+
+
+def test_energy_in_one_coordinate_of_every_block_does_not_pile_up() -> None:
+    size, blocks = 64, 40
+    x = torch.zeros(16, size * blocks, dtype=torch.float64)
+    x[:, ::size] = spectrum(16, blocks, 0.0)  # as one channel of massive activations in all tokens
+    error = [((y := Sketch(size)(f"{i}", x)) @ y.T - x @ x.T).norm() / (x @ x.T).norm() for i in range(40)]
+    bound = ((participation_ratio(x) + 1) / size) ** 0.5
+    assert torch.stack(error).square().mean().sqrt() < 1.2 * bound
+
+
+def test_it_is_linear_and_its_gradient_is_its_transpose() -> None:
+    x, y = (torch.randn(5, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    sketch = Sketch(64)
+    torch.testing.assert_close(sketch("a", 2 * x - y), 2 * sketch("a", x) - sketch("a", y))
+    assert torch.autograd.gradcheck(lambda features: sketch("a", features), (x[:2].requires_grad_(),))
+
+
+def test_layers_that_are_not_wider_stay_and_all_others_have_signs_of_their_own() -> None:
+    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    assert Sketch(200)("a", x) is x
+    one, again, other = Sketch(64)("a", x), Sketch(64)("a", x), Sketch(64)("b", x)
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other)
+
+
+def test_a_masked_gram_sketches_what_is_left_of_the_mask() -> None:
+    x = torch.randn(40, 6, 50, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) < torch.tensor([6, 3, 4, 5] * 10)[:, None]
+    exact = gram(x, mask)
+    errors = [gram(x, mask, sketch=lambda c, i=i: Sketch(200)(f"{i}", c)) - exact for i in range(30)]
+    relative = torch.stack([error.norm() / exact.norm() for error in errors]).square().mean().sqrt()
+    values = torch.linalg.eigvalsh(exact.double())
+    bound = ((values.sum().square() / values.square().sum() + 1) / 200) ** 0.5
+    assert 0.3 * bound < relative < 1.3 * bound
+    junk = torch.where(mask[..., None], x, 1e3)
+    assert torch.equal(
+        gram(junk, mask, sketch=lambda c: Sketch(200)("a", c)), gram(x, mask, sketch=lambda c: Sketch(200)("a", c))
+    )
+
+
+def test_the_loss_is_that_of_sketched_layers_and_does_not_depend_on_seed_or_step() -> None:
+    batch = token_batch(rows=16)
+
+    def loss(step: int = 0, seed: int = 0, **config: object) -> Tensor:
+        target = gpt2()
+        guidance = GuidanceLoss(target, llama(), GuidanceConfig(**config), seed=seed)
+        with guidance.watch(batch, step=step) as watched:
+            target(**watched.inputs)
+        return watched.loss.detach()
+
+    ours, theirs = hidden_states(gpt2(), batch), hidden_states(llama(), {"input_ids": batch["input_ids"]})
+
+    def sketch(layers: list[Tensor]) -> list[Tensor]:
+        return [Sketch(32)(f"hidden_states.{i + 1}", x.flatten(1)) for i, x in enumerate(layers)]
+
+    ours, theirs = sketch(ours), sketch(theirs)
+    sketched = loss(sketch=32)
+    assert sketched.item() == pytest.approx(sum(1 - cka(ours[t], theirs[g]) for t, g in EVEN).item(), abs=1e-5)
+    assert torch.equal(sketched, loss(step=5, seed=9, sketch=32))
+
+
+def test_a_sketch_of_more_numbers_than_any_layer_has_is_an_error() -> None:
+    target = gpt2()
+    guidance = GuidanceLoss(target, llama(), GuidanceConfig(sketch=1000))
+    words = r"sketch is 1000, but the widest layer that is compared has 72 features: there is nothing to sketch"
+    with pytest.raises(ValueError, match=words), guidance.watch(token_batch()) as watched:
+        target(**watched.inputs)
+    with pytest.raises(ValueError, match="sketch is 0; it must be at least 1"):
+        GuidanceConfig(sketch=0)
