@@ -19,7 +19,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 LAYERS: list[set[str]] = [
     {"runtime", "kernels", "similarity", "mapping", "schedule", "config"},
     {"identity"},
-    {"samples", "features", "guide", "guide_input"},
+    {"samples", "features", "guide", "guide_input", "flags"},
     {"pushed"},
     {"loss", "logs", "card_facts", "model_card"},
     {"publishing"},
