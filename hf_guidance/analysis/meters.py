@@ -81,7 +81,7 @@ def weights_of(network: nn.Module) -> list[Tensor]:
 @dataclass(eq=False)
 class StepMeter(TrainerCallback):
     """Times optimizer steps of `Trainer.train`, from the first forward to the cleared gradients, and the forwards
-    within; or takes the memory of the last one. Fetching batches and writing logs happen between steps.
+    within; or takes their memory. Fetching batches and writing logs happen between steps.
 
     Args:
         clock: of the device.
