@@ -20,6 +20,7 @@ GuidanceConfig is a flag. The tables stand in --output_dir as cost.json, with co
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +131,7 @@ def main() -> None:
     for setting in chosen:
         report["rows"].append(measure(recipe, args, guidance, setting))
         write_json(folder / "cost.json", report)  # what is measured is kept though a later row fails
+        gc.collect()  # a trainer is a cycle: three of them and their optimizers would stay for the next row
     print("\n" + cost_tables(report["rows"]) + f"\n\n{folder}/cost.json")
     if recipe.plot:
         plot_overhead(report["rows"], folder / "overhead.png")
