@@ -117,6 +117,19 @@ def _config_of(source: Any, **kwargs: Any) -> Any:
     return AutoConfig.from_pretrained(source, **kwargs)
 
 
+def is_resnet(guide: str) -> bool:
+    """Whether a guide is a ResNet, by its architecture."""
+    if guide.startswith("timm/") and not os.path.isdir(guide):
+        return "resnet" in guide
+    from transformers import PreTrainedConfig
+
+    try:
+        config = PreTrainedConfig.get_config_dict(guide)[0]
+    except OSError:  # which load_guide explains
+        return False
+    return "resnet" in str(config.get("architecture", config.get("model_type")))
+
+
 def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = False, **changes: Any) -> Any:
     """A network of an architecture with random weights from torch's random state, to be trained.
 

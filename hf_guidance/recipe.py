@@ -5,27 +5,29 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 import torch
 from accelerate import PartialState
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
 from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, last_whole_checkpoint, write_json
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.flags import check_choice, parse
 from hf_guidance.recipe_cards import data_facts, push_cards, without_paths, write_cards
 from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.tasks import Task
 
 PRESETS = ("small", "paper")
 LONGER = "alone_longer"
+REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
+INSTEAD = "--seeds and --max_steps, and the same command after a stop goes on by itself"
 
 
 @dataclass
@@ -96,12 +98,6 @@ def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
     }
 
 
-def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
-    """Raise ValueError if a flag's value is none of the possible ones."""
-    if value not in possible:
-        raise ValueError(f"--{flag} {value}: possible are {', '.join(possible)}.")
-
-
 def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
     """Name and digest of each file: the same data wherever they lie, other data if they change."""
     return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
@@ -151,22 +147,11 @@ def launch(
 def _parse(
     description: str, arguments: type[A], defaults: Callable[[A], dict[str, Any]]
 ) -> tuple[A, TrainingArguments, GuidanceConfig]:
-    kind: Any = arguments
-    first: Any = _allow_bare_flags(HfArgumentParser(kind, add_help=False, allow_abbrev=False))
-    recipe, _ = first.parse_args_into_dataclasses(return_remaining_strings=True)
-    check_choice("preset", recipe.preset, PRESETS)
-    if refused := {"--seed", "--num_train_epochs", "--resume_from_checkpoint"} & {w.split("=")[0] for w in sys.argv}:
-        raise ValueError(
-            f"{', '.join(sorted(refused))}: this recipe takes --seeds and --max_steps, and the same command after "
-            "a stop goes on by itself."
-        )
-    dataclasses: Any = (arguments, TrainingArguments, GuidanceConfig)
-    parser: Any = _allow_bare_flags(HfArgumentParser(dataclasses, description=description, allow_abbrev=False))
-    values = defaults(recipe)
-    if any(word.split("=")[0] == "--layer_pairs" for word in sys.argv):  # they name the layers themselves
-        values = {name: value for name, value in values.items() if name not in ("target_layers", "guide_layers")}
-    parser.set_defaults(**values)
-    parsed: Any = parser.parse_args_into_dataclasses()
+    def checked(recipe: A) -> dict[str, Any]:
+        check_choice("preset", recipe.preset, PRESETS)
+        return defaults(recipe)
+
+    parsed = parse(description, arguments, checked, refused=REFUSED, instead=INSTEAD)
     if parsed[1].eval_strategy == "no" or parsed[0].eval_size == 0:
         raise ValueError("--eval_strategy no, --eval_size 0: runs are compared by their validation; leave it on.")
     if parsed[1].max_steps < 1:
@@ -175,14 +160,6 @@ def _parse(
             "a stream has no end."
         )
     return parsed
-
-
-def _allow_bare_flags(parser: Any) -> Any:
-    """Let ``--flag`` alone say true where HfArgumentParser wants a word after it: an optional bool without default."""
-    for action in parser._actions:
-        if action.type is string_to_bool and action.nargs is None:
-            action.nargs, action.const = "?", True
-    return parser
 
 
 def compare(

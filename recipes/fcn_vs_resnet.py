@@ -31,32 +31,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments
 
 from hf_guidance import load_guide
 from hf_guidance.comparison import Run
 from hf_guidance.distillation import DistillationTrainer
-from hf_guidance.guide import untrained_network
+from hf_guidance.flags import check_choice
+from hf_guidance.guide import is_resnet, untrained_network
 from hf_guidance.recipe import (
     Comparison,
     RecipeArguments,
-    check_choice,
     identify_folder,
     launch,
     training_defaults,
 )
-from hf_guidance.targets import (
-    FCNConfig,
-    FCNForImageClassification,
-    PlainResNetConfig,
-    PlainResNetForImageClassification,
-)
+from hf_guidance.targets.vision import VISION_TARGETS, vision_target
 from hf_guidance.tasks import Task, image_classification
 from hf_guidance.tasks.image_decoding import AUGMENTATIONS, PixelFormat
 from hf_guidance.tasks.images import check_last_batch, count_skipped
 from hf_guidance.tasks.pixel_formats import check_takes, pixel_format_of
 
-TARGETS = ("deep_fcn", "wide_fcn", "resnet50_without_skips")
 RUNS = (
     "alone",
     "guide_itself",
@@ -75,7 +69,7 @@ IMAGENET = "ILSVRC/imagenet-1k"
 class Arguments(RecipeArguments):
     """What is compared."""
 
-    target: str = field(default="deep_fcn", metadata={"help": f"One of {', '.join(TARGETS)}."})
+    target: str = field(default="deep_fcn", metadata={"help": f"One of {', '.join(VISION_TARGETS)}."})
     width: Optional[int] = field(default=None, metadata={"help": "Of an FCN's blocks."})
     depth: Optional[int] = field(default=None, metadata={"help": "An FCN's blocks, or 18, 34 or 50 of a ResNet."})
     image_size: Optional[int] = field(default=None, metadata={"help": "The target's, in pixels."})
@@ -108,7 +102,7 @@ class Arguments(RecipeArguments):
     def __post_init__(self) -> None:
         for name, value, possible in (
             ("preset", self.preset, ("small", "paper")),
-            ("target", self.target, TARGETS),
+            ("target", self.target, VISION_TARGETS),
             *(("runs", run, RUNS) for run in self.runs or ()),
         ):
             check_choice(name, value, possible)
@@ -137,18 +131,16 @@ class Arguments(RecipeArguments):
 def target_of(recipe: Arguments, task: Task) -> PreTrainedModel:
     """The network called untrainable, with random weights."""
     names = {"label2id": {name: i for i, name in enumerate(task.labels)}, "id2label": dict(enumerate(task.labels))}
-    if recipe.target == "resnet50_without_skips":
-        return PlainResNetForImageClassification(PlainResNetConfig.of_depth(recipe.depth or 50, **names))
     small = recipe.preset == "small"
     deep = recipe.target == "deep_fcn"
-    sizes = {
-        "hidden_size": recipe.width or (256 if small and deep else 1024 if small else None),
-        "num_hidden_layers": recipe.depth or (49 if small and deep else None),
-        "hidden_dropout_prob": recipe.dropout if recipe.dropout is not None else (0.1 if deep else 0.0),
-    }
-    given = {name: value for name, value in sizes.items() if value is not None}
-    make = FCNConfig.deep if deep else FCNConfig.wide
-    return FCNForImageClassification(make(image_size=recipe.image_size, **given, **names))
+    return vision_target(
+        recipe.target,
+        int(recipe.image_size or 0),
+        width=recipe.width or (256 if small and deep else 1024 if small else None),
+        depth=recipe.depth or (49 if small and deep else None),
+        dropout=recipe.dropout if recipe.dropout is not None else (0.1 if deep else 0.0),
+        **names,
+    )
 
 
 def defaults(recipe: Arguments) -> dict[str, Any]:
@@ -164,17 +156,6 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     if is_resnet(str(recipe.guide)):
         values["guide_layers"] = ["Conv2d"]  # the paper's: every convolution
     return values
-
-
-def is_resnet(guide: str) -> bool:
-    """Whether a guide is a ResNet, by its architecture."""
-    if guide.startswith("timm/") and not os.path.isdir(guide):
-        return "resnet" in guide
-    try:
-        config = PreTrainedConfig.get_config_dict(guide)[0]
-    except OSError:  # which load_guide explains
-        return False
-    return "resnet" in str(config.get("architecture", config.get("model_type")))
 
 
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:

@@ -32,10 +32,10 @@ from transformers import (
 
 from hf_guidance import load_guide
 from hf_guidance.comparison import Run
+from hf_guidance.flags import check_choice
 from hf_guidance.recipe import (
     Comparison,
     RecipeArguments,
-    check_choice,
     identify_files,
     launch,
     training_defaults,

@@ -19,7 +19,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 LAYERS: list[set[str]] = [
     {"runtime", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"},
     {"identity"},
-    {"samples", "features", "guide", "guide_input"},
+    {"samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "model_card"},

@@ -95,7 +95,12 @@ def markdown_table(rows: Sequence[dict[str, Any]], metric: str, percent: bool) -
         ]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table, its columns under one another; the first line is the header."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
     ]

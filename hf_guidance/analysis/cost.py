@@ -1,0 +1,165 @@
+"""What guidance costs: time and memory of the real trainers' steps, measured in turns.
+
+*floor* = plain step + forward of the whole guide without gradients, in the precision, layout and compile mode that it
+has in the guided step, as often as a step runs it (never, for a cached guide: then the floor is the plain step);
+*overhead* = guided step / floor. What the guided step takes above the plain one is split by its forwards:
+
+    guided − plain = guide forward + Grams and measures + extra backward
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_guidance.analysis.cost_variants import GuideForwards, Steps, make_trainers
+from hf_guidance.analysis.meters import StepMeter, matmul_rate, operations
+from hf_guidance.config import GuidanceConfig
+
+KINDS = ("median", "minimum")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often is measured.
+
+    Args:
+        rounds: turns that each variant gets.
+        steps: counted steps a turn.
+        discard: steps before them, in which caches and the allocator come back to the variant.
+        paper: measure the paper's formulation too.
+        arithmetic: count floating point operations and measure the device's rate too.
+    """
+
+    rounds: int = 5
+    steps: int = 3
+    discard: int = 1
+    paper: bool = True
+    arithmetic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("steps", 1), ("discard", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+
+def measure_cost(
+    target: PreTrainedModel,
+    guide: nn.Module,
+    rows: Dataset[Any],
+    args: TrainingArguments,
+    guidance: GuidanceConfig,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Measure a plain step, the guide's forward, the guided step and the paper's formulation in turns.
+
+    Args:
+        target: is copied for each variant, so that all begin alike.
+        guide: the one guide of all.
+        rows: some batches, over and over; a column that `guidance` names for the samples' ids is added for the guided
+            trainer alone.
+
+    Returns:
+        Of each variant seconds a step (median, minimum, all of them), samples a second and peak bytes; the split, the
+        floor, overhead and the other ratios, the latter from medians and from minima; see `summary`.
+    """
+    cycle = getattr(guidance, "guidance_every", None) or 1
+    trainers = make_trainers(target, guide, rows, args, guidance, paper=plan.paper)
+    variants: dict[str, Any] = {name: Steps(trainer, plan.discard, cycle) for name, trainer in trainers.items()}
+    guided: Any = trainers["guided"]
+    alone = GuideForwards(guided)
+    variants = {"plain": variants.pop("plain"), "guide": alone, **variants}
+    runs: list[int] = []
+    handle = guide.register_forward_pre_hook(lambda *_: runs.append(1))
+    for variant in variants.values():  # allocators, caches and optimizer states; a cache of the guide fills
+        variant.advance(plan.discard + max(len(alone.batches), cycle))
+        variant.meter.steps, variant.meter.forwards = [], []
+    forwards = 0
+    counted = math.ceil(plan.steps / cycle) * cycle
+    for _ in range(plan.rounds):
+        for name, variant in variants.items():
+            before = len(runs)
+            variant.advance(plan.discard + counted)
+            forwards += len(runs) - before if name == "guided" else 0
+    handle.remove()
+    found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
+    found["guide_forwards"] = forwards / (plan.rounds * (plan.discard + counted))
+    found |= summary(found)
+    found["memory"] = _memory(variants, alone, plan.discard + cycle)
+    found["pairs"] = len(guided.guidance_loss.pairs or [])
+    if plan.arithmetic:
+        found["arithmetic"] = _arithmetic(variants, args, found["guide_forwards"])
+    return found
+
+
+def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:
+    batch = args.per_device_train_batch_size * (args.gradient_accumulation_steps if meter.forwards else 1)
+    found: dict[str, Any] = _middle_and_least(meter.steps) | {"all": meter.steps}
+    found["samples_per_second"] = batch / found["median"]
+    if meter.forwards:
+        found["forward"] = _middle_and_least(meter.forwards)
+    return found
+
+
+def _middle_and_least(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "minimum": min(values)}
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Split, floor and ratios from the seconds of the variants.
+
+    Args:
+        found: ``plain``, ``guide``, ``guided`` and, if measured, ``paper`` → ``median`` and ``minimum`` of their
+            seconds, those of plain and guided with ``forward``; ``guide_forwards``: runs of the guide a guided step.
+    """
+    plain, guided, runs = found["plain"], found["guided"], found["guide_forwards"]
+    guide = {kind: runs * found["guide"][kind] for kind in KINDS}
+    floor = {kind: plain[kind] + guide[kind] for kind in KINDS}
+    more = {kind: guided["forward"][kind] - plain["forward"][kind] for kind in KINDS}
+    whole = {kind: plain[kind] + found["guide"][kind] for kind in KINDS}  # the paper's runs the guide at every step
+    ratios = {
+        "overhead": {kind: guided[kind] / floor[kind] for kind in KINDS},
+        "guided_over_plain": {kind: guided[kind] / plain[kind] for kind in KINDS},
+    }
+    if paper := found.get("paper"):
+        ratios["paper_overhead"] = {kind: paper[kind] / whole[kind] for kind in KINDS}
+        ratios["paper_over_plain"] = {kind: paper[kind] / plain[kind] for kind in KINDS}
+    split = {
+        "guide_forward": guide["median"],
+        "grams_and_measures": more["median"] - guide["median"],
+        "extra_backward": guided["median"] - plain["median"] - more["median"],
+    }
+    return {"floor": floor, "split": split, **ratios}
+
+
+def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[str, Any]:
+    """Peak bytes of each variant, and what the guided step may take: see the keys."""
+    peaks: dict[str, Any] = {}
+    for name, variant in variants.items():
+        variant.meter.memory = True
+        variant.advance(steps)
+        variant.meter.memory = False
+        extra = variant.meter.peak.extra
+        peaks[name] = None if extra is None else variant.resident() + extra
+    guide, layer = alone.resident(), alone.largest_layer()
+    bound = None if peaks["plain"] is None else round(1.05 * (peaks["plain"] + guide + layer))
+    return {"peak": peaks, "guide_weights": guide, "largest_guide_layer": layer, "plain_guide_layer_5_percent": bound}
+
+
+def _arithmetic(variants: dict[str, Any], args: TrainingArguments, runs: float) -> dict[str, Any]:
+    """What products and convolutions alone would take at the rate the device multiplies large matrices with."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    rates = {"step": matmul_rate(args.device, dtype), "grams": matmul_rate(args.device, torch.float32)}
+    count = {name: operations(partial(variants[name].advance, 1)) for name in ("plain", "guide", "guided")}
+    grams = max(0, count["guided"] - count["plain"] - round(runs * count["guide"]))
+    floor = (count["plain"] + runs * count["guide"]) / rates["step"]
+    seconds = {"floor_seconds": floor, "grams_seconds": grams / rates["grams"]}
+    return {"operations": {**count, "grams": grams}, "operations_per_second": rates, "dtype": str(dtype), **seconds}

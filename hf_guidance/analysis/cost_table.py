@@ -1,0 +1,99 @@
+"""The cost of guidance as tables and a figure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from hf_guidance.analysis.report import aligned
+
+MEBI = 2**20
+
+
+def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Tables of times, of memory and throughput, and of arithmetic where it was counted.
+
+    Args:
+        rows: of `measure_cost`, each with a ``name`` and the ``goal`` of its overhead or None.
+    """
+    tables = [
+        "Seconds a step (median); overhead = guided / (plain + guide forward), from medians and from minima:",
+        aligned([_time_header(rows), *(_times(row) for row in rows)]),
+        "Samples a second, and peak memory in MiB; the bound is 1.05 (plain + guide's weights + its largest layer):",
+        aligned([_memory_header(rows), *(_memory(row) for row in rows)]),
+    ]
+    counted = [row for row in rows if "arithmetic" in row]
+    if counted:
+        header = ["setting", "floor", "Grams", "measured floor", "measured Grams and backward"]
+        tables += [
+            "Seconds of products and convolutions alone, at the measured rate of large products:",
+            aligned([header, *(_arithmetic(row) for row in counted)]),
+        ]
+    return "\n\n".join(tables)
+
+
+def _has_paper(rows: Sequence[dict[str, Any]]) -> bool:
+    return any("paper" in row for row in rows)
+
+
+def _time_header(rows: Sequence[dict[str, Any]]) -> list[str]:
+    header = ["setting", "plain", "guide forward", "Grams and measures", "extra backward", "guided"]
+    header += ["overhead", "of minima", "guided / plain"]
+    header += ["paper's overhead", "paper's / plain"] if _has_paper(rows) else []
+    return header + (["goal"] if any(row["goal"] for row in rows) else [])
+
+
+def _times(row: dict[str, Any]) -> list[str]:
+    split = row["split"]
+    seconds = [row["plain"]["median"], *split.values(), row["guided"]["median"]]
+    ratios = [row["overhead"]["median"], row["overhead"]["minimum"], row["guided_over_plain"]["median"]]
+    if "paper" in row:
+        ratios += [row["paper_overhead"]["median"], row["paper_over_plain"]["median"]]
+    goal = [f"≤ {row['goal']:.2f}"] if row["goal"] else []
+    return [row["name"], *(f"{value:.4f}" for value in seconds), *(f"{value:.3f}" for value in ratios), *goal]
+
+
+def _memory_header(rows: Sequence[dict[str, Any]]) -> list[str]:
+    paper = ["paper's"] if _has_paper(rows) else []
+    rate = [f"{name} /s" for name in ("plain", "guided", *paper)]
+    return ["setting", *rate, *(f"{name} MiB" for name in ("plain", "guide", "guided", *paper)), "bound MiB"]
+
+
+def _memory(row: dict[str, Any]) -> list[str]:
+    rates = [f"{row[name]['samples_per_second']:.1f}" for name in ("plain", "guided", "paper") if name in row]
+    memory = row["memory"]
+    held = [*memory["peak"].values(), memory["plain_guide_layer_5_percent"]]
+    return [row["name"], *rates, *("–" if value is None else f"{value / MEBI:.0f}" for value in held)]
+
+
+def _arithmetic(row: dict[str, Any]) -> list[str]:
+    found, split = row["arithmetic"], row["split"]
+    measured = [row["floor"]["median"], split["grams_and_measures"] + split["extra_backward"]]
+    seconds = [found["floor_seconds"], found["grams_seconds"], *measured]
+    return [row["name"], *(f"{value:.4f}" for value in seconds)]
+
+
+def plot_overhead(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw overhead against batch size, the paper's formulation beside it, and save it as a picture.
+
+    Args:
+        rows: as of `cost_tables`, with ``batch_size``.
+        path: of the picture; its suffix decides the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+    panel = figure.subplots()
+    ordered = sorted(rows, key=lambda row: row["batch_size"])
+    for key, label in (("overhead", "guided"), ("paper_overhead", "paper's formulation")):
+        points = [(row["batch_size"], row[key]["median"]) for row in ordered if key in row]
+        if points:
+            panel.plot(*zip(*points, strict=True), marker="o", label=label)
+    panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    panel.set(xlabel="batch size", ylabel="step / (plain step + guide forward)", xscale="log")
+    panel.set_xticks([row["batch_size"] for row in ordered], [str(row["batch_size"]) for row in ordered])
+    panel.minorticks_off()
+    panel.legend(frameon=False, fontsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

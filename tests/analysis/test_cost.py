@@ -1,0 +1,294 @@
+"""The cost of guidance: what is measured is the real step, the table adds up, the yardstick is the paper's."""
+
+import copy
+import time
+
+import pytest
+import torch
+from builders import arguments, cka, gpt2, gradients, guidance_by_hand, llama, module_outputs, token_batch
+from torch import nn
+from transformers import Trainer
+
+from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guide
+from hf_guidance.analysis.cost import Plan, measure_cost, summary
+from hf_guidance.analysis.cost_settings import Networks, Setting, parse_rows
+from hf_guidance.analysis.cost_table import cost_tables, plot_overhead
+from hf_guidance.analysis.cost_variants import Steps
+from hf_guidance.analysis.meters import Clock, StepMeter, matmul_rate, operations, peak_memory
+from hf_guidance.analysis.paper_formulation import PaperTrainer
+from hf_guidance.analysis.paper_formulation import cka as paper_cka
+from hf_guidance.targets.vision import vision_target
+from hf_guidance.tasks.random_rows import random_images, random_tokens
+
+CPU = torch.device("cpu")
+QUICK = Plan(rounds=2, steps=2)
+CONVS = GuidanceConfig(guide_layers=["Conv2d"])
+
+
+def texts():
+    return random_tokens(8, 6, 17)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return load_guide("timm/resnet10t", untrained=True)
+
+
+def fcn():
+    torch.manual_seed(0)
+    return vision_target("deep_fcn", 32, width=8, depth=3, num_labels=4)
+
+
+# ------------------------------------------------------------------------------------------------------ the yardstick
+
+
+def test_the_yardsticks_loss_is_one_minus_cka_summed_over_the_pairs(tmp_path):
+    target, guide, batch = gpt2(), llama().eval(), token_batch()
+    trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=GuidanceConfig())
+    target.train()
+    found = trainer.paper_loss(target, batch)
+    torch.testing.assert_close(found.double(), guidance_by_hand(target, guide, batch), rtol=1e-4, atol=0)
+
+
+def test_the_yardsticks_loss_and_gradients_on_images_are_those_of_the_guidance_loss(tmp_path, resnet):
+    target, guide, batch = fcn().train().double(), copy.deepcopy(resnet).double(), random_images(8, 32, 4)[:8]
+    batch["pixel_values"] = batch["pixel_values"].double()
+    trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=CONVS)
+    guidance = GuidanceLoss(target, guide, CONVS)
+    with guidance.watch(batch) as watched:
+        target(**watched.inputs)
+    convs = [name for name, module in guide.named_modules() if isinstance(module, nn.Conv2d)]
+    theirs = module_outputs(guide, convs, batch["pixel_values"])
+    ours = target(batch["pixel_values"], output_hidden_states=True).hidden_states[1:]
+    even = [int(i * 2 / (len(convs) - 1) + 0.5) for i in range(len(convs))]
+    by_hand = sum(1 - cka(ours[t], features) for t, features in zip(even, theirs, strict=True))
+    paper = trainer.paper_loss(target, batch)
+    torch.testing.assert_close(paper, by_hand, rtol=1e-9, atol=0)
+    expected = gradients(target, watched.loss)
+    assert max(gradient.abs().max() for gradient in expected) > 1e-3
+    torch.testing.assert_close(gradients(target, paper), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_pair_costs_the_yardstick_six_grams_and_twelve_square_products():
+    x, y = torch.randn(5, 11), torch.randn(5, 7)
+    assert operations(lambda: paper_cka(x, y)) == 3 * 2 * 5 * 5 * (11 + 7) + 12 * 2 * 5**3
+
+
+def test_the_yardstick_runs_the_target_twice_a_step_and_adds_the_weighted_sum(tmp_path):
+    config = GuidanceConfig(guidance_weight=0.5, layer_pairs=["hidden_states.2~hidden_states.1"])
+    target, guide = gpt2(), llama().eval()
+    trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=config)
+    runs = []
+    target.register_forward_pre_hook(lambda *_: runs.append(1))
+    target.train()
+    batch = token_batch()
+    loss = trainer.compute_loss(target, batch)
+    assert len(runs) == 2
+    ours = target(**batch, output_hidden_states=True).hidden_states[2]
+    theirs = guide(batch["input_ids"], output_hidden_states=True).hidden_states[1]
+    expected = target(**batch).loss + 0.5 * (1 - cka(ours, theirs))
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-4, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- the meters
+
+
+def test_the_clock_of_a_cpu_is_that_of_its_work_and_not_of_waiting():
+    clock = Clock(CPU)
+    began = clock.now()
+    time.sleep(0.2)
+    assert clock.between(began, clock.now()) < 0.1
+
+
+def test_the_peak_is_of_what_is_held_at_once():
+    with peak_memory(CPU) as peak:
+        kept = torch.zeros(1000, 250)
+        torch.zeros(1000, 500)
+        torch.zeros(1000, 750)
+    assert peak.extra == 4 * 1000 * (250 + 750)
+    assert kept.shape == (1000, 250)
+
+
+def test_what_happens_every_so_many_steps_is_averaged_over_them():
+    meter = StepMeter(Clock(CPU))
+    meter._marks = [(0.0, float(seconds), [(0.0, seconds / 2), (1.0, 2.0)]) for seconds in (1, 5, 2, 8, 100)]
+    meter.collect(cycle=2)
+    assert meter.steps == [3.0, 5.0]
+    assert meter.forwards == [2.5, 3.5]
+
+
+def test_operations_and_rate_are_of_products():
+    assert operations(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
+    assert matmul_rate(CPU, torch.float32, repeats=1) > 1e8
+
+
+def test_a_timed_trainer_takes_the_steps_that_it_takes_untimed(tmp_path):
+    def trained(timed):
+        options = {"guide": llama(), "guidance": GuidanceConfig(), "train_dataset": texts()}
+        trainer = GuidanceTrainer(gpt2(), arguments(tmp_path, max_steps=3), **options)
+        if timed:
+            steps = Steps(trainer, discard=1, cycle=1)
+            steps.advance(3)
+            assert len(steps.meter.steps) == len(steps.meter.forwards) == 2
+            assert all(0 < f < s for f, s in zip(steps.meter.forwards, steps.meter.steps, strict=True))
+        else:
+            trainer.train()
+        return trainer.model.state_dict()
+
+    expected, found = trained(False), trained(True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+# ------------------------------------------------------------------------------------------------------ the measurement
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, resnet):
+    args = arguments(tmp_path_factory.mktemp("cost"))
+    plan = Plan(rounds=2, steps=2, arithmetic=True)
+    return measure_cost(fcn(), resnet, random_images(8, 32, 4), args, CONVS, plan)
+
+
+def test_the_table_adds_up(measured, resnet):
+    plain, guide, guided = (measured[name]["median"] for name in ("plain", "guide", "guided"))
+    assert plain + sum(measured["split"].values()) == pytest.approx(guided)
+    assert measured["split"]["guide_forward"] == guide
+    for kind in ("median", "minimum"):
+        floor = measured["plain"][kind] + measured["guide"][kind]
+        assert measured["floor"][kind] == pytest.approx(floor)
+        assert measured["overhead"][kind] == pytest.approx(measured["guided"][kind] / floor)
+        assert measured["paper_overhead"][kind] == pytest.approx(measured["paper"][kind] / floor)
+        assert measured["guided_over_plain"][kind] == pytest.approx(measured["guided"][kind] / measured["plain"][kind])
+    assert measured["guided"]["samples_per_second"] == pytest.approx(4 / guided)
+    for name in ("plain", "guide", "guided", "paper"):
+        assert len(measured[name]["all"]) == 4
+        assert measured[name]["minimum"] == min(measured[name]["all"])
+    assert measured["guide_forwards"] == 1
+    assert measured["pairs"] == sum(isinstance(module, nn.Conv2d) for module in resnet.modules())
+
+
+def test_the_memory_of_a_step_is_at_least_its_weights_and_gradients(measured, resnet):
+    weights = 4 * sum(p.numel() for p in fcn().parameters())
+    guide = 4 * sum(p.numel() for p in resnet.parameters())
+    peak = measured["memory"]["peak"]
+    assert peak["plain"] > 4 * weights  # and gradients and two moments
+    assert peak["guide"] > guide
+    assert peak["guided"] > peak["plain"] + guide
+    assert peak["paper"] > peak["plain"] + guide
+    layer = measured["memory"]["largest_guide_layer"]
+    assert layer == 4 * 4 * 64 * 16 * 16  # the stem's last: float32, 4 rows, 64 channels, 16 × 16 pixels
+    bound = 1.05 * (peak["plain"] + measured["memory"]["guide_weights"] + layer)
+    assert measured["memory"]["plain_guide_layer_5_percent"] == round(bound)
+
+
+def test_the_arithmetic_is_that_of_the_networks(measured):
+    count = measured["arithmetic"]["operations"]
+    sizes = [(3 * 32 * 32, 8), (8, 8), (8, 8), (8, 4)]
+    forward = sum(2 * 4 * a * b for a, b in sizes)
+    backward = 2 * forward - 2 * 4 * sizes[0][0] * sizes[0][1]  # the images need no gradient
+    assert count["plain"] == forward + backward
+    assert count["guided"] == count["plain"] + count["guide"] + count["grams"]
+    assert count["grams"] > 0
+    rate = measured["arithmetic"]["operations_per_second"]["step"]
+    assert measured["arithmetic"]["floor_seconds"] == pytest.approx((count["plain"] + count["guide"]) / rate)
+
+
+def test_a_guide_that_no_step_runs_leaves_the_plain_step_as_the_floor(tmp_path):
+    plan = Plan(rounds=1, steps=1, paper=False)
+    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(guidance_weight=0.0), plan)
+    assert found["guide_forwards"] == 0
+    assert found["overhead"] == found["guided_over_plain"]
+    assert found["split"]["guide_forward"] == 0
+    assert "paper" not in found
+
+
+def test_every_micro_step_runs_the_guide(tmp_path):
+    args = arguments(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    found = measure_cost(gpt2(), llama(), texts(), args, GuidanceConfig(), Plan(rounds=1, steps=2))
+    assert found["guide_forwards"] == 2
+    assert found["floor"]["median"] == pytest.approx(found["plain"]["median"] + 2 * found["guide"]["median"])
+    assert found["guided"]["samples_per_second"] == pytest.approx(8 / found["guided"]["median"])
+    assert found["guide"]["samples_per_second"] == pytest.approx(4 / found["guide"]["median"])
+
+
+def test_a_cached_guides_split_has_no_guide_and_the_papers_floor_still_has():
+    seconds = {"plain": 1.0, "guide": 3.0, "guided": 1.5, "paper": 8.0}
+    found = {name: {"median": value, "minimum": value} for name, value in seconds.items()}
+    found["plain"]["forward"] = {"median": 0.25, "minimum": 0.25}
+    found["guided"]["forward"] = {"median": 0.5, "minimum": 0.5}
+    result = summary({**found, "guide_forwards": 0.0})
+    assert result["split"] == {"guide_forward": 0.0, "grams_and_measures": 0.25, "extra_backward": 0.25}
+    assert (result["overhead"]["median"], result["paper_overhead"]["median"]) == (1.5, 2.0)
+    assert result["paper_over_plain"]["minimum"] == 8.0
+
+
+def test_tables_and_figure(measured, tmp_path):
+    row = {"name": "4/32/8", "batch_size": 4, "goal": 1.08, **measured}
+    text = cost_tables([row])
+    assert text.count("| 4/32/8 ") == 3
+    assert f" {measured['overhead']['median']:.3f} " in text
+    assert " ≤ 1.08 " in text
+    assert f" {measured['memory']['peak']['guided'] / 2**20:.0f} " in text
+    without = {key: value for key, value in row.items() if key not in ("paper", "arithmetic", "paper_overhead")}
+    peaks = {name: value for name, value in row["memory"]["peak"].items() if name != "paper"}
+    without |= {"goal": None, "memory": {**row["memory"], "peak": {**peaks, "plain": None}}}
+    assert "paper" not in cost_tables([without])
+    assert " – " in cost_tables([without])
+    plot_overhead([row, {**row, "batch_size": 8}], tmp_path / "overhead.png")
+    assert (tmp_path / "overhead.png").stat().st_size > 5_000
+
+
+# -------------------------------------------------------------------------------------------------------- the settings
+
+
+def test_rows_are_read_and_a_wrong_one_is_named():
+    assert parse_rows(["64/112/1024"]) == [Setting(64, 112, 1024)]
+    assert Setting(64, 112, 1024).name == "64/112/1024"
+    for wrong in ("64/112", "64/112/wide", "0/32/8"):
+        with pytest.raises(ValueError, match=f"--rows {wrong}: expected batch/image/width, such as 64/64/512"):
+            parse_rows([wrong])
+
+
+@pytest.mark.parametrize("name", ["rounds", "steps", "discard"])
+def test_a_plan_without_measurements_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        Plan(**{name: 0})
+
+
+def test_a_guide_of_another_image_size_gets_images_of_its_own(tmp_path, resnet):
+    networks = Networks("deep_fcn", "timm/resnet10t", depth=2, guide_image_size=48)
+    target, rows = networks.build(Setting(3, 32, 8), resnet, batches=2, seed=0)
+    assert len(rows) == 6
+    assert rows[0]["pixel_values"].shape == (3, 32, 32)
+    assert rows[0]["guide_pixel_values"].shape == (3, 48, 48)
+    assert (target.config.hidden_size, target.config.num_hidden_layers) == (8, 2)
+    plan = Plan(rounds=1, steps=1)
+    found = measure_cost(target, resnet, rows, arguments(tmp_path, per_device_train_batch_size=3), CONVS, plan)
+    assert found["guide_forwards"] == 1
+
+
+def test_ids_of_samples_reach_the_guided_trainer_alone():
+    rows = random_images(4, 8, 2)
+    assert "id" not in rows[1]
+    assert rows.with_ids("id")[1]["id"] == 1
+
+
+def test_the_target_is_not_trained_itself(tmp_path):
+    target = gpt2()
+    before = copy.deepcopy(target.state_dict())
+    measure_cost(target, llama(), texts(), arguments(tmp_path), GuidanceConfig(), Plan(rounds=1, steps=1, paper=False))
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_the_plain_variant_is_a_trainer_and_no_guidance_trainer(tmp_path):
+    from hf_guidance.analysis.cost_variants import make_trainers
+
+    made = make_trainers(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig())
+    assert {name: type(trainer) for name, trainer in made.items()} == {
+        "plain": Trainer,
+        "guided": GuidanceTrainer,
+        "paper": PaperTrainer,
+    }
+    first, second = (trainer.model for name, trainer in made.items() if name != "paper")
+    assert first is not second
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
