@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+
+
 class Ranks:
     """The processes of ``torch.distributed``, whose batches make up one.
 
@@ -39,13 +42,13 @@ class Ranks:
         """Every rank's numbers, as many from each; the host waits for them."""
         mine = torch.tensor(numbers, device=device)
         every = mine.new_empty(self.scale * len(numbers))
-        dist.all_gather_into_tensor(every, mine)
+        _all_gather(every, mine)
         return every.reshape(self.scale, len(numbers)).tolist()
 
     def smallest(self, values: Tensor, count: int) -> Tensor:
         """The `count` smallest of all ranks' values ``(m,)``, of which each rank gives `count`."""
         every = values.new_empty(self.scale * count)
-        dist.all_gather_into_tensor(every, values.sort().values[:count].contiguous())
+        _all_gather(every, values.sort().values[:count].contiguous())
         return every.sort().values[:count]
 
     def gather(self, x: Tensor, counts: Sequence[int], length: int | None = None) -> Tensor:
@@ -61,7 +64,7 @@ class Ranks:
         kind = torch.uint8 if x.dtype == torch.bool else x.dtype
         mine = _pad(x.detach(), 0, max(counts)).contiguous().to(kind)
         every = mine.new_empty(self.scale * max(counts), *mine.shape[1:])
-        dist.all_gather_into_tensor(every, mine)
+        _all_gather(every, mine)
         self.bytes_sent += mine.nbytes
         parts = [part[:n].to(x.dtype) for part, n in zip(every.split(max(counts)), counts, strict=True)]
         parts[self.rank] = x

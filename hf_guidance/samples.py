@@ -196,7 +196,7 @@ class Samples:
         score = mix(self._row_hashes()[:, None] + mix(positions + 1)[None, :] + self.seed) & INT64_MAX
         score = torch.where(valid, score, INT64_MAX)
         if self.ranks is not None:
-            scores = torch.nn.functional.pad(score.flatten(), (0, self.max_tokens), value=INT64_MAX)
+            scores = torch.cat([score.flatten(), score.new_full((self.max_tokens,), INT64_MAX)])
             rows, positions = (score <= self.ranks.smallest(scores, self.max_tokens)[-1]).nonzero(as_tuple=True)
             return rows, positions
         chosen = score.flatten().topk(self.max_tokens, largest=False).indices

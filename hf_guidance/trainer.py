@@ -80,7 +80,8 @@ class GuidanceMixin(PublishingMixin):
                 "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
             )
         needed = get_measure(config.measure).min_samples
-        if config.sample_axis == "sequence" and args.per_device_train_batch_size < needed:
+        samples = args.per_device_train_batch_size * (args.world_size if config.similarity_batch == "global" else 1)
+        if config.sample_axis == "sequence" and samples < needed:
             raise ValueError(
                 f"per_device_train_batch_size is {args.per_device_train_batch_size}, but {config.measure} needs at "
                 f"least {needed} samples a batch (accumulation does not enlarge it)."

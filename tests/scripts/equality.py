@@ -1,0 +1,162 @@
+"""Trains the same global batch on one process and on two, under settings that must not matter, and compares.
+
+python tests/scripts/equality.py             prints the table that stands in recipes/README.md
+torchrun … tests/scripts/equality.py FILE    one side of it
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders import VOCABULARY, arguments, gpt2, llama, seeded
+from torch import Tensor
+from transformers import Trainer
+
+from hf_guidance import GuidanceConfig, GuidanceTrainer
+
+BATCH, STEPS = 8, 20
+SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+ADAMW = {**SGD, "optim": "adamw_torch", "learning_rate": 1e-3}
+# the modules whose outputs are the hidden states: the last of these comes after the final norm
+MODULES = {"target_layers": ["transformer.h.0", "transformer.ln_f"], "guide_layers": ["layers.0", "layers.1", "norm"]}
+UNEVEN = {"accelerator_config": {"even_batches": False, "dispatch_batches": False}, "max_steps": -1}
+# row → (what differs on two processes from one, what both have in common); a config's fields and arguments alike
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hidden states": ({}, {}),
+    "named modules": (MODULES, {}),
+    "activation checkpointing": ({"gradient_checkpointing": True}, {}),
+    "activation checkpointing, named modules": ({"gradient_checkpointing": True, **MODULES}, {}),
+    "torch.compile": ({"torch_compile": True}, {}),
+    "tokens, 12 of them": ({}, {"sample_axis": "token", "max_tokens": 12}),
+    "sequences of other lengths on each rank": ({}, {"ragged": True}),
+    "the same, tokens": ({}, {"ragged": True, "sample_axis": "token", "max_tokens": 12}),
+    "ridge": ({}, {"measure": "ridge"}),
+    "sketch of 16": ({}, {"sketch": 16}),
+    "a last batch of 5 rows, 4 and 1": ({}, {"rows": BATCH * STEPS - 3, **UNEVEN}),
+    "AdamW": ({}, ADAMW),
+    "AdamW, activation checkpointing": ({"gradient_checkpointing": True}, ADAMW),
+    "AdamW, plain Trainer": ({}, {"plain": True, **ADAMW}),
+    "SGD, plain Trainer": ({}, {"plain": True}),
+}
+SLOW = {"torch.compile"}
+# two processes beside one, where equality is not claimed
+UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "local similarity": ({"similarity_batch": "local"}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 2, "batch": BATCH // 4}, {}),
+    "noise of each rank's own": ({}, {"guide_input": "noise"}),
+}
+
+
+def rows(count: int, ragged: bool) -> list[dict[str, Tensor]]:
+    """Random tokens, the labels the same."""
+
+    def draw() -> list[dict[str, Tensor]]:
+        lengths = torch.randint(3, 9, (count,)) if ragged else torch.full((count,), 6)
+        return [{"input_ids": torch.randint(VOCABULARY, (int(length),))} for length in lengths]
+
+    return seeded(draw, 5)
+
+
+def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Right-padded to the longest of this rank's rows; a mask where there is padding at all among such rows."""
+    ids = [row["input_ids"] for row in batch]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    labels = torch.where(mask.bool(), padded, -100)
+    return {"input_ids": padded, "attention_mask": mask, "labels": labels}
+
+
+def run(folder: str, own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """Losses at every step and the weights after the last."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {**SGD, "max_steps": STEPS, **common, **(own if processes > 1 else {})}
+    data = rows(settings.pop("rows", BATCH * STEPS), settings.pop("ragged", False))
+    batch, plain = settings.pop("batch", BATCH // processes), settings.pop("plain", False)
+    fields = GuidanceConfig.__dataclass_fields__.keys() & settings.keys()
+    config = {name: settings.pop(name) for name in fields}
+    config = {"similarity_batch": "global" if processes > 1 else "local", "log_measures": [], **config}
+    args = arguments(
+        folder,
+        per_device_train_batch_size=batch,
+        num_train_epochs=1,
+        ddp_find_unused_parameters=False,
+        **settings,
+    )
+    options: dict[str, Any] = {"args": args, "train_dataset": data, "data_collator": collate}
+    guided = {} if plain else {"guide": llama(), "guidance": GuidanceConfig(**config)}
+    trainer = (Trainer if plain else GuidanceTrainer)(model=gpt2(), **options, **guided)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    weights = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).state_dict()
+    return {
+        "losses": torch.tensor([[log["loss"], log.get("guidance/loss", 1.0)] for log in logs]),
+        "weights": {name: value.clone() for name, value in weights.items()},
+    }
+
+
+def main(path: Path, names: list[str]) -> None:
+    gc.freeze()  # Trainer collects garbage at every start
+    torch.set_num_threads(1)
+    every = {**ROWS, **UNLIKE}
+    with tempfile.TemporaryDirectory() as folder:
+        found = {name: run(folder, *every[name]) for name in names}
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(found, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def both(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What came of one process and of two."""
+    here = Path(__file__)
+    paths = os.pathsep.join([str(here.parents[1]), str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    sides = []
+    for name, launcher in (("one", []), ("two", launch)):
+        path = folder / f"{name}.pt"
+        command = [sys.executable, *launcher, str(here), str(path), *names]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        assert path.exists(), done.stderr[-3000:]  # gloo may abort after success
+        sides.append(torch.load(path))
+    return sides[0], sides[1]
+
+
+def differences(one: dict[str, Any], two: dict[str, Any], keys: bool = True) -> tuple[float, float]:
+    """Largest relative difference of a loss at any step, and of a tensor of weights after the last (in norm).
+
+    Without the `keys`, the biases of attention's keys are left out: softmax does not see them, so that their gradient
+    is rounding and nothing else, which AdamW scales up to steps of full size.
+    """
+    assert one["losses"].shape == two["losses"].shape
+    losses = ((one["losses"] - two["losses"]).abs() / one["losses"].abs()).max().item()
+    found = []
+    for name, value in one["weights"].items():
+        pair = [value.double(), two["weights"][name].double()]
+        if not keys and name.endswith("c_attn.bias"):
+            third = len(value) // 3
+            pair = [torch.cat([side[:third], side[2 * third :]]) for side in pair]
+        found.append(((pair[0] - pair[1]).norm() / pair[0].norm()).item())
+    return losses, max(found)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            sides = both(Path(place), list(ROWS))
+        print("| two processes of 4 samples, the global batch | losses | weights |\n|---|---|---|")
+        for row in ROWS:
+            for keys in (True, False) if "AdamW" in row else (True,):
+                found = differences(sides[0][row], sides[1][row], keys)
+                name = row if keys else f"{row}, but for the keys' biases"
+                print(f"| {name} | " + " | ".join(f"{difference:.0e}" for difference in found) + " |")
