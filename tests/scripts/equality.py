@@ -1,7 +1,7 @@
 """Trains the same global batch on one process and on two, under settings that must not matter, and compares.
 
-python tests/scripts/equality.py             prints the table that stands in recipes/README.md
-torchrun … tests/scripts/equality.py FILE    one side of it
+PYTHONPATH=tests python tests/scripts/equality.py    prints the table that stands in recipes/README.md
+torchrun … tests/scripts/equality.py FILE ROW …       one side of it
 """
 
 from __future__ import annotations
