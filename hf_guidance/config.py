@@ -23,6 +23,7 @@ CHOICES = {
     "sample_axis": ("sequence", "token"),
     "guide_input": ("batch", "noise", "prealign_noise", "shuffled"),
     "guide_batch_norm": ("eval", "batch", "calibrated"),
+    "on_non_finite": ("stop", "skip"),
 }
 
 
@@ -78,6 +79,9 @@ class GuidanceConfig:
         False, "The two vocabularies differ in size only, as when one embedding is padded: feed the same ids to both."
     )
     log_measures: list[str] = _knob(["debiased_cka"], "Measures that are logged beside the one trained on.")
+    on_non_finite: str = _knob(
+        "stop", "An optimizer step whose loss, similarity or gradient is not finite: stop, naming it, or skip the step."
+    )
     save_guide: bool = _knob(False, "Save the guide's weights beside the run, in <output_dir>/guide.")
 
     def __post_init__(self) -> None:

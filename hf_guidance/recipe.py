@@ -18,9 +18,11 @@ from transformers.hf_argparser import string_to_bool
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
-from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, last_whole_checkpoint, write_json
+from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, write_json
+from hf_guidance.checks import check_machine
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.recipe_cards import data_facts, push_cards, without_paths, write_cards
+from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.tasks import Task
 
@@ -128,6 +130,7 @@ def launch(
         build: from them and the training arguments to what is compared.
     """
     recipe, args, guidance = _parse(description, arguments, defaults)
+    check_machine(args)
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
     folder = Path(str(args.output_dir))

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"samples", "features", "guide", "guide_input"},
     {"pushed"},
     {"loss", "logs", "card_facts", "model_card"},
-    {"publishing"},
+    {"publishing", "resuming", "failure", "checks"},
     {"trainer", "distillation", "analysis"},
     {"comparison", "record", "recipe_cards"},
     {"recipe"},

@@ -17,9 +17,9 @@ from images import imagenet_files, imagenet_rows, parquet, truncate, write
 from launching import Recipe
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_guidance.comparison import last_whole_checkpoint
 from hf_guidance.guide import load_guide
 from hf_guidance.identity import fingerprint
+from hf_guidance.resuming import last_whole_checkpoint
 
 TINY = {
     "max_steps": 4,
