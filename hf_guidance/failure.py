@@ -16,6 +16,7 @@ from hf_guidance.logs import RunningMeans
 
 logger = logging.getLogger(__name__)
 
+GRADIENT = "norm of the gradient"
 MOST = 5  # of the values that are not finite, so many are named
 
 
@@ -57,7 +58,10 @@ class FiniteSteps(TrainerCallback):
         if not self._any_not_finite():
             self.logs.take(self.sums)
             return
-        words = [word for rank in gather_object([self._not_finite()]) for word in rank]
+        found = gather_object([self._not_finite()])
+        words = [word for losses, _ in found for word in losses] or list(
+            dict.fromkeys(w for _, ws in found for w in ws)
+        )
         names = "; ".join(words[:MOST]) + (f"; and {len(words) - MOST} more" if len(words) > MOST else "")
         step = state.global_step + 1
         if not self.skip:
@@ -77,11 +81,17 @@ class FiniteSteps(TrainerCallback):
         count = (~values.isfinite()).sum().float()
         return self.accelerator.reduce(count, reduction="sum").item() > 0
 
-    def _not_finite(self) -> list[str]:
-        rank = f"rank {self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
-        return [
-            f"the {name} is {value} ({', '.join(filter(None, (where, rank)))})".replace(" ()", "")
-            for where, names, values in self._seen
-            for name, value in zip(names, values.tolist(), strict=True)
-            if not math.isfinite(value)
-        ]
+    def _not_finite(self) -> tuple[list[str], list[str]]:
+        """In words: losses and similarities, with their places, and what follows from those, the gradient."""
+        losses, gradients = [], []
+        rank = [f"rank {self.accelerator.process_index}"] if self.accelerator.num_processes > 1 else []
+        for where, names, values in self._seen:
+            place = ", ".join([*([where] if where else []), *rank])
+            for name, value in zip(names, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    words = f"the {name} is {value}"
+                    if name == GRADIENT:
+                        gradients.append(words)
+                    else:
+                        losses.append(f"{words} ({place})" if place else words)
+        return losses, gradients

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.checks import check_machine
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.failure import FiniteSteps
+from hf_guidance.failure import GRADIENT, FiniteSteps
 from hf_guidance.guide import calibrate_batch_norm, freeze
 from hf_guidance.guide_input import (
     GUIDE_PREFIX,
@@ -177,7 +177,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None:  # else an overflow is the scaler's business
-            self._finite.look({"norm of the gradient": norm}, "")
+            self._finite.look({GRADIENT: norm}, "")
         return norm
 
     # ----------------------------------------------------------------------------------------- around the training
