@@ -18,8 +18,8 @@ from transformers.hf_argparser import string_to_bool
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
-from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, write_json
 from hf_guidance.checks import check_machine
+from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, write_json
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.recipe_cards import data_facts, push_cards, without_paths, write_cards
 from hf_guidance.resuming import last_whole_checkpoint
@@ -95,6 +95,7 @@ def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
         "save_total_limit": 1,
         "report_to": ["none"],
         "ddp_find_unused_parameters": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
     }
 
 
@@ -147,7 +148,7 @@ def launch(
     if PartialState().is_main_process:
         publish(report, folder, args)
         print(comparison.summary(), end="")
-    PartialState().wait_for_everyone()
+    PartialState().wait_for_everyone()  # a rank that leaves early takes what the others still need with it
     PartialState().destroy_process_group()
 
 
