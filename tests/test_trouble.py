@@ -65,7 +65,7 @@ def test_a_target_under_fully_shard_has_the_loss_and_gradients_of_a_whole_one(ra
         assert not any(whole["is sharded"])
         assert not rank["sharded"]["guide is sharded"]
         assert half["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-        torch.testing.assert_close(half["gradients"], whole["gradients"], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(half["gradients"], whole["gradients"], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.slow  # half a minute each
