@@ -42,7 +42,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
         "repository": repository,
         "target": _target(model),
         "guide": _guide(trainer) if guided else None,
-        "guidance": trainer.guidance.to_dict() if guided else None,
+        "guidance": trainer.guidance.without_paths() if guided else None,
         "pairs": _pairs(trainer.state.log_history) if guided else None,
         "results": _results(trainer.state.log_history),
         "training": _training(trainer),

@@ -27,6 +27,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.record import TrainingClock, first_rows, record_of, similarity_map_of
+from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.similarity import get_measure
 from hf_guidance.trainer import GuidanceTrainer
 
@@ -196,17 +197,6 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
     for name, value in run.training.items():
         setattr(args, name, value)
     return args
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The latest checkpoint whose trainer state, which is written last, can be read; None if there is none."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2])):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -24,6 +24,7 @@ CHOICES = {
     "similarity_batch": ("local", "global"),
     "guide_input": ("batch", "noise", "prealign_noise", "shuffled"),
     "guide_batch_norm": ("eval", "batch", "calibrated"),
+    "on_non_finite": ("stop", "skip"),
 }
 
 
@@ -94,6 +95,9 @@ class GuidanceConfig:
         False, "The two vocabularies differ in size only, as when one embedding is padded: feed the same ids to both."
     )
     log_measures: list[str] = _knob(["debiased_cka"], "Measures that are logged beside the one trained on.")
+    on_non_finite: str = _knob(
+        "stop", "An optimizer step whose loss, similarity or gradient is not finite: stop, naming it, or skip the step."
+    )
     save_guide: bool = _knob(False, "Save the guide's weights beside the run, in <output_dir>/guide.")
 
     def __post_init__(self) -> None:
@@ -168,6 +172,11 @@ class GuidanceConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def without_paths(self) -> dict[str, Any]:
+        """As `to_dict`, for others to see: no folder of this machine."""
+        cache = None if self.cache_guide is None else os.path.basename(os.path.normpath(self.cache_guide))
+        return self.to_dict() | {"cache_guide": cache}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GuidanceConfig:
         """Build from plain values. Raises ValueError for an unknown field or a value of the wrong type."""
@@ -179,8 +188,7 @@ class GuidanceConfig:
     def save(self, directory: str | os.PathLike[str], guide: dict[str, Any] | None = None) -> Path:
         """Write `guidance_config.json`, the guide's identity in a section of its own; return its path."""
         path = Path(directory) / CONFIG_NAME
-        cache = None if self.cache_guide is None else os.path.basename(os.path.normpath(self.cache_guide))
-        content = {"guidance": self.to_dict() | {"cache_guide": cache}, "guide": guide or {}}  # no path of the machine
+        content = {"guidance": self.without_paths(), "guide": guide or {}}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
 

@@ -14,12 +14,20 @@ class RunningMeans:
     """Means of what is logged, kept on the device between two logs so that no step waits for them."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
         self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def take(self, other: RunningMeans) -> None:
+        """Add what another has summed up."""
+        for name, value in other._sums.items():
+            self.add(name, value, other._weights[name])
 
     def drain(self, accelerator: Any) -> dict[str, float]:
         """Means over micro-steps and ranks since the last call; names added with weight 0 are plain sums."""
@@ -31,7 +39,7 @@ class RunningMeans:
             for name, (value, weight) in rank.items():
                 total, weights = totals.get(name, (0.0, 0.0))
                 totals[name] = total + value, weights + weight
-        self._sums, self._weights = {}, {}
+        self.clear()
         return {name: value / weight if weight else value for name, (value, weight) in sorted(totals.items())}
 
 

@@ -242,9 +242,19 @@ class GuidanceLoss:
 
 
 def _not_recomputed(reduce: Reduce) -> Reduce:
-    """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here."""
+    """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here.
+
+    Reentrant checkpointing is refused: its first forward has no gradients, and a layer inside would count for nothing.
+    """
+    with_gradients = torch.is_grad_enabled()
 
     def reduce_unseen(name: str, features: Any) -> Tensor:
+        if with_gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "
+                "activation checkpointing: guidance could not reach it. Set use_reentrant=False, or name layers "
+                "outside (hidden_states)."
+            )
         with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
             return reduce(name, features)
 

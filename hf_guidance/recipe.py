@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
-from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, last_whole_checkpoint, write_json
+from hf_guidance.checks import check_machine
+from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, write_json
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.flags import check_choice, parse
 from hf_guidance.recipe_cards import data_facts, push_cards, without_paths, write_cards
+from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.tasks import Task
 
@@ -95,6 +97,7 @@ def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
         "save_total_limit": 1,
         "report_to": ["none"],
         "ddp_find_unused_parameters": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
     }
 
 
@@ -124,6 +127,7 @@ def launch(
         build: from them and the training arguments to what is compared.
     """
     recipe, args, guidance = _parse(description, arguments, defaults)
+    check_machine(args)
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
     folder = Path(str(args.output_dir))
@@ -140,7 +144,7 @@ def launch(
     if PartialState().is_main_process:
         publish(report, folder, args)
         print(comparison.summary(), end="")
-    PartialState().wait_for_everyone()
+    PartialState().wait_for_everyone()  # a rank that leaves early takes what the others still need with it
     PartialState().destroy_process_group()
 
 

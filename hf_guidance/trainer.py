@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.checks import check_machine
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.failure import GRADIENT, FiniteSteps
 from hf_guidance.guide import calibrate_batch_norm, freeze
 from hf_guidance.guide_input import (
     GUIDE_PREFIX,
@@ -21,17 +22,18 @@ from hf_guidance.guide_input import (
     check_vocabularies,
     without_guide,
 )
-from hf_guidance.identity import check_same_guide, identity
+from hf_guidance.identity import identity
 from hf_guidance.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.preparation import calibrate, open_cache
 from hf_guidance.publishing import PublishingMixin
+from hf_guidance.resuming import ResumingMixin, check_goes_on, checkpoint_to_resume
 from hf_guidance.similarity import get_measure
 
 GUIDE_FOLDER = "guide"
 
 
-class GuidanceMixin(PublishingMixin):
+class GuidanceMixin(PublishingMixin, ResumingMixin):
     """Put in front of a Trainer class, adds a guidance loss to its task loss; everything else stays as it is.
 
     Args:
@@ -52,6 +54,7 @@ class GuidanceMixin(PublishingMixin):
         self.guidance = guidance or GuidanceConfig()
         self._loss: GuidanceLoss | None = None
         self._sums = RunningMeans()
+        self._finite = FiniteSteps(self.accelerator, self._sums, self.guidance.on_non_finite == "skip")
         self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
         if guide is None:
             return
@@ -62,6 +65,7 @@ class GuidanceMixin(PublishingMixin):
         self.guide_identity = identity(guide)
         if self.guidance.guidance_weight:
             _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
+            self.add_callback(self._finite)
         for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
             for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
                 self.remove_callback(callback)
@@ -69,6 +73,12 @@ class GuidanceMixin(PublishingMixin):
 
     def _check_settings(self) -> None:
         args, config = self.args, self.guidance
+        check_machine(args)
+        if config.on_non_finite == "skip" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "on_non_finite='skip' cannot be had with DeepSpeed, which takes its step at the end of the backward "
+                "pass. Leave it at 'stop'."
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is taken "
@@ -143,17 +153,21 @@ class GuidanceMixin(PublishingMixin):
     def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Any) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         task_is_scaled = self._loss_is_scaled(num_items)
-        self._sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
-        self._sums.add("guidance/weight", watched.weights.guidance)
+        sums, compared = self._finite.sums, watched.similarities.get(self.guidance.measure, {})
+        has_to_be_finite = {"task loss": task_loss.detach()}
+        has_to_be_finite |= {f"{self.guidance.measure} of {pair}": value for pair, value in compared.items()}
+        self._finite.look(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
+        sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
+        sums.add("guidance/weight", watched.weights.guidance)
         if watched.loss is None:
             if watched.weights.guidance:
-                self._sums.add("guidance/skipped_batches", 1.0, 0)
+                sums.add("guidance/skipped_batches", 1.0, 0)
             return watched.total(task_loss)
-        self._sums.add("guidance/loss", watched.loss.detach())
+        sums.add("guidance/loss", watched.loss.detach())
         for measure, similarities in watched.similarities.items():
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
-                self._sums.add(f"guidance/{group}/{pair}", value)
+                sums.add(f"guidance/{group}/{pair}", value)
         if task_is_scaled:  # then Trainer divides nothing by the accumulation steps
             watched.loss = watched.loss / steps
         return watched.total(task_loss)
@@ -165,17 +179,27 @@ class GuidanceMixin(PublishingMixin):
             return declared
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # else an overflow is the scaler's business
+            self._finite.look({GRADIENT: norm}, "")
+        return norm
+
     # ----------------------------------------------------------------------------------------- around the training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._sums, self._micro_step = RunningMeans(), (-1, 0)  # an interrupted call may have left some
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint and self.guide is not None:
+            check_goes_on(checkpoint, self.args, self.guidance, self.guide_identity)
+        self._sums.clear()  # an interrupted call may have left some
+        self._micro_step = (-1, 0)
         if self.guide is not None and self._calibrates():
             calibrate(self)
         if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
             open_cache(self)
         if self.guide is not None and self.guidance.save_guide and self.args.should_save:
             self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
-        return super().train(*args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
 
     def _calibrates(self) -> bool:
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
@@ -204,12 +228,6 @@ class GuidanceMixin(PublishingMixin):
         super()._save(output_dir, state_dict)
         if self.guide is not None and self.args.should_save:
             self.guidance.save(output_dir or self.args.output_dir, self.guide_identity)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.guide is not None and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
-            _, then = GuidanceConfig.load(resume_from_checkpoint)
-            check_same_guide(self.guide_identity, then, os.path.basename(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.guide is not None and "loss" in logs:  # a training log, which every rank writes at the same steps

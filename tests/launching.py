@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "recipes" / "accelerate"
 
 
 class Recipe:

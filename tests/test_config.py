@@ -40,6 +40,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "calibration_batches": 3,
     "guide_shares_tokenizer": True,
     "log_measures": ["rsa", "ridge"],
+    "on_non_finite": "skip",
     "save_guide": True,
 }
 PAIRS = {"layer_pairs": ["hidden_states.1~layer1", "hidden_states.2~layer1"]}

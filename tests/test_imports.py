@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "model_card"},
-    {"publishing", "preparation"},
+    {"publishing", "preparation", "resuming", "failure", "checks"},
     {"trainer", "distillation", "analysis"},
     {"comparison", "record", "recipe_cards"},
     {"recipe"},

@@ -14,12 +14,12 @@ import pytest
 import torch
 from hub import Hub
 from images import imagenet_files, imagenet_rows, parquet, truncate, write
-from launching import Recipe
+from launching import CONFIGS, Recipe
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_guidance.comparison import last_whole_checkpoint
 from hf_guidance.guide import load_guide
 from hf_guidance.identity import fingerprint
+from hf_guidance.resuming import last_whole_checkpoint
 
 TINY = {
     "max_steps": 4,
@@ -212,9 +212,8 @@ def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections
         environment = {**os.environ, **hub.environment(tmp_path / "home")}
         process = launch(
             tmp_path / "out",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
+            "--config_file",
+            str(CONFIGS / "ddp.yaml"),
             env=environment,
             dataset="ILSVRC/imagenet-1k",
             image_size=16,
@@ -222,6 +221,7 @@ def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections
             eval_size=8,
         )
         printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed[-3000:]
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert printed.count("| untrained guide ") == 1, printed[-3000:]
     assert report["runs"][1]["settings"]["world_size"] == 2

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from launching import Recipe
+from launching import CONFIGS, Recipe
 
 TINY = {
     "max_steps": 4,
@@ -154,8 +154,9 @@ def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_pa
 
 def test_two_processes_end_well_and_agree_on_one_table(tmp_path):
     folder = tmp_path / "out"
-    process = launch(folder, "--multi_gpu", "--num_processes", "2", runs=["alone", "untrained_guide"])
+    process = launch(folder, "--config_file", str(CONFIGS / "cpu.yaml"), runs=["alone", "untrained_guide"])
     printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed[-3000:]
     report = json.loads((folder / "results.json").read_text())
     assert report["environment"]["processes"] == 2, printed[-3000:]
     assert printed.count("| untrained guide ") == 1

@@ -1,0 +1,108 @@
+"""Two processes, of which one is in trouble, late, or has half of the target; `test_trouble.py` judges what they write.
+
+torchrun --standalone --nproc_per_node 2 tests/scripts/two_in_trouble.py <folder> --use_cpu
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders import gpt2, llama, token_batch
+from torch import nn
+from torch.distributed import get_rank
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from trainers import make_trainer, weights
+from transformers import TrainerState
+
+from hf_guidance import GuidanceLoss
+
+GLOO = {"ddp_find_unused_parameters": False}
+
+
+def main(folder: Path) -> None:
+    gc.freeze()  # Trainer collects garbage at every start
+    seen = {action: not_finite(folder, action) for action in ("stop", "skip")}
+    seen["late"] = late(folder / "late")
+    seen["sharded"] = sharded()
+    rank = get_rank()
+    torch.save(seen, folder / f"rank{rank}.pt.part")
+    (folder / f"rank{rank}.pt.part").rename(folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def not_finite(folder: Path, action: str) -> dict[str, Any]:
+    """The second step's similarity is not a number, on the second rank alone."""
+    guide, error = llama(), ""
+    trainer = make_trainer(folder, gpt2(), guide, on_non_finite=action, **GLOO)
+    count = iter(range(100))
+
+    def spoil(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if next(count) == 1 and get_rank() == 1 else output
+
+    guide.layers[2].register_forward_hook(spoil)
+    try:
+        trainer.train()
+    except FloatingPointError as caught:
+        error = str(caught)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {"error": error, "logs": logs, "weights": weights(trainer.model), "steps": trainer.state.global_step}
+
+
+def late(folder: Path) -> dict[str, Any]:
+    """The second rank is late to write its random state: was it there when the first wrote the trainer's state?"""
+    trainer = make_trainer(folder, gpt2(), llama(), save_strategy="steps", save_steps=1, max_steps=1, **GLOO)
+    save, there = TrainerState.save_to_json, []
+
+    def look_and_save(state: TrainerState, path: str) -> None:
+        there.append((Path(path).parent / "rng_state_1.pth").is_file())
+        save(state, path)
+
+    TrainerState.save_to_json = look_and_save
+    if get_rank() == 1:
+        write = torch.save
+
+        def slowly(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            time.sleep(2 if "rng_state_1" in str(path) else 0)
+            write(content, path, *args, **kwargs)
+
+        torch.save = slowly
+    trainer.train()
+    TrainerState.save_to_json = save
+    if get_rank() == 1:
+        torch.save = write
+    return {"was there": there}
+
+
+def sharded() -> dict[str, Any]:
+    """Both ranks on the same batch: the guidance of a target under `fully_shard` beside that of the same one whole."""
+    whole, half, guide, batch = gpt2(), gpt2(), llama(), token_batch()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in half.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(half, mesh=mesh)
+    seen: dict[str, Any] = {}
+    for name, target in (("whole", whole), ("sharded", half)):
+        loss = GuidanceLoss(target, guide)
+        with loss.watch(batch) as watched:
+            outputs = target(**watched.inputs)
+        watched.total(outputs.loss).backward()
+        gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in target.parameters()]
+        seen[name] = {
+            "loss": watched.loss.item(),
+            "gradients": gradients,
+            "is sharded": [isinstance(p, DTensor) for p in target.parameters()],
+        }
+    seen["guide is sharded"] = any(isinstance(p, DTensor) for p in guide.parameters())
+    return seen
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,245 @@
+"""Which checkpoints are gone on with, and what a run may change when it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import arguments, gpt2, llama, token_rows
+from trainers import make_trainer, same, trained
+from transformers import Trainer, TrainerCallback
+
+from hf_guidance.checks import check_machine
+from hf_guidance.resuming import fault_of, last_whole_checkpoint
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guided run with checkpoints 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_trainer(folder, gpt2(), llama(), **SAVING).train()
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# ---------------------------------------------------------------------------------------------------- whole or torn
+
+CUT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_checkpoint_with_a_file_cut_off_is_passed_over_and_refused_by_name(run: Path, name: str) -> None:
+    path = run / "checkpoint-3" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+    trainer = make_trainer(run, gpt2(), llama(), **SAVING)
+    with pytest.raises(ValueError, match=rf"Cannot go on from .*checkpoint-3: its {name} is cut off\. resume_"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors", "it has no weights"),
+        ("optimizer.pt", r"it has no optimizer state \(save_only_model\?\)"),
+        ("trainer_state.json", r"it has no trainer_state\.json, which is written last"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_file_is_not_whole(run: Path, name: str, words: str) -> None:
+    (run / "checkpoint-3" / name).unlink()
+    trainer = make_trainer(run, gpt2(), llama(), **SAVING)
+    with pytest.raises(ValueError, match=rf"Cannot go on from .*checkpoint-3: {words}"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_the_random_state_of_every_rank_has_to_be_there(run: Path) -> None:
+    place = run / "checkpoint-3"
+    origin = json.loads((place / "rng_state.json").read_text())
+    (place / "rng_state.json").write_text(json.dumps(origin | {"world_size": 2}))
+    shutil.copy(place / "rng_state.pth", place / "rng_state_0.pth")
+    assert fault_of(place) == "it has no rng_state_1.pth"
+    shutil.copy(place / "rng_state.pth", place / "rng_state_1.pth")
+    assert fault_of(place) is None
+
+
+def test_true_takes_the_last_whole_checkpoint_and_ends_in_the_same_weights(finished: Path, run: Path) -> None:
+    expected = torch.load(finished / "checkpoint-3" / "optimizer.pt")["state"]
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "checkpoint-2" / "optimizer.pt").write_bytes(b"PK")
+    trainer = make_trainer(run, gpt2(seed=5), llama(), **SAVING)
+    steps = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+            steps.append(state.global_step)
+
+    trainer.add_callback(Look())
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == [1, 2]
+    got = torch.load(run / "checkpoint-3" / "optimizer.pt")["state"]
+    assert all(torch.equal(got[i]["exp_avg"], expected[i]["exp_avg"]) for i in expected)
+
+
+def test_words_when_there_is_no_whole_checkpoint(run: Path, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        (run / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    for folder, words in (
+        (run, r"; found checkpoint-3: it has no trainer_state\.json.*checkpoint-1: "),
+        (tmp_path, r"\."),
+    ):
+        trainer = make_trainer(folder, gpt2(), llama(), **SAVING)
+        with pytest.raises(ValueError, match=rf"There is no whole checkpoint in .* to go on from{words}"):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_words_when_the_named_checkpoint_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Cannot go on from /nowhere: there is no such folder"):
+        make_trainer(tmp_path, gpt2()).train(resume_from_checkpoint="/nowhere")
+
+
+def test_the_state_of_an_earlier_run_does_not_vouch_for_a_checkpoint_that_is_being_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(run, gpt2(), llama(), **SAVING, learning_rate=0.1, max_steps=1)
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)  # after the weights
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (run / "checkpoint-1" / "optimizer.pt").is_file()
+    assert fault_of(run / "checkpoint-1") == "it has no trainer_state.json, which is written last"
+
+
+# ------------------------------------------------------------------------------------------ what the run began with
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"measure": "rsa"}, "measure was 'linear_cka', is 'rsa'"),
+        ({"layer_mapping": "reversed"}, "layer_mapping was 'even', is 'reversed'"),
+        ({"sample_axis": "token"}, "sample_axis was 'sequence', is 'token'"),
+        ({"guidance_weight": 0.5}, r"guidance_weight was 1\.0, is 0\.5"),
+        ({"guide_input": "noise"}, "guide_input was 'batch', is 'noise'"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size was 4, is 8"),
+        ({"seed": 8}, "seed was 7, is 8"),
+    ],
+)
+def test_a_change_of_what_is_trained_is_refused_and_named(run: Path, change: dict[str, Any], words: str) -> None:
+    trainer = make_trainer(run, gpt2(), llama(), **SAVING, **change)
+    with pytest.raises(ValueError, match=rf"checkpoint-2 was trained with other settings: {words}\. Resuming would"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"log_measures": ["rsa"]}, "log_measures was ['debiased_cka'], is ['rsa']."),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1, is 2. Data order, randomness or"),
+        ({"bf16": True}, "precision was 'float32', is 'bf16'. Data order, randomness or rounding will not be those"),
+    ],
+)
+def test_a_harmless_change_is_said(
+    run: Path, change: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_guidance.resuming"):
+        make_trainer(run, gpt2(), llama(), **SAVING, **change).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert f"Going on from checkpoint-2 with other settings: {words}" in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "is_refused"), [(4, False), (8, True)])
+def test_another_number_of_processes_is_said_and_refused_where_the_samples_change(
+    run: Path, rows: int, is_refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = run / "checkpoint-2"
+    origin = json.loads((place / "rng_state.json").read_text())
+    shutil.copy(place / "rng_state.pth", place / "rng_state_0.pth")
+    shutil.copy(place / "rng_state.pth", place / "rng_state_1.pth")
+    then = origin | {"world_size": 2, "per_device_train_batch_size": rows}
+    (place / "rng_state.json").write_text(json.dumps(then))
+    trainer = make_trainer(run, gpt2(), llama(), **SAVING)
+    if is_refused:
+        with pytest.raises(ValueError, match="world_size was 2, is 1, per_device_train_batch_size was 8, is 4"):
+            trainer.train(resume_from_checkpoint=str(place))
+    else:
+        trainer.train(resume_from_checkpoint=str(place))
+        assert "world_size was 2, is 1. Data order" in caplog.text
+
+
+def test_guidance_on_a_run_that_began_without_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Trainer(gpt2(), arguments(tmp_path, **SAVING), train_dataset=token_rows()).train()
+    logs = trained(make_trainer(tmp_path, gpt2(), llama(), **SAVING), resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    assert "checkpoint-2 was trained without guidance; from here on there is guidance" in caplog.text
+    assert "guidance/loss" in logs[1][-1]
+
+
+def test_a_changed_guide_is_named_before_anything_is_written(run: Path) -> None:
+    trainer = make_trainer(run, gpt2(), llama(seed=9), **SAVING, save_guide=True)
+    with pytest.raises(ValueError, match="checkpoint-3 was guided by LlamaModel"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not (run / "guide").exists()
+
+
+def test_an_unguided_run_goes_on_from_its_last_whole_checkpoint_too(tmp_path: Path) -> None:
+    expected = trained(make_trainer(tmp_path, gpt2(dropout=0.2), **SAVING))[0]
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    got = trained(make_trainer(tmp_path, gpt2(seed=5, dropout=0.2), **SAVING), resume_from_checkpoint=True)[0]
+    assert same(got, expected)
+
+
+# --------------------------------------------------------------------------------------- what the machine cannot do
+
+
+def test_fp16_on_a_cpu_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = gpt2()
+    seen = set()
+    target.lm_head.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    make_trainer(tmp_path, target, llama(), fp16=True).train()
+    assert "fp16 was asked for, but on the CPU Trainer runs float32" in caplog.text
+    assert seen == {torch.float32}
+
+
+def test_fsdp_on_a_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "FSDP was asked for, but this run is on the CPU, where Trainer would run plain DDP"
+    args = arguments(tmp_path)
+    args.fsdp = True
+    with pytest.raises(ValueError, match=words):
+        check_machine(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` does for fsdp2.yaml
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, gpt2(), llama())
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started, but this one trains in a world of 1.*--use_cpu"):
+        check_machine(args)
+
+
+def test_reentrant_checkpointing_of_a_layer_inside_is_refused(tmp_path: Path) -> None:
+    settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = make_trainer(tmp_path, gpt2(), llama(), target_layers=["transformer.h.*.mlp"], **settings)
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.mlp' ran without gradients.*Set use_reentrant=False"):
+        trainer.train()
+
+
+def test_skipping_under_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), on_non_finite="skip")
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ValueError, match="on_non_finite='skip' cannot be had with DeepSpeed"):
+        trainer._check_settings()

@@ -1,0 +1,44 @@
+"""Tiny trainers that the tests share, and what they leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders import arguments, token_rows
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_guidance import GuidanceConfig, GuidanceTrainer
+
+
+def make_trainer(
+    folder: Path, target: nn.Module | None = None, guide: nn.Module | None = None, **settings: Any
+) -> GuidanceTrainer:
+    """A trainer whose settings go to the config or to the trainer by their names, the rest to its arguments."""
+    own = {"train_dataset", "eval_dataset", "compute_loss_func", "model_init", "callbacks", "data_collator"}
+    for_trainer = {name: settings.pop(name) for name in own & settings.keys()}
+    fields = GuidanceConfig.__dataclass_fields__.keys() & settings.keys()
+    guidance = GuidanceConfig(**{name: settings.pop(name) for name in fields}) if guide is not None else None
+    data = {"train_dataset": token_rows(), **for_trainer}
+    return GuidanceTrainer(model=target, guide=guide, guidance=guidance, args=arguments(folder, **settings), **data)
+
+
+def trained(trainer: Trainer, **kwargs: Any) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Weights and training logs after training."""
+    trainer.train(**kwargs)
+    return weights(trainer.model), train_logs(trainer)
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def train_logs(trainer: Trainer) -> list[dict[str, float]]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(value, other[name]) for name, value in one.items())
