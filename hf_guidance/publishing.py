@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +12,21 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
+from transformers.utils.import_utils import is_matplotlib_available
 
-from hf_guidance.card_facts import run_facts
+from hf_guidance.analysis.curves import plot_run
+from hf_guidance.card_facts import EMISSIONS, run_facts
 from hf_guidance.model_card import render
+from hf_guidance.scrub import scrub_arguments, scrub_state
 
 logger = logging.getLogger(__name__)
 
 ARGUMENTS = "training_args.bin"
+CURVES = "curves.png"
 STATE = "trainer_state.json"
 # in a checkpoint, for going on with the training, and no part of the model
 FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", "latest", "zero_to_fp32.py")
-NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS]
+NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS, EMISSIONS]  # the last has the place of the machine
 
 
 class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -37,6 +37,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
     """
 
     guide: Any
+    guidance: Any
     push_in_progress: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,22 +48,31 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         """Write the card to ``<output_dir>/README.md``; without a guide, transformers' own.
 
         Args:
-            language, license, tags, model_name, dataset: as of `Trainer.create_model_card`.
+            language, license, tags, model_name, dataset, dataset_tags, finetuned_from: as of
+                `Trainer.create_model_card`.
         """
         if self.guide is None and not self.card_facts:
             return super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return None
-        tags, data = kwargs.get("tags") or [], kwargs.get("dataset")
-        given = {name: kwargs.get(name) for name in ("language", "license")}
-        given |= {"name": kwargs.get("model_name"), "tags": [tags] if isinstance(tags, str) else list(tags)}
-        if data:
-            given["data"] = {"name": data if isinstance(data, str) else ", ".join(data)}
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        given |= {name: value for name, value in self.card_facts.items() if given.get(name) is None}
+        given = _given(**kwargs)
+        given |= {name: value for name, value in self.card_facts.items() if not given.get(name)}
+        if self._drew_curves(folder / CURVES):
+            given["figures"] = [{"file": CURVES, "caption": "Task loss, validation, and similarity of every pair"}]
         (folder / "README.md").write_text(render(run_facts(self, **given)), encoding="utf-8")
         return None
+
+    def _drew_curves(self, path: Path) -> bool:
+        """Draw the run's curves, where matplotlib is installed; whether they are there."""
+        if not is_matplotlib_available():
+            return False
+        try:
+            return plot_run(self.state.log_history, path, self.guidance.measure if self.guide is not None else None)
+        except Exception:  # a card without a figure is better than none
+            logger.exception("The training curves could not be drawn.")
+            return False
 
     def _try_to_write_a_card(self) -> None:
         try:
@@ -73,7 +83,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # transformers' own holds token and paths in clear
-            torch.save(scrubbed(self.args), Path(output_dir or str(self.args.output_dir)) / ARGUMENTS)
+            torch.save(scrub_arguments(self.args), Path(output_dir or str(self.args.output_dir)) / ARGUMENTS)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As transformers', with all that belongs to the model; a push that fails is said, and training goes on."""
@@ -104,7 +114,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             whole = output / f"_{checkpoint.name}"  # a copy, as the run goes on and its state names paths
             shutil.copytree(checkpoint, whole, ignore=shutil.ignore_patterns(ARGUMENTS), dirs_exist_ok=True)
-            _without_paths(whole / STATE)
+            scrub_state(whole / STATE)
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             jobs.append(
                 api.upload_folder(
@@ -146,31 +156,33 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
             ) from error
 
 
+def _given(
+    language: Any = None,
+    license: str | None = None,
+    tags: Any = None,
+    model_name: str | None = None,
+    dataset: Any = None,
+    dataset_tags: Any = None,
+    finetuned_from: str | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """What a user says of the card, as facts."""
+    first = dataset_tags if isinstance(dataset_tags, str) or not dataset_tags else dataset_tags[0]
+    name = dataset if isinstance(dataset, str) or not dataset else ", ".join(dataset)
+    return {
+        "language": language,
+        "license": license,
+        "name": model_name,
+        "tags": [tags] if isinstance(tags, str) else list(tags or ()),
+        "data": {key: value for key, value in {"name": name or first, "id": first}.items() if value},
+        "target": {"source": finetuned_from} if finetuned_from else {},
+    }
+
+
 def later(repository: str, folder: Path) -> str:
     """The command that pushes a saved model."""
     left_out = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
     return f"hf upload {repository} {folder} . {left_out}"
-
-
-def scrubbed(args: Any) -> Any:
-    """A copy of training arguments without tokens and without paths of this machine."""
-    clean = copy.copy(args)
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if "token" in field.name and isinstance(value, str):
-            setattr(clean, field.name, None)
-        elif isinstance(value, (str, os.PathLike)) and os.path.isabs(value):
-            setattr(clean, field.name, os.path.basename(os.path.normpath(value)))
-    return clean
-
-
-def _without_paths(state: Path) -> None:
-    if not state.is_file():
-        return
-    content = json.loads(state.read_text(encoding="utf-8"))
-    if content.get("best_model_checkpoint"):
-        content["best_model_checkpoint"] = os.path.basename(content["best_model_checkpoint"])
-    state.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _one_line(error: Exception) -> str:

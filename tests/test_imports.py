@@ -17,14 +17,15 @@ PACKAGE = Path(hf_guidance.__file__).parent
 
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
-    {"runtime", "kernels", "similarity", "mapping", "schedule", "config"},
+    {"runtime", "kernels", "similarity", "mapping", "schedule", "config", "scrub", "history", "markdown"},
     {"identity"},
     {"samples", "features", "guide", "guide_input"},
     {"pushed"},
-    {"loss", "logs", "card_facts", "model_card"},
+    {"loss", "logs", "card_facts", "data_facts", "card_sections", "model_card"},
+    {"analysis"},
     {"publishing"},
-    {"trainer", "distillation", "analysis"},
-    {"comparison", "record", "recipe_cards"},
+    {"trainer", "distillation"},
+    {"comparison", "record", "record_facts", "recipe_cards"},
     {"recipe"},
     {"__init__"},
 ]
