@@ -104,11 +104,12 @@ def _usage(facts: Facts) -> str:
     show = LABEL if use[1] == "text-classification" else EACH_POSITION if example.get("copies") else GENERATED
     text = json.dumps(example["text"], ensure_ascii=False)
     lines = [
-        f"from transformers import AutoTokenizer, {use[0]}",
+        f"from transformers import {use[0]}, AutoTokenizer",
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
         f"model = {load}",
-        f'inputs = tokenizer({text}, return_tensors="pt", add_special_tokens=False)',
+        f"text = {text}",
+        'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',
         show,
     ]
     return code("python", "\n".join(lines))
