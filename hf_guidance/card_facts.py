@@ -64,6 +64,29 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
     return known(facts | known(given))
 
 
+def given_facts(
+    language: Any = None,
+    license: str | None = None,
+    tags: Any = None,
+    model_name: str | None = None,
+    dataset: Any = None,
+    dataset_tags: Any = None,
+    finetuned_from: str | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """What a user gives to `Trainer.create_model_card`, as facts."""
+    first = dataset_tags if isinstance(dataset_tags, str) or not dataset_tags else dataset_tags[0]
+    name = dataset if isinstance(dataset, str) or not dataset else ", ".join(dataset)
+    return {
+        "language": language,
+        "license": license,
+        "name": model_name,
+        "tags": [tags] if isinstance(tags, str) else list(tags or ()),
+        "data": {key: value for key, value in {"name": name or first, "id": first}.items() if value},
+        "target": {"source": finetuned_from} if finetuned_from else {},
+    }
+
+
 def _target(model: Any) -> Facts:
     config = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", "") or ""

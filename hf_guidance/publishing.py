@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 from transformers.utils.import_utils import is_matplotlib_available
 
 from hf_guidance.analysis.curves import plot_run
-from hf_guidance.card_facts import EMISSIONS, run_facts
+from hf_guidance.card_facts import EMISSIONS, given_facts, run_facts
 from hf_guidance.model_card import render
 from hf_guidance.scrub import scrub_arguments, scrub_state
 
@@ -44,6 +46,20 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         self.card_facts: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As transformers', which says nothing of a token that may not write until training is over.
+
+        Raises:
+            PermissionError: the token may only read.
+        """
+        super().init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero() or self.hub_model_id is None:
+            return
+        token = token or self.args.hub_token
+        check_may_write(self.hub_model_id, token)
+        if self.args.hub_revision:
+            HfApi().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card to ``<output_dir>/README.md``; without a guide, transformers' own.
 
@@ -57,7 +73,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
             return None
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        given = _given(**kwargs)
+        given = given_facts(**kwargs)
         given |= {name: value for name, value in self.card_facts.items() if not given.get(name)}
         if self._drew_curves(folder / CURVES):
             given["figures"] = [{"file": CURVES, "caption": "Task loss, validation, and similarity of every pair"}]
@@ -156,27 +172,20 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
             ) from error
 
 
-def _given(
-    language: Any = None,
-    license: str | None = None,
-    tags: Any = None,
-    model_name: str | None = None,
-    dataset: Any = None,
-    dataset_tags: Any = None,
-    finetuned_from: str | None = None,
-    **_: Any,
-) -> dict[str, Any]:
-    """What a user says of the card, as facts."""
-    first = dataset_tags if isinstance(dataset_tags, str) or not dataset_tags else dataset_tags[0]
-    name = dataset if isinstance(dataset, str) or not dataset else ", ".join(dataset)
-    return {
-        "language": language,
-        "license": license,
-        "name": model_name,
-        "tags": [tags] if isinstance(tags, str) else list(tags or ()),
-        "data": {key: value for key, value in {"name": name or first, "id": first}.items() if value},
-        "target": {"source": finetuned_from} if finetuned_from else {},
-    }
+def check_may_write(repository: str, token: str | None) -> None:
+    """Raise PermissionError if the Hub says that this token may not push to the repository."""
+    api = HfApi()
+    if "write" not in inspect.signature(api.auth_check).parameters:  # an older client cannot ask
+        return
+    try:
+        api.auth_check(repository, token=token, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"The token may not write to {repository} ({_one_line(error)}). Nothing was trained: log in with a "
+                "token that has write access (`hf auth login`), pass hub_token, or name a repository of your own by "
+                "hub_model_id."
+            ) from error
 
 
 def later(repository: str, folder: Path) -> str:

@@ -161,8 +161,23 @@ HOSTILE = [
     ({"guide": {"fingerprint": "sha256:" + "x" * 64}}, "fingerprint is 'sha256:xxx"),
     ({"guide": {"untrained": False, "source": "/home/me/guide"}}, "was a local folder called '/home/me/guide'"),
     ({"guide": {"source": None, "config": None}}, "was a module of the user's own"),
-    ({"guide": {"config": {"model_type": "gpt2", "n_layer": 10**9}}}, "n_layer is 1000000000"),
-    ({"guide": {"config": {"model_type": "../evil"}}}, "cannot be built from its config"),
+    ({"guide": {"config": {"model_type": "gpt2", "n_layer": 10**9}}}, "n_layer is '1000000000'"),
+    ({"guide": {"config": {"model_type": "../evil"}}}, r"model_type is '\.\./evil'"),
+    ({"guide": {"config": {"model_type": "evil"}}}, "cannot be built from its config"),
+    ({"guide": {"config": {"model_type": "gpt2", "text_config": {"n_layer": 10**9}}}}, "n_layer is '1000000000'"),
+    (
+        {"guide": {"config": {"model_type": "gpt2", "n_embd": 3 * 2**18, "n_layer": 900}}},
+        "network of [0-9,]{15,} param",
+    ),
+    # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
+    ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, and it says 5"),
+    ({"guide": {"config": {"model_type": "gpt2", "attn_implementation": "evil/kernel"}}}, "attn_implementation is"),
+    (
+        {"guide": {"config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "weights.pth"}}}},
+        "checkpoint_path is 'weights.pth'",
+    ),
+    ({"guide": {"config": {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/net"}}}, "architecture is 'hf-"),
+    ({"guide": {"config": {"model_type": "detr", "use_pretrained_backbone": True}}}, "use_pretrained_backbone is"),
 ]
 
 
