@@ -361,7 +361,7 @@ def test_a_guide_that_is_or_shares_the_target_is_an_error() -> None:
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    network = llama()
+    network = gpt2()
     network.config.save_pretrained(tmp_path)
     torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"Cannot load guide .*model\.safetensors.* pickled ones are refused"):
