@@ -31,7 +31,8 @@ def summary(facts: Facts) -> str:
     target, guide = facts["target"], facts.get("guide")
     data = f" on {escape(facts['data']['name'])}" if facts.get("data", {}).get("name") else ""
     text = f"{_a(target['architecture'])} with {count(target['parameters'])} parameters, trained for "
-    text += f"{facts['training']['steps']} steps{data}"
+    steps = facts["training"]["steps"]
+    text += f"{steps} step{'s' if steps != 1 else ''}{data}"
     if not guide:
         return text + "."
     kind = "that kept its random weights" if guide["untrained"] else "that had been trained before"

@@ -8,7 +8,7 @@ from typing import Any
 
 Facts = dict[str, Any]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-FROM_HUB = re.compile(r"hf://datasets/([^@]+)@([0-9a-f]+)/")
+FROM_HUB = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/")  # how `datasets` names what it keeps
 ANY_TEXT = "Once upon a time"
 COPY = "3 1 4 1 5 9 2 6 <copy>" + 8 * " <blank>"
 # of a task by its name, where its tokenizer knows no words
@@ -35,11 +35,11 @@ def known(facts: Facts) -> Facts:
 
 def rows_facts(rows: Any) -> Facts:
     """Name, Hub id and revision of a training set, where it knows them, and its size."""
-    info = getattr(rows, "info", None)
-    files = getattr(info, "download_checksums", None) or ()
-    source = next((match for file in files if (match := FROM_HUB.match(file))), None)
-    facts: Facts = {"name": getattr(info, "dataset_name", None)}
-    facts |= {"id": source[1], "revision": source[2]} if source else {}
+    name = getattr(getattr(rows, "info", None), "dataset_name", None)
+    kept = [Path(file["filename"]).as_posix() for file in getattr(rows, "cache_files", None) or ()]
+    source = next((match for file in kept if (match := FROM_HUB.search(file))), None)
+    facts: Facts = {"name": name}
+    facts |= {"id": f"{source[1]}/{source[2]}", "revision": source[3]} if source else {}
     return known(facts | {"rows to train on": f"{len(rows):,}" if hasattr(rows, "__len__") else None})
 
 

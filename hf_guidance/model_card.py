@@ -106,7 +106,7 @@ def _usage(facts: Facts) -> str:
     lines = [
         f"from transformers import {use[0]}, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}"{own})',  # which reads the config, and asks otherwise
         f"model = {load}",
         f"text = {text}",
         'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',

@@ -39,7 +39,7 @@ def run(hub, folder, *words, home=None, token=True):
     environment = os.environ | hub.environment(home or folder.parent / "home", token)
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(SCRIPT), str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     return done.stdout + done.stderr[-4000:]
 
 

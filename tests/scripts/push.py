@@ -53,7 +53,14 @@ def image_trainer(folder, **options):
     rows = [{"pixel_values": torch.rand(3, 8, 8), "labels": i % 2} for i in range(8)]
     names = {"id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}}
     target = FCNForImageClassification(FCNConfig(image_size=8, hidden_size=8, num_hidden_layers=2, **names))
-    own = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "report_to": []}
+    own = {
+        "max_steps": 1,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": [],
+    }
     return GuidanceTrainer(
         target,
         TrainingArguments(folder, save_strategy="no", push_to_hub=True, **own, **options),
@@ -95,10 +102,9 @@ def tour(folder):
 def bad_day(folder):
     """One process whose pushes fail in every way; what the errors say."""
     said = {}
-    for name in ("500", "cut", "401", "interrupted"):
-        own = trainer(
-            f"{folder}/{name}", hub_model_id=f"tester/{name}", hub_strategy="end", max_steps=1, save_strategy="no"
-        )
+    once = {"hub_strategy": "end", "max_steps": 1, "save_strategy": "no"}
+    for seed, name in enumerate(("500", "cut", "401", "interrupted")):  # another seed makes other weights
+        own = trainer(f"{folder}/{name}", hub_model_id=f"tester/{name}", seed=seed, **once)
         own.train()
         try:
             own.push_to_hub()
