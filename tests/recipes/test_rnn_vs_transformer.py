@@ -35,7 +35,7 @@ def copy_paste(tmp_path_factory):
     with Hub(folder.parent / "hub") as hub:
         environment = os.environ | hub.environment(folder.parent / "home")
         process = launch(folder, env=environment, push_to_hub=True, hub_model_id="tester/copy", hub_token=hub.token)
-        printed, _ = process.communicate(timeout=200)
+        printed, _ = process.communicate(timeout=600)
         assert process.returncode == 0, printed[-3000:]
         yield folder, printed, json.loads((folder / "results.json").read_text()), hub
 
