@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ CITATION = """@inproceedings{subramaniam2025guidance,
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2025}
 }"""  # noqa: E501
+WIDTH = 60  # of a line of the command, after which the next flag starts another
 SEEN = {
     "batch": "what the target saw",
     "noise": "noise",
@@ -170,7 +172,16 @@ def versions(facts: Facts) -> str:
 
 
 def command(facts: Facts) -> str:
-    return code("sh", facts["command"]) if facts.get("command") else ""
+    """The exact command, broken between its flags so that a page shows all of it."""
+    if not facts.get("command"):
+        return ""
+    lines = [""]
+    for word in shlex.split(facts["command"]):
+        word = shlex.quote(word)
+        if word.startswith("--") and len(lines[-1]) > WIDTH:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return code("sh", " \\\n".join(lines))
 
 
 def citation(facts: Facts) -> str:

@@ -89,13 +89,14 @@ def _usage(facts: Facts) -> str:
     if use is None or not place or not (use[1] == "image-classification" or example):
         return ""
     own = ", trust_remote_code=True" if facts["target"].get("own_code") else ""
-    load = f'{use[0]}.from_pretrained("{place}"{own}).eval()'
+    load = f"{use[0]}.from_pretrained(name{own}).eval()"
     if use[1] == "image-classification":
         lines = [
             "from PIL import Image",
             f"from transformers import AutoImageProcessor, {use[0]}",
             "",
-            f'processor = AutoImageProcessor.from_pretrained("{place}")',
+            f'name = "{place}"',
+            "processor = AutoImageProcessor.from_pretrained(name)",
             f"model = {load}",
             'inputs = processor(Image.open("image.png"), return_tensors="pt")',
             LABEL,
@@ -106,7 +107,8 @@ def _usage(facts: Facts) -> str:
     lines = [
         f"from transformers import {use[0]}, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{place}"{own})',  # which reads the config, and asks otherwise
+        f'name = "{place}"',
+        f"tokenizer = AutoTokenizer.from_pretrained(name{own})",  # which reads the config, and asks otherwise
         f"model = {load}",
         f"text = {text}",
         'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',

@@ -83,5 +83,7 @@ def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
     report["task"] = report["task"] | {"description": "Read /home/me/secret/a.txt and `hf_" + 34 * "a" + "`."}
     text = model_card_of(run, report, name)
     check_card(text)
-    assert "accelerate launch recipes/r.py --output_dir out '--text_files=a b.txt' --use_cpu --dataset images" in text
+    shown = re.search(r"```sh\n(.*?)\n```", text, re.DOTALL)[1]
+    command = "accelerate launch recipes/r.py --output_dir out '--text_files=a b.txt' --use_cpu --dataset images"
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(command)
     assert r"Read a.txt and \`&lt;token&gt;\`." in text

@@ -189,7 +189,8 @@ def test_the_card_has_no_gap_and_says_where_it_is_from(pushed):
         "mit",
         "transformers",
     )
-    assert f'AutoModelForCausalLM.from_pretrained("{REPOSITORY}", trust_remote_code=True)' in body
+    assert f'name = "{REPOSITORY}"\n' in body
+    assert "AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)" in body
     assert f'load_guide_of("{REPOSITORY}")' in body
     assert re.search(r"\| random, seed 5 +\|", body)
 
