@@ -144,10 +144,14 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         if busy and self.push_in_progress is not None:
             self.push_in_progress.jobs.extend(jobs)
         else:
+            self._say_what_failed()
             self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
+        self._say_what_failed()
+
+    def _say_what_failed(self) -> None:
         current = getattr(self, "push_in_progress", None)
         for job in current.jobs if current is not None else ():
             if job.done() and not job.cancelled() and (error := job.exception()) is not None:
