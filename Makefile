@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo shakespeare test test-slow check format clean
+.PHONY: help install demo shakespeare test test-slow cards check format clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ test: install ## run the tests that need no GPU and no network
 
 test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
 	$(BIN)/python -m pytest -m "not gpu and not network"
+
+cards: install ## write model_cards/ from recipes/results/
+	$(BIN)/python -m hf_guidance.recipe_cards recipes/results model_cards
 
 check: install ## lint, formatting and types
 	$(BIN)/ruff check .

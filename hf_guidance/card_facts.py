@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_guidance.data_facts import HUB_ID, example_of, known, processing_facts, rows_facts
+from hf_guidance.history import History, metrics_of, similarity_curves
 from hf_guidance.runtime import environment
 
 Facts = dict[str, Any]
-SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+VERSIONS = ("python", "torch", "transformers", "accelerate")
 SIZES = (
     "hidden_size",
     "n_embd",
@@ -24,6 +28,7 @@ SIZES = (
     "vocab_size",
     "image_size",
 )
+EMISSIONS = "emissions.csv"  # codecarbon's
 
 
 def run_facts(trainer: Any, **given: Any) -> Facts:
@@ -32,38 +37,64 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
     Args:
         trainer: a `GuidanceTrainer` that has trained.
         **given: facts that the trainer cannot know (license, language, tags, command, data, comparison, figures), in
-            place of those it does; those of the ``target`` beside.
+            place of those it does; those of the ``target`` and the ``data`` beside.
     """
     guided = trainer.guide is not None
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     repository = trainer.hub_model_id if trainer.args.push_to_hub or trainer.hub_model_id else None
+    args, history = trainer.args, trainer.state.log_history
     facts: Facts = {
-        "name": (repository or os.path.basename(os.path.abspath(trainer.args.output_dir))).split("/")[-1],
+        "name": (repository or os.path.basename(os.path.abspath(args.output_dir))).split("/")[-1],
         "repository": repository,
         "target": _target(model),
         "guide": _guide(trainer) if guided else None,
         "guidance": trainer.guidance.without_paths() if guided else None,
-        "pairs": _pairs(trainer.state.log_history) if guided else None,
-        "results": _results(trainer.state.log_history),
-        "training": _training(trainer),
+        "pairs": pairs_facts(similarity_curves(history)) if guided else None,
+        "results": _results(history),
+        "training": training_facts(
+            args.to_dict() | {"world_size": args.world_size}, trainer.state.global_step, args.seed
+        ),
         "cost": _cost(trainer),
-        "data": _data(trainer),
-        "versions": {k: v for k, v in environment().items() if k in ("python", "torch", "transformers", "accelerate")},
+        "emissions": _emissions(trainer),
+        "data": rows_facts(trainer.train_dataset) | processing_facts(trainer.processing_class),
+        "example": example_of(trainer.processing_class),
+        "versions": {k: v for k, v in environment().items() if k in VERSIONS},
     }
-    facts["target"] |= given.pop("target", {})
-    facts |= {name: value for name, value in given.items() if value is not None}
-    return {name: value for name, value in facts.items() if value is not None}
+    facts |= {name: facts[name] | (given.pop(name, None) or {}) for name in ("target", "data")}
+    return known(facts | known(given))
+
+
+def given_facts(
+    language: Any = None,
+    license: str | None = None,
+    tags: Any = None,
+    model_name: str | None = None,
+    dataset: Any = None,
+    dataset_tags: Any = None,
+    finetuned_from: str | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """What a user gives to `Trainer.create_model_card`, as facts."""
+    first = dataset_tags if isinstance(dataset_tags, str) or not dataset_tags else dataset_tags[0]
+    name = dataset if isinstance(dataset, str) or not dataset else ", ".join(dataset)
+    return {
+        "language": language,
+        "license": license,
+        "name": model_name,
+        "tags": [tags] if isinstance(tags, str) else list(tags or ()),
+        "data": {key: value for key, value in {"name": name or first, "id": first}.items() if value},
+        "target": {"source": finetuned_from} if finetuned_from else {},
+    }
 
 
 def _target(model: Any) -> Facts:
     config = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", "") or ""
-    known = source if source and not os.path.exists(source) and not os.path.isabs(source) else None
     return {
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sizes": _sizes(config),
-        "source": known,
+        "sizes": sizes_of({name: getattr(config, name, None) for name in SIZES}),
+        "source": source if HUB_ID.fullmatch(source) and not os.path.exists(source) else None,
         "own_code": bool(getattr(type(model), "_auto_class", None)),
     }
 
@@ -71,55 +102,54 @@ def _target(model: Any) -> Facts:
 def _guide(trainer: Any) -> Facts:
     from hf_guidance.guide import BATCH_NORM
 
-    guide = trainer.guide
+    guide, config = trainer.guide, getattr(trainer.guide, "config", None)
     norm = any(isinstance(module, BATCH_NORM) for module in guide.modules())
-    return trainer.guide_identity | {"sizes": _sizes(getattr(guide, "config", None)), "batch_norm": norm}
+    sizes = sizes_of({name: getattr(config, name, None) for name in SIZES})
+    return trainer.guide_identity | {"sizes": sizes, "batch_norm": norm}
 
 
-def _sizes(config: Any) -> Facts:
-    values = {name: getattr(config, name, None) for name in SIZES}
-    return {name.replace("_", " "): value for name, value in values.items() if value is not None}
+def sizes_of(config: Facts) -> Facts:
+    """The sizes among a network's config, in words."""
+    return {name.replace("_", " "): config[name] for name in SIZES if config.get(name) is not None}
 
 
-def _pairs(history: list[dict[str, Any]]) -> Facts | None:
-    prefix = "guidance/similarity/"
-    logs = [log for log in history if any(name.startswith(prefix) for name in log)]
-    if not logs:
+def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
+    """Similarity of every pair at the first and at the last step that it was logged at."""
+    if not points:
         return None
-    names = [name.removeprefix(prefix) for name in logs[0] if name.startswith(prefix)]
+    first, last = points[0], points[-1]
     rows = [
-        {"target": t, "guide": g, "first": logs[0][f"{prefix}{t}~{g}"], "last": logs[-1][f"{prefix}{t}~{g}"]}
-        for t, g in (name.split("~") for name in names)
-        if f"{prefix}{t}~{g}" in logs[-1]
+        {"target": t, "guide": g, "first": first[f"{t}~{g}"], "last": last[f"{t}~{g}"]}
+        for t, g in (name.split("~") for name in first if name != "step")
+        if f"{t}~{g}" in last
     ]
-    return {"first": logs[0]["step"], "last": logs[-1]["step"], "rows": rows}
+    return {"first": first["step"], "last": last["step"], "rows": rows}
 
 
-def _results(history: list[dict[str, Any]]) -> Facts | None:
-    for split in ("test", "eval"):
+def _results(history: History) -> Facts | None:
+    for split, name in (("test", "test"), ("eval", "validation")):
         for log in reversed(history):
-            values = {n.removeprefix(f"{split}_"): v for n, v in log.items() if n.startswith(f"{split}_")}
-            values = {n: float(v) for n, v in values.items() if n not in SPEED and isinstance(v, (int, float))}
-            if values:
-                return {"split": "test" if split == "test" else "validation", "values": values}
+            if values := metrics_of(log, split):
+                return {"split": name, "values": values}
     return None
 
 
-def _training(trainer: Any) -> Facts:
-    args = trainer.args
-    half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    accumulated = args.gradient_accumulation_steps
+def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
+    """What of a run's `TrainingArguments`, as JSON values, its card shows."""
+    half = "bfloat16" if settings["bf16"] else "float16" if settings["fp16"] else None
+    accumulated, decay, clip = (settings[n] for n in ("gradient_accumulation_steps", "weight_decay", "max_grad_norm"))
+    schedule = str(settings["lr_scheduler_type"]).replace("_", " ")
     return {
-        "steps": trainer.state.global_step,
-        "batch size": args.per_device_train_batch_size,
+        "steps": steps,
+        "batch size": settings["per_device_train_batch_size"],
         "accumulated over": f"{accumulated} batches" if accumulated > 1 else None,
-        "processes": args.world_size,
-        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
-        "optimizer": getattr(args.optim, "value", args.optim),
-        "weight decay": f"{args.weight_decay:g}" if args.weight_decay else None,
-        "gradients clipped at": f"{args.max_grad_norm:g}" if args.max_grad_norm else None,
+        "processes": settings["world_size"],
+        "learning rate": f"{settings['learning_rate']:g}, {schedule}",
+        "optimizer": str(settings["optim"]),
+        "weight decay": f"{decay:g}" if decay else None,
+        "gradients clipped at": f"{clip:g}" if clip else None,
         "precision": f"{half} autocast, similarities in float32" if half else "float32",
-        "seed": args.seed,
+        "seed": seed,
     }
 
 
@@ -132,13 +162,16 @@ def _cost(trainer: Any) -> Facts:
         cost["peak memory of the GPU"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
     else:
         cost["peak memory of the process"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
+    if emissions := _emissions(trainer):
+        cost["emissions, by codecarbon"] = f"{emissions:.3g} g CO₂eq"
     return cost
 
 
-def _data(trainer: Any) -> Facts | None:
-    info = getattr(trainer.train_dataset, "info", None)
-    name = getattr(info, "dataset_name", None)
-    if not name:
+def _emissions(trainer: Any) -> float | None:
+    """Grams of CO₂ equivalents, where codecarbon watched this run."""
+    measured = Path(str(trainer.args.output_dir)) / EMISSIONS
+    callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    if "CodeCarbonCallback" not in callbacks or not measured.is_file():
         return None
-    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
-    return {"name": name, "rows to train on": f"{rows:,}" if rows else None}
+    rows = list(csv.DictReader(measured.read_text(encoding="utf-8").splitlines()))  # one a run, this one's the last
+    return 1000 * float(rows[-1]["emissions"]) if rows else None

@@ -164,7 +164,11 @@ def _settings(
     network.pop("transformers_version", None)
     training = {name: value for name, value in args.to_dict().items() if not HARMLESS.fullmatch(name)}
     training |= {"world_size": args.world_size}
-    settings = training | {"guidance": guidance.to_dict() if run.guide else None, "data": data, "network": network}
+    settings = training | {
+        "guidance": guidance.without_paths() if run.guide else None,
+        "data": data,
+        "network": network,
+    }
     return json.loads(json.dumps(settings, default=str))
 
 

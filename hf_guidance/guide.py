@@ -37,7 +37,8 @@ def load_guide(
             versions give the same weights again.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code from the Hub; never on by default.
-        **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …
+        **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …, but not
+            ``use_safetensors``: pickled weights, which can run code when they are read, are never loaded.
 
     Returns:
         The network without a task head, frozen, with its origin on it for checkpoints and model cards.
@@ -54,6 +55,8 @@ def load_guide(
         name, untrained = source.model_type, True
     else:
         name = Path(source).resolve().name if os.path.isdir(source) else str(source)  # no path of this machine in cards
+    if "use_safetensors" in kwargs:
+        raise ValueError("use_safetensors is always on: pickled weights can run code when they are read.")
     if untrained and kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
     if untrained:
@@ -71,9 +74,10 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError) as error:
+        pickled = " Weights must be safetensors: pickled ones are refused." if "safetensors" in str(error) else ""
         raise ValueError(
-            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]} A guide is a local folder with a "
-            "config.json, a Hub id, a config, a live module, or 'timm/<architecture>' with untrained=True."
+            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{pickled} A guide is a local folder with "
+            "a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' with untrained=True."
         ) from error
 
 
@@ -93,7 +97,7 @@ def _load_pretrained(source: Any, seed: int, **kwargs: Any) -> nn.Module:
     reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
     try:
         with _seeded(seed):
-            guide, report = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
+            guide, report = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
     finally:
         reports.set_verbosity(verbosity)
     if report["missing_keys"]:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
+import inspect
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
+from transformers.utils.import_utils import is_matplotlib_available
 
-from hf_guidance.card_facts import run_facts
+from hf_guidance.analysis.curves import plot_run
+from hf_guidance.card_facts import EMISSIONS, given_facts, run_facts
 from hf_guidance.model_card import render
+from hf_guidance.scrub import scrub_arguments, scrub_state
 
 logger = logging.getLogger(__name__)
 
 ARGUMENTS = "training_args.bin"
+CURVES = "curves.png"
 STATE = "trainer_state.json"
 # in a checkpoint, for going on with the training, and no part of the model
 FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", "latest", "zero_to_fp32.py")
-NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS]
+NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS, EMISSIONS]  # the last has the place of the machine
 
 
 class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -37,32 +39,56 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
     """
 
     guide: Any
+    guidance: Any
     push_in_progress: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.card_facts: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As transformers', which says nothing of a token that may not write until training is over.
+
+        Raises:
+            PermissionError: the token may only read.
+        """
+        super().init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero() or self.hub_model_id is None:
+            return
+        token = token or self.args.hub_token
+        check_may_write(self.hub_model_id, token)
+        if self.args.hub_revision:
+            HfApi().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card to ``<output_dir>/README.md``; without a guide, transformers' own.
 
         Args:
-            language, license, tags, model_name, dataset: as of `Trainer.create_model_card`.
+            language, license, tags, model_name, dataset, dataset_tags, finetuned_from: as of
+                `Trainer.create_model_card`.
         """
         if self.guide is None and not self.card_facts:
             return super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return None
-        tags, data = kwargs.get("tags") or [], kwargs.get("dataset")
-        given = {name: kwargs.get(name) for name in ("language", "license")}
-        given |= {"name": kwargs.get("model_name"), "tags": [tags] if isinstance(tags, str) else list(tags)}
-        if data:
-            given["data"] = {"name": data if isinstance(data, str) else ", ".join(data)}
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        given |= {name: value for name, value in self.card_facts.items() if given.get(name) is None}
+        given = given_facts(**kwargs)
+        given |= {name: value for name, value in self.card_facts.items() if not given.get(name)}
+        if self._drew_curves(folder / CURVES):
+            given["figures"] = [{"file": CURVES, "caption": "Task loss, validation, and similarity of every pair"}]
         (folder / "README.md").write_text(render(run_facts(self, **given)), encoding="utf-8")
         return None
+
+    def _drew_curves(self, path: Path) -> bool:
+        """Draw the run's curves, where matplotlib is installed; whether they are there."""
+        if not is_matplotlib_available():
+            return False
+        try:
+            return plot_run(self.state.log_history, path, self.guidance.measure if self.guide is not None else None)
+        except Exception:  # a card without a figure is better than none
+            logger.exception("The training curves could not be drawn.")
+            return False
 
     def _try_to_write_a_card(self) -> None:
         try:
@@ -73,7 +99,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # transformers' own holds token and paths in clear
-            torch.save(scrubbed(self.args), Path(output_dir or str(self.args.output_dir)) / ARGUMENTS)
+            torch.save(scrub_arguments(self.args), Path(output_dir or str(self.args.output_dir)) / ARGUMENTS)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As transformers', with all that belongs to the model; a push that fails is said, and training goes on."""
@@ -104,7 +130,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             whole = output / f"_{checkpoint.name}"  # a copy, as the run goes on and its state names paths
             shutil.copytree(checkpoint, whole, ignore=shutil.ignore_patterns(ARGUMENTS), dirs_exist_ok=True)
-            _without_paths(whole / STATE)
+            scrub_state(whole / STATE)
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             jobs.append(
                 api.upload_folder(
@@ -118,10 +144,14 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         if busy and self.push_in_progress is not None:
             self.push_in_progress.jobs.extend(jobs)
         else:
+            self._say_what_failed()
             self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
+        self._say_what_failed()
+
+    def _say_what_failed(self) -> None:
         current = getattr(self, "push_in_progress", None)
         for job in current.jobs if current is not None else ():
             if job.done() and not job.cancelled() and (error := job.exception()) is not None:
@@ -146,31 +176,26 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
             ) from error
 
 
+def check_may_write(repository: str, token: str | None) -> None:
+    """Raise PermissionError if the Hub says that this token may not push to the repository."""
+    api = HfApi()
+    if "write" not in inspect.signature(api.auth_check).parameters:  # an older client cannot ask
+        return
+    try:
+        api.auth_check(repository, token=token, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"The token may not write to {repository} ({_one_line(error)}). Nothing was trained: log in with a "
+                "token that has write access (`hf auth login`), pass hub_token, or name a repository of your own by "
+                "hub_model_id."
+            ) from error
+
+
 def later(repository: str, folder: Path) -> str:
     """The command that pushes a saved model."""
     left_out = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
     return f"hf upload {repository} {folder} . {left_out}"
-
-
-def scrubbed(args: Any) -> Any:
-    """A copy of training arguments without tokens and without paths of this machine."""
-    clean = copy.copy(args)
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if "token" in field.name and isinstance(value, str):
-            setattr(clean, field.name, None)
-        elif isinstance(value, (str, os.PathLike)) and os.path.isabs(value):
-            setattr(clean, field.name, os.path.basename(os.path.normpath(value)))
-    return clean
-
-
-def _without_paths(state: Path) -> None:
-    if not state.is_file():
-        return
-    content = json.loads(state.read_text(encoding="utf-8"))
-    if content.get("best_model_checkpoint"):
-        content["best_model_checkpoint"] = os.path.basename(content["best_model_checkpoint"])
-    state.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
@@ -14,6 +15,11 @@ from hf_guidance.guide import load_guide
 from hf_guidance.identity import fingerprint
 
 LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number, or more layers
+MOST_PARAMETERS = 2**34  # more than anyone guides with, and than memory takes
+# fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
+FETCHING = re.compile(r"implementation|checkpoint|pretrained|quantization|auto_map|cache|trust|url|file|hub")
+PLAIN = (None, False, True, "eager", "sdpa")
+LABELS = ("id2label", "label2id", "label_names", "pretrained_cfg")  # free text, of which no network is made
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TYPES: dict[str, tuple[type, ...]] = {
     "source": (str, type(None)),
@@ -84,13 +90,41 @@ def _check(guide: Any) -> None:
             raise ValueError(f"{name} is {str(guide.get(name))[:80]!r}")
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", guide["fingerprint"]):
         raise ValueError(f"fingerprint is {guide['fingerprint'][:80]!r}")
-    for name, value in (guide["config"] or {}).items():
-        most = DEEPEST if "layer" in name or name == "depths" else LARGEST
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, int) and abs(number) > most for number in numbers):
-            raise ValueError(f"{name} is {str(value)[:80]}")
+    _check_config(guide["config"] or {})
     if guide["seed"] is not None and not 0 <= guide["seed"] < 2**63:
         raise ValueError(f"seed is {guide['seed']}")
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for name, value in config.items():
+        if name in LABELS:
+            continue
+        values = value if isinstance(value, list) else [value]
+        fetches = bool(FETCHING.search(name)) and not name.startswith("use_cache")
+        most = DEEPEST if "layer" in name or name == "depths" else LARGEST
+        for entry in values:
+            if isinstance(entry, dict):
+                _check_config(entry)
+            elif (
+                (isinstance(entry, int) and abs(entry) > most)
+                or (isinstance(entry, str) and re.search(r"[/\\:]", entry))
+                or (fetches and (entry not in PLAIN or (entry is True and "pretrained" in name)))
+            ):
+                raise ValueError(f"{name} is {str(value)[:80]!r}")
+
+
+def _check_size(config: Any, stated: Any) -> None:
+    """Raise ValueError if a network would be larger than it was said to be, before any memory is taken."""
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"):
+            network = AutoModel.from_config(config)
+    except NotImplementedError:  # an architecture that computes with its weights while it is built
+        return
+    there = sum(parameter.numel() for parameter in network.parameters())
+    if there > MOST_PARAMETERS or (isinstance(stated, int) and there != stated):
+        raise ValueError(f"its config makes a network of {there:,} parameters, and it says {str(stated)[:30]}")
 
 
 def _rebuild(guide: dict[str, Any], target: str) -> nn.Module:
@@ -103,7 +137,9 @@ def _rebuild(guide: dict[str, Any], target: str) -> nn.Module:
         values = dict(guide["config"])
         kind = values.pop("model_type", "")
         try:
-            return load_guide(AutoConfig.for_model(kind, **values), seed=guide["seed"] or 0)
+            config = AutoConfig.for_model(kind, **values)
+            _check_size(config, guide.get("parameters"))
+            return load_guide(config, seed=guide["seed"] or 0)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
     if guide["untrained"] is False and HUB_ID.fullmatch(source):

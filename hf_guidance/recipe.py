@@ -20,10 +20,13 @@ from hf_guidance.analysis.report import comparison_rows, markdown_table
 from hf_guidance.checks import check_machine
 from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, write_json
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.data_facts import EXAMPLES, task_facts
 from hf_guidance.flags import check_choice, parse
-from hf_guidance.recipe_cards import data_facts, push_cards, without_paths, write_cards
+from hf_guidance.recipe_cards import push_cards, write_cards
+from hf_guidance.record_facts import LICENSE
 from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.runtime import environment, usable_cpus
+from hf_guidance.scrub import scrub_command, without_tokens
 from hf_guidance.tasks import Task
 
 PRESETS = ("small", "paper")
@@ -176,8 +179,8 @@ def compare(
         raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
     name = Path(sys.argv[0]).name
     command = ["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]
-    facts: dict[str, Any] = {"command": without_paths(command), "license": "apache-2.0"}
-    facts |= {"data": data_facts(task.name, task.description, comparison.data)}
+    facts: dict[str, Any] = {"command": scrub_command(command), "license": LICENSE}
+    facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
     for run in comparison.runs(recipe.seeds[0]):
         check(run, task, guidance)
 
@@ -198,7 +201,7 @@ def compare(
         results += [carry(_longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
     return {
         "recipe": Path(name).stem,
-        "command": shlex.join(command),
+        "command": shlex.join(without_tokens(command)),
         "environment": environment(),
         "task": {
             "name": task.name,

@@ -1,82 +1,142 @@
-"""The cards of a recipe's guided runs: what each run knows of itself, and the runs it is matched with."""
+"""The cards of a recipe's guided runs: what each run knows of itself, and the runs it is matched with.
+
+    python -m hf_guidance.recipe_cards recipes/results model_cards
+
+writes a card for every guided run of every results file (``make cards``).
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-import shlex
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-from hf_guidance.analysis.report import comparison_rows, markdown_table
+from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.heat_maps import plot_similarity_maps
+from hf_guidance.analysis.report import comparison_rows, differences, markdown_table
 from hf_guidance.model_card import render
 from hf_guidance.publishing import later
+from hf_guidance.record_facts import facts_of_record
 
 logger = logging.getLogger(__name__)
 
 FIGURES = {
+    "curves.png": "This run: task loss, validation, and similarity of every pair over time",
     "comparison.png": "Validation curves, losses, and similarities of all pairs over time",
     "similarity.png": "Similarity of every target layer with every guide layer, before and after training",
 }
+Report = dict[str, Any]
 
 
-def data_facts(name: str, description: str, data: dict[str, Any]) -> dict[str, Any]:
-    """What a card says of the data, from what they were made from."""
-    source = data.get("dataset") if not data.get("text_files") else None
-    files = [file["name"] for file in data.get("text_files") or ()]
-    folder = source.get("name") if isinstance(source, dict) else None
-    known = source if isinstance(source, str) and "/" in source else None
-    title = folder or known or source or ", ".join(files) or f"{name.replace('_', ' ')} data made on the fly"
-    return {"name": title, "task": description, "id": known}
-
-
-def without_paths(command: list[str]) -> str:
-    """A command line whose absolute paths are cut down to their last part."""
-    return shlex.join([Path(word).name if Path(word).is_absolute() else word for word in command])
-
-
-def write_cards(report: dict[str, Any], folder: Path) -> list[Path]:
+def write_cards(report: Report, folder: Path) -> list[Path]:
     """Write README.md and figures into the folder of each guided run; the folders written."""
     written = []
     for run in report["runs"]:
         place = folder / f"seed-{run['seed']}" / run["run"]
         if "card" in run and place.is_dir():
-            figures = [name for name in FIGURES if (folder / name).is_file()]
-            for name in figures:
-                shutil.copy(folder / name, place / name)
+            for name in FIGURES:
+                if (folder / name).is_file():
+                    shutil.copy(folder / name, place / name)
+            figures = [name for name in FIGURES if (place / name).is_file()]
             (place / "README.md").write_text(card_of(run, report, figures), encoding="utf-8")
             written.append(place)
     return written
 
 
-def card_of(run: dict[str, Any], report: dict[str, Any], figures: list[str]) -> str:
+def write_model_cards(results: Path, folder: Path) -> list[Path]:
+    """Write the card of every kind of guided run of every results file, of its first seed, with the figures of its own.
+
+    Returns:
+        The folders written, ``<folder>/<name of the results>/<run>``.
+    """
+    written = []
+    for path in sorted(results.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for run in first_guided(report):
+            place = folder / path.stem / run["run"]
+            place.mkdir(parents=True, exist_ok=True)
+            _draw(run, report, place)
+            (place / "README.md").write_text(model_card_of(run, report, path.stem), encoding="utf-8")
+            written.append(place)
+    return written
+
+
+def first_guided(report: Report) -> list[dict[str, Any]]:
+    """The guided runs of a report, of each kind that of the first seed."""
+    return list({run["run"]: run for run in reversed(report["runs"]) if run["guide"]}.values())[::-1]
+
+
+def model_card_of(run: dict[str, Any], report: Report, title: str) -> str:
+    """The card of a committed result as markdown."""
+    figures = ["comparison.png", *(["similarity.png"] if run.get("similarity_maps") else [])]
+    return card_of(run, report, figures, name=f"{title}-{run['run']}")
+
+
+def _draw(run: dict[str, Any], report: Report, place: Path) -> None:
+    metric, percent = report["task"]["metric"], report["task"]["percent"]
+    runs = [r for r in report["runs"] if _belongs(r["run"], run["run"]) and r["run"] != "alone_longer"]
+    plot_comparison(runs, metric, place / "comparison.png", percent=percent, log=not percent)
+    plot_similarity_maps([run], place / "similarity.png")
+
+
+def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: Any) -> str:
     """The card of one run as markdown, with the comparison it is part of."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run["run"])]
-    alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
-    cost = {"a step with guidance": f"{run['seconds'] / run['steps']:.3f} s"}
-    if alone:
-        cost["a step without"] = f"{statistics.fmean(alone):.3f} s"
-    text = "Matched runs: same seeds, same initial weights, same data order"
-    text += "; the learning rate is the best one without guidance." if report["learning_rate_search"] else "."
-    facts = run["card"] | {
-        "cost": cost | run["card"].get("cost", {}),
+    facts = facts_of_record(run, report)
+    facts |= {
+        "cost": _cost(run, report) | facts["cost"],
         "figures": [{"file": name, "caption": FIGURES[name]} for name in figures],
         "comparison": {
-            "text": text,
+            "text": _in_words(run, report),
             "table": markdown_table(rows, metric, percent),
             "seeds": len({r["seed"] for r in report["runs"]}),
         },
     }
-    return render(facts)
+    return render(facts | given)
+
+
+def _cost(run: dict[str, Any], report: Report) -> dict[str, str]:
+    kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "by the clock"
+    alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
+    cost = {"a step with guidance": f"{run['seconds'] / run['steps']:.3f} s {kind}"}
+    if alone:
+        cost["a step without"] = f"{statistics.fmean(alone):.3f} s {kind}"
+    cost["all steps"] = f"{run['seconds']:.0f} s {kind}, evaluations left out"
+    for guide in report["runs"]:
+        if (guide["run"], guide["seed"]) == (run["guide"]["source"], run["seed"]):
+            cost["all steps of the guide's own training"] = f"{guide['seconds']:.0f} s {kind}"
+    return cost
+
+
+def _in_words(run: dict[str, Any], report: Report) -> str:
+    text = "Matched runs: same seeds, same initial weights, same data order"
+    text += "; the learning rate is the best one without guidance." if report["learning_rate_search"] else "."
+    text += " Mean ± standard deviation over the seeds, at the last step."
+    gains = differences(report["runs"], run["run"])
+    if not gains:
+        return text
+    metric, unit = report["task"]["metric"], " points" if report["task"]["percent"] else ""
+    factor = 100 if report["task"]["percent"] else 1
+    each = ", ".join(_signed(gain * factor) for gain in gains.values())
+    text += f" This run minus the one alone, validation {metric}: {each}{unit} on seed"
+    text += f"{'s' if len(gains) > 1 else ''} {', '.join(map(str, gains))}"
+    return text + (f"; on average {_signed(statistics.fmean(gains.values()) * factor)}." if len(gains) > 1 else ".")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def _belongs(row: str, run: str) -> bool:
     return row == run or row.startswith("alone") or row == "guide_itself"
 
 
-def push_cards(report: dict[str, Any], places: list[Path], token: str | None) -> None:
+def push_cards(report: Report, places: list[Path], token: str | None) -> None:
     """Upload cards and figures to where the runs were pushed; what fails is said, and nothing is lost."""
     from huggingface_hub import HfApi
 
@@ -95,3 +155,8 @@ def push_cards(report: dict[str, Any], places: list[Path], token: str | None) ->
         except Exception as error:
             command = later(str(repository), place)
             logger.error("The card of %s was not pushed (%s). To push it: %s", repository, error, command)
+
+
+if __name__ == "__main__":
+    for written_folder in write_model_cards(*map(Path, sys.argv[1:])):
+        print(written_folder)

@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.history import similarity_curves, training_curve, validation_curve
 from hf_guidance.runtime import environment
 from hf_guidance.similarity import get_measure
 from hf_guidance.trainer import GuidanceTrainer
@@ -71,12 +72,8 @@ def record_of(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, 
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
     seconds = {step: at for step, at in clock.marks}  # noqa: C416  JSON has made lists of the pairs
     history = trainer.state.log_history
-    curve = [
-        {"step": h["step"], "value": h[f"eval_{metric}"], "loss": h["eval_loss"], "seconds": seconds.get(h["step"])}
-        for h in history
-        if f"eval_{metric}" in h
-    ]
-    prefix = "guidance/similarity/"
+    _, points = validation_curve(history, metric)
+    curve = [point | {"seconds": seconds.get(point["step"])} for point in points]
     return {
         "run": run.name,
         "seed": run.seed,
@@ -89,11 +86,7 @@ def record_of(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, 
         "validation": curve[-1]["value"],
         "test": {k.removeprefix("test_"): v for k, v in test.items() if k.startswith("test_")},
         "curve": curve,
-        "training": [{"step": h["step"], "loss": h.get("task/loss", h["loss"])} for h in history if "loss" in h],
-        "similarity": [
-            {"step": h["step"]} | {k.removeprefix(prefix): v for k, v in h.items() if k.startswith(prefix)}
-            for h in history
-            if any(k.startswith(prefix) for k in h)
-        ],
+        "training": training_curve(history),
+        "similarity": similarity_curves(history),
         "seconds": clock.seconds,
     }

@@ -358,3 +358,13 @@ def test_a_guide_that_is_or_shares_the_target_is_an_error() -> None:
         with pytest.raises(ValueError, match=rf"the guide shares {shared} parameters with the target.*copy\.deepcopy"):
             check_apart(target, guide)
     check_apart(target, copy.deepcopy(target))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    network = gpt2()
+    network.config.save_pretrained(tmp_path)
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"Cannot load guide .*model\.safetensors.* pickled ones are refused"):
+        load_guide(tmp_path)
+    with pytest.raises(ValueError, match="use_safetensors is always on"):
+        load_guide(tmp_path, use_safetensors=False)

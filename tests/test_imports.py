@@ -17,15 +17,17 @@ PACKAGE = Path(hf_guidance.__file__).parent
 
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
-    {"runtime", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"},
+    {"runtime", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
+    | {"scrub", "history", "markdown"},
     {"identity"},
     {"samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
     {"guide_running"},
-    {"loss", "logs", "card_facts", "model_card"},
+    {"loss", "logs", "card_facts", "data_facts", "card_sections", "model_card"},
+    {"analysis"},
     {"publishing", "preparation", "resuming", "failure", "checks"},
-    {"trainer", "distillation", "analysis"},
-    {"comparison", "record", "recipe_cards"},
+    {"trainer", "distillation"},
+    {"cost", "comparison", "record", "record_facts", "recipe_cards"},
     {"recipe"},
     {"__init__"},
 ]

@@ -7,10 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
+from cards import check_card
 from hub import Hub
 
 from hf_guidance import GuidanceConfig, load_guide_of
@@ -22,6 +25,7 @@ MODEL = {
     "README.md",
     "config.json",
     "configuration_plain_rnn.py",
+    "curves.png",
     "generation_config.json",
     "guidance_config.json",
     "model.safetensors",
@@ -35,7 +39,7 @@ def run(hub, folder, *words, home=None, token=True):
     environment = os.environ | hub.environment(home or folder.parent / "home", token)
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(SCRIPT), str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     return done.stdout + done.stderr[-4000:]
 
 
@@ -69,7 +73,12 @@ def test_the_last_push_and_the_pushes_of_checkpoints_carry_the_whole_model(pushe
 def test_nothing_of_the_machine_or_the_token_is_pushed(pushed):
     hub, _, folder = pushed
     for name, content in hub.store.files(KEY).items():
-        for secret in (hub.token, str(folder), os.uname().nodename if len(os.uname().nodename) > 5 else hub.token):
+        for secret in (
+            hub.token,
+            hub.base,
+            str(folder),
+            os.uname().nodename if len(os.uname().nodename) > 5 else hub.token,
+        ):
             assert secret.encode() not in content, (name, secret)
     arguments = torch.load(io.BytesIO(hub.store.files(KEY)["training_args.bin"]), weights_only=False)
     assert (arguments.hub_token, arguments.output_dir) == (None, "out")
@@ -84,39 +93,104 @@ def test_it_is_loaded_back_in_another_process_with_its_guide_and_its_figure(push
     assert result(run(hub, folder / "resumed", "resume", REPOSITORY, home=folder / "other"))["step"] == 6
 
 
+# a process that has transformers and not this package, running what the cards say
 WITHOUT = """
-import sys
-sys.modules["hf_guidance"] = None  # any import of the package raises
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-print("RESULT", "{}" if type(model).__module__.startswith("transformers_modules") else type(model))
+import json, re, sys
+import importlib.util
+from huggingface_hub import hf_hub_download
+if importlib.util.find_spec("hf_guidance"):
+    sys.exit("INSTALLED")
+kinds = {}
+for repository in sys.argv[1:]:
+    card = open(hf_hub_download(repository, "README.md"), encoding="utf-8").read()
+    names = {}
+    exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1], names)
+    kinds[repository] = type(names["model"]).__module__.split(".")[0]
+print("RESULT", json.dumps(kinds))
 """
 
 
-def test_it_is_loaded_without_the_package_by_its_own_code(pushed):
+@pytest.fixture(scope="module")
+def toured(pushed):
     hub, _, folder = pushed
-    environment = os.environ | hub.environment(folder / "without")
+    hub.gated.add("model/tester/gated")
+    said, rows = result(run(hub, folder / "tour", "tour+rows"))
+    return said, rows
+
+
+def test_the_code_in_the_cards_runs_as_printed_without_the_package(pushed, toured):
+    hub, _, folder = pushed
+    place = folder / "anywhere"
+    place.mkdir()
+    PIL.Image.new("RGB", (20, 30)).save(place / "image.png")
+    packages = sysconfig.get_paths()["purelib"]  # where the .pth files of editable installs are not followed
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, REPOSITORY], capture_output=True, text=True, env=environment, check=False
+        [sys._base_executable, "-c", WITHOUT, REPOSITORY, "tester/image"],
+        capture_output=True,
+        text=True,
+        env=os.environ | hub.environment(folder / "without") | {"PYTHONPATH": packages},
+        cwd=place,
+        check=False,
     )
-    assert "RESULT {}" in done.stdout, done.stderr[-3000:]
+    if "INSTALLED" in done.stderr:
+        pytest.skip("the package is installed as a copy, so that no process is without it")
+    assert result(done.stdout + done.stderr) == dict.fromkeys([REPOSITORY, "tester/image"], "transformers_modules")
+    assert re.search(r"^t\d+( t\d+){20,}\n(even|odd)\nRESULT", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_private_gated_and_branches_open_for_who_may_and_explain_themselves_to_others(pushed, toured):
+    hub, (said, _) = pushed[0], toured
+    assert hub.store.repos["model/tester/private"]["private"]
+    for name in ("private", "gated"):
+        assert re.search("nor a repository that this user may read .*hf auth login", said[f"{name}, token False"])
+        assert said[f"{name}, token None"] == "the same"
+    assert said["branches, token None"] == "the same"
+    assert set(hub.store.files("model/tester/branches", "trial")) >= MODEL
+    assert not set(hub.store.files("model/tester/branches")) & MODEL
+
+
+def test_a_second_push_of_the_same_changes_nothing_but_the_card(pushed, toured):
+    store = pushed[0].store
+    first, second = (log["id"] for log in store.repos["model/tester/private"]["log"][-2:])
+    changed = {
+        name
+        for name, content in store.files("model/tester/private", second).items()
+        if store.files("model/tester/private", first).get(name) != content
+    }
+    assert changed <= {"README.md", "training_args.bin", "curves.png"}
+
+
+def test_a_dataset_is_pushed_and_streamed_back_and_a_card_knows_it(toured):
+    rows = toured[1]
+    assert rows["whole"] == rows["stream"] == [{"text": t, "label": n} for t, n in (("a", 0), ("b", 1), ("c", 0))]
+    assert rows["facts"]["id"] == "tester/rows"
+    assert re.fullmatch("[0-9a-f]{40}", rows["facts"]["revision"])
+
+
+def test_every_pushed_card_is_whole_and_escapes_what_it_is_given(pushed, toured):
+    store = pushed[0].store
+    for name in ("guided-rnn", "private", "gated", "image"):
+        metadata, body = check_card(store.files(f"model/tester/{name}")["README.md"].decode())
+        assert "![Task loss, validation, and similarity of every pair](curves.png)" in body
+        assert store.files(f"model/tester/{name}")["curves.png"].startswith(b"\x89PNG")
+    assert "x: y" in metadata["tags"]
+    assert metadata["pipeline_tag"] == "image-classification"
+    assert r"a\|b&lt;script&gt;" in body
+    assert "<script>" not in body
+    assert "| 8 × 8 pixels" in body
 
 
 def test_the_card_has_no_gap_and_says_where_it_is_from(pushed):
     hub, _, _ = pushed
-    card = hub.store.files(KEY)["README.md"].decode()
-    front, body = card.split("---\n")[1:3]
-    import yaml
-
-    metadata = yaml.safe_load(front)
-    assert metadata["tags"][:2] == ["hf_guidance", "guidance"]
+    metadata, body = check_card(hub.store.files(KEY)["README.md"].decode())
+    assert metadata["tags"][:3] == ["hf_guidance", "guidance", "text-generation"]
     assert (metadata["pipeline_tag"], metadata["license"], metadata["library_name"]) == (
         "text-generation",
         "mit",
         "transformers",
     )
-    assert not re.search(r"\b(None|nan|inf)\b|\{\{|\{%|\n#+ [^\n]*\n+(?=#|$)", body)
-    assert f'AutoModelForCausalLM.from_pretrained("{REPOSITORY}", trust_remote_code=True)' in body
+    assert f'name = "{REPOSITORY}"\n' in body
+    assert "AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)" in body
     assert f'load_guide_of("{REPOSITORY}")' in body
     assert re.search(r"\| random, seed 5 +\|", body)
 
@@ -131,25 +205,64 @@ def test_a_wrong_token_is_found_before_training(tmp_path):
     assert "'loss'" not in printed
 
 
-@pytest.mark.parametrize("fault", [500, "cut"])
-def test_a_push_that_fails_at_the_end_loses_nothing_and_its_command_works_later(fault, tmp_path):
-    down = [True]
-    with Hub(tmp_path / "hub", fault=lambda method, path: fault if down and "/commit/" in path else None) as hub:
-        printed = run(hub, tmp_path / "out", "push", "end")
-        assert "ERROR ConnectionError The push to tester/guided-rnn failed" in printed, printed[-3000:]
-        assert {path.name for path in (tmp_path / "out").iterdir()} >= MODEL
-        command = printed.split("To push it later: ")[1].splitlines()[0]
-        assert command.startswith("hf upload tester/guided-rnn ")
+@pytest.fixture(scope="module")
+def bad_day(tmp_path_factory):
+    """A Hub on which commits fail, one kind of failure per repository, and what the pushes said of it."""
+    folder, down = tmp_path_factory.mktemp("bad"), [True]
+    some = {"interrupted": iter([500]), "flaky": iter([500, 0.3])}  # and then all is well
+
+    def fault(method, path):
+        found = re.match(r"/api/models/tester/(\w+)/commit/", path)
+        if not found or not down:
+            return None
+        name = found[1]
+        return next(some[name], None) if name in some else int(name) if name.isdigit() else name
+
+    with Hub(folder / "hub", lfs=True, fault=fault) as hub:
+        printed = run(hub, folder / "out", "bad_day")
         down.clear()
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / "hf"), *shlex.split(command)[1:]],
-            env=os.environ | hub.environment(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert set(hub.store.files(KEY)) >= MODEL
+        yield hub, result(printed), printed, folder
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "401"])
+def test_a_push_that_fails_at_the_end_loses_nothing_and_its_command_works_later(fault, bad_day):
+    hub, said, _, folder = bad_day
+    assert said[fault].startswith(f"The push to tester/{fault} failed")
+    assert {path.name for path in (folder / "out" / fault).iterdir()} >= MODEL
+    command = said[fault].split("To push it later: ")[1]
+    assert command.startswith(f"hf upload tester/{fault} ")
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "hf"), *shlex.split(command)[1:]],
+        env=os.environ | hub.environment(folder / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(hub.store.files(f"model/tester/{fault}")) >= MODEL
+
+
+def test_a_push_interrupted_half_way_is_completed_by_the_next_one(bad_day):
+    hub, said, _, _ = bad_day
+    assert "500" in said["interrupted"]
+    weights = hub.store.repos["model/tester/interrupted"]
+    tree = weights["commits"][weights["branches"]["main"]]
+    assert set(tree) >= MODEL
+    uploads = [path for method, path in hub.requests if method == "PUT"]
+    assert uploads.count(f"/_lfs/{tree['model.safetensors']['sha256']}") == 1  # the first push's, not sent again
+
+
+def test_a_hub_that_fails_and_is_slow_during_training_does_not_end_it(bad_day):
+    hub, said, printed, _ = bad_day
+    assert said["flaky"] == 4
+    assert re.search(r"push.* failed .*(training goes on|the last one brings everything)", printed)
+    assert set(hub.store.files("model/tester/flaky")) >= MODEL
+
+
+def test_a_token_that_may_only_read_is_found_before_training(bad_day):
+    assert re.search(
+        r"may not write to tester/flaky \(.*403.*\)\. Nothing was trained: log in with a token", bad_day[1]["reader"]
+    )
 
 
 HOSTILE = [
@@ -161,8 +274,23 @@ HOSTILE = [
     ({"guide": {"fingerprint": "sha256:" + "x" * 64}}, "fingerprint is 'sha256:xxx"),
     ({"guide": {"untrained": False, "source": "/home/me/guide"}}, "was a local folder called '/home/me/guide'"),
     ({"guide": {"source": None, "config": None}}, "was a module of the user's own"),
-    ({"guide": {"config": {"model_type": "gpt2", "n_layer": 10**9}}}, "n_layer is 1000000000"),
-    ({"guide": {"config": {"model_type": "../evil"}}}, "cannot be built from its config"),
+    ({"guide": {"config": {"model_type": "gpt2", "n_layer": 10**9}}}, "n_layer is '1000000000'"),
+    ({"guide": {"config": {"model_type": "../evil"}}}, r"model_type is '\.\./evil'"),
+    ({"guide": {"config": {"model_type": "evil"}}}, "cannot be built from its config"),
+    ({"guide": {"config": {"model_type": "gpt2", "text_config": {"n_layer": 10**9}}}}, "n_layer is '1000000000'"),
+    (
+        {"guide": {"config": {"model_type": "gpt2", "n_embd": 3 * 2**18, "n_layer": 900}}},
+        "network of [0-9,]{15,} param",
+    ),
+    # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
+    ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, and it says 5"),
+    ({"guide": {"config": {"model_type": "gpt2", "attn_implementation": "evil/kernel"}}}, "attn_implementation is"),
+    (
+        {"guide": {"config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "weights.pth"}}}},
+        "checkpoint_path is 'weights.pth'",
+    ),
+    ({"guide": {"config": {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/net"}}}, "architecture is 'hf-"),
+    ({"guide": {"config": {"model_type": "detr", "use_pretrained_backbone": True}}}, "use_pretrained_backbone is"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Matched runs in a picture: validation curves, and the similarity of every pair over time."""
+"""A run or matched runs in a picture: validation curves, losses, and the similarity of every pair over time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from hf_guidance.history import History, similarity_curves, training_curve, validation_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +58,47 @@ def plot_comparison(
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def plot_run(history: History, path: str | os.PathLike[str], measure: str | None = None) -> bool:
+    """Draw what a single run logged: task loss, its first validation metric, similarity of every pair; save it.
+
+    Args:
+        history: of a trainer's state.
+        path: of the picture; its suffix decides the format.
+        measure: of the similarities.
+
+    Returns:
+        Whether there was any to draw.
+    """
+    from matplotlib.figure import Figure
+
+    metric, curve = validation_curve(history)
+    run: dict[str, Any] = {
+        "curve": curve,
+        "training": training_curve(history),
+        "similarity": similarity_curves(history),
+    }
+    run["settings"] = {"guidance": {"measure": measure or "similarity"}}
+    draw = {"loss": bool(run["training"] or curve), "metric": bool(metric and curve), "pairs": bool(run["similarity"])}
+    shown = [name for name, there in draw.items() if there]
+    if not shown:
+        return False
+    figure = Figure(figsize=(4.6 * len(shown), 3.8), layout="constrained")
+    panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True))
+    if panel := panels.get("loss"):
+        _losses(panel, [run], "C0")
+        panel.set(xlabel="optimizer step", ylabel="task loss")
+        panel.set_title("dashed: training, solid: validation", fontsize=8)
+    if panel := panels.get("metric"):
+        panel.plot([p["step"] for p in curve], [p["value"] for p in curve], color="C0", marker=".")
+        panel.set(xlabel="optimizer step", ylabel=f"validation {str(metric).replace('_', ' ')}")
+    if panel := panels.get("pairs"):
+        _similarities(panel, [run], "similarity of the pairs")
+    for panel in panels.values():
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return True
 
 
 def _curve(panel: Axes, runs: Sequence[dict[str, Any]], name: str, color: str, factor: float) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.curves import plot_comparison, plot_run
 
 
 def run(name, seed, pairs=0):
@@ -34,7 +34,10 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(results, **options):
         path = tmp_path / "figure.png"
-        plot_comparison(results, "accuracy", path, **options)
+        if isinstance(results, list) and "run" not in results[0]:
+            plot_run(results, path, **options)
+        else:
+            plot_comparison(results, "accuracy", path, **options)
         assert path.read_bytes().startswith(b"\x89PNG")
         return figures[-1].axes
 
@@ -62,3 +65,21 @@ def test_unguided_runs_alone_and_a_logarithmic_axis(drawn):
     curves, _ = drawn([run("alone", 0)], percent=False, log=True)
     assert curves.get_yscale() == "log"
     assert list(curves.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_a_single_run_is_drawn_from_its_log(drawn, tmp_path):
+    log = [{"step": s, "loss": 9.0, "task/loss": 1.0 / s, "guidance/similarity/a~b": 0.1 * s} for s in (1, 2, 3)]
+    log += [{"step": s, "eval_loss": 2.0 / s, "eval_accuracy": 0.2 * s, "eval_runtime": 5.0} for s in (2, 3)]
+    losses, metric, pairs = drawn(log, measure="linear_cka")
+    assert [list(line.get_ydata()) for line in losses.lines] == [
+        pytest.approx([1, 2 / 3]),
+        pytest.approx([1, 0.5, 1 / 3]),
+    ]
+    assert (metric.get_ylabel(), list(metric.lines[0].get_ydata())) == (
+        "validation accuracy",
+        pytest.approx([0.4, 0.6]),
+    )
+    assert (pairs.get_ylabel(), list(pairs.lines[0].get_ydata())) == ("linear CKA", pytest.approx([0.1, 0.2, 0.3]))
+    assert len(drawn(log[:1])) == 2  # no validation
+    assert not plot_run([{"step": 3, "train_runtime": 1.0}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

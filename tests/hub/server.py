@@ -60,8 +60,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send(code, {"error": msg or err or str(code)}, headers)
 
     def authed(self):
-        auth = self.headers.get("Authorization", "")
-        return auth == f"Bearer {self.server.token}" if self.server.token else True
+        known = {f"Bearer {token}" for token in (self.server.token, self.server.reader)}
+        return self.headers.get("Authorization", "") in known if self.server.token else True
+
+    def may_write(self):
+        """Whether the token may write; answers if not."""
+        if not self.authed():
+            self.error(401, "RepoNotFound", "Invalid username or password.")
+        elif self.headers.get("Authorization", "") == f"Bearer {self.server.reader}":
+            self.error(403, None, "Forbidden: you must use a write token to upload to a repository.")
+        else:
+            return True
+        return False
 
     def do(self):
         url = urllib.parse.urlsplit(self.path)
@@ -115,8 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def create_repo(self, data):
-        if not self.authed():
-            return self.error(401, None, "Invalid username or password.")
+        if not self.may_write():
+            return None
         p = json.loads(data)
         rid = f"{p.get('organization') or self.server.user}/{p['name']}"
         kind = p.get("type") or "model"
@@ -126,6 +136,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(409, {"error": "You already created this repo", "url": url})
         self.server.store.create(key, p.get("visibility") == "private")
         self.send(200, {"url": url, "name": rid, "id": rid})
+
+    def auth_check(self, data, kinds, rid, write=None):
+        if self.repo(TYPES[kinds], rid) and (write is None or self.may_write()):
+            self.send(200, {})
 
     def delete_repo(self, data):
         p = json.loads(data)
@@ -246,8 +260,8 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- writing ----------------------------------------------------------------------------------------
     def preupload(self, data, kinds, rid, rev):
-        if not self.authed():
-            return self.error(401, "RepoNotFound", "Invalid username or password.")
+        if not self.may_write():
+            return
         if found := self.repo(TYPES[kinds], rid, rev):
             tree = found[0]["commits"][found[1]]
             files = json.loads(data)["files"]
@@ -264,8 +278,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, data, kinds, rid, rev):
         store = self.server.store
-        if not self.authed():
-            return self.error(401, "RepoNotFound", "Invalid username or password.")
+        if not self.may_write():
+            return
         if not (found := self.repo(TYPES[kinds], rid, rev)):
             return
         repo, sha = found
@@ -295,13 +309,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"success": True, "commitOid": new, "commitUrl": url, "hookOutput": ""})
 
     def branch(self, data, kinds, rid, name):
-        if found := self.repo(TYPES[kinds], rid):
+        if self.may_write() and (found := self.repo(TYPES[kinds], rid)):
+            if name in found[0]["branches"]:
+                return self.error(409, None, f"Reference already exists: {name}")
             found[0]["branches"][name] = found[1]
             self.send(200, {})
 
     def lfs_batch(self, data, rid, prefix="models"):
-        if not self.authed():
-            return self.error(401, None, "Invalid username or password.")
+        if not self.may_write():
+            return
         objects = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(data)["objects"]]
         for o in objects:
             if not self.server.store.blob(o["oid"]).exists():
@@ -323,6 +339,7 @@ ROUTES = [
     ("GET", rf"/api/{KINDS}/{RID}", Handler.info),
     ("GET", rf"/api/{KINDS}/{RID}/revision/(?P<rev>[^/]+)", Handler.info),
     ("GET", rf"/api/{KINDS}/{RID}/tree/(?P<rev>[^/]+)(?P<sub>/.*)?", Handler.tree),
+    ("GET", rf"/api/{KINDS}/{RID}/auth-check(?P<write>/write)?", Handler.auth_check),
     ("POST", rf"/api/{KINDS}/{RID}/paths-info/(?P<rev>[^/]+)", Handler.paths_info),
     ("GET", rf"/api/{KINDS}/{RID}/refs", Handler.refs),
     ("GET", rf"/api/{KINDS}/{RID}/commits/(?P<rev>[^/]+)", Handler.commits),
@@ -351,7 +368,7 @@ class Hub(ThreadingHTTPServer):
     """
 
     daemon_threads = True
-    user, token = "tester", "hf_test"
+    user, token, reader = "tester", "hf_test", "hf_reader"  # the second token may only read
 
     def __init__(self, root, lfs=False, gated=(), fault=None):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -371,4 +388,4 @@ class Hub(ThreadingHTTPServer):
         """Environment variables that point the Hub's clients here, their caches in a folder of the test's."""
         settings = {"HF_ENDPOINT": self.base, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        return settings | ({"HF_TOKEN": self.token} if token else {})
+        return settings | ({"HF_TOKEN": self.token if token is True else token} if token else {})

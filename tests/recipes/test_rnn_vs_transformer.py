@@ -6,10 +6,13 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+from cards import check_card
+from hub import Hub
 from launching import CONFIGS, Recipe
 
 TINY = {
@@ -29,20 +32,58 @@ run_here, launch = RECIPE.run_here, RECIPE.launch
 @pytest.fixture(scope="module")
 def copy_paste(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy_paste") / "out"
-    process = launch(folder)
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, printed[-3000:]
-    return folder, printed, json.loads((folder / "results.json").read_text())
+    with Hub(folder.parent / "hub") as hub:
+        environment = os.environ | hub.environment(folder.parent / "home")
+        process = launch(folder, env=environment, push_to_hub=True, hub_model_id="tester/copy", hub_token=hub.token)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed[-3000:]
+        yield folder, printed, json.loads((folder / "results.json").read_text()), hub
 
 
 def test_the_main_job_prints_a_table_and_leaves_results_figure_and_models(copy_paste):
-    folder, printed, report = copy_paste
+    folder, printed, report, _ = copy_paste
     assert [run["run"] for run in report["runs"]] == RUNS
     for name in RUNS:
         assert re.search(rf"^\| {name.replace('_', ' ')} +\| 0 ", printed, re.MULTILINE)
         assert (folder / "seed-0" / name / "model.safetensors").is_file()
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert {"torch", "transformers", "device", "threads"} <= set(report["environment"])
+
+
+CLEAN = """
+import sys
+from transformers import AutoModelForCausalLM
+from hf_guidance.tasks import build_task
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+task = build_task("copy_paste", min_length=8, max_length=15, eval_size=32, test_size=32)
+right = []
+for row in task.test_dataset:
+    batch = task.data_collator([row])
+    labels = batch.pop("labels")[0, 1:]
+    guesses = model(**batch).logits[0, :-1].argmax(-1)
+    right += (guesses == labels)[labels != -100].tolist()
+print(f"RESULT {sum(right) / len(right):.4f}")
+"""
+
+
+def test_what_is_pushed_gives_the_figure_of_its_card_in_a_clean_process(copy_paste):
+    folder, _, report, hub = copy_paste
+    name = "tester/copy-untrained-guide-seed0"
+    _, body = check_card(hub.store.files(f"model/{name}")["README.md"].decode())
+    done = subprocess.run(
+        [sys.executable, "-c", CLEAN, name],
+        env=os.environ | hub.environment(folder.parent / "elsewhere"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "RESULT" in done.stdout, done.stderr[-3000:]
+    assert re.search(r"^\| accuracy +\| (\S+) +\|$", body, re.MULTILINE)[1] == done.stdout.split()[-1]
+    assert re.search(r"^\| untrained guide +\| 0 ", body, re.MULTILINE)  # the card with the runs it is compared with
+    assert "--hub_model_id tester/copy" in body.replace(" \\\n   ", "")
+    assert hub.token not in body
+    assert "hub_token" not in report["command"]
+    assert {key for key in hub.store.repos if "alone" in key or "itself" in key} == set()
 
 
 def test_guided_runs_log_the_similarity_of_every_pair_at_every_logging_step(copy_paste):
@@ -59,14 +100,14 @@ def test_the_trained_guide_is_the_network_of_the_reference_run(copy_paste):
     from hf_guidance.guide import load_guide
     from hf_guidance.identity import fingerprint
 
-    folder, _, report = copy_paste
+    folder, _, report, _ = copy_paste
     trained = next(run for run in report["runs"] if run["run"] == "trained_guide")
     assert trained["guide"]["fingerprint"] == fingerprint(load_guide(folder / "seed-0" / "guide_itself"))
     assert load_file(folder / "seed-0" / "guide_itself" / "model.safetensors")
 
 
 def test_a_finished_job_is_read_not_run_again_and_other_settings_are_refused(copy_paste, monkeypatch):
-    folder, _, before = copy_paste
+    folder, _, before, _ = copy_paste
     result = folder / "seed-0" / "alone" / "result.json"
     written = result.stat().st_mtime_ns
     assert run_here(monkeypatch, folder)["runs"] == before["runs"]

@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide, load_guide_of
 from hf_guidance.identity import fingerprint
-from hf_guidance.targets import RNNConfig, RNNForCausalLM
+from hf_guidance.targets import FCNConfig, FCNForImageClassification, RNNConfig, RNNForCausalLM
+from hf_guidance.tasks.image_decoding import PixelFormat
+from hf_guidance.tasks.images import image_processor
 
 
 def tokenizer():
@@ -47,6 +49,91 @@ def trainer(folder, **options):
     )
 
 
+def image_trainer(folder, **options):
+    rows = [{"pixel_values": torch.rand(3, 8, 8), "labels": i % 2} for i in range(8)]
+    names = {"id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}}
+    target = FCNForImageClassification(FCNConfig(image_size=8, hidden_size=8, num_hidden_layers=2, **names))
+    own = {
+        "max_steps": 1,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": [],
+    }
+    return GuidanceTrainer(
+        target,
+        TrainingArguments(folder, save_strategy="no", push_to_hub=True, **own, **options),
+        train_dataset=rows,
+        eval_dataset=rows,
+        guide=load_guide("timm/test_resnet", untrained=True),
+        guidance=GuidanceConfig(measure="ridge"),
+        processing_class=image_processor(PixelFormat(8)),
+    )
+
+
+def tour(folder):
+    """One process that pushes in every way; what each left is looked at from outside."""
+    once, said = {"max_steps": 1, "save_strategy": "no"}, {}
+    for name, options in {
+        "private": {"hub_private_repo": True},
+        "gated": {},
+        "branches": {"hub_revision": "trial"},
+    }.items():
+        own = trainer(f"{folder}/{name}", hub_model_id=f"tester/{name}", **once, **options)
+        own.train()
+        for _ in range(2):  # once, and again
+            own.push_to_hub()
+        revision = options.get("hub_revision", "main")
+        for token in (False, None):
+            try:
+                guide = load_guide_of(f"tester/{name}", token=token, revision=revision)
+                target = RNNForCausalLM.from_pretrained(f"tester/{name}", token=token, revision=revision)
+                same = fingerprint(guide) == fingerprint(own.guide) and fingerprint(target) == fingerprint(own.model)
+                said[f"{name}, token {token}"] = "the same" if same else "another"
+            except ValueError as error:
+                said[f"{name}, token {token}"] = str(error)
+    own = image_trainer(f"{folder}/image", hub_model_id="tester/image")
+    own.train()
+    own.push_to_hub(dataset="a|b<script>", license="mit", tags=["x: y"])
+    return said
+
+
+def bad_day(folder):
+    """One process whose pushes fail in every way; what the errors say."""
+    said = {}
+    once = {"hub_strategy": "end", "max_steps": 1, "save_strategy": "no"}
+    for seed, name in enumerate(("500", "cut", "401", "interrupted")):  # another seed makes other weights
+        own = trainer(f"{folder}/{name}", hub_model_id=f"tester/{name}", seed=seed, **once)
+        own.train()
+        try:
+            own.push_to_hub()
+        except ConnectionError as error:
+            said[name] = str(error)
+    own.push_to_hub()  # the one that was interrupted
+    own = trainer(f"{folder}/flaky", hub_model_id="tester/flaky")
+    own.train()
+    own.push_to_hub()
+    said["flaky"] = own.state.global_step
+    try:
+        trainer(f"{folder}/flaky", hub_model_id="tester/flaky", hub_token="hf_reader")
+    except PermissionError as error:
+        said["reader"] = str(error)
+    return said
+
+
+def rows(folder):
+    """Pushes a dataset, and reads it back at once and as a stream."""
+    from datasets import Dataset, load_dataset
+
+    from hf_guidance.data_facts import rows_facts
+
+    Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 0]}).push_to_hub("tester/rows")
+    whole = load_dataset("tester/rows", split="train")
+    stream = load_dataset("tester/rows", split="train", streaming=True)
+    return {"whole": list(whole), "stream": list(stream), "facts": rows_facts(whole)}
+
+
 def push(folder, strategy="every_save", token=None):
     own = trainer(folder, hub_strategy=strategy, hub_token=token)
     own.train()
@@ -73,8 +160,9 @@ def resume(folder, repository):
 
 
 if __name__ == "__main__":
-    place, what, *arguments = sys.argv[1:]
+    place, what, *arguments = sys.argv[1:]  # several, joined by +, in one process
     try:
-        print("RESULT", json.dumps(globals()[what](place, *arguments)))
+        results = [globals()[name](place, *arguments) for name in what.split("+")]
+        print("RESULT", json.dumps(results[0] if len(results) == 1 else results))
     except Exception as error:
         print("ERROR", type(error).__name__, error)

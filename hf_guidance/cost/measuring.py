@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_guidance.analysis.cost_variants import GuideForwards, Steps, make_trainers
-from hf_guidance.analysis.meters import StepMeter, matmul_rate, operations
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.cost.meters import StepMeter, matmul_rate, operations
+from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 
 KINDS = ("median", "minimum")
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hf_guidance.analysis.meters import Clock, StepMeter, bytes_of, peak_memory, weights_of
-from hf_guidance.analysis.paper_formulation import PaperTrainer
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.cost.meters import Clock, StepMeter, bytes_of, peak_memory, weights_of
+from hf_guidance.cost.paper_formulation import PaperTrainer
 from hf_guidance.guide_input import guide_batch
 from hf_guidance.trainer import GuidanceTrainer
 

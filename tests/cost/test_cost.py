@@ -10,13 +10,13 @@ from torch import nn
 from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guide
-from hf_guidance.analysis.cost import Plan, measure_cost, summary
-from hf_guidance.analysis.cost_settings import Networks, Setting, parse_rows
-from hf_guidance.analysis.cost_table import cost_tables, plot_overhead
-from hf_guidance.analysis.cost_variants import Steps
-from hf_guidance.analysis.meters import Clock, StepMeter, matmul_rate, operations, peak_memory
-from hf_guidance.analysis.paper_formulation import PaperTrainer
-from hf_guidance.analysis.paper_formulation import cka as paper_cka
+from hf_guidance.cost.measuring import Plan, measure_cost, summary
+from hf_guidance.cost.meters import Clock, StepMeter, matmul_rate, operations, peak_memory
+from hf_guidance.cost.paper_formulation import PaperTrainer
+from hf_guidance.cost.paper_formulation import cka as paper_cka
+from hf_guidance.cost.settings import Networks, Setting, parse_rows
+from hf_guidance.cost.table import cost_tables, plot_overhead
+from hf_guidance.cost.variants import Steps
 from hf_guidance.targets.vision import vision_target
 from hf_guidance.tasks.random_rows import random_images, random_tokens
 
@@ -281,7 +281,7 @@ def test_the_target_is_not_trained_itself(tmp_path):
 
 
 def test_the_plain_variant_is_a_trainer_and_no_guidance_trainer(tmp_path):
-    from hf_guidance.analysis.cost_variants import make_trainers
+    from hf_guidance.cost.variants import make_trainers
 
     made = make_trainers(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig())
     assert {name: type(trainer) for name, trainer in made.items()} == {

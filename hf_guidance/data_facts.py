@@ -1,0 +1,100 @@
+"""What a model card says of the data and of how they were prepared."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+FROM_HUB = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/")  # how `datasets` names what it keeps
+ANY_TEXT = "Once upon a time"
+COPY = "3 1 4 1 5 9 2 6 <copy>" + 8 * " <blank>"
+# of a task by its name, where its tokenizer knows no words
+EXAMPLES: dict[str, Facts] = {
+    "copy_paste": {"text": COPY, "copies": True},
+    "parity": {"text": "1 0 1 1 0 1"},
+    "language_modeling": {"text": ANY_TEXT},
+}
+OPTIONS = {
+    "min_length": "shortest string",
+    "max_length": "longest string",
+    "eval_size": "rows to validate with",
+    "test_size": "rows to test with",
+    "max_eval_blocks": "blocks to validate and to test with, at most",
+    "vocab_size": "tokens in the vocabulary",
+}
+NOT_SHOWN = ("task", "dataset", "text_files", "guide_source", "target", "guide")
+
+
+def known(facts: Facts) -> Facts:
+    """The facts that are neither None nor empty."""
+    return {name: value for name, value in facts.items() if value is not None and value not in ({}, [], "")}
+
+
+def rows_facts(rows: Any) -> Facts:
+    """Name, Hub id and revision of a training set, where it knows them, and its size."""
+    name = getattr(getattr(rows, "info", None), "dataset_name", None)
+    kept = [Path(file["filename"]).as_posix() for file in getattr(rows, "cache_files", None) or ()]
+    source = next((match for file in kept if (match := FROM_HUB.search(file))), None)
+    facts: Facts = {"name": name}
+    facts |= {"id": f"{source[1]}/{source[2]}", "revision": source[3]} if source else {}
+    return known(facts | {"rows to train on": f"{len(rows):,}" if hasattr(rows, "__len__") else None})
+
+
+def processing_facts(processing: Any) -> Facts:
+    """How a tokenizer or an image processor prepares its input; nothing of any other class."""
+    if _is_text(processing):
+        return {"tokenizer": f"{type(processing).__name__}, {len(processing):,} tokens"}
+    if not getattr(processing, "image_mean", None):
+        return {}
+    crop = processing.crop_size if getattr(processing, "do_center_crop", False) else None
+    sides = [side for side in dict(crop or processing.size or {}).values() if side]
+    return known({"images": " × ".join(map(str, sides)) + " pixels" if sides else None}) | {
+        "normalised by": _mean_and_std(processing.image_mean, processing.image_std)
+    }
+
+
+def _mean_and_std(mean: Any, std: Any) -> str:
+    few = [" ".join(f"{number:.4g}" for number in numbers) for numbers in (mean, std)]
+    return f"mean {few[0]}, std {few[1]}"
+
+
+def _is_text(processing: Any) -> bool:
+    return hasattr(processing, "all_special_ids") and hasattr(processing, "__len__")
+
+
+def example_of(processing: Any) -> Facts | None:
+    """A text that the tokenizer knows, for the card's code: a beginning of a tale, or else some of its own tokens."""
+    if not _is_text(processing):
+        return None
+    try:
+        read = processing(ANY_TEXT, add_special_tokens=False)["input_ids"]
+    except Exception:  # a tokenizer of nothing but a few symbols raises at any other
+        read = []
+    if set(read) - {getattr(processing, "unk_token_id", None)}:
+        return {"text": ANY_TEXT}
+    special = set(processing.all_special_ids)
+    return {"text": processing.decode([i for i in range(len(processing)) if i not in special][:4])}
+
+
+def task_facts(name: str, description: str, data: Facts) -> Facts:
+    """What a card says of a task's data, from what they were made from."""
+    source = data.get("dataset") if not data.get("text_files") else None
+    files = [file["name"] for file in data.get("text_files") or ()]
+    folder = source.get("name") if isinstance(source, dict) else None
+    if isinstance(source, str) and Path(source).is_absolute():
+        folder = Path(source).name
+    source = source if isinstance(source, str) and not folder and "/" in source and HUB_ID.fullmatch(source) else None
+    title = folder or source or data.get("dataset") if not files else ", ".join(files)
+    facts: Facts = {"name": title or f"{name.replace('_', ' ')} data made on the fly", "id": source}
+    facts["task"] = description
+    for option, value in data.items():
+        shown = option not in NOT_SHOWN and not (files and option == "dataset_config")
+        if shown and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            facts[OPTIONS.get(option, option.replace("_", " "))] = value
+    if isinstance(pixels := data.get("target"), dict) and "mean" in pixels:
+        facts["images"] = f"{pixels['size']} × {pixels['size']} pixels"
+        facts["normalised by"] = _mean_and_std(pixels["mean"], pixels["std"])
+    return known(facts)

@@ -1,0 +1,46 @@
+"""A trainer's log history as curves: losses, validation values, similarities of pairs over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+History = list[dict[str, Any]]
+SIMILARITY = "guidance/similarity/"
+# what Trainer logs of an evaluation beside metrics
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+
+
+def metrics_of(log: dict[str, Any], split: str) -> dict[str, float]:
+    """Name → value of the metrics that a log holds of an evaluation, ``eval`` or ``test``."""
+    values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}
+    return {n: float(v) for n, v in values.items() if n not in SPEED and isinstance(v, (int, float))}
+
+
+def training_curve(history: History) -> list[dict[str, Any]]:
+    """Points of ``step`` and ``loss``, the task's alone."""
+    return [{"step": h["step"], "loss": h.get("task/loss", h["loss"])} for h in history if "loss" in h]
+
+
+def similarity_curves(history: History) -> list[dict[str, Any]]:
+    """Points of ``step`` and the similarity of every pair, by its name."""
+    points = []
+    for log in history:
+        pairs = {name.removeprefix(SIMILARITY): value for name, value in log.items() if name.startswith(SIMILARITY)}
+        points += [{"step": log["step"]} | pairs] if pairs else []
+    return points
+
+
+def validation_curve(history: History, metric: str | None = None) -> tuple[str | None, list[dict[str, Any]]]:
+    """The metric, the first that is logged unless named, and points of ``step``, its ``value`` and ``loss``.
+
+    None and points of the loss alone where nothing but the loss was measured.
+    """
+    logs = [(log["step"], metrics_of(log, "eval")) for log in history if "eval_loss" in log]
+    others = [name for _, values in logs for name in values if name != "loss"]
+    metric = metric or next(iter(others), None)
+    points = [
+        {"step": step, "value": values.get(str(metric)), "loss": values["loss"]}
+        for step, values in dict(logs).items()
+        if metric is None or metric in values
+    ]
+    return metric, points

@@ -1,0 +1,61 @@
+"""What a card says of any run of a GuidanceTrainer, and what it leaves out."""
+
+import re
+
+import pytest
+from builders import arguments, gpt2, llama, token_rows
+from cards import check_card
+from transformers import TrainerCallback
+
+import hf_guidance.publishing
+from hf_guidance import GuidanceConfig, GuidanceTrainer
+
+
+class CodeCarbonCallback(TrainerCallback):
+    """Named as transformers' own, which needs codecarbon; leaves the rows that codecarbon writes."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        with open(f"{args.output_dir}/emissions.csv", "w", encoding="utf-8") as file:
+            file.write(
+                "timestamp,run_id,duration,emissions,country_name\n1,a,3,0.5,Elsewhere\n2,b,3,0.00125,Elsewhere\n"
+            )
+
+
+def trained(folder, *callbacks):
+    own = GuidanceTrainer(
+        gpt2(),
+        arguments(folder / "out"),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(),
+        guide=llama(),
+        guidance=GuidanceConfig(sample_axis="token"),
+        callbacks=list(callbacks),
+    )
+    own.train()
+    return own
+
+
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_curves_are_beside_the_card_where_they_can_be_drawn(matplotlib, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_guidance.publishing, "is_matplotlib_available", lambda: matplotlib)
+    own = trained(tmp_path)
+    own.create_model_card()
+    _, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert (tmp_path / "out" / "curves.png").is_file() == ("(curves.png)" in body) == matplotlib
+    assert not re.search("## (Results|How to use it|How to reproduce it)|codecarbon|CO₂", body)  # none was measured
+
+
+def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):
+    own = trained(tmp_path, CodeCarbonCallback())
+    own.evaluate()
+    own.create_model_card(license="mit", language="en", tags=["a", "b"], dataset_tags="me/rows", dataset="My `rows`")
+    metadata, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert metadata["co2_eq_emissions"] == {"emissions": 1.25, "source": "codecarbon"}
+    assert re.search(r"^\| emissions, by codecarbon +\| 1\.25 g CO₂eq +\|$", body, re.MULTILINE)
+    assert "Elsewhere" not in body
+    assert metadata["datasets"] == ["me/rows"]
+    assert metadata["tags"] == ["hf_guidance", "guidance", "text-generation", "a", "b"]
+    assert r"steps on My \`rows\` and steered by" in body
+    loss = own.state.log_history[-1]["eval_loss"]
+    assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": loss, "name": "loss"}]
+    assert re.search(rf"^\| loss +\| {loss:.4f} +\|$", body, re.MULTILINE)

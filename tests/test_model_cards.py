@@ -1,0 +1,89 @@
+"""The cards of the committed results are what `make cards` makes of them, and say what the results say."""
+
+import json
+import re
+import shlex
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from cards import check_card
+
+from hf_guidance.recipe_cards import first_guided, model_card_of, write_model_cards
+from hf_guidance.record_facts import facts_of_record
+
+REPOSITORY = Path(__file__).parents[1]
+CARDS = REPOSITORY / "model_cards"
+REPORTS = {path.stem: json.loads(path.read_text()) for path in sorted((REPOSITORY / "recipes/results").glob("*.json"))}
+RUNS = [(name, run) for name, report in REPORTS.items() for run in first_guided(report)]
+
+
+@pytest.mark.parametrize(("name", "run"), RUNS, ids=[f"{name}-{run['run']}" for name, run in RUNS])
+def test_a_committed_card_is_what_make_cards_makes_and_has_its_figures(name, run):
+    place = CARDS / name / run["run"]
+    text = model_card_of(run, REPORTS[name], name)
+    assert (place / "README.md").read_text() == text, "run `make cards` and commit what it writes"
+    metadata, body = check_card(text)
+    figures = set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", body))
+    assert figures == {"comparison.png"} | ({"similarity.png"} if "similarity_maps" in run else set())
+    for figure in figures:
+        assert (place / figure).read_bytes().startswith(b"\x89PNG")
+    value = next(m["value"] for m in metadata["model-index"][0]["results"][0]["metrics"] if m["name"] == "loss")
+    assert value == run["test"]["loss"]
+    assert f"| {run['test']['loss']:.4f} " in body
+    assert f"{run['parameters']:,} parameters" in body
+    assert run["guide"]["fingerprint"] in body
+    for pair in run["similarity"][-1].keys() - {"step"}:
+        ends = [end.replace("_", r"\_") for end in pair.split("~")]
+        first, last = (f"{run['similarity'][i][pair]:.3f}" for i in (0, -1))
+        assert re.search(rf"^\| {re.escape(ends[0])} +\| {re.escape(ends[1])} +\| {first} +\| {last} +\|$", body, re.M)
+
+
+def test_there_is_a_card_for_every_guided_run_and_none_besides():
+    there = {tuple(path.relative_to(CARDS).parts[:-1]) for path in CARDS.glob("*/*/README.md")}
+    assert there == {(name, run["run"]) for name, run in RUNS}
+
+
+def test_make_cards_writes_them_with_their_figures(tmp_path):
+    name, run = RUNS[0]
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / f"{name}.json").write_text(json.dumps(REPORTS[name] | {"runs": [run]}))
+    assert write_model_cards(results, tmp_path / "cards") == [tmp_path / "cards" / name / run["run"]]
+    assert {path.name for path in (tmp_path / "cards" / name / run["run"]).iterdir()} >= {"README.md", "comparison.png"}
+
+
+def test_a_card_is_rendered_in_less_than_a_second_and_without_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a card asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    name, run = RUNS[0]
+    began = time.process_time()
+    model_card_of(run, REPORTS[name], name)
+    assert time.process_time() - began < 1
+
+
+def test_what_a_run_kept_for_its_card_adds_to_what_the_record_says():
+    name, run = RUNS[0]
+    card = {"cost": {"peak memory of the process": "900 MiB"}, "repository": "me/rnn", "target": {"seed": 0}}
+    facts = facts_of_record(run | {"card": card}, REPORTS[name])
+    assert facts["cost"] == {"hardware": run["environment"]["device"], "peak memory of the process": "900 MiB"}
+    assert facts["target"]["architecture"] == run["target"]
+    assert facts["repository"] == "me/rnn"
+
+
+def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
+    name, run = RUNS[0]
+    words = ["--output_dir", "/home/me/out", "--text_files=/home/me/a b.txt", "--hub_token", "hf_x", "--hub_token=hf_y"]
+    words += ["--use_cpu", "--dataset", "file:///data/me/images"]
+    report = REPORTS[name] | {"command": shlex.join(["accelerate", "launch", "recipes/r.py", *words])}
+    report["task"] = report["task"] | {"description": "Read /home/me/secret/a.txt and `hf_" + 34 * "a" + "`."}
+    text = model_card_of(run, report, name)
+    check_card(text)
+    shown = re.search(r"```sh\n(.*?)\n```", text, re.DOTALL)[1]
+    command = "accelerate launch recipes/r.py --output_dir out '--text_files=a b.txt' --use_cpu --dataset images"
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(command)
+    assert r"Read a.txt and \`&lt;token&gt;\`." in text
