@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from hf_guidance.card_facts import run_facts
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
-from hf_guidance.loss import GuidanceLoss
+from hf_guidance.loss import GuidanceLoss, alone
 from hf_guidance.record import TrainingClock, first_rows, record_of, similarity_map_of
 from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.similarity import get_measure
@@ -77,7 +77,7 @@ class Run:
 
 def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
     """Raise ValueError, before anything is trained, if a guided run's settings, layers or data do not go together."""
-    config = dataclasses.replace(guidance, **run.guidance)
+    config = alone(dataclasses.replace(guidance, **run.guidance))
     make = run.like if run.needs else run.guide
     if make is None or not config.guidance_weight:
         return
@@ -114,6 +114,9 @@ def carry_out(
     args, guidance = _arguments(run, args, place), dataclasses.replace(guidance, **run.guidance)
     set_seed(run.seed)
     model, task = run.model(), run.task or task
+    if run.guide and guidance.cache_guide:
+        guidance = dataclasses.replace(guidance, cache_guide=os.path.join(guidance.cache_guide, *place.parts[-2:]))
+        task = dataclasses.replace(task, train_dataset=_numbered(task.train_dataset, str(guidance.sample_id_column)))
     settings = _settings(run, model, args, guidance, data)
     _check_settings(place, settings)
     if (place / RESULT).is_file():
@@ -155,6 +158,15 @@ def carry_out(
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def _numbered(rows: Any, column: str) -> Any:
+    """The rows with a column of ids, as `cache_guide` needs them."""
+    if hasattr(rows, "with_ids"):
+        return rows.with_ids(column)
+    if not hasattr(rows, "add_column"):
+        raise ValueError("cache_guide needs rows that are numbered, and these data are a stream: leave it out.")
+    return rows.add_column(column, list(range(len(rows))))
 
 
 def _settings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -239,6 +239,11 @@ class GuidanceLoss:
                 f"none of the target layers {sorted(targets)} carries a gradient: they are frozen, or run under "
                 "reentrant activation checkpointing (set use_reentrant=False)."
             )
+
+
+def alone(config: GuidanceConfig) -> GuidanceConfig:
+    """The same comparison for one process and one batch outside of training: no other ranks, no cache, at any step."""
+    return replace(config, similarity_batch="local", cache_guide=None, sample_id_column=None, guidance_every=1)
 
 
 def _not_recomputed(reduce: Reduce) -> Reduce:

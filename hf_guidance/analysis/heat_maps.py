@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
 from hf_guidance.guide import BATCH_NORM, freeze
-from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.loss import GuidanceLoss, Watched, alone
 from hf_guidance.mapping import pair_name
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def similarity_map(
         layers for each target layer) and ``pairs`` (as named in the logs).
     """
     config = replace(
-        config, guidance_weight=1.0, guidance_schedule="constant", guidance_stop_step=None, log_measures=[]
+        alone(config), guidance_weight=1.0, guidance_schedule="constant", guidance_stop_step=None, log_measures=[]
     )
     target = copy.deepcopy(target)
     norms = [module for module in target.modules() if isinstance(module, BATCH_NORM)]

@@ -172,10 +172,9 @@ class ImageCollator:
         if not good:
             raise ValueError(f"none of the {len(rows)} images of a batch could be decoded; look at the data.")
         views = list(zip(*(row["pixel_values"] for row in good), strict=True))
-        batch = {
-            "pixel_values": self.target.normalise(views[0]),
-            "labels": torch.tensor([row["labels"] for row in good]),
-        }
+        numbers = [name for name in good[0] if name != "pixel_values"]  # labels, and ids where there are some
+        batch = {"pixel_values": self.target.normalise(views[0])}
+        batch |= {name: torch.tensor([row[name] for row in good]) for name in numbers}
         if self.guide is not None:
             batch["guide_pixel_values"] = self.guide.normalise(views[-1])
         return batch

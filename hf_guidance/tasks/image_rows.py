@@ -16,13 +16,26 @@ from .image_decoding import ImageDecoder
 class ImageRows(torch.utils.data.Dataset):
     """Rows of a dataset held on disk or in memory, decoded when they are asked for."""
 
-    def __init__(self, rows: datasets.Dataset, decode: ImageDecoder) -> None:
-        self.rows, self.decode = rows, decode
+    def __init__(self, rows: datasets.Dataset, decode: ImageDecoder, ids: str | None = None) -> None:
+        self.rows, self.decode, self.ids = rows, decode, ids
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
 
     def with_seed(self, seed: int) -> ImageRows:
         """The same rows, augmented otherwise."""
-        return ImageRows(self.rows, self.decode.with_seed(seed))
+        return ImageRows(self.rows, self.decode.with_seed(seed), self.ids)
+
+    def with_ids(self, name: str) -> ImageRows:
+        """The same rows, numbered in a column of that name.
+
+        Raises:
+            ValueError: the images are augmented, so that a number does not stand for one input.
+        """
+        if self.decode.augmentation != "none":
+            raise ValueError(
+                f"cache_guide needs images that are the same in every epoch, and the augmentation is "
+                f"{self.decode.augmentation!r}: set --augmentation none, or leave the cache out."
+            )
+        return ImageRows(self.rows, self.decode, name)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's loader: another epoch, another augmentation."""
@@ -32,7 +45,8 @@ class ImageRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        return self.decode(self.rows[index], int(self._epoch), name=f"of row {index}")
+        row = self.decode(self.rows[index], int(self._epoch), name=f"of row {index}")
+        return row if row is None or self.ids is None else {**row, self.ids: index}
 
 
 class ImageStream(datasets.IterableDataset):

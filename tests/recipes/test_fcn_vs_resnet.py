@@ -146,6 +146,20 @@ def test_a_result_is_kept_though_what_comes_after_it_fails(imagenet, tmp_path, m
     assert report["runs"][0]["steps"] == 2
 
 
+def test_each_guided_run_has_a_cache_of_its_own_which_a_run_anew_only_reads(tmp_path, monkeypatch, capsys):
+    options = {"cache_guide": tmp_path / "features", "sketch": 8, "sample_id_column": "id", "guide_image_size": 8}
+    options |= {"max_steps": 10, "eval_steps": 10, "per_device_train_batch_size": 128, "runs": ["untrained_guide"]}
+    reports = [run_here(monkeypatch, tmp_path / name, **options) for name in ("first", "again")]
+    assert "The guide's features will take" in capsys.readouterr().out
+    folder = tmp_path / "features" / "seed-0" / "untrained_guide"
+    assert {path.name for path in folder.iterdir()} == {"cache.json", "rows.bin", "scales.npz"}
+    similarities = [[run["similarity"] for run in report["runs"] if run["guide"]] for report in reports]
+    assert similarities[0] == similarities[1]
+    assert str(tmp_path) not in json.dumps(reports[0]["runs"])
+    with pytest.raises(ValueError, match="the augmentation is 'crop_flip': set --augmentation none, or leave the cache"):
+        run_here(monkeypatch, tmp_path / "augmented", augmentation="crop_flip", **options)
+
+
 def test_layer_pairs_and_bare_flags(imagenet, tmp_path, monkeypatch):
     options = {"dataset": imagenet, "image_size": 16, "eval_size": 8, "max_steps": 1, "runs": ["untrained_guide"]}
     pair = "hidden_states.2~timm_model.conv1.0"
