@@ -51,9 +51,14 @@ def u_center(kernel: Tensor) -> Tensor:
 
 def unit(kernel: Tensor) -> Tensor:
     """Scale a matrix to Frobenius norm 1; one that is zero up to rounding becomes zero, without a gradient."""
+    return kernel / norm(kernel)
+
+
+def norm(kernel: Tensor) -> Tensor:
+    """Frobenius norm; infinite for a matrix that is zero up to rounding, so that what is divided by it is 0."""
     energy = kernel.square().sum()
     zero = energy <= (ROUNDINGS * torch.finfo(kernel.dtype).eps * len(kernel)) ** 2
-    return torch.where(zero, 0, kernel / torch.where(zero, 1, energy).sqrt())
+    return torch.where(zero, torch.inf, energy).sqrt()
 
 
 def gram(
@@ -85,16 +90,17 @@ def gram(
     precision = precision or features.dtype
     with exact_float32(features.device):
         x = features if features.dtype == torch.float64 else features.float()
-        coarse = torch.finfo(precision).bits < 32
         if mask is None:
-            kernel, offset = CentredKernel.apply(flat(x), coarse, keep_copy and x is features)
-        else:
-            kernel, offset = _masked_kernel(x, mask.bool(), coarse, sketch or (lambda centred: centred))
-            kernel = center(kernel)  # also removes what rounding of the mean left behind
-        energy = kernel.diagonal().mean().detach()
-        rounding = 2 * torch.finfo(precision).eps
-        dead = energy <= rounding**2 * offset.detach()  # false for NaN, which must come through
-        return torch.where(dead, 0, kernel / torch.where(dead, 1, energy))
+            return CentredKernel.apply(flat(x), precision, keep_copy and x is features)
+        kernel, offset = _masked_kernel(x, mask.bool(), precision, sketch or (lambda centred: centred))
+        kernel = center(kernel)  # also removes what rounding of the mean left behind
+        return kernel / _scale(kernel.diagonal().mean().detach(), offset.detach(), precision)
+
+
+def _scale(energy: Tensor, offset: Tensor, precision: torch.dtype) -> Tensor:
+    """The mean diagonal, that a Gram matrix is divided by; infinite for a dead layer, whose spread is rounding."""
+    dead = energy <= (2 * torch.finfo(precision).eps) ** 2 * offset  # false for NaN, which must come through
+    return torch.where(dead, torch.inf, energy)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -105,36 +111,43 @@ def flat(x: Tensor) -> Tensor:
 
 
 class CentredKernel(torch.autograd.Function):
-    """``x̃ x̃ᵀ`` of the centred features ``(n, d)``, and the squared norm of what was subtracted from a sample.
+    """The Gram matrix ``x̃ x̃ᵀ / scale`` of features ``(n, d)`` without a mask.
 
     The gradient is one product, ``(G + Gᵀ) x̃``, where autograd makes two and goes through the centring as well; with
     ``G`` centred it is as good with ``x`` in place of ``x̃``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coarse: bool, keep_copy: bool) -> tuple[Tensor, Tensor]:
-        if x.dtype == torch.float32 and _on_cpu(x):  # elsewhere to look would be to wait
-            raw = outer(x)
-            energy = raw.trace()
-            kernel = center(raw)
-            left = kernel.trace()
-            if energy - left <= SAFE_OFFSET * left:
-                if ctx.needs_input_grad[0]:
-                    ctx.save_for_backward(x.clone() if keep_copy else x)
-                offset = (energy - left) / len(x)
-                ctx.mark_non_differentiable(offset)
-                return kernel, offset
-        mean = x.mean(0)
-        centred = x - mean
-        offset = _varying(mean, centred, coarse).square().sum()
-        ctx.save_for_backward(centred)
-        ctx.mark_non_differentiable(offset)
-        return center(outer(centred)), offset  # again, for what rounding of the mean left behind
+    def forward(ctx: Any, x: Tensor, precision: torch.dtype, keep_copy: bool) -> Tensor:
+        kernel, offset, kept = _kernel(x, precision)
+        scale = _scale(kernel.diagonal().mean(), offset, precision)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept, scale)
+        return kernel.div_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        return center(gradient + gradient.T) @ x, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        return _center_in_place((gradient + gradient.T).div_(scale)) @ x, None, None
+
+
+def _kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """``x̃ x̃ᵀ``, the squared norm of what was subtracted from a sample, and the features it was made from."""
+    if x.dtype == torch.float32 and _on_cpu(x):  # elsewhere to look would be to wait
+        kernel = outer(x)
+        energy = kernel.trace()
+        left = _center_in_place(kernel).trace()
+        if energy - left <= SAFE_OFFSET * left:
+            return kernel, (energy - left) / len(x), x
+    mean = x.mean(0)
+    centred = x - mean
+    kernel = _center_in_place(outer(centred))  # again, for what rounding of the mean left behind
+    return kernel, _varying(mean, centred, precision).square().sum(), centred
+
+
+def _center_in_place(kernel: Tensor) -> Tensor:
+    mean = kernel.mean(0)
+    return kernel.sub_(mean[:, None]).sub_(mean - mean.mean())
 
 
 def outer(x: Tensor) -> Tensor:
@@ -149,12 +162,15 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _varying(mean: Tensor, centred: Tensor, coarse: bool) -> Tensor:
+def _varying(mean: Tensor, centred: Tensor, precision: torch.dtype) -> Tensor:
     """The mean, without features that are one constant: they hold no rounding, which matters at 8 to 11 bits."""
+    coarse = torch.finfo(precision).bits < 32
     return torch.where((centred != 0).any(0), mean, 0) if coarse else mean
 
 
-def _masked_kernel(x: Tensor, valid: Tensor, coarse: bool, sketch: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _masked_kernel(
+    x: Tensor, valid: Tensor, precision: torch.dtype, sketch: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """The same over the valid entries, and the mean over the samples of what was subtracted from them."""
     x = x.reshape(*valid.shape, -1)
     m = valid.sum(0).to(x)  # (length,)
@@ -164,4 +180,4 @@ def _masked_kernel(x: Tensor, valid: Tensor, coarse: bool, sketch: Callable[[Ten
     lost = centred.square().sum((0, 2)) / (m * (m - 1)).clamp(min=1)
     flattened = sketch(centred.flatten(1))
     kernel = flattened @ flattened.T + (valid * lost) @ valid.to(x).T
-    return kernel, (_varying(mean, centred, coarse).square().sum(1) * m).sum() / len(x)
+    return kernel, (_varying(mean, centred, precision).square().sum(1) * m).sum() / len(x)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import exact_float32
+from hf_guidance.kernels import exact_float32, norm
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 
@@ -32,25 +32,64 @@ def guidance_loss(
         scale: factor of the gradient alone.
     """
     values: dict[str, Tensor] = {}
-    parts = []
+    slopes = []
     guide_sides = _guide_sides(pairs, measure, targets, guides)
+    count = len(pairs) if mean else 1
     with exact_float32(next(iter(targets.values())).device):
         for layer, kernel in targets.items():
-            graph = kernel.requires_grad and torch.is_grad_enabled()
-            leaf = kernel.detach().requires_grad_(graph)
-            side = measure.target_side(leaf)
-            own = {pair_name((t, g)): measure.compare(side, guide_sides[g]) for t, g in pairs if t == layer}
-            values |= {name: value.detach() for name, value in own.items()}
-            if graph and own:
-                (slope,) = torch.autograd.grad(torch.stack(list(own.values())).sum(), leaf)
-                parts.append((slope * kernel).sum())
+            own = [guide for target, guide in pairs if target == layer]
+            with_slope = kernel.requires_grad and torch.is_grad_enabled()
+            found, slope = _of_one_layer(measure, kernel.detach(), [guide_sides[g] for g in own], with_slope)
+            values |= {pair_name((layer, g)): value for g, value in zip(own, found, strict=True)}
+            if slope is not None:
+                slopes.append(ZeroWithSlope.apply(kernel, slope.mul_(-scale / count)))
         values = {pair_name(pair): values[pair_name(pair)] for pair in pairs}
-        count = len(pairs) if mean else 1
         loss = (1 - torch.stack(list(values.values()))).sum() / count
-        if parts:
-            linear = torch.stack(parts).sum() * (-scale / count)
-            loss = loss + (linear - linear.detach())
-    return loss, values
+    return loss + torch.stack(slopes).sum() if slopes else loss, values
+
+
+class ZeroWithSlope(torch.autograd.Function):
+    """0, whose gradient in a matrix is the given one: the matrix need not be kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return matrix.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None
+
+
+def _of_one_layer(
+    measure: Measure, kernel: Tensor, guide_sides: Sequence[Any], with_slope: bool
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Its similarities, and the gradient of their sum in its Gram matrix."""
+    with torch.set_grad_enabled(with_slope):
+        leaf = kernel.requires_grad_(with_slope)
+        if measure.kernel is not None:
+            own = measure.kernel(leaf)
+            values, slope = cosines(own.detach(), guide_sides, with_slope)
+            if slope is not None and own is not leaf:
+                (slope,) = torch.autograd.grad(own, leaf, slope)
+            return values, slope
+        side = measure.target_side(leaf)
+        found = [measure.compare(side, guide_side) for guide_side in guide_sides]
+        if not with_slope or not found:
+            return found, None
+        return [value.detach() for value in found], torch.autograd.grad(torch.stack(found).sum(), leaf)[0]
+
+
+@torch.no_grad()
+def cosines(kernel: Tensor, units: Sequence[Tensor], with_slope: bool = True) -> tuple[list[Tensor], Tensor | None]:
+    """Cosines ``⟨K, L̂⟩ / ‖K‖`` of a kernel with others of norm 1, and ``Σ (L̂ − cosine K̂) / ‖K‖``, their slope in K."""
+    scale = norm(kernel)
+    values = [(kernel * other).sum() / scale for other in units]
+    if not with_slope or not units:
+        return values, None
+    slope = units[0] / scale if len(units) == 1 else torch.stack(list(units)).sum(0).div_(scale)
+    return values, slope.addcmul_(kernel, torch.stack(values).sum() / scale.square(), value=-1)
 
 
 @torch.no_grad()

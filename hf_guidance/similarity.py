@@ -101,6 +101,8 @@ class Measure:
         guide_side: the same for a guide layer; need not be differentiable.
         compare: (target side, guide side) → similarity, a scalar.
         invariant_to: transformations of either representation that leave the value as it is.
+        kernel: for a measure that is the cosine of two kernels: Gram matrix → kernel, so that ``target_side`` and
+            ``guide_side`` are `unit` of it and ``compare`` their inner product.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Measure:
     guide_side: Callable[[Tensor], Any]
     compare: Callable[[Any, Any], Tensor]
     invariant_to: frozenset[str] = ALL_INVARIANCES
+    kernel: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, features_target: Tensor, features_guide: Tensor) -> Tensor:
         n_target, n_guide = features_target.shape[0], features_guide.shape[0]
@@ -123,17 +126,20 @@ class Measure:
             return self.compare(self.target_side(target.to(dtype)), self.guide_side(guide.to(dtype)))
 
 
-def _symmetric(name: str, min_samples: int, side: Callable[[Tensor], Tensor]) -> Measure:
-    return Measure(name, min_samples, side, side, _inner)
+def _cosine(name: str, min_samples: int, kernel: Callable[[Tensor], Tensor]) -> Measure:
+    def side(gram_nn: Tensor) -> Tensor:
+        return unit(kernel(gram_nn))
+
+    return Measure(name, min_samples, side, side, _inner, kernel=kernel)
 
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
-        _symmetric("linear_cka", 3, unit),
-        _symmetric("debiased_cka", 4, lambda kernel: unit(u_center(kernel))),
-        _symmetric("rbf_cka", 3, lambda kernel: unit(center(_rbf(kernel)))),
-        _symmetric("rsa", 3, lambda kernel: unit(_cosines(kernel))),
+        _cosine("linear_cka", 3, lambda kernel: kernel),
+        _cosine("debiased_cka", 4, u_center),
+        _cosine("rbf_cka", 3, lambda kernel: center(_rbf(kernel))),
+        _cosine("rsa", 3, _cosines),
         Measure("ridge", 3, _ridge_residual, lambda kernel: kernel / (kernel.trace() + TINY), _ridge_r2),
         Measure("procrustes", 3, _with_roots, _with_roots, _nuclear),
     )
