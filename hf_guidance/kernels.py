@@ -51,14 +51,14 @@ def u_center(kernel: Tensor) -> Tensor:
 
 def unit(kernel: Tensor) -> Tensor:
     """Scale a matrix to Frobenius norm 1; one that is zero up to rounding becomes zero, without a gradient."""
-    return kernel / norm(kernel)
+    return kernel * inverse_norm(kernel)
 
 
-def norm(kernel: Tensor) -> Tensor:
-    """Frobenius norm; infinite for a matrix that is zero up to rounding, so that what is divided by it is 0."""
-    energy = kernel.square().sum()
-    zero = energy <= (ROUNDINGS * torch.finfo(kernel.dtype).eps * len(kernel)) ** 2
-    return torch.where(zero, torch.inf, energy).sqrt()
+def inverse_norm(kernel: Tensor) -> Tensor:
+    """One over the Frobenius norm; 0 for a matrix that is zero up to rounding."""
+    norm = torch.linalg.vector_norm(kernel)
+    zero = norm <= ROUNDINGS * torch.finfo(kernel.dtype).eps * len(kernel)
+    return torch.where(zero, torch.inf, norm).reciprocal()
 
 
 def gram(

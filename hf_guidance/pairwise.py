@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import exact_float32, norm
+from hf_guidance.kernels import exact_float32, inverse_norm
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 
@@ -84,12 +84,12 @@ def _of_one_layer(
 @torch.no_grad()
 def cosines(kernel: Tensor, units: Sequence[Tensor], with_slope: bool = True) -> tuple[list[Tensor], Tensor | None]:
     """Cosines ``⟨K, L̂⟩ / ‖K‖`` of a kernel with others of norm 1, and ``Σ (L̂ − cosine K̂) / ‖K‖``, their slope in K."""
-    scale = norm(kernel)
-    values = [(kernel * other).sum() / scale for other in units]
+    inverse = inverse_norm(kernel)
+    values = [torch.dot(kernel.flatten(), other.flatten()) * inverse for other in units]
     if not with_slope or not units:
         return values, None
-    slope = units[0] / scale if len(units) == 1 else torch.stack(list(units)).sum(0).div_(scale)
-    return values, slope.addcmul_(kernel, torch.stack(values).sum() / scale.square(), value=-1)
+    slope = units[0] * inverse if len(units) == 1 else torch.stack(list(units)).sum(0).mul_(inverse)
+    return values, slope.addcmul_(kernel, torch.stack(values).sum() * inverse.square(), value=-1)
 
 
 @torch.no_grad()
