@@ -51,7 +51,7 @@ class GuideCache:
     ) -> None:
         self.folder, self.rows = Path(folder), rows
         self.widths = {name: x.shape[1] for name, x in first.items()}
-        self.identity = {**identity, "layers": self.widths, "rows": rows}
+        self.identity = {**identity, "layers": list(self.widths.items()), "rows": rows}
         self.kind = np.dtype([("features", "<f2", (sum(self.widths.values()),)), ("input", "<i8"), ("check", "<u4")])
         try:
             if create and not (self.folder / META).is_file():

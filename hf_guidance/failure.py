@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_guidance.logs import RunningMeans
@@ -36,7 +37,8 @@ class FiniteSteps(TrainerCallback):
     """
 
     def __init__(self, accelerator: Any, logs: RunningMeans, skip: bool) -> None:
-        self.accelerator, self.logs, self.skip = accelerator, logs, skip
+        self.accelerator, self.logs, self.skip, self.active = accelerator, logs, skip, False
+        self._buffers: list[tuple[Tensor, Tensor]] = []
         self.reset()
 
     def reset(self) -> None:
@@ -46,12 +48,19 @@ class FiniteSteps(TrainerCallback):
 
     def look(self, values: Mapping[str, Any], where: str) -> None:
         """Remember what has to be finite: scalars, detached, by the names they have in an error."""
-        if values:
-            scalars = [torch.as_tensor(value, device=self.accelerator.device).float() for value in values.values()]
+        if values and self.active:
+            whole = [v.full_tensor() if isinstance(v, DTensor) else v for v in values.values()]  # FSDP2's norm
+            scalars = [torch.as_tensor(value, device=self.accelerator.device).float() for value in whole]
             self._seen.append((where, list(values), torch.stack(scalars)))
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.active = True  # only where the trainer calls back is there anybody to look
+
+    def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         self.reset()
+        if self.skip and model is not None:  # running statistics move in the forward, before anything is known
+            moving = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+            self._buffers = [(buffer, buffer.clone()) for buffer in moving]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Raise FloatingPointError on every rank, or drop the gradients, if any rank has a value that is not finite."""
@@ -70,6 +79,8 @@ class FiniteSteps(TrainerCallback):
                 "those of earlier steps. Lower the learning rate or look at the data, or leave such steps out with "
                 "on_non_finite='skip'."
             )
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
         optimizer.zero_grad()  # without gradients the optimizer leaves weights, moments and weight decay alone
         if self.accelerator.is_main_process:
             logger.warning("Optimizer step %d is left out, as it is not finite: %s.", step, names)

@@ -86,7 +86,8 @@ class GuideRunning:
             precision.append(str(features.dtype))
             return self._sketched(name, features)
 
-        features = self.read(inputs, sketched)
+        read = self.read(inputs, sketched)
+        features = {name: read[name] for name in self.reader.names()}  # in the order in which layers are paired
         if match := LAST.fullmatch(self.config.layer_mapping):
             features = dict(list(features.items())[-int(match[1]) :])
         identity = {**identity, "sketch": self.sketch.size, "precision": precision[0]}

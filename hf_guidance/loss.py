@@ -149,7 +149,7 @@ class GuidanceLoss:
         if not target_grams:
             raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
         if self.pairs is None:
-            self._resolve_pairs()
+            self._resolve_pairs(padded=bool(samples.masks))
         self._check_aligned(samples, guide_samples, target_grams, guide_grams)
         self._compare(watched, target_grams, guide_grams, log)
 
@@ -197,13 +197,13 @@ class GuidanceLoss:
         sizes = [size for size in (vocabulary_size(self.target), vocabulary_size(self.guide)) if size]
         return min(sizes, default=None)
 
-    def _resolve_pairs(self) -> None:
+    def _resolve_pairs(self, padded: bool) -> None:
         targets, guides = self.target_reader.names(), self.running.names()
         if self.config.layer_pairs is not None:
             self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
         else:
             self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
-        if self.sketch and self.sketch.widest <= self.sketch.size:
+        if self.sketch and not padded and self.sketch.widest <= self.sketch.size:
             raise ValueError(
                 f"sketch is {self.sketch.size}, but the widest layer that is compared has {self.sketch.widest} "
                 "features: there is nothing to sketch. Lower it, or leave it out to compare exactly."

@@ -11,6 +11,7 @@ import torch
 from hf_guidance.cache import row_checksums
 from hf_guidance.guide import calibrate_batch_norm
 from hf_guidance.guide_input import generator_for, guide_batch
+from hf_guidance.identity import fingerprint
 
 
 def calibrate(trainer: Any) -> None:
@@ -49,7 +50,7 @@ def open_cache(trainer: Any) -> None:
             "cache_guide needs inputs that are the same in every epoch, and the first rows differ when they are read "
             "twice: leave augmentation out, or the cache."
         )
-    who = {name: trainer.guide_identity[name] for name in ("architecture", "fingerprint")}
+    who = {"architecture": type(trainer.guide).__name__, "fingerprint": fingerprint(trainer.guide)}  # as calibrated
     with trainer.args.main_process_first(local=False):
         create = trainer.is_world_process_zero()
         trainer.guidance_loss.open_cache(trainer._prepare_inputs(first), len(trainer.train_dataset), who, create)

@@ -23,7 +23,7 @@ ZIPPED = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")  # torch.save;
 WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 OPTIMIZER = ("optimizer*", "global_step*")
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
-SEEDS = {"seed", "data_seed"}
+FATAL = {"seed", "data_seed", "max_steps"}  # the last where a decay ends with the run
 BATCH = {"per_device_train_batch_size", "world_size"}
 
 
@@ -68,8 +68,14 @@ def _what_is_missing(place: Path) -> str | None:
         return "it has no weights"
     if not any(any(place.glob(pattern)) for pattern in OPTIMIZER):
         return "it has no optimizer state (save_only_model?)"
-    ranks = _origin_of(place).get("world_size", 1)
-    for name in [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else []:
+    origin = _origin_of(place)
+    ranks = origin.get("world_size", 1)
+    needed = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
+    if origin.get("guided"):
+        needed.append(CONFIG_NAME)
+    if not any(place.glob("global_step*")):  # DeepSpeed keeps it with the rest
+        needed.append("scheduler.pt")
+    for name in needed:
         if not (place / name).is_file():
             return f"it has no {name}"
     return None
@@ -119,10 +125,12 @@ def _origin_of(place: Path) -> dict[str, Any]:
         return {}
 
 
-def _origin(args: Any) -> dict[str, Any]:
+def _origin(args: Any, steps: int, guided: bool) -> dict[str, Any]:
     names = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
     return {name: getattr(args, name) for name in names} | {
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "max_steps": steps,
+        "guided": guided,
     }
 
 
@@ -133,11 +141,11 @@ def _samples(origin: dict[str, Any], config: GuidanceConfig) -> int | None:
     return rows and rows * ranks
 
 
-def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dict[str, Any]) -> None:
-    """Compare a guided run with the checkpoint it is to go on from.
+def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dict[str, Any] | None) -> None:
+    """Compare a run with the checkpoint it is to go on from.
 
     Args:
-        guide: identity of the present guide.
+        guide: identity of the present guide, if there is one.
 
     Raises:
         ValueError: another guide, or a setting that changes what is trained, named with both values.
@@ -145,17 +153,24 @@ def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dic
     Warns of what the run can go on with, though not to the weights of an unbroken one.
     """
     place = Path(checkpoint)
+    if guide is None:
+        if (place / CONFIG_NAME).is_file():
+            logger.warning("%s was trained with guidance; from here on there is none.", place.name)
+        return
     if not (place / CONFIG_NAME).is_file():
         logger.warning("%s was trained without guidance; from here on there is guidance.", place.name)
         return
     then, guide_then = GuidanceConfig.load(place)
     check_same_guide(guide, guide_then, place.name)
     changed = _changes(then.without_paths(), config.without_paths())
-    began, now = _origin_of(place), _origin(args)
+    began, now = _origin_of(place), _origin(args, args.max_steps, True)
+    decays = config.guidance_schedule != "constant" and config.guidance_stop_step is None
+    if args.max_steps < 1 or not decays:  # the length is not known yet, or the schedule does not depend on it
+        began.pop("max_steps", None)
     origin = _changes(began, now)
     fatal = {name: words for name, words in changed.items() if name not in HARMLESS}
     other_batch = _samples(began, then) not in (None, _samples(now, config))
-    fatal |= {name: words for name, words in origin.items() if name in SEEDS | (BATCH if other_batch else set())}
+    fatal |= {name: words for name, words in origin.items() if name in FATAL | (BATCH if other_batch else set())}
     if fatal:
         raise ValueError(
             f"{place.name} was trained with other settings: {', '.join(fatal.values())}. Resuming would train towards "
@@ -180,6 +195,8 @@ def _changes(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 class ResumingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """The part of `GuidanceMixin` that makes `trainer_state.json` the last word on a checkpoint."""
 
+    guide: Any
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:  # one that lies there from an earlier run must not vouch for what is written now
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -189,6 +206,7 @@ class ResumingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:
-            text = json.dumps(_origin(self.args), indent=2) + "\n"
+            origin = _origin(self.args, self.state.max_steps, self.guide is not None)
+            text = json.dumps(origin, indent=2) + "\n"
             (Path(output_dir) / ORIGIN).write_text(text, encoding="utf-8")
         self.accelerator.wait_for_everyone()  # Trainer does not: rank 0 would be done before the others

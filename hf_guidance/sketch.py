@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TABLES = 256  # of signs, that are kept: padded rows have another width in every batch
+
 
 class Sketch:
     """Count sketch of features ``(n, d)`` to ``(n, size)``: each is added, with a random sign, to one of ``size`` sums.
@@ -38,6 +40,8 @@ class Sketch:
             return x
         key = (name, width, x.device)
         if key not in self._tables:
+            if len(self._tables) >= TABLES:
+                del self._tables[next(iter(self._tables))]
             self._tables[key] = self._draw(name, width, x.device)
         return _CountSketch.apply(x if x.dtype == torch.float64 else x.float(), self.size, *self._tables[key])
 

@@ -145,10 +145,12 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
 
     def _logs_at(self, step: int) -> bool:
-        """Whether this step may be logged, so that what is only looked at is computed at no other."""
+        """Whether this is the last guided step before a log, so that what is only looked at is computed at no other."""
         if self.args.logging_strategy != IntervalStrategy.STEPS or (self.args.logging_first_step and step == 0):
             return True
-        return (step + 1) % max(1, self.state.logging_steps) == 0
+        every = max(1, self.state.logging_steps)
+        logged = (step // every + 1) * every - 1  # the next step that is logged
+        return step + self.guidance.guidance_every > logged
 
     def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Any) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
@@ -181,7 +183,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.accelerator.scaler is None:  # else an overflow is the scaler's business
+        if norm is not None and self.accelerator.scaler is None:  # else an overflow is the scaler's business
             self._finite.look({GRADIENT: norm}, "")
         return norm
 
@@ -189,8 +191,9 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
-        if checkpoint and self.guide is not None:
-            check_goes_on(checkpoint, self.args, self.guidance, self.guide_identity)
+        if checkpoint:
+            identity_now = None if self.guide is None else self.guide_identity
+            check_goes_on(checkpoint, self.args, self.guidance, identity_now)
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step = (-1, 0)
         if self.guide is not None and self._calibrates():

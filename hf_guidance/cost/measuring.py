@@ -77,21 +77,20 @@ def measure_cost(
     guided: Any = trainers["guided"]
     alone = GuideForwards(guided)
     variants = {"plain": variants.pop("plain"), "guide": alone, **variants}
-    runs: list[int] = []
-    handle = guide.register_forward_pre_hook(lambda *_: runs.append(1))
+    steps: Any = variants["guided"].meter
+    runs: list[int] = []  # of the guide within guided steps; a cache looks at the first rows before them
+    handle = guide.register_forward_pre_hook(lambda *_: runs.append(1) if steps.in_step else None)
     for variant in variants.values():  # allocators, caches and optimizer states; a cache of the guide fills
         variant.advance(plan.discard + max(len(alone.batches), cycle))
         variant.meter.steps, variant.meter.forwards = [], []
-    forwards = 0
+    runs.clear()
     counted = math.ceil(plan.steps / cycle) * cycle
     for _ in range(plan.rounds):
-        for name, variant in variants.items():
-            before = len(runs)
+        for variant in variants.values():
             variant.advance(plan.discard + counted)
-            forwards += len(runs) - before if name == "guided" else 0
     handle.remove()
     found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
-    found["guide_forwards"] = forwards / (plan.rounds * (plan.discard + counted))
+    found["guide_forwards"] = len(runs) / (plan.rounds * (plan.discard + counted))
     found |= summary(found)
     found["memory"] = _memory(variants, alone, plan.discard + cycle)
     found["pairs"] = len(guided.guidance_loss.pairs or [])

@@ -99,16 +99,19 @@ class StepMeter(TrainerCallback):
     def __post_init__(self) -> None:
         self._marks: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
         self._profile: Any = None
+        self.in_step = False
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.memory and state.global_step >= self.discard:
             self._profile = peak_memory(self.clock.device)
             self._peak = self._profile.__enter__()
         self._forwards: list[tuple[Any, Any]] = []
+        self.in_step = True
         self._began = self.clock.now()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         ended = self.clock.now()
+        self.in_step = False
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
             self._profile = None
