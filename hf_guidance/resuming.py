@@ -71,6 +71,8 @@ def _what_is_missing(place: Path) -> str | None:
     origin = _origin_of(place)
     ranks = origin.get("world_size", 1)
     needed = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
+    if not origin and any(place.glob("rng_state_*.pth")):  # plain Trainer's, of several processes
+        needed = []
     if origin.get("guided"):
         needed.append(CONFIG_NAME)
     if not any(place.glob("global_step*")):  # DeepSpeed keeps it with the rest

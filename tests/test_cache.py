@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import LENGTH, VOCABULARY, arguments, gpt2, llama, seeded, token_rows
+from builders import LENGTH, VOCABULARY, NormNet, arguments, gpt2, llama, seeded, token_rows
 from datasets import Dataset
 from torch import Tensor
 
@@ -204,6 +204,36 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_said_before_trainin
         trainer(tmp_path / "a", tmp_path / "cache").train()
     monkeypatch.undo()
     trainer(tmp_path / "a", tmp_path / "cache").train()  # what the full disk left behind is no obstacle
+
+
+def test_layers_pair_up_in_the_same_order_as_without_a_cache(tmp_path: Path) -> None:
+    class Backwards(torch.nn.Module):
+        """Its second layer is registered first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = seeded(lambda: torch.nn.Embedding(VOCABULARY, 8), 1)
+            self.second, self.first = (seeded(lambda: torch.nn.Linear(8, 8), seed) for seed in (2, 3))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.second(self.first(self.embed(input_ids)).relu())
+
+    settings = {"guidance": {"guide_layers": ["Linear"]}, "max_steps": 2}
+    runs = [
+        trainer(tmp_path / str(i), cache, Backwards(), **settings) for i, cache in enumerate([None, tmp_path / "c"])
+    ]
+    for run in runs:
+        run.train()
+    assert runs[0].guidance_loss.pairs == runs[1].guidance_loss.pairs
+    assert [guide for _, guide in runs[0].guidance_loss.pairs] == ["second", "first"]
+
+
+def test_a_cache_of_other_batch_norm_statistics_is_refused(tmp_path: Path) -> None:
+    layers = {"guide_layers": ["out"]}
+    trainer(tmp_path / "a", tmp_path / "cache", NormNet(), guidance=layers).train()
+    calibrated = {**layers, "guide_batch_norm": "calibrated", "calibration_batches": 2}
+    with pytest.raises(ValueError, match="its fingerprint differ"):
+        trainer(tmp_path / "b", tmp_path / "cache", NormNet(), guidance=calibrated).train()
 
 
 def test_its_size_is_what_it_says(tmp_path: Path) -> None:

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders import NormNet, gpt2, gradients, guidance_by_hand, llama, token_batch
+from accelerate import Accelerator
+from builders import LENGTH, NormNet, PlainNet, gpt2, gradients, guidance_by_hand, llama, token_batch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trainers import make_trainer, same, trained, weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from hf_guidance import GuidanceTrainer
+from hf_guidance.failure import GRADIENT, FiniteSteps
+from hf_guidance.logs import RunningMeans
 
 NAN = float("nan")
 
@@ -134,6 +138,45 @@ def test_a_skipped_step_is_as_if_it_had_not_been_there_with_accumulation_too(tmp
     trainer.train()
     assert same(watch.weights[0], watch.weights[1])
     assert not same(watch.weights[1], watch.weights[2])
+
+
+def test_a_step_that_is_skipped_leaves_running_statistics_alone(tmp_path: Path) -> None:
+    class Normed(PlainNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(LENGTH)
+
+        def forward(self, input_ids: Tensor, labels: Any = None) -> Any:
+            hidden = self.norm(self.body[:2](input_ids))
+            logits = self.body[2:](hidden)
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    target, guide = Normed(), llama()
+    spoil(target.body[1], 1)
+    trained(make_trainer(tmp_path, target, guide, on_non_finite="skip", target_layers=["norm"], guide_layers=["norm"]))
+    assert target.norm.running_mean.isfinite().all()
+    assert target.norm.running_mean.abs().max() > 0, "those of the other steps are there"
+
+
+def test_the_gradient_norm_of_a_sharded_target_is_looked_at(tmp_path: Path) -> None:
+    looked = FiniteSteps(accelerator := Accelerator(cpu=True), RunningMeans(), skip=False)
+    looked.on_train_begin()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        norm = DTensor.from_local(torch.tensor([NAN]), mesh)[0]
+        looked.look({GRADIENT: norm, "task loss": torch.tensor(1.0)}, "")
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(FloatingPointError, match="Optimizer step 1 is not finite: the norm of the gradient is nan"):
+        looked.on_pre_optimizer_step(None, TrainerState())
+    assert accelerator.num_processes == 1
+
+
+def test_nothing_is_kept_where_nobody_looks(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gpt2())
+    trained(trainer)
+    assert trainer._finite._seen == []
 
 
 def test_a_logged_measure_alone_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

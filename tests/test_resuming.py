@@ -54,6 +54,9 @@ def test_a_checkpoint_with_a_file_cut_off_is_passed_over_and_refused_by_name(run
         ("model.safetensors", "it has no weights"),
         ("optimizer.pt", r"it has no optimizer state \(save_only_model\?\)"),
         ("trainer_state.json", r"it has no trainer_state\.json, which is written last"),
+        ("scheduler.pt", r"it has no scheduler\.pt"),
+        ("rng_state.pth", r"it has no rng_state\.pth"),
+        ("guidance_config.json", r"it has no guidance_config\.json"),
     ],
 )
 def test_a_checkpoint_that_lacks_a_file_is_not_whole(run: Path, name: str, words: str) -> None:
@@ -185,6 +188,19 @@ def test_guidance_on_a_run_that_began_without_it_is_said(tmp_path: Path, caplog:
     logs = trained(make_trainer(tmp_path, gpt2(), llama(), **SAVING), resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
     assert "checkpoint-2 was trained without guidance; from here on there is guidance" in caplog.text
     assert "guidance/loss" in logs[1][-1]
+
+
+def test_a_guided_run_that_goes_on_without_guidance_says_so(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(run, gpt2(), **SAVING).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert "checkpoint-2 was trained with guidance; from here on there is none" in caplog.text
+
+
+def test_another_length_is_refused_where_a_decay_ends_with_the_run(run: Path, tmp_path: Path) -> None:
+    make_trainer(run, gpt2(), llama(), **SAVING, max_steps=4).train(resume_from_checkpoint=True)  # constant guidance
+    decay = {**SAVING, "guidance_schedule": "cosine"}
+    make_trainer(tmp_path, gpt2(), llama(), **decay).train()
+    with pytest.raises(ValueError, match="max_steps was 3, is 6"):
+        make_trainer(tmp_path, gpt2(), llama(), **decay, max_steps=6).train(resume_from_checkpoint=True)
 
 
 def test_a_changed_guide_is_named_before_anything_is_written(run: Path) -> None:

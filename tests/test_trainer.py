@@ -839,3 +839,12 @@ def test_a_progress_callback_of_the_users_own_is_kept(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path, gpt2(), llama(), disable_tqdm=False, callbacks=[Mine()])
     assert any(type(callback) is Mine for callback in trainer.callback_handler.callbacks)
+
+
+@pytest.mark.parametrize(("every", "logging"), [(10, 10), (2, 2), (5, 10), (1, 3), (4, 3)])
+def test_what_is_only_looked_at_is_in_every_log_with_a_guided_step(tmp_path: Path, every: int, logging: int) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), guidance_every=every, logging_steps=logging, max_steps=20)
+    _, logs = trained(trainer)
+    for number, log in enumerate(logs):
+        guided = any(step % every == 0 for step in range(number * logging, (number + 1) * logging))
+        assert ("guidance/debiased_cka/hidden_states.1~hidden_states.1" in log) == guided
