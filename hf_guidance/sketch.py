@@ -69,7 +69,12 @@ class _CountSketch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (signs,) = ctx.saved_tensors
-        return gradient[:, _sums(signs, ctx.size, ctx.shifts)] * signs.to(gradient), None, None, None
+        if gradient.device.type != "cpu":
+            return gradient[:, _sums(signs, ctx.size, ctx.shifts)] * signs.to(gradient), None, None, None
+        spread = gradient.new_empty(len(gradient), len(signs))
+        for begin, end, to in _pieces(len(signs), ctx.size, ctx.shifts):
+            torch.mul(gradient[:, to : to + end - begin], signs[begin:end].to(gradient), out=spread[:, begin:end])
+        return spread, None, None, None
 
 
 def _pieces(width: int, size: int, shifts: list[int]) -> list[tuple[int, int, int]]:
