@@ -155,7 +155,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         current = getattr(self, "push_in_progress", None)
         for job in current.jobs if current is not None else ():
             if job.done() and not job.cancelled() and (error := job.exception()) is not None:
-                logger.warning("A push during training failed (%s); the last one brings everything.", error)
+                logger.warning("A push during training failed (%s); the last one brings all.", _one_line(error))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'.
