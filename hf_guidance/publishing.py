@@ -39,6 +39,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
 
     Attributes:
         card_facts: what the card is to say beside what the trainer knows; see `run_facts`.
+        resumed: whether a call of `train` went on from a checkpoint.
     """
 
     guide: Any
@@ -47,7 +48,13 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.card_facts: dict[str, Any] = {}
+        self.resumed = False
         super().__init__(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; a resume is kept in mind, as the time that is logged is then that of the last part."""
+        self.resumed = self.resumed or bool(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As transformers', which says nothing of a token that may not write until training is over.
