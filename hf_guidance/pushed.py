@@ -18,7 +18,7 @@ LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number,
 MOST_PARAMETERS = 2**34  # more than anyone guides with, and than memory takes
 # fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
 FETCHING = re.compile(r"implementation|checkpoint|pretrained|quantization|auto_map|cache|trust|url|file|hub")
-DEPTH = re.compile(r"depth|block|layer")
+DEPTH = re.compile(r"depth|block(?!_size)|layer")  # a block_size is a length
 PLAIN = (None, False, True, "eager", "sdpa")
 LABELS = ("id2label", "label2id", "label_names", "pretrained_cfg")  # free text, of which no network is made
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -107,7 +107,7 @@ def _check_config(config: dict[str, Any]) -> None:
             if isinstance(entry, dict):
                 _check_config(entry)
             elif (
-                (isinstance(entry, (int, float)) and not abs(entry) <= most)
+                (isinstance(entry, int) and abs(entry) > most)
                 or (isinstance(entry, str) and re.search(r"[/\\:]", entry))
                 or (fetches and (entry not in PLAIN or (entry is True and "pretrained" in name)))
             ):

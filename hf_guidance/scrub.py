@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-TOKEN = re.compile(r"\b(?:hf_(?:oauth_)?|api_org_)[A-Za-z0-9_.-]{20,}")
+TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
 # --hub_token, --hub-token and what argparse takes for it, --hub_tok; --wandb_api_key, --secret
 TOKEN_FLAG = re.compile(r"--?[\w-]*(?:token|secret|password|api[_-]?key)|--hub[_-]t(?:o(?:k(?:en?)?)?)?")
 SECRET = re.compile(r"token|secret|password|api_?key")

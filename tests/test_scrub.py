@@ -21,6 +21,7 @@ from hf_guidance.scrub import scrub_arguments, scrub_command, without_tokens
         ("/home/alice/my data/x", "x"),
         ("hf_oauth_" + "a" * 24, "<token>"),
         ("api_org_" + "a" * 24, "<token>"),
+        ("python -m hf_guidance.recipe_cards_of_all_runs", "python -m hf_guidance.recipe_cards_of_all_runs"),
         ("https://a/b/c a/b </s> and/or 1 / 2", "https://a/b/c a/b </s> and/or 1 / 2"),
     ],
 )
