@@ -50,7 +50,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
         "guide": _guide(trainer) if guided else None,
         "guidance": trainer.guidance.without_paths() if guided else None,
         "pairs": pairs_facts(similarity_curves(history)) if guided else None,
-        "results": _results(history),
+        "results": _results(history, best_step(trainer)),
         "training": training_facts(
             args.to_dict() | {"world_size": args.world_size}, trainer.state.global_step, args.seed
         ),
@@ -114,19 +114,32 @@ def sizes_of(config: Facts) -> Facts:
 
 
 def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
-    """Similarity of every pair at the first and at the last step that it was logged at."""
+    """Similarity of every pair in its first and its last log, each a mean over the steps since the log before."""
     if not points:
         return None
     first, last = points[0], points[-1]
+    before = max((point["step"] for point in points if point["step"] < last["step"]), default=0)
     rows = [
         {"target": t, "guide": g, "first": first[f"{t}~{g}"], "last": last[f"{t}~{g}"]}
         for t, g in (name.split("~") for name in first if name != "step")
         if f"{t}~{g}" in last
     ]
-    return {"first": first["step"], "last": last["step"], "rows": rows}
+    return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
 
 
-def _results(history: History) -> Facts | None:
+def best_step(trainer: Any) -> int | None:
+    """The step of the best weights, where training is over and has gone back to them."""
+    state, args = trainer.state, trainer.args
+    over = any("train_runtime" in log for log in state.log_history)  # logged after the best weights are loaded
+    if not (args.load_best_model_at_end and state.best_model_checkpoint and over):
+        return None
+    return int(str(state.best_model_checkpoint).rstrip("/").rpartition("-")[2])
+
+
+def _results(history: History, best: int | None = None) -> Facts | None:
+    at_best = [log for log in history if log.get("step") == best and metrics_of(log, "eval")]
+    if at_best and not any(metrics_of(log, "test") for log in history):
+        return {"split": "validation", "values": metrics_of(at_best[-1], "eval"), "best_step": best}
     for split, name in (("test", "test"), ("eval", "validation")):
         for log in reversed(history):
             if values := metrics_of(log, split):
@@ -156,7 +169,7 @@ def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
 def _cost(trainer: Any) -> Facts:
     seconds = next((log["train_runtime"] for log in trainer.state.log_history[::-1] if "train_runtime" in log), None)
     cost: Facts = {"hardware": environment()["device"]}
-    if seconds:
+    if seconds and not trainer.resumed:  # else it is that of the last part
         cost["time from first to last step"] = f"{seconds:.0f} s, evaluations included"
     if torch.cuda.is_available():
         cost["peak memory of the GPU"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"

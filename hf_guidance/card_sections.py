@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -114,9 +115,24 @@ def guidance(facts: Facts) -> str:
         ["one sample", one],
         ["the guide saw", SEEN[config.guide_input]],
     ]
+    rows += _not_default(config)
     if facts["guide"].get("batch_norm"):
         rows.append(["the guide's batch norm", config.guide_batch_norm])
     return table(["guidance", ""], rows)
+
+
+def _not_default(config: GuidanceConfig) -> list[list[str]]:
+    """Rows of the settings that most runs leave alone."""
+    every, mapping = config.guidance_every, config.layer_mapping
+    rows = {
+        "guided at": f"each {every}th optimizer step" if every > 1 else None,
+        "similarity over": "the batches of all processes as one" if config.similarity_batch == "global" else None,
+        "sketch": f"wider layers cut to {config.sketch} numbers a sample" if config.sketch is not None else None,
+        "layers paired": mapping if mapping != "even" else None,
+    }
+    if config.layer_pairs is not None:
+        rows["layers paired"] = f"one by one: {', '.join(config.layer_pairs)}"
+    return [[name, value] for name, value in rows.items() if value is not None]
 
 
 def pairs(facts: Facts) -> str:
@@ -124,9 +140,19 @@ def pairs(facts: Facts) -> str:
     found = facts.get("pairs")
     if not found:
         return ""
-    header = ["target layer", "guide layer", f"similarity at step {found['first']}", f"at step {found['last']}"]
-    rows = [[p["target"], p["guide"], f"{p['first']:.3f}", f"{p['last']:.3f}"] for p in found["rows"]]
+    first, last = _span(0, found["first"]), _span(found["before_last"], found["last"])
+    header = ["target layer", "guide layer", f"similarity, {first}", last]
+    rows = [[p["target"], p["guide"], shown(p["first"], 3), shown(p["last"], 3)] for p in found["rows"]]
     return table(header, rows)
+
+
+def _span(before: int, step: int) -> str:
+    return f"step {step}" if step - before == 1 else f"mean over steps {before + 1}–{step}"
+
+
+def shown(value: float, digits: int) -> str:
+    """A number as a card shows it."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite (the run diverged)"
 
 
 def results(facts: Facts) -> str:
@@ -134,8 +160,11 @@ def results(facts: Facts) -> str:
     own = facts.get("results")
     if not own:
         return ""
-    rows = [[name.replace("_", " "), f"{value:.4f}"] for name, value in own["values"].items()]
-    return table(["metric", f"{own['split']} data"], rows)
+    rows = [[name.replace("_", " "), shown(value, 4)] for name, value in own["values"].items()]
+    text = table(["metric", f"{own['split']} data"], rows)
+    if own.get("best_step") is not None:
+        text += f"\n\nThe weights are those of step {own['best_step']}, the best of the run, and so are these values."
+    return text
 
 
 def comparison(facts: Facts) -> str:
@@ -159,12 +188,21 @@ def rows_of(name: str) -> Callable[[Facts], str]:
 
 
 def limitations(facts: Facts) -> str:
-    text = "A network for the study of training, not for use: it has learnt from the data above and from nothing else, "
+    text = f"A network for the study of training, not for use: {_learnt(facts)}, "
     text += "and was tested on no other. " if facts.get("results") else "and was not tested. "
     if facts.get("guide"):
         text += "What of the guide's behaviour it has taken on beside the similarity was not measured. "
     seeds = facts.get("comparison", {}).get("seeds")
     return text + (f"The figures are of {seeds} seed{'s' if seeds > 1 else ''}." if seeds else "One seed.")
+
+
+def _learnt(facts: Facts) -> str:
+    data = "the data above" if facts.get("data") else "data that are not named here"
+    if facts["target"].get("untrained"):
+        return f"it has learnt from {data}" + (" and from nothing else" if facts.get("data") else "")
+    if facts["target"].get("source"):
+        return f"its weights had been trained before, and it has learnt from {data} as well"
+    return f"it has learnt from {data}, and what its weights had learnt before is not known here"
 
 
 def versions(facts: Facts) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -207,7 +208,7 @@ def _check_types(config: GuidanceConfig) -> None:
         value = getattr(config, name)
         if not _fits(value, hint):
             wanted = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-            raise ValueError(f"{name} is {value!r} ({type(value).__name__}); expected {wanted}.")
+            raise ValueError(f"{name} is {repr(value)[:80]} ({type(value).__name__}); expected {wanted}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -218,4 +219,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(entry, arguments[0]) for entry in value)
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float and isinstance(value, int):
+        return abs(value) <= sys.float_info.max  # a larger one is no float
+    return isinstance(value, hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from importlib.resources import files
 from typing import Any
@@ -61,11 +62,13 @@ def _metadata(facts: Facts) -> str:
             metric_value=value,
         )
         for name, value in facts.get("results", {}).get("values", {}).items()
-        if data.get("name")
+        if data.get("name") and math.isfinite(value)
     ]
-    extra: Facts = {"guide": guide["source"]} if guide and guide.get("source") else {}
-    extra |= {"guide_revision": guide["revision"]} if guide and guide.get("revision") else {}
-    if facts.get("emissions"):
+    extra: Facts = {}
+    if guide and sections.on_the_hub(guide):
+        extra = {"guide": guide["source"], "guide_revision": guide["revision"]}
+    values = facts.get("results", {}).get("values", {})
+    if math.isfinite(facts.get("emissions") or 0) and facts.get("emissions"):
         extra["co2_eq_emissions"] = {"emissions": facts["emissions"], "source": "codecarbon"}
     content = ModelCardData(
         license=facts.get("license"),
@@ -75,7 +78,7 @@ def _metadata(facts: Facts) -> str:
         base_model=facts["target"].get("source"),
         tags=list(dict.fromkeys(tags)),
         datasets=[data["id"]] if data.get("id") else None,
-        metrics=list(facts.get("results", {}).get("values", {})) or None,
+        metrics=[name for name, value in values.items() if math.isfinite(value)] or None,
         model_name=facts["name"] if results else None,
         eval_results=results or None,
         **extra,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,8 @@ CURVES = "curves.png"
 STATE = "trainer_state.json"
 # in a checkpoint, for going on with the training, and no part of the model
 FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", "latest", "zero_to_fp32.py")
-NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS, EMISSIONS]  # the last has the place of the machine
+# beside the model: a pickle, the place and the name of the machine, paths, the guide, a cache of its features
+NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS, EMISSIONS, STATE, "runs/*", "guide/*", "*rows.bin"]
 
 
 class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -36,6 +39,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
 
     Attributes:
         card_facts: what the card is to say beside what the trainer knows; see `run_facts`.
+        resumed: whether a call of `train` went on from a checkpoint.
     """
 
     guide: Any
@@ -44,7 +48,13 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.card_facts: dict[str, Any] = {}
+        self.resumed = False
         super().__init__(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; a resume is kept in mind, as the time that is logged is then that of the last part."""
+        self.resumed = self.resumed or bool(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As transformers', which says nothing of a token that may not write until training is over.
@@ -125,7 +135,7 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         options["revision"] = args.hub_revision
         api = HfApi()
         jobs: list[Any] = [
-            api.upload_folder(folder_path=output, commit_message=message, ignore_patterns=NOT_PUSHED, **options)
+            api.upload_folder(folder_path=output, commit_message=message, ignore_patterns=self._left_out(), **options)
         ]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             whole = output / f"_{checkpoint.name}"  # a copy, as the run goes on and its state names paths
@@ -155,24 +165,65 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         current = getattr(self, "push_in_progress", None)
         for job in current.jobs if current is not None else ():
             if job.done() and not job.cancelled() and (error := job.exception()) is not None:
-                logger.warning("A push during training failed (%s); the last one brings everything.", error)
+                logger.warning("A push during training failed (%s); the last one brings all.", _one_line(error))
+
+    def _left_out(self) -> list[str]:
+        """Patterns of the files in the output folder that no push takes along."""
+        cache, output = self.guidance.cache_guide if self.guide is not None else None, str(self.args.output_dir)
+        if cache is None or not (place := Path(cache).resolve()).is_relative_to(Path(output).resolve()):
+            return NOT_PUSHED
+        inside = place.relative_to(Path(output).resolve()).as_posix()
+        return NOT_PUSHED if inside == "." else [*NOT_PUSHED, f"{inside}/*"]
+
+    def _push_the_last(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        token = token or self.args.hub_token
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        of_model, tags = getattr(self.model, "model_tags", None) or [], card.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        tags += [tag for tag in of_model if tag not in tags]
+        name = card.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, **card, **({"tags": tags} if tags else {}))
+        self._finish_current_push()
+        return HfApi().upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=str(self.args.output_dir),
+            commit_message=commit_message,
+            token=token,
+            run_as_future=not blocking,
+            ignore_patterns=self._left_out(),
+            revision=revision or self.args.hub_revision,
+        )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'.
+        """As transformers', without what does not belong to the model.
 
         Raises:
             ConnectionError: the push failed; everything is on disk, and the message has the command to push it later.
         """
         try:
-            return super().push_to_hub(*args, **kwargs)
+            return self._push_the_last(*args, **kwargs)
         except Exception as error:
             folder = Path(str(self.args.output_dir))
             if not (folder / "README.md").is_file():
                 self._try_to_write_a_card()
             repository = self.hub_model_id or self.args.hub_model_id or folder.name
+            command = later(str(repository), folder, self.args.hub_revision, self._left_out())
             raise ConnectionError(
                 f"The push to {repository} failed ({type(error).__name__}: {_one_line(error)}). Nothing is lost: all "
-                f"of it is in {folder}. To push it later: {later(repository, folder)}"
+                f"of it is in {folder}. To push it later: {command}"
             ) from error
 
 
@@ -192,10 +243,11 @@ def check_may_write(repository: str, token: str | None) -> None:
             ) from error
 
 
-def later(repository: str, folder: Path) -> str:
+def later(repository: str, folder: Path, revision: str | None = None, left_out: Sequence[str] = NOT_PUSHED) -> str:
     """The command that pushes a saved model."""
-    left_out = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
-    return f"hf upload {repository} {folder} . {left_out}"
+    words = ["hf", "upload", repository, str(folder), "."]
+    words += ["--revision", revision] if revision else []
+    return shlex.join(words + [word for pattern in left_out for word in ("--exclude", pattern)])
 
 
 def _one_line(error: Exception) -> str:

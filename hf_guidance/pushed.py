@@ -18,6 +18,7 @@ LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number,
 MOST_PARAMETERS = 2**34  # more than anyone guides with, and than memory takes
 # fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
 FETCHING = re.compile(r"implementation|checkpoint|pretrained|quantization|auto_map|cache|trust|url|file|hub")
+DEPTH = re.compile(r"depth|block(?!_size)|layer")  # a block_size is a length
 PLAIN = (None, False, True, "eager", "sdpa")
 LABELS = ("id2label", "label2id", "label_names", "pretrained_cfg")  # free text, of which no network is made
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -52,7 +53,7 @@ def load_guide_of(
     try:
         _, guide = GuidanceConfig.load(folder)
         _check(guide)
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the {CONFIG_NAME} of {target} is not one of this package's: {error}") from error
     rebuilt = _rebuild(guide, str(target))
     if (found := fingerprint(rebuilt)) != guide["fingerprint"]:
@@ -99,9 +100,9 @@ def _check_config(config: dict[str, Any]) -> None:
     for name, value in config.items():
         if name in LABELS:
             continue
-        values = value if isinstance(value, list) else [value]
+        values = _flat(value)
         fetches = bool(FETCHING.search(name)) and not name.startswith("use_cache")
-        most = DEEPEST if "layer" in name or name == "depths" else LARGEST
+        most = DEEPEST if DEPTH.search(name) else LARGEST
         for entry in values:
             if isinstance(entry, dict):
                 _check_config(entry)
@@ -111,6 +112,11 @@ def _check_config(config: dict[str, Any]) -> None:
                 or (fetches and (entry not in PLAIN or (entry is True and "pretrained" in name)))
             ):
                 raise ValueError(f"{name} is {str(value)[:80]!r}")
+
+
+def _flat(value: Any) -> list[Any]:
+    """The entries of a list and of all lists in it."""
+    return [entry for part in value for entry in _flat(part)] if isinstance(value, list) else [value]
 
 
 def _check_size(config: Any, stated: Any) -> None:
@@ -140,7 +146,7 @@ def _rebuild(guide: dict[str, Any], target: str) -> nn.Module:
             config = AutoConfig.for_model(kind, **values)
             _check_size(config, guide.get("parameters"))
             return load_guide(config, seed=guide["seed"] or 0)
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a network's own code meets numbers here that nobody foresaw
             raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
     if guide["untrained"] is False and HUB_ID.fullmatch(source):
         return load_guide(source, revision=guide["revision"])

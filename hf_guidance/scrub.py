@@ -6,24 +6,39 @@ import copy
 import dataclasses
 import json
 import os
+import platform
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-TOKEN_FLAG = re.compile(r"--\w*token")
-# /a/b/c and file:///a/b/c, but not https://a/b/c, a/b/c or </s>
-FOLDERS = re.compile(r"(?:file://|(?<![\w:/.<\[~-]))~?/(?:[^\s/\"'`|<>]+/)*(?=[^\s/\"'`|<>])")
+TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
+# --hub_token, --hub-token and what argparse takes for it, --hub_tok; --wandb_api_key, --secret
+TOKEN_FLAG = re.compile(r"--?[\w-]*(?:token|secret|password|api[_-]?key)|--hub[_-]t(?:o(?:k(?:en?)?)?)?")
+SECRET = re.compile(r"token|secret|password|api_?key")
+PART = r"[^\s/\\\"'`|<>]+(?: [^\s/\\\"'`|<>]+){0,2}"  # of a path, spaces and all, before a slash
+LAST = r"(?=[^\s/\\\"'`|<>])"
+# /a/b/c, ~/b/c, ~alice/c, ../../b/c and file:///a/b/c, but not https://a/b/c, a/b/c or </s>
+FOLDERS = re.compile(rf"(?:file://|(?<![\w/.<~]))(?:~[\w.-]*/|(?:\.\./)+|/(?!/))(?:{PART}/)*{LAST}")
+WINDOWS = re.compile(rf"\b[A-Za-z]:\\(?:{PART}\\)*{LAST}")
+ANYBODY = ("root", "user", "localhost")  # tell nobody from anybody else
+LEAST = 4  # letters of a name that is cut out wherever it stands; shorter ones are parts of words
 
 
 def scrub(value: Any) -> Any:
-    """A JSON value whose texts hold neither a token nor the folders of an absolute path."""
+    """A JSON value whose texts hold neither a token nor the folders of a path nor this machine's names."""
     if isinstance(value, str):
-        return FOLDERS.sub("", TOKEN.sub("<token>", value))
+        return _own_names().sub("…", WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value))))
     if isinstance(value, dict):
         return {name: scrub(entry) for name, entry in value.items()}
     return [scrub(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _own_names() -> re.Pattern[str]:
+    """The home folder, the user's name and the machine's, as words of their own."""
+    names = [str(Path.home()), os.environ.get("USER", ""), Path.home().name, platform.node()]
+    words = "|".join(re.escape(name) for name in names if len(name) >= LEAST and name not in ANYBODY)
+    return re.compile(rf"(?<![\w-])(?:{words})(?![\w-])") if words else re.compile(r"(?!)")
 
 
 def without_tokens(words: list[str]) -> list[str]:
@@ -50,12 +65,18 @@ def scrub_arguments(args: Any) -> Any:
     """A copy of training arguments without tokens and without paths of this machine."""
     clean = copy.copy(args)
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if "token" in field.name and isinstance(value, str):
-            setattr(clean, field.name, None)
-        elif isinstance(value, (str, os.PathLike)) and os.path.isabs(value):
-            setattr(clean, field.name, os.path.basename(os.path.normpath(value)))
+        setattr(clean, field.name, _without_paths(field.name, getattr(args, field.name)))
     return clean
+
+
+def _without_paths(name: str, value: Any) -> Any:
+    if type(value) is str and SECRET.search(name):
+        return None
+    if isinstance(value, os.PathLike) or type(value) is str:
+        return os.path.basename(os.path.normpath(value)) if os.path.isabs(value) else value
+    if type(value) is dict:
+        return {key: _without_paths(str(key), entry) for key, entry in value.items()}
+    return [_without_paths(name, entry) for entry in value] if type(value) is list else value
 
 
 def scrub_state(path: Path) -> None:

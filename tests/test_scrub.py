@@ -1,0 +1,56 @@
+"""What is cut out of commands, cards and arguments before they leave the machine, and what is not."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hf_guidance import scrub
+from hf_guidance.scrub import scrub_arguments, scrub_command, without_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("data:/home/alice/x.txt", "data:x.txt"),
+        ("[/home/alice/x.txt", "[x.txt"),
+        ("-/home/alice/x.txt", "-x.txt"),
+        ("~alice/x", "x"),
+        ("../../home/alice/x", "x"),
+        (r"C:\Users\Alice\x", "x"),
+        ("/home/alice/my data/x", "x"),
+        ("hf_oauth_" + "a" * 24, "<token>"),
+        ("api_org_" + "a" * 24, "<token>"),
+        ("python -m hf_guidance.recipe_cards_of_all_runs", "python -m hf_guidance.recipe_cards_of_all_runs"),
+        ("https://a/b/c a/b </s> and/or 1 / 2", "https://a/b/c a/b </s> and/or 1 / 2"),
+    ],
+)
+def test_paths_and_tokens_are_cut_and_links_are_not(text, clean):
+    assert scrub.scrub(text) == clean
+
+
+@pytest.mark.parametrize(
+    "flag", ["--hub-token", "--hub_token", "--hub_tok", "--wandb_api_key", "--wandb-api-key", "--client_secret"]
+)
+def test_flags_that_hold_a_secret_go_with_it(flag):
+    assert without_tokens(["run", flag, "abc", f"{flag}=abc", "--seed", "1"]) == ["run", "--seed", "1"]
+
+
+def test_flags_of_numbers_of_tokens_stay():
+    assert scrub_command(["run", "--max_tokens", "64"]) == "run --max_tokens 64"
+
+
+def test_the_names_of_user_and_machine_are_cut(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/alice"))
+    monkeypatch.setattr(scrub.platform, "node", lambda: "bigbox-7")
+    assert scrub.scrub("alice on bigbox-7 in /home/alice, not malice") == "… on … in …, not malice"
+
+
+def test_arguments_are_scrubbed_in_their_dicts_and_lists_too():
+    @dataclasses.dataclass
+    class Arguments:
+        settings: dict
+        hub_token: str
+
+    clean = scrub_arguments(Arguments({"token": "abc", "paths": ["/a/b/c"], "n": 3}, "abc"))
+    assert clean == Arguments({"token": None, "paths": ["c"], "n": 3}, None)
