@@ -15,10 +15,11 @@ PAPER = "https://arxiv.org/abs/2410.20035"
 HUB = "https://huggingface.co"  # and not the endpoint of this machine
 CITATION = """@inproceedings{subramaniam2025guidance,
   title     = {Training the Untrainable: Introducing Inductive Bias via Representational Alignment},
-  author    = {Subramaniam, Vighnesh and Mayo, David and Conwell, Colin and Poggio, Tomaso and Katz, Boris and Cheung, Brian and Barbu, Andrei},
+  author    = {Subramaniam, Vighnesh and Mayo, David and Conwell, Colin and Poggio, Tomaso and
+               Katz, Boris and Cheung, Brian and Barbu, Andrei},
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2025}
-}"""  # noqa: E501
+}"""
 WIDTH = 60  # of a line of the command, after which the next flag starts another
 SEEN = {
     "batch": "what the target saw",
