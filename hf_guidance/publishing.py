@@ -197,14 +197,15 @@ class PublishingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[mis
         name = card.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
         self.create_model_card(model_name=name, **card, **({"tags": tags} if tags else {}))
         self._finish_current_push()
-        return HfApi().upload_folder(
+        upload: Any = HfApi().upload_folder
+        return upload(
             repo_id=str(self.hub_model_id),
             folder_path=str(self.args.output_dir),
             commit_message=commit_message,
             token=token,
-            run_as_future=not blocking,
             ignore_patterns=self._left_out(),
             revision=revision or self.args.hub_revision,
+            run_as_future=not blocking,
         )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
