@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -125,13 +124,7 @@ def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
         for t, g in (name.split("~") for name in first if name != "step")
         if f"{t}~{g}" in last
     ]
-    rows.sort(key=lambda row: (_by_number(row["target"]), _by_number(row["guide"])))  # logs are sorted letter by letter
     return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 9 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def best_step(trainer: Any) -> int | None:

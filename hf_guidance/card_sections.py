@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -126,7 +127,7 @@ def _not_default(config: GuidanceConfig) -> list[list[str]]:
     """Rows of the settings that most runs leave alone."""
     every, mapping = config.guidance_every, config.layer_mapping
     rows = {
-        "guided at": f"each {every}th optimizer step" if every > 1 else None,
+        "guided at": f"one optimizer step in {every}" if every > 1 else None,
         "similarity over": "the batches of all processes as one" if config.similarity_batch == "global" else None,
         "sketch": f"wider layers cut to {config.sketch} numbers a sample" if config.sketch is not None else None,
         "layers paired": mapping if mapping != "even" else None,
@@ -136,6 +137,12 @@ def _not_default(config: GuidanceConfig) -> list[list[str]]:
     return [[name, value] for name, value in rows.items() if value is not None]
 
 
+def _in_order(row: Facts) -> list[tuple[int, str]]:
+    """A key that sorts layer 9 before layer 10; logs are sorted letter by letter."""
+    parts = re.split(r"(\d+)", f"{row['target']}~{row['guide']}")
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
 def pairs(facts: Facts) -> str:
     """Similarity of each pair of layers before and after."""
     found = facts.get("pairs")
@@ -143,7 +150,10 @@ def pairs(facts: Facts) -> str:
         return ""
     first, last = _span(0, found["first"]), _span(found["before_last"], found["last"])
     header = ["target layer", "guide layer", f"similarity, {first}", last]
-    rows = [[p["target"], p["guide"], shown(p["first"], 3), shown(p["last"], 3)] for p in found["rows"]]
+    rows = [
+        [p["target"], p["guide"], shown(p["first"], 3), shown(p["last"], 3)]
+        for p in sorted(found["rows"], key=_in_order)
+    ]
     return table(header, rows)
 
 
