@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import (
     AutoModel,
@@ -138,6 +140,10 @@ def test_greedy_generation_of_a_left_padded_batch_is_the_plain_loop(cell):
         assert torch.equal(generated[row], greedy(model, inputs["input_ids"][row, valid], 8))
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) >= Version("5.24"),
+    reason="generation without a cache gives other tokens than with one since transformers 5.24",
+)
 @every_cell
 @pytest.mark.parametrize(
     "strategy", [{"do_sample": True}, {"num_beams": 3, "do_sample": False}], ids=["sample", "beam"]
@@ -282,8 +288,19 @@ def test_auto_classes_load_a_saved_model_without_the_package(tmp_path):
     assert torch.equal(torch.load(tmp_path / "generated.pt"), generated)
 
 
+def has_bfloat16_lstm():
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            nn.LSTM(4, 4, batch_first=True)(torch.randn(2, 3, 4))
+    except RuntimeError:
+        return False
+    return True
+
+
 @every_cell
 def test_bfloat16_autocast_trains_and_generates(cell):
+    if cell == "lstm" and not has_bfloat16_lstm():
+        pytest.skip("this CPU cannot run torch's LSTM in bfloat16")
     model, inputs = build(RNNForCausalLM, cell), batch("left")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
