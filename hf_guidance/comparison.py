@@ -188,6 +188,8 @@ def _check_settings(place: Path, now: dict[str, Any]) -> None:
     if not (place / SETTINGS).is_file():
         return
     then = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+    if then.get("guidance"):  # what did not exist when it ran is at its default
+        then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
     if changed := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
         raise ValueError(
             f"{place} holds a run with other settings ({', '.join(changed)}). Give another --output_dir, or remove "

@@ -25,7 +25,7 @@ OPTIONS = {
     "max_eval_blocks": "blocks to validate and to test with, at most",
     "vocab_size": "tokens in the vocabulary",
 }
-NOT_SHOWN = ("task", "dataset", "text_files", "guide_source", "target", "guide")
+NOT_SHOWN = ("task", "train_size", "dataset", "text_files", "guide_source", "target", "guide")
 
 
 def known(facts: Facts) -> Facts:

@@ -95,6 +95,7 @@ class Arguments(RecipeArguments):
     label_column: Optional[str] = field(default=None, metadata={"help": "Left out, the column with classes."})
     num_labels: Optional[int] = field(default=None, metadata={"help": "Of a dataset that does not name its classes."})
     streaming: Optional[bool] = field(default=None, metadata={"help": "Read while training; so ImageNet by default."})
+    train_size: Optional[int] = field(default=None, metadata={"help": "Rows to train on; all if left out."})
     shuffle_buffer: int = field(default=2000, metadata={"help": "Images of a stream shuffled among one another."})
     augmentation: Optional[str] = field(default=None, metadata={"help": f"One of {', '.join(AUGMENTATIONS)}."})
     on_bad_image: str = field(default="raise", metadata={"help": "raise, or skip what cannot be decoded and count it."})
@@ -181,6 +182,8 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
             "on_bad_image",
         )
     }
+    if recipe.train_size is not None:
+        options["train_size"] = recipe.train_size
     pixels = PixelFormat(size, own.mean, own.std)
     load = partial(image_classification, **options)
     task = load(target=pixels, guide=own)

@@ -34,7 +34,7 @@ class RNNConfig(PreTrainedConfig):
     """
 
     model_type = "plain_rnn"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]  # transformers from 5.24, before
 
     vocab_size: int = 50257
     embedding_size: int | None = None

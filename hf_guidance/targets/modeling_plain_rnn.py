@@ -1,5 +1,6 @@
 """Recurrent targets; loads from the Hub without this package, so it imports only its configuration from it."""
 
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_plain_rnn import RNNConfig
 
 CELLS = {"tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+# What the forwards take and return the states as: transformers 5.24 gave it another name.
+CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"
 State = tuple[Tensor, ...]  # (hidden,), or an LSTM's (hidden, cell); each (1, batch, hidden_size)
 
 
@@ -107,25 +110,27 @@ class RNNModel(RNNPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: RNNCache | None = None,
+        cache: RNNCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: RNNCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Read rows of tokens from left to right.
 
         Args:
             input_ids: Tokens, `(batch, length)`; these or `inputs_embeds`.
-            attention_mask: 0 at padding, on whichever side, else 1; `(batch, length)`, or longer by what
-                `past_key_values` has read. Padding touches no state, and its own outputs are 0.
-            past_key_values: States to continue from; updated in place.
+            attention_mask: 0 at padding, on whichever side, else 1; `(batch, length)`, or longer by what `cache`
+                has read. Padding touches no state, and its own outputs are 0.
+            cache: States to continue from; updated in place.
             inputs_embeds: Embedded tokens, `(batch, length, embedding_size)`.
             use_cache: Whether to return the states; `None` means as configured, but not in training.
             output_hidden_states: Whether to return every layer's output; `None` means as configured.
+            past_key_values: The name of `cache` before transformers 5.24.
 
         Returns:
-            `last_hidden_state` `(batch, length, hidden_size)`, `past_key_values`, and `hidden_states`: embeddings,
+            `last_hidden_state` `(batch, length, hidden_size)`, the cache, and `hidden_states`: embeddings,
             layer 1, ..., layer N, each `(batch, length, size)`, before dropout.
 
         Raises:
@@ -134,7 +139,8 @@ class RNNModel(RNNPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"give input_ids or inputs_embeds, got {'neither' if input_ids is None else 'both'}")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache = RNNCache(len(self.layers)) if past_key_values is None and use_cache else past_key_values
+        cache = past_key_values if cache is None else cache
+        cache = RNNCache(len(self.layers)) if cache is None and use_cache else cache
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows = None if attention_mask is None else _ValidFirst(attention_mask[:, -hidden.shape[1] :])
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -179,11 +185,12 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: RNNCache | None = None,
+        cache: RNNCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: RNNCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Score the next token at every position; arguments as in `RNNModel.forward`, and two more.
@@ -193,16 +200,17 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             logits_to_keep: Number of last positions to score, or their indices; 0 means all.
 
         Returns:
-            `loss` (if there are labels), `logits` `(batch, length, vocab_size)`, `past_key_values`, `hidden_states`.
+            `loss` (if there are labels), `logits` `(batch, length, vocab_size)`, the cache, `hidden_states`.
         """
         kwargs["return_dict"] = True
-        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs)
+        cache = past_key_values if cache is None else cache
+        outputs = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return CausalLMOutputWithPast(loss, logits, getattr(outputs, CACHE), outputs.hidden_states)
 
 
 class RNNForSequenceClassification(RNNPreTrainedModel):

@@ -103,6 +103,17 @@ def class_names(features: Features, column: str, dataset: str, num_labels: int |
     return names or [str(number) for number in range(num_labels or 0)]
 
 
+def training_rows(split: Dataset | IterableDataset, label: str, dataset: str, size: int | None) -> Any:
+    """The first rows to train on, or all of them."""
+    from datasets import Dataset
+
+    if size is None or not isinstance(split, Dataset):
+        return split
+    if size > len(split):
+        raise ValueError(f"train_size is {size}, but {dataset} has {len(split)} rows to train on.")
+    return _rows(split, label, size)
+
+
 def evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: int | None) -> tuple[Dataset, Dataset]:
     """Rows to validate and to test with, in memory; a split without labels (ImageNet's test) counts as missing."""
     validation = next((splits[name] for name in VALIDATION if name in splits), None)

@@ -27,6 +27,7 @@ def image_classification(
     image_column: str | None = None,
     label_column: str | None = None,
     num_labels: int | None = None,
+    train_size: int | None = None,
     eval_size: int | None = None,
     shuffle_buffer: int = 2000,
     on_bad_image: str = "raise",
@@ -48,6 +49,7 @@ def image_classification(
         image_column: name; None finds the one that holds images.
         label_column: name; None finds the one that holds classes.
         num_labels: of a dataset that does not name its classes.
+        train_size: rows to train on; None for all. Not of a stream, whose steps say how much of it is read.
         eval_size: rows to validate, and to test, with at most; None for all, or for 5000 of a stream, which are held in
             memory, encoded.
         shuffle_buffer: encoded images of a stream that are shuffled among one another, in each worker.
@@ -67,7 +69,15 @@ def image_classification(
 
     from .image_decoding import AUGMENTATIONS, CROP_FRACTION, ImageCollator, ImageDecoder, PixelFormat
     from .image_rows import ImageRows, ImageStream
-    from .image_splits import class_names, digits, evaluation_splits, features_of, find_columns, load_splits
+    from .image_splits import (
+        class_names,
+        digits,
+        evaluation_splits,
+        features_of,
+        find_columns,
+        load_splits,
+        training_rows,
+    )
     from .metrics import TopKAccuracy
 
     for name, value, possible in (
@@ -76,6 +86,11 @@ def image_classification(
     ):
         if value not in possible:
             raise ValueError(f"{name} is {value!r}; possible are {', '.join(possible)}.")
+    if train_size is not None and (streaming or train_size < 1):
+        raise ValueError(
+            f"train_size is {train_size}"
+            + (", of a stream: leave it out, the steps say how much is read." if streaming else "; it must be at least 1.")
+        )
     target = target or PixelFormat(28)
     splits = digits() if dataset == "digits" else load_splits(dataset, dataset_config, streaming)
     features = features_of(splits["train"], dataset)
@@ -88,7 +103,7 @@ def image_classification(
     sizes = (target.size,) if guide is None or guide.size == target.size else (target.size, guide.size)
     crop = CROP_FRACTION if augmentation == "crop_flip" else 1.0
     decoder = partial(ImageDecoder, sizes, columns, len(names), crop=crop, seed=seed, on_bad_image=on_bad_image)
-    train: Any = encoded["train"]
+    train: Any = training_rows(encoded["train"], columns[1], dataset, train_size)
     if streaming and dataset != "digits":
         train = ImageStream.of(train, decoder(augmentation), shuffle_buffer)
     else:

@@ -254,9 +254,21 @@ def test_another_seed_is_another_order_and_another_augmentation(imagenet):
 def test_rows_that_come_class_by_class_are_shuffled_before_some_are_taken(tmp_path):
     labelled = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
     folder = rows_of(tmp_path, labelled, {"image": [PICTURE] * 40, "label": [0] * 20 + [1] * 20})
-    task = load(folder, eval_size=8)
+    task = load(folder, eval_size=8, train_size=8)
+    assert {task.train_dataset[i]["labels"] for i in range(8)} == {0, 1}
     labels = [task.eval_dataset[i]["labels"] for i in range(8)] + [task.test_dataset[i]["labels"] for i in range(8)]
     assert set(labels) == {0, 1}
+
+
+def test_some_rows_to_train_on(imagenet):
+    assert len(load(imagenet, train_size=5).train_dataset) == 5
+    for options, words in (
+        ({"train_size": 0}, "train_size is 0; it must be at least 1"),
+        ({"train_size": 100}, "train_size is 100, but .* has 48 rows to train on"),
+        ({"train_size": 5, "streaming": True}, "train_size is 5, of a stream: leave it out"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(imagenet, **options)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
