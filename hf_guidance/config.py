@@ -99,6 +99,9 @@ class GuidanceConfig:
     on_non_finite: str = _knob(
         "stop", "An optimizer step whose loss, similarity or gradient is not finite: stop, naming it, or skip the step."
     )
+    shard_guide: bool = _knob(
+        False, "Keep a share of the guide's weights on each process, for a guide too large to be whole on all of them."
+    )
     save_guide: bool = _knob(False, "Save the guide's weights beside the run, in <output_dir>/guide.")
 
     def __post_init__(self) -> None:
@@ -162,6 +165,11 @@ class GuidanceConfig:
                     f"cache_guide needs guide features that depend on the sample alone, and {name} is "
                     f"{getattr(self, name)!r}: set {possible!r}, or leave cache_guide out."
                 )
+        if self.shard_guide:
+            raise ValueError(
+                "cache_guide runs the guide where a process meets new samples, and with shard_guide all must run it "
+                "together: leave one of the two out."
+            )
         if self.guide_batch_norm == "batch":
             raise ValueError(
                 "cache_guide needs guide features that depend on the sample alone, and with guide_batch_norm='batch' "

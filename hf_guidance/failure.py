@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -75,8 +75,7 @@ class FiniteSteps(TrainerCallback):
         step = state.global_step + 1
         if not self.skip:
             raise FloatingPointError(
-                f"Optimizer step {step} is not finite: {names}. It was not taken: the weights and the checkpoints are "
-                "those of earlier steps. Lower the learning rate or look at the data, or leave such steps out with "
+                f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate or look at the data, or leave such steps out with "
                 "on_non_finite='skip'."
             )
         for buffer, before in self._buffers:
@@ -85,6 +84,11 @@ class FiniteSteps(TrainerCallback):
         if self.accelerator.is_main_process:
             logger.warning("Optimizer step %d is left out, as it is not finite: %s.", step, names)
             self.logs.add("guidance/skipped_steps", 1.0, 0)
+
+    def _what_was_done(self) -> str:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its step is part of the backward pass
+            return "DeepSpeed had taken it by then; the checkpoints are those of earlier steps."
+        return "It was not taken: the weights and the checkpoints are those of earlier steps."
 
     def _any_not_finite(self) -> bool:
         seen = [values for _, _, values in self._seen]

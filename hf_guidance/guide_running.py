@@ -15,6 +15,7 @@ from hf_guidance.guide_input import forward_arguments
 from hf_guidance.kernels import flat
 from hf_guidance.mapping import LAST
 from hf_guidance.samples import Samples
+from hf_guidance.sharding import is_sharded
 from hf_guidance.sketch import Sketch
 
 
@@ -57,7 +58,8 @@ class GuideRunning:
         """One forward, each layer reduced as soon as it is there; it ends with the last one that is in a pair."""
         own_forward = getattr(self.guide.forward, "__func__", None) is type(self.guide).forward
         placed = hasattr(self.guide, "hf_device_map")  # weights that are fetched for each forward, and put back
-        self.reader.stop_early = own_forward and not placed and self.cache is None
+        whole_forward = placed or is_sharded(self.guide)  # to put back what was gathered
+        self.reader.stop_early = own_forward and not whole_forward and self.cache is None
         with self.autocast(), self.reader.reading(reduce) as read, suppress(AllRead):
             forward(self.guide, inputs)
         return read

@@ -10,6 +10,8 @@ import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 
+from hf_guidance.sharding import is_sharded, whole_state
+
 IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
 
 
@@ -18,6 +20,8 @@ def fingerprint(model: nn.Module) -> str:
     state = model.state_dict()
     if any(value.device.type == "meta" for value in state.values()):  # weights that a device map keeps elsewhere
         state = get_state_dict_offloaded_model(model)
+    elif is_sharded(model):
+        state = whole_state(model)
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())

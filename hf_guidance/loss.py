@@ -29,6 +29,7 @@ from hf_guidance.pairwise import Grams, guidance_loss, similarities
 from hf_guidance.ranks import Ranks
 from hf_guidance.samples import Samples
 from hf_guidance.schedule import Weights, make_schedule
+from hf_guidance.sharding import shard
 from hf_guidance.similarity import Measure, get_measure
 from hf_guidance.sketch import Sketch
 
@@ -92,6 +93,8 @@ class GuidanceLoss:
         self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
         check_apart(target, guide)
         freeze(guide, self.config.guide_batch_norm)
+        if self.config.shard_guide:
+            shard(guide)
         names = [self.config.measure, *self.config.log_measures]
         self.measures: list[Measure] = [get_measure(name) for name in dict.fromkeys(names)]
         self.ranks = Ranks() if self.config.similarity_batch == "global" else None
@@ -140,7 +143,8 @@ class GuidanceLoss:
         choice = generator_for(*key[:3], 0 if self.ranks else rank).initial_seed()  # of tokens, the ranks' as one
         samples = self._samples(seen, seed=choice)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
-        if config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples:
+        too_few = config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples
+        if too_few and not config.shard_guide:  # which the other ranks cannot run without this one
             yield watched
             return
         guide_samples, guide_grams = self._run_guide(batch, samples, key)
@@ -243,7 +247,8 @@ class GuidanceLoss:
 
 def alone(config: GuidanceConfig) -> GuidanceConfig:
     """The same comparison for one process and one batch outside of training: no other ranks, no cache, at any step."""
-    return replace(config, similarity_batch="local", cache_guide=None, sample_id_column=None, guidance_every=1)
+    changes: dict[str, Any] = {"similarity_batch": "local", "cache_guide": None, "sample_id_column": None}
+    return replace(config, **changes, guidance_every=1, shard_guide=False)
 
 
 def _not_recomputed(reduce: Reduce) -> Reduce:

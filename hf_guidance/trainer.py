@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -28,6 +28,7 @@ from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.preparation import calibrate, open_cache
 from hf_guidance.publishing import PublishingMixin
 from hf_guidance.resuming import ResumingMixin, check_goes_on, checkpoint_to_resume
+from hf_guidance.sharding import is_sharded, whole_state
 from hf_guidance.similarity import get_measure
 
 GUIDE_FOLDER = "guide"
@@ -59,7 +60,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         if guide is None:
             return
         self._check_settings()
-        freeze(guide, self.guidance.guide_batch_norm, self.accelerator.device)
+        shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
+        freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
         if self._calibrates():
             calibrate_batch_norm(guide, ())  # forgets the statistics, which are then no part of the guide's identity
         self.guide_identity = identity(guide)
@@ -200,7 +202,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             calibrate(self)
         if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
             open_cache(self)
-        if self.guide is not None and self.guidance.save_guide and self.args.should_save:
+        if self.guide is not None and self.guidance.save_guide:
             self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -208,10 +210,15 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
 
     def _save_guide(self, folder: Path) -> None:
+        state = whole_state(self.guide) if is_sharded(self.guide) else None  # by all ranks together
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         if hasattr(self.guide, "save_pretrained"):
-            self.guide.save_pretrained(folder)
+            self.guide.save_pretrained(folder, state_dict=state)
+        elif state is not None:
+            save_file(state, str(folder / "model.safetensors"))
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             save_model(self.guide, str(folder / "model.safetensors"))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

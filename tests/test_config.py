@@ -41,6 +41,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "guide_shares_tokenizer": True,
     "log_measures": ["rsa", "ridge"],
     "on_non_finite": "skip",
+    "shard_guide": True,
     "save_guide": True,
 }
 PAIRS = {"layer_pairs": ["hidden_states.1~layer1", "hidden_states.2~layer1"]}

@@ -17,7 +17,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
-    {"runtime", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
+    {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
     | {"scrub", "history", "markdown"},
     {"identity"},
     {"samples", "features", "guide", "guide_input", "flags"},

@@ -68,6 +68,22 @@ def test_a_target_under_fully_shard_has_the_loss_and_gradients_of_a_whole_one(ra
         torch.testing.assert_close(half["gradients"], whole["gradients"], rtol=1e-4, atol=2e-6)
 
 
+def test_a_guide_that_is_shared_between_the_ranks_guides_as_a_whole_one(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        whole, shared = rank["sharded guide"]["whole"], rank["sharded guide"]["shared"]
+        assert len(shared["losses"]) == 3
+        assert "guidance/loss" in shared["losses"][0]
+        for one, other in zip(whole["losses"], shared["losses"], strict=True):
+            assert other == pytest.approx(one, rel=1e-6)
+        torch.testing.assert_close(shared["weights"], whole["weights"], rtol=1e-6, atol=1e-7)
+        assert shared["identity"] == shared["fingerprint"] == whole["fingerprint"]
+        assert shared["saved"].keys() == whole["saved"].keys()
+        assert all(torch.equal(tensor, whole["saved"][name]) for name, tensor in shared["saved"].items())
+    held = [rank["sharded guide"]["shared"]["held"] for rank in ranks]
+    assert sum(held) == ranks[0]["sharded guide"]["whole"]["held"]
+    assert max(held) <= 0.6 * sum(held)
+
+
 @pytest.mark.slow  # half a minute each
 @pytest.mark.parametrize(
     ("way", "words"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from builders import gpt2, llama, token_batch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import get_rank
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +23,7 @@ from trainers import make_trainer, weights
 from transformers import TrainerState
 
 from hf_guidance import GuidanceLoss
+from hf_guidance.identity import fingerprint
 
 GLOO = {"ddp_find_unused_parameters": False}
 
@@ -31,6 +33,7 @@ def main(folder: Path) -> None:
     seen = {action: not_finite(folder, action) for action in ("stop", "skip")}
     seen["late"] = late(folder / "late")
     seen["sharded"] = sharded()
+    seen["sharded guide"] = {kind: sharded_guide(folder / kind, kind) for kind in ("whole", "shared")}
     rank = get_rank()
     torch.save(seen, folder / f"rank{rank}.pt.part")
     (folder / f"rank{rank}.pt.part").rename(folder / f"rank{rank}.pt")
@@ -102,6 +105,25 @@ def sharded() -> dict[str, Any]:
         }
     seen["guide is sharded"] = any(isinstance(p, DTensor) for p in guide.parameters())
     return seen
+
+
+def sharded_guide(folder: Path, kind: str) -> dict[str, Any]:
+    """A run whose guide is whole on each rank, or shared between them."""
+    options = {"shard_guide": kind == "shared", "save_guide": True, "max_steps": 3}
+    trainer = make_trainer(folder, gpt2(), llama(), **options, **GLOO)
+    layers = [parameter for name, parameter in trainer.guide.named_parameters() if "layers." in name]
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    losses = [{name: value for name, value in log.items() if "loss" in name or "similarity" in name} for log in logs]
+    saved = load_file(folder / "guide" / "model.safetensors")
+    return {
+        "losses": losses,
+        "weights": weights(trainer.model),
+        "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in layers),
+        "saved": {name: tensor for name, tensor in saved.items() if "layers." in name},
+        "fingerprint": fingerprint(trainer.guide),
+        "identity": trainer.guide_identity["fingerprint"],
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""A guide too large for one device: each process keeps a share of its weights, and gathers a block's when that runs."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 0.1  # share of all weights above which a module is taken apart, if it has parts
+
+
+def shard(guide: nn.Module) -> nn.Module:
+    """Spread the weights of a frozen guide over all processes, in place; every forward must then run on all of them.
+
+    A unit, whose weights are together while it runs, is a block that transformers' ``_no_split_modules`` names, or else
+    any module with no more than a tenth of the weights. What larger modules hold of their own stays whole. The guide may
+    still be on the host: no device has to hold all of it at any time. With one process nothing is done.
+
+    Args:
+        guide: whose weights every process has in full; one that is sharded already stays as it is.
+
+    Raises:
+        ValueError: a guide that is quantised or spread by a device map.
+
+    Source: ``torch.distributed.fsdp.fully_shard``.
+    """
+    if is_sharded(guide):
+        return guide
+    if getattr(guide, "hf_device_map", None) or getattr(guide, "is_quantized", False):
+        raise ValueError(
+            "shard_guide spreads whole weights over the processes, and this guide is quantised or spread by a "
+            "device_map already: load it without, or leave shard_guide out."
+        )
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        logger.warning("shard_guide has no other process to share the guide with: it is kept whole.")
+        return guide
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = torch.accelerator.current_accelerator() if dist.get_backend() != "gloo" else None
+    mesh = init_device_mesh(device.type if device else "cpu", (dist.get_world_size(),))
+    units = _units(guide)
+    uses = Counter(parameter for unit in units for parameter in unit.parameters())
+    tied = {parameter for parameter, count in uses.items() if count > 1}
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=tied)
+    if device:
+        guide.to(device)  # what stays whole
+    return guide
+
+
+def is_sharded(network: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor in full, gathered from all processes (which must all ask) if it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_state(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the network's state in full, on the host; all processes must ask for it."""
+    return {name: whole(value.detach()).cpu().clone() for name, value in network.state_dict().items()}
+
+
+def _units(guide: nn.Module) -> list[nn.Module]:
+    # transformers finds by its class what a network records, and `fully_shard` changes the class: never a whole model
+    names, total = set(getattr(guide, "_no_split_modules", None) or ()), _size(guide)
+
+    def within(module: nn.Module) -> list[nn.Module]:
+        units: list[nn.Module] = []
+        for child in module.children():
+            whole_unit = type(child).__name__ in names or _size(child) <= LARGEST * total or not any(child.children())
+            is_model = isinstance(child, (PreTrainedModel, nn.ModuleList, nn.ModuleDict))
+            if _size(child):
+                units += [child] if whole_unit and not is_model else within(child)
+        return units
+
+    return list(dict.fromkeys(within(guide)))  # a module may stand in two places
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
