@@ -28,6 +28,7 @@ from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.loss import GuidanceLoss, alone
 from hf_guidance.record import TrainingClock, first_rows, record_of, similarity_map_of
 from hf_guidance.resuming import last_whole_checkpoint
+from hf_guidance.sharding import built_whole
 from hf_guidance.similarity import get_measure
 from hf_guidance.trainer import GuidanceTrainer
 
@@ -83,7 +84,8 @@ def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
         return
     set_seed(run.seed)
     size = max(FEW, get_measure(config.measure).min_samples)
-    loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
+    with built_whole():
+        loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
     with torch.no_grad(), loss.watch(first_rows(run.task or task, size), step=0) as watched:
         loss.target(**watched.inputs)
     loss.close()

@@ -22,7 +22,7 @@ HIDDEN_STATES = "hidden_states"
 CHOICES = {
     "guidance_reduction": ("sum", "mean"),
     "sample_axis": ("sequence", "token"),
-    "similarity_batch": ("local", "global"),
+    "similarity_batch": ("local", "global", "accumulated"),
     "guide_input": ("batch", "noise", "prealign_noise", "shuffled"),
     "guide_batch_norm": ("eval", "batch", "calibrated"),
     "on_non_finite": ("stop", "skip"),
@@ -68,7 +68,9 @@ class GuidanceConfig:
     )
     max_tokens: int = _knob(1024, "With sample_axis=token: at most so many positions, chosen by a hash, per batch.")
     similarity_batch: str = _knob(
-        "local", "The batch a similarity is taken over: local (each process its own) or global (all processes' as one)."
+        "local",
+        "The batch a similarity is taken over: local (each process its own), global (all processes' as one) or "
+        "accumulated (each process its own of a whole optimizer step, the target running twice).",
     )
     sketch: Optional[int] = _knob(
         None, "Keep so many numbers a sample of wider layers, by a random linear sketch; none compares exactly."
@@ -135,6 +137,12 @@ class GuidanceConfig:
         if self.guide_input == "prealign_noise" and not self.prealign_steps:
             raise ValueError("guide_input='prealign_noise' is for pre-alignment: set prealign_steps to 1 or more.")
 
+        if self.similarity_batch == "accumulated" and self.guide_input != "batch":
+            raise ValueError(
+                f"similarity_batch='accumulated' needs guide_input='batch', got {self.guide_input!r}: set it, or "
+                "similarity_batch='local'."
+            )
+
     def _check_layers(self) -> None:
         for name in ("target_layers", "guide_layers"):
             if not getattr(self, name) or not all(entry.strip() for entry in getattr(self, name)):
@@ -159,6 +167,8 @@ class GuidanceConfig:
                 "cache_guide keeps a sketch of each sample's features under its id: set sketch (1024, say) and "
                 "sample_id_column (dataset.add_column('id', range(len(dataset))) makes one)."
             )
+        if self.similarity_batch == "accumulated":
+            raise ValueError("cache_guide cannot be had with similarity_batch='accumulated': leave one of the two out.")
         for name, possible in (("sample_axis", "sequence"), ("guide_input", "batch")):
             if getattr(self, name) != possible:
                 raise ValueError(

@@ -75,8 +75,8 @@ class FiniteSteps(TrainerCallback):
         step = state.global_step + 1
         if not self.skip:
             raise FloatingPointError(
-                f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate or look at the data, or leave such steps out with "
-                "on_non_finite='skip'."
+                f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate, look "
+                "at the data, or leave such steps out with on_non_finite='skip'."
             )
         for buffer, before in self._buffers:
             buffer.copy_(before)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_guidance.identity import IDENTITY
+from hf_guidance.sharding import built_whole
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,13 @@ def load_guide(
         raise ValueError("use_safetensors is always on: pickled weights can run code when they are read.")
     if untrained and kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
-    if untrained:
-        config = _or_explain(source, lambda: _config_of(source, **hub))
-        with _seeded(seed):
-            guide = _build(config, AutoModel, trust_remote_code)
-    else:
-        guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
+    with built_whole():
+        if untrained:
+            config = _or_explain(source, lambda: _config_of(source, **hub))
+            with _seeded(seed):
+                guide = _build(config, AutoModel, trust_remote_code)
+        else:
+            guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
     origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
     setattr(guide, IDENTITY, origin | {"revision": getattr(guide.config, "_commit_hash", None)})
     return freeze(guide)

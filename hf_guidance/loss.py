@@ -140,24 +140,23 @@ class GuidanceLoss:
             batch = noise_like(batch, self._common_vocabulary(), generator_for(*key))
         config = self.config
         seen = with_decoder_inputs(batch, self.target)
-        choice = generator_for(*key[:3], 0 if self.ranks else rank).initial_seed()  # of tokens, the ranks' as one
-        samples = self._samples(seen, seed=choice)
+        samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
         too_few = config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples
         if too_few and not config.shard_guide:  # which the other ranks cannot run without this one
             yield watched
             return
         guide_samples, guide_grams = self._run_guide(batch, samples, key)
-        with self.target_reader.reading(_not_recomputed(samples.gram)) as target_grams:
+        with self.target_reader.reading(not_recomputed(samples.gram)) as target_grams:
             yield watched
-        if not target_grams:
-            raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
-        if self.pairs is None:
-            self._resolve_pairs(padded=bool(samples.masks))
-        self._check_aligned(samples, guide_samples, target_grams, guide_grams)
-        self._compare(watched, target_grams, guide_grams, log)
+        self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
 
-    def _samples(self, batch: Mapping[str, Any], **options: Any) -> Samples:
+    def samples_of(
+        self, batch: Mapping[str, Any], like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0
+    ) -> Samples:
+        """What the samples of a batch are; tokens are chosen by where the run is, or are those of `like`."""
+        place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks' tokens are chosen as one
+        options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed()}
         config = self.config
         return Samples(batch, config.sample_axis, config.max_tokens, ranks=self.ranks, sketch=self.sketch, **options)
 
@@ -189,7 +188,7 @@ class GuidanceLoss:
             inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
         elif self.config.guide_input == "shuffled":
             inputs = shuffle_rows(inputs, generator_for(*key, 2))
-        guide_samples = self._samples(inputs, like=samples)
+        guide_samples = self.samples_of(inputs, like=samples)
         return guide_samples, self.running.grams(inputs, batch, guide_samples)
 
     def close(self) -> None:
@@ -226,13 +225,34 @@ class GuidanceLoss:
                     "the same positions. Use sample_axis='sequence'."
                 )
 
-    def _compare(self, watched: Watched, targets: Grams, guides: Grams, log: bool) -> None:
+    def compare(
+        self,
+        watched: Watched,
+        target: tuple[Samples, Grams],
+        guide: tuple[Samples, Grams],
+        *,
+        log: bool = True,
+        scale: float = 1.0,
+    ) -> None:
+        """Fill in what the Gram matrices of the two networks give: loss and similarities.
+
+        Args:
+            target, guide: their samples, and the Gram matrices of their layers.
+            log: whether to compute the config's `log_measures` too.
+            scale: factor of the gradient alone.
+        """
+        (samples, targets), (guide_samples, guides) = target, guide
+        if not targets:
+            raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
+        if self.pairs is None:
+            self._resolve_pairs(padded=bool(samples.masks))
         assert self.pairs is not None
+        self._check_aligned(samples, guide_samples, targets, guides)
         n = next(iter(targets.values())).shape[0]
         trained_on, *logged = self.measures
         if n < trained_on.min_samples:
             return
-        mean, scale = self.config.guidance_reduction == "mean", self.ranks.scale if self.ranks else 1
+        mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
         watched.loss, values = guidance_loss(self.pairs, trained_on, targets, guides, mean=mean, scale=scale)
         watched.similarities[trained_on.name] = values
         for measure in logged if log else ():
@@ -251,7 +271,7 @@ def alone(config: GuidanceConfig) -> GuidanceConfig:
     return replace(config, **changes, guidance_every=1, shard_guide=False)
 
 
-def _not_recomputed(reduce: Reduce) -> Reduce:
+def not_recomputed(reduce: Reduce) -> Reduce:
     """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here.
 
     Reentrant checkpointing is refused: its first forward has no gradients, and a layer inside would count for nothing.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -20,8 +22,8 @@ def shard(guide: nn.Module) -> nn.Module:
     """Spread the weights of a frozen guide over all processes, in place; every forward must then run on all of them.
 
     A unit, whose weights are together while it runs, is a block that transformers' ``_no_split_modules`` names, or else
-    any module with no more than a tenth of the weights. What larger modules hold of their own stays whole. The guide may
-    still be on the host: no device has to hold all of it at any time. With one process nothing is done.
+    any module with no more than a tenth of the weights. What larger modules hold of their own stays whole. The guide
+    may still be on the host: no device has to hold all of it at any time. With one process nothing is done.
 
     Args:
         guide: whose weights every process has in full; one that is sharded already stays as it is.
@@ -54,6 +56,35 @@ def shard(guide: nn.Module) -> nn.Module:
     if device:
         guide.to(device)  # what stays whole
     return guide
+
+
+@contextmanager
+def built_whole() -> Iterator[None]:
+    """Networks built inside are whole on every process.
+
+    Under ZeRO-3 transformers builds them in pieces, which only a network that is trained by DeepSpeed puts together.
+    """
+    from transformers.integrations import deepspeed
+
+    settings = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    kept = None if settings is None else settings()
+    if kept is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(kept)
+
+
+def check_whole(guide: nn.Module) -> None:
+    """Raise ValueError for a guide that ZeRO-3 built in pieces."""
+    if any(hasattr(parameter, "ds_id") for parameter in guide.parameters()):
+        raise ValueError(
+            "the guide was built in pieces, as transformers builds every network under DeepSpeed ZeRO-3 once there are "
+            "TrainingArguments, and nothing would put them together. Load it with load_guide, or before that."
+        )
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_guidance.accumulation import Accumulated, check_accumulates
 from hf_guidance.checks import check_machine
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.failure import GRADIENT, FiniteSteps
@@ -28,7 +29,7 @@ from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.preparation import calibrate, open_cache
 from hf_guidance.publishing import PublishingMixin
 from hf_guidance.resuming import ResumingMixin, check_goes_on, checkpoint_to_resume
-from hf_guidance.sharding import is_sharded, whole_state
+from hf_guidance.sharding import check_whole, is_sharded, whole_state
 from hf_guidance.similarity import get_measure
 
 GUIDE_FOLDER = "guide"
@@ -57,9 +58,12 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._sums = RunningMeans()
         self._finite = FiniteSteps(self.accelerator, self._sums, self.guidance.on_non_finite == "skip")
         self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
+        self._batches: list[dict[str, Any]] = []
+        self._window: Accumulated | None = None
         if guide is None:
             return
         self._check_settings()
+        check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
         freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
         if self._calibrates():
@@ -91,12 +95,15 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
                 "auto_find_batch_size changes the batch size, and a similarity depends on it. Set "
                 "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
             )
+        if config.similarity_batch == "accumulated":
+            check_accumulates(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         needed = get_measure(config.measure).min_samples
-        samples = args.per_device_train_batch_size * (args.world_size if config.similarity_batch == "global" else 1)
+        times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
+        samples = args.per_device_train_batch_size * times.get(config.similarity_batch, 1)
         if config.sample_axis == "sequence" and samples < needed:
             raise ValueError(
                 f"per_device_train_batch_size is {args.per_device_train_batch_size}, but {config.measure} needs at "
-                f"least {needed} samples a batch (accumulation does not enlarge it)."
+                f"least {needed} samples a batch (accumulation enlarges it with similarity_batch='accumulated' only)."
             )
         if self._data_collator_is_default() and not config.guide_shares_tokenizer:
             columns = getattr(self.train_dataset, "column_names", None)
@@ -144,7 +151,19 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self.guidance_loss.total_steps = self.state.max_steps
         step, micro_step = self._micro_step
         rank, log = self.accelerator.process_index, self._logs_at(step)
+        if self.guidance.similarity_batch == "accumulated":
+            if micro_step == 0:
+                batches = [self._prepare_inputs(batch) for batch in self._batches]
+                self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank)
+            assert self._window is not None
+            return self._window.watch(micro_step, log=log)
         return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; the micro-batches of the coming optimizer step are kept at hand."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._batches = found[0]
+        return found
 
     def _logs_at(self, step: int) -> bool:
         """Whether this is the last guided step before a log, so that what is only looked at is computed at no other."""

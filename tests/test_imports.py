@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "data_facts", "card_sections", "model_card"},
-    {"analysis"},
+    {"analysis", "accumulation"},
     {"publishing", "preparation", "resuming", "failure", "checks"},
     {"trainer", "distillation"},
     {"cost", "comparison", "record", "record_facts", "recipe_cards"},
