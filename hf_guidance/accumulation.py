@@ -81,10 +81,9 @@ class Accumulated:
         loss.compare(watched, (self._samples, grams), (self._guide_samples, self._guide_grams), log=log, scale=scale)
 
     def _look(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-        """What the target's layers show of each micro-batch; running statistics and random state stay as they were."""
+        """What the target's layers show of each micro-batch, and with which random state; no buffer moves."""
         target, found = self.loss.target, []
         buffers = [(buffer, buffer.clone()) for buffer in target.buffers()]
-        start = _random_state()
         for batch in batches:
             self._states.append(_random_state())
             inputs = without_guide(batch, self.loss.config.sample_id_column)
@@ -93,7 +92,6 @@ class Accumulated:
             found.append(read)
         for buffer, before in buffers:
             buffer.copy_(before)
-        _set_random_state(start)
         return found
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from launching import CONFIGS, Recipe
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("not __import__('importlib').util.find_spec('deepspeed')")]
 
@@ -65,13 +64,10 @@ def test_the_run_is_that_of_ddp(
         assert len(run[points]) == len(plain[points]) > 0
         for one, other in zip(run[points], plain[points], strict=True):
             assert {**one, "seconds": 0} == pytest.approx({**other, "seconds": 0}, rel=1e-4)
-    place = Path("seed-0") / "untrained_guide"
-    saved, other = (
-        AutoModelForCausalLM.from_pretrained(folder / place)
-        for folder in (tmp_path / "out", tmp_path / "plain" if options else by_ddp[1])
-    )
-    for (name, weight), (_, expected) in zip(saved.named_parameters(), other.named_parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-5, msg=name)
+    place = Path("seed-0") / "untrained_guide" / "model.safetensors"
+    expected = load_file((tmp_path / "plain" if options else by_ddp[1]) / place)
+    for name, weight in load_file(tmp_path / "out" / place).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=2e-4, msg=name)  # AdamW steps of 3e-3
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
