@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal ca
 # Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
 # the mean relative to that of the signal: up to here that stays below 1e-6.
 SAFE_OFFSET = 16
+EXPECTED = "gradient_is_centred"
 
 
 @contextmanager
@@ -88,10 +89,10 @@ def gram(
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …), as the mask has it"
         raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
     precision = precision or features.dtype
+    x = features if features.dtype == torch.float64 else features.float()
+    if mask is None:
+        return CentredKernel.apply(flat(x), precision, keep_copy and x is features)
     with exact_float32(features.device):
-        x = features if features.dtype == torch.float64 else features.float()
-        if mask is None:
-            return CentredKernel.apply(flat(x), precision, keep_copy and x is features)
         kernel, offset = _masked_kernel(x, mask.bool(), precision, sketch or (lambda centred: centred))
         kernel = center(kernel)  # also removes what rounding of the mean left behind
         return kernel / _scale(kernel.diagonal().mean().detach(), offset.detach(), precision)
@@ -114,35 +115,62 @@ class CentredKernel(torch.autograd.Function):
     """The Gram matrix ``x̃ x̃ᵀ / scale`` of features ``(n, d)`` without a mask.
 
     The gradient is one product, ``(G + Gᵀ) x̃``, where autograd makes two and goes through the centring as well; with
-    ``G`` centred it is as good with ``x`` in place of ``x̃``.
+    ``G`` centred it is as good with ``x`` in place of ``x̃``. A ``G`` that is known to be symmetric and centred
+    (`expect_centred`) is taken as it is.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, precision: torch.dtype, keep_copy: bool) -> Tensor:
-        kernel, offset, kept = _kernel(x, precision)
-        scale = _scale(kernel.diagonal().mean(), offset, precision)
+        kernel, inverse_scale, kept = _scaled_kernel(x, precision)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept, scale)
-        return kernel.div_(scale)
+            ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept, inverse_scale)
+        return kernel
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, scale = ctx.saved_tensors
-        return _center_in_place((gradient + gradient.T).div_(scale)) @ x, None, None
+        x, inverse_scale = ctx.saved_tensors
+        if getattr(ctx, EXPECTED, False):
+            weights = gradient * (2 * inverse_scale)
+        else:
+            weights = _center_in_place((gradient + gradient.T).mul_(inverse_scale))
+        with nullcontext() if _on_cpu(x) else exact_float32(x.device):
+            return weights @ x, None, None
 
 
-def _kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """``x̃ x̃ᵀ``, the squared norm of what was subtracted from a sample, and the features it was made from."""
-    if x.dtype == torch.float32 and _on_cpu(x):  # elsewhere to look would be to wait
-        kernel = outer(x)
-        energy = kernel.trace()
-        left = _center_in_place(kernel).trace()
-        if energy - left <= SAFE_OFFSET * left:
-            return kernel, (energy - left) / len(x), x
-    mean = x.mean(0)
-    centred = x - mean
-    kernel = _center_in_place(outer(centred))  # again, for what rounding of the mean left behind
-    return kernel, _varying(mean, centred, precision).square().sum(), centred
+def expect_centred(kernel: Tensor) -> None:
+    """Say of a result of `gram` that its gradient will be symmetric and centred, which spares making it so."""
+    if isinstance(kernel.grad_fn, CentredKernel._backward_cls):  # type: ignore[attr-defined]
+        setattr(kernel.grad_fn, EXPECTED, True)
+
+
+def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """``x̃ x̃ᵀ / scale``, one over the scale, and the features it was made from."""
+    if x.dtype == torch.float32 and _on_cpu(x) and (found := _of_offset_features(x)):
+        return *found, x
+    with exact_float32(x.device):
+        mean = x.mean(0)
+        centred = x - mean
+        kernel = _center_in_place(outer(centred))  # again, for what rounding of the mean left behind
+        offset = _varying(mean, centred, precision).square().sum()
+        inverse = _scale(kernel.diagonal().mean(), offset, precision).reciprocal()
+        return kernel.mul_(inverse), inverse, centred
+
+
+def _of_offset_features(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same from features that are not centred, on the host; None if their mean is too large for that.
+
+    In numpy, whose calls are a tenth of torch's, which counts where there are dozens of small matrices a step.
+    """
+    kernel = _host_outer(x)
+    mean = kernel.mean(0)
+    offset = float(mean.mean())
+    left = float(kernel.trace()) / len(x) - offset
+    if not (left > 0 and offset <= SAFE_OFFSET * left):
+        return None
+    kernel -= mean[:, None]
+    kernel -= mean - mean.mean()
+    kernel *= 1 / left
+    return torch.from_numpy(kernel), torch.tensor(1 / left)
 
 
 def _center_in_place(kernel: Tensor) -> Tensor:
@@ -152,10 +180,12 @@ def _center_in_place(kernel: Tensor) -> Tensor:
 
 def outer(x: Tensor) -> Tensor:
     """``x xᵀ``; on a CPU by numpy, which knows that half of it is enough."""
-    if not _on_cpu(x):
-        return x @ x.T
+    return torch.from_numpy(_host_outer(x)) if _on_cpu(x) else x @ x.T
+
+
+def _host_outer(x: Tensor) -> Any:
     array = x.numpy()
-    return torch.from_numpy(array @ array.T)
+    return array @ array.T
 
 
 def _on_cpu(x: Tensor) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import exact_float32, inverse_norm
+from hf_guidance.kernels import exact_float32, expect_centred, inverse_norm
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 
 Grams = dict[str, Tensor]
+Slope = tuple[Tensor, Tensor]  # a matrix, and the number it is multiplied by
 
 
 def guidance_loss(
@@ -42,29 +43,31 @@ def guidance_loss(
             found, slope = _of_one_layer(measure, kernel.detach(), [guide_sides[g] for g in own], with_slope)
             values |= {pair_name((layer, g)): value for g, value in zip(own, found, strict=True)}
             if slope is not None:
-                slopes.append(ZeroWithSlope.apply(kernel, slope.mul_(-scale / count)))
+                if measure.centred_slope:
+                    expect_centred(kernel)
+                slopes.append(ZeroWithSlope.apply(kernel, *slope))
         values = {pair_name(pair): values[pair_name(pair)] for pair in pairs}
         loss = (1 - torch.stack(list(values.values()))).sum() / count
-    return loss + torch.stack(slopes).sum() if slopes else loss, values
+    return loss + torch.stack(slopes).sum() * (-scale / count) if slopes else loss, values
 
 
 class ZeroWithSlope(torch.autograd.Function):
-    """0, whose gradient in a matrix is the given one: the matrix need not be kept for the backward."""
+    """0, whose gradient in a matrix is a factor times the given one: the matrix need not be kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(ctx: Any, matrix: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(slope, factor)
         return matrix.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return gradient * slope, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        slope, factor = ctx.saved_tensors
+        return slope * (gradient * factor), None, None
 
 
 def _of_one_layer(
     measure: Measure, kernel: Tensor, guide_sides: Sequence[Any], with_slope: bool
-) -> tuple[Sequence[Tensor], Tensor | None]:
+) -> tuple[Sequence[Tensor], Slope | None]:
     """Its similarities, and the gradient of their sum in its Gram matrix."""
     with torch.set_grad_enabled(with_slope):
         leaf = kernel.requires_grad_(with_slope)
@@ -72,24 +75,25 @@ def _of_one_layer(
             own = measure.kernel(leaf)
             values, slope = cosines(own.detach(), guide_sides, with_slope)
             if slope is not None and own is not leaf:
-                (slope,) = torch.autograd.grad(own, leaf, slope)
+                slope = torch.autograd.grad(own, leaf, slope[0])[0], slope[1]
             return values, slope
         side = measure.target_side(leaf)
         found = [measure.compare(side, guide_side) for guide_side in guide_sides]
         if not with_slope or not found:
             return found, None
-        return [value.detach() for value in found], torch.autograd.grad(torch.stack(found).sum(), leaf)[0]
+        (gradient,) = torch.autograd.grad(torch.stack(found).sum(), leaf)
+        return [value.detach() for value in found], (gradient, gradient.new_ones(()))
 
 
 @torch.no_grad()
-def cosines(kernel: Tensor, units: Sequence[Tensor], with_slope: bool = True) -> tuple[list[Tensor], Tensor | None]:
-    """Cosines ``⟨K, L̂⟩ / ‖K‖`` of a kernel with others of norm 1, and ``Σ (L̂ − cosine K̂) / ‖K‖``, their slope in K."""
+def cosines(kernel: Tensor, units: Sequence[Tensor], with_slope: bool = True) -> tuple[list[Tensor], Slope | None]:
+    """Cosines ``⟨K, L̂⟩ / ‖K‖`` of a kernel with others of norm 1; ``Σ (L̂ − cosine K̂)`` and ``1 / ‖K‖``, their slope."""
     inverse = inverse_norm(kernel)
     values = [torch.dot(kernel.flatten(), other.flatten()) * inverse for other in units]
     if not with_slope or not units:
         return values, None
-    slope = units[0] * inverse if len(units) == 1 else torch.stack(list(units)).sum(0).mul_(inverse)
-    return values, slope.addcmul_(kernel, torch.stack(values).sum() * inverse.square(), value=-1)
+    total = units[0] if len(units) == 1 else torch.stack(list(units)).sum(0)
+    return values, (total.addcmul(kernel, sum(values) * inverse, value=-1), inverse)
 
 
 @torch.no_grad()

@@ -103,6 +103,7 @@ class Measure:
         invariant_to: transformations of either representation that leave the value as it is.
         kernel: for a measure that is the cosine of two kernels: Gram matrix → kernel, so that ``target_side`` and
             ``guide_side`` are `unit` of it and ``compare`` their inner product.
+        centred_slope: whether the value's gradient in a centred Gram matrix is symmetric and centred as it is.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Measure:
     compare: Callable[[Any, Any], Tensor]
     invariant_to: frozenset[str] = ALL_INVARIANCES
     kernel: Callable[[Tensor], Tensor] | None = None
+    centred_slope: bool = False
 
     def __call__(self, features_target: Tensor, features_guide: Tensor) -> Tensor:
         n_target, n_guide = features_target.shape[0], features_guide.shape[0]
@@ -126,17 +128,17 @@ class Measure:
             return self.compare(self.target_side(target.to(dtype)), self.guide_side(guide.to(dtype)))
 
 
-def _cosine(name: str, min_samples: int, kernel: Callable[[Tensor], Tensor]) -> Measure:
+def _cosine(name: str, min_samples: int, kernel: Callable[[Tensor], Tensor], **options: Any) -> Measure:
     def side(gram_nn: Tensor) -> Tensor:
         return unit(kernel(gram_nn))
 
-    return Measure(name, min_samples, side, side, _inner, kernel=kernel)
+    return Measure(name, min_samples, side, side, _inner, kernel=kernel, **options)
 
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
-        _cosine("linear_cka", 3, lambda kernel: kernel),
+        _cosine("linear_cka", 3, lambda kernel: kernel, centred_slope=True),
         _cosine("debiased_cka", 4, u_center),
         _cosine("rbf_cka", 3, lambda kernel: center(_rbf(kernel))),
         _cosine("rsa", 3, _cosines),
