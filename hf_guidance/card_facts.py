@@ -105,7 +105,14 @@ def _guide(trainer: Any) -> Facts:
     guide, config = trainer.guide, getattr(trainer.guide, "config", None)
     norm = any(isinstance(module, BATCH_NORM) for module in guide.modules())
     sizes = sizes_of({name: getattr(config, name, None) for name in SIZES})
-    return trainer.guide_identity | {"sizes": sizes, "batch_norm": norm}
+    own: Facts = {name: getattr(config, name, None) for name in ("model_type", "architecture")}
+    timms = known({"timm": timms_name(own)})
+    return trainer.guide_identity | {"sizes": sizes, "batch_norm": norm} | timms
+
+
+def timms_name(config: Facts) -> str | None:
+    """The architecture behind transformers' wrapper of timm, which is one class for all of them."""
+    return config.get("architecture") if config.get("model_type") == "timm_wrapper" else None
 
 
 def sizes_of(config: Facts) -> Facts:

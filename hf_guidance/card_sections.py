@@ -43,9 +43,8 @@ def summary(facts: Facts) -> str:
     kind = "that kept its random weights" if guide["untrained"] else "that had been trained before"
     if guide["untrained"] is None:
         kind = "of the user's own"
-    text += (
-        f" and steered by [guidance]({PAPER}): a frozen {escape(guide['architecture'])} {kind} stood beside it, and "
-    )
+    name = f"{escape(guide['timm'])} of timm" if guide.get("timm") else escape(guide["architecture"])
+    text += f" and steered by [guidance]({PAPER}): a frozen {name} {kind} stood beside it, and "
     text += "each pair of layers, one of either network, added one minus its similarity to the loss. The guide is not "
     return text + "needed to use the network and is not kept with it."
 
@@ -58,7 +57,8 @@ def _a(name: str) -> str:
 def networks(facts: Facts) -> str:
     """Target and guide side by side."""
     sides = [facts["target"], *([facts["guide"]] if facts.get("guide") else [])]
-    rows: list[list[Any]] = [["architecture", *(side["architecture"] for side in sides)]]
+    names = (f"{side['timm']} of timm" if side.get("timm") else side["architecture"] for side in sides)
+    rows: list[list[Any]] = [["architecture", *names]]
     rows.append(["parameters", *(count(side["parameters"]) for side in sides)])
     rows.append(["weights before training", *(_origin(side) for side in sides)])
     if any(side.get("sizes") for side in sides):

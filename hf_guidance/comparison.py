@@ -141,6 +141,7 @@ def carry_out(
         trainer.card_facts = {**(facts or {}), "target": {"untrained": True, "seed": run.seed}}
     if trainer.is_world_process_zero():
         write_json(place / SETTINGS, settings)
+        print(f"{'/'.join(place.parts[-2:])}: {args.max_steps} steps", flush=True)
     maps = {"before": similarity_map_of(trainer, guidance, task)} if run.guide else {}
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
@@ -192,11 +193,23 @@ def _check_settings(place: Path, now: dict[str, Any]) -> None:
     then = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
     if then.get("guidance"):  # what did not exist when it ran is at its default
         then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
-    if changed := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
+    if changed := _changed(then, now):
         raise ValueError(
             f"{place} holds a run with other settings ({', '.join(changed)}). Give another --output_dir, or remove "
             "that folder, and those of runs that used its network as their guide, to run it again."
         )
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings that differ, those of a group as group.name."""
+    names: list[str] = []
+    for name in sorted(then.keys() | now.keys()):
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += [f"{name}.{key}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        elif old != new:
+            names.append(name)
+    return names
 
 
 def _read(path: Path, run: Run) -> dict[str, Any]:

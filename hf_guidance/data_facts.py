@@ -92,9 +92,13 @@ def task_facts(name: str, description: str, data: Facts) -> Facts:
     facts["task"] = description
     for option, value in data.items():
         shown = option not in NOT_SHOWN and not (files and option == "dataset_config")
+        shown = shown and (option != "shuffle_buffer" or bool(data.get("streaming")))
         if shown and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             facts[OPTIONS.get(option, option.replace("_", " "))] = value
     if isinstance(pixels := data.get("target"), dict) and "mean" in pixels:
         facts["images"] = f"{pixels['size']} × {pixels['size']} pixels"
         facts["normalised by"] = _mean_and_std(pixels["mean"], pixels["std"])
+        theirs = data.get("guide") or pixels
+        if theirs["size"] != pixels["size"]:
+            facts["images of the guide"] = f"{theirs['size']} × {theirs['size']} pixels"
     return known(facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,24 @@ from transformers import Trainer
 from hf_guidance.guide import freeze
 from hf_guidance.guide_input import forward_arguments, guide_batch, without_guide
 from hf_guidance.identity import identity
+
+
+def check_classes(source: str, labels: Sequence[str]) -> None:
+    """Raise ValueError if a classifier on the Hub or in a folder has other classes than the data, or another order."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(source)
+    theirs = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if len(theirs) != len(labels):
+        raise ValueError(
+            f"distillation needs a guide with the same classes: {source} has {len(theirs)} and the data has "
+            f"{len(labels)}. Name a guide that was trained on these data, or add --train_guide."
+        )
+    if set(theirs) == set(labels) and theirs != list(labels):
+        raise ValueError(
+            f"distillation needs a guide with the same classes in the same order: those of {source} are "
+            f"{', '.join(theirs[:5])} …, those of the data {', '.join(labels[:5])} …"
+        )
 
 
 class DistillationTrainer(Trainer):

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from hf_guidance.features import base_model_of
 
 GUIDE_PREFIX = "guide_"
+GUIDE_PIXELS = "guide_pixel_values"
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
 LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 
@@ -73,12 +75,15 @@ def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str,
 def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
     """The batch with its inputs replaced: random token ids, or noisy pixels in [0, 1]; masks and labels stay.
 
+    The guide's own images (``guide_pixel_values``) become the target's noise in their size, by nearest neighbours.
+
     Raises:
-        ValueError: a batch without such inputs, or with the guide's own beside them.
+        ValueError: a batch without such inputs, or with other inputs for the guide alone beside them.
 
     Source: Subramaniam et al. 2025, released code (``randn + 0.1 randn``, clamped).
     """
-    if own := sorted(name for name in batch if name.startswith(GUIDE_PREFIX)):
+    own = sorted(name for name in batch if name.startswith(GUIDE_PREFIX))
+    if own and not (own == [GUIDE_PIXELS] and "pixel_values" in batch):
         raise ValueError(f"both networks cannot see the same noise: the batch has {own} for the guide alone.")
     if not any(name in batch for name in MAIN_INPUTS):
         raise ValueError(f"noise replaces one of {', '.join(MAIN_INPUTS)}; the batch has {sorted(batch)}.")
@@ -90,6 +95,9 @@ def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torc
         elif name in ("pixel_values", "inputs_embeds"):
             noise = torch.randn(value.shape, generator=generator) + 0.1 * torch.randn(value.shape, generator=generator)
             noisy[name] = noise.clamp(0, 1).to(value)
+    if own:  # averaging would take the noise away
+        theirs = batch[GUIDE_PIXELS]
+        noisy[GUIDE_PIXELS] = interpolate(noisy["pixel_values"], theirs.shape[-2:], mode="nearest").to(theirs)
     return noisy
 
 

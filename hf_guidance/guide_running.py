@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -17,6 +18,8 @@ from hf_guidance.mapping import LAST
 from hf_guidance.samples import Samples
 from hf_guidance.sharding import is_sharded
 from hf_guidance.sketch import Sketch
+
+WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)  # as transformers and timm say it
 
 
 class GuideRunning:
@@ -110,7 +113,11 @@ class GuideRunning:
 
 
 def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Run a guide on those of the inputs that it takes, moved to where it is."""
+    """Run a guide on those of the inputs that it takes, moved to where it is.
+
+    Raises:
+        ValueError: an encoder-decoder without decoder inputs, or images of a size that the guide does not take.
+    """
     args, kwargs = forward_arguments(guide, inputs)
     parameter = next(guide.parameters(), None)
     if parameter is not None and parameter.device.type != "meta":
@@ -118,11 +125,16 @@ def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
         kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     try:
         return guide(*args, **kwargs)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         config = getattr(guide, "config", None)
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
             raise ValueError(
                 f"the guide ({type(guide).__name__}) is an encoder-decoder and the batch has nothing for its "
                 "decoder: add guide_decoder_input_ids (beside guide_input_ids), or pass guide.get_encoder()."
+            ) from error
+        if WRONG_SIZE.match(str(error)) and isinstance(images := inputs.get("pixel_values"), Tensor):
+            raise ValueError(
+                f"the guide ({type(guide).__name__}) cannot take images of shape {tuple(images.shape)}: {error} "
+                "Give it images of its own in a column guide_pixel_values, or build it for this size."
             ) from error
         raise

@@ -71,7 +71,7 @@ class Comparison:
         target: makes the network that the runs have in common.
         runs: the matched runs of a seed, each after those that it needs.
         train_dataset: of a seed, where its order or augmentation is not the sampler's; else the task's.
-        summary: printed beneath the table, if it has anything to say.
+        summary: printed beneath the table, if it has anything to say; called on every process.
     """
 
     task: Task
@@ -144,9 +144,10 @@ def launch(
         unfinished = [p for p in folder.glob("seed-*/*") if not (p / RESULT).is_file()]
         whole = [Path(last).name for place in unfinished if (last := last_whole_checkpoint(place))]
         sys.exit(f"{error}\nThe same command goes on from {whole[-1] if whole else 'where it was'}; see {folder}.")
+    summary = comparison.summary()
     if PartialState().is_main_process:
         publish(report, folder, args)
-        print(comparison.summary(), end="")
+        print(summary, end="")
     PartialState().wait_for_everyone()  # a rank that leaves early takes what the others still need with it
     PartialState().destroy_process_group()
 

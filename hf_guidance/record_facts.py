@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_guidance.targets as own_networks
-from hf_guidance.card_facts import VERSIONS, pairs_facts, sizes_of, training_facts
+from hf_guidance.card_facts import VERSIONS, pairs_facts, sizes_of, timms_name, training_facts
 from hf_guidance.data_facts import EXAMPLES, known, task_facts
 from hf_guidance.history import SPEED
 from hf_guidance.scrub import scrub_command
@@ -54,7 +54,9 @@ def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
 
 def _guide(run: dict[str, Any]) -> Facts:
     norm = run["settings"]["guidance"]["guide_batch_norm"] != "eval"
-    return run["guide"] | {"sizes": sizes_of(run["guide"].get("config") or {}), "batch_norm": norm}
+    config = run["guide"].get("config") or {}
+    timms = known({"timm": timms_name(config)})
+    return run["guide"] | {"sizes": sizes_of(config), "batch_norm": norm} | timms
 
 
 def _folder(run: dict[str, Any], report: dict[str, Any]) -> str | None:

@@ -13,7 +13,8 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     trained_guide_stopped
     shuffled_guide           a control: the untrained guide sees the images of other rows
     noise_guide              the untrained guide sees noise
-    distillation             trained on the logits of the guide that --train_guide trained
+    distillation             trained on the logits of the guide that --train_guide trained, or of a trained --guide
+                             with the data's classes
     guide_itself             that guide
 
 Every field of TrainingArguments and GuidanceConfig is a flag (--seeds and --max_steps stand for --seed and
@@ -35,7 +36,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 
 from hf_guidance import load_guide
 from hf_guidance.comparison import Run
-from hf_guidance.distillation import DistillationTrainer
+from hf_guidance.distillation import DistillationTrainer, check_classes
 from hf_guidance.flags import check_choice
 from hf_guidance.guide import is_resnet, untrained_network
 from hf_guidance.recipe import (
@@ -107,6 +108,9 @@ class Arguments(RecipeArguments):
             *(("runs", run, RUNS) for run in self.runs or ()),
         ):
             check_choice(name, value, possible)
+        for name in ("width", "depth", "image_size", "guide_image_size", "shuffle_buffer"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"--{name} is {size}; it must be at least 1.")
         small = self.preset == "small"
         self.guide_is_named = self.guide is not None
         self.guide = self.guide or ("timm/resnet50" if self.target == "resnet50_without_skips" else "timm/resnet18")
@@ -164,7 +168,8 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     guide = str(recipe.guide)
     network = load_guide(guide, untrained=True)
     size = int(recipe.image_size or 0)
-    trained = not recipe.train_guide and bool({"trained_guide", "trained_guide_stopped"} & set(recipe.runs or ()))
+    chosen = set(recipe.runs or ())
+    trained = not recipe.train_guide and bool({"trained_guide", "trained_guide_stopped", "distillation"} & chosen)
     own = pixel_format_of(guide, size, trained=trained, given=recipe.guide_image_size)
     check_takes(network, own, guide)
     options: dict[str, Any] = {
@@ -187,6 +192,8 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     pixels = PixelFormat(size, own.mean, own.std)
     load = partial(image_classification, **options)
     task = load(target=pixels, guide=own)
+    if "distillation" in chosen and not recipe.train_guide:
+        check_classes(guide, task.labels)
     alike = {"alone": task, "itself": load(target=own) if recipe.train_guide and own != pixels else task}
     data = {**options, "guide_source": Path(guide).name}
     if os.path.isdir(recipe.dataset):
@@ -217,7 +224,8 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
 
     def distil(**kwargs: Any) -> DistillationTrainer:
         classifier = trained if recipe.train_guide else source
-        return DistillationTrainer(guide=AutoModelForImageClassification.from_pretrained(classifier), **kwargs)
+        guide = AutoModelForImageClassification.from_pretrained(classifier, use_safetensors=True)
+        return DistillationTrainer(guide=guide, **kwargs)
 
     needs = "guide_itself" if recipe.train_guide else None
     own_task = replace(tasks["itself"], train_dataset=tasks["itself"].train_dataset.with_seed(seed))

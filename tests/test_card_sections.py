@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 from hf_guidance import GuidanceConfig
 from hf_guidance import card_sections as sections
-from hf_guidance.card_facts import _results, best_step, pairs_facts
+from hf_guidance.card_facts import _results, best_step, pairs_facts, timms_name
+from hf_guidance.data_facts import task_facts
 
 
 def test_the_best_weights_have_their_own_values():
@@ -24,6 +25,26 @@ def test_similarities_are_means_over_the_steps_since_the_log_before_and_finite()
     assert "mean over steps 1–5" in text
     assert "mean over steps 11–15" in text
     assert "not finite (the run diverged)" in text
+
+
+def test_a_guide_behind_the_wrapper_of_timm_is_called_by_its_own_name():
+    guide = {"architecture": "TimmWrapperModel", "parameters": 5, "untrained": True, "seed": 0}
+    guide["timm"] = timms_name({"model_type": "timm_wrapper", "architecture": "resnet18"})
+    target = {"architecture": "FCNModel", "parameters": 3}
+    text = sections.summary({"target": target, "guide": guide, "training": {"steps": 2}})
+    assert "a frozen resnet18 of timm that kept its random weights" in text
+    assert "| resnet18 of timm |" in sections.networks({"target": target, "guide": guide})
+    assert timms_name({"model_type": "gpt2", "architecture": "x"}) is None
+
+
+def test_a_shuffle_buffer_is_a_streams_and_a_guides_images_are_told_where_they_differ():
+    data = {"dataset": "digits", "shuffle_buffer": 20, "streaming": False}
+    data["target"] = data["guide"] = {"size": 8, "mean": [0.5], "std": [0.5]}
+    facts = task_facts("image_classification", "Name the class.", data)
+    assert not {"shuffle buffer", "images of the guide"} & set(facts)
+    data |= {"streaming": True, "guide": data["target"] | {"size": 32}}
+    facts = task_facts("image_classification", "Name the class.", data)
+    assert (facts["shuffle buffer"], facts["images of the guide"]) == (20, "32 × 32 pixels")
 
 
 def test_settings_that_most_runs_leave_alone_are_shown_where_they_are_not():

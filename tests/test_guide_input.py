@@ -9,8 +9,9 @@ import torch
 from builders import gpt2, llama, llama_config, t5
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTModel
+from transformers import TimmWrapperConfig, ViTConfig, ViTModel
 
+from hf_guidance import load_guide
 from hf_guidance.guide_input import (
     accepted_columns,
     check_vocabularies,
@@ -22,6 +23,7 @@ from hf_guidance.guide_input import (
     vocabulary_size,
     with_decoder_inputs,
 )
+from hf_guidance.guide_running import forward
 
 IDS, MASK, PIXELS = torch.arange(12).reshape(4, 3), torch.ones(4, 3, dtype=torch.int64), torch.zeros(4, 3, 8, 8)
 
@@ -133,6 +135,26 @@ def test_a_batch_with_nothing_for_the_guide_is_an_error(guide: nn.Module, words:
         forward_arguments(guide, {"signal": torch.ones(2), "labels": torch.ones(2)})
 
 
+VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+TIMMS_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViTConfig(image_size=16, patch_size=8, **VIT),
+        TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=TIMMS_VIT),
+    ],
+    ids=["transformers", "timm"],
+)
+def test_images_of_a_size_that_the_guide_does_not_take_are_an_error_that_names_both(config: Any) -> None:
+    guide = load_guide(config)
+    forward(guide, {"pixel_values": torch.zeros(2, 3, 16, 16)})
+    words = rf"guide \({type(guide).__name__}\) cannot take images of shape \(2, 3, 24, 24\): .*guide_pixel_values"
+    with pytest.raises(ValueError, match=words):
+        forward(guide, {"pixel_values": torch.zeros(2, 3, 24, 24)})
+
+
 # ------------------------------------------------------------------------------------------------------------ noise
 
 
@@ -166,6 +188,15 @@ def test_noise_for_images_is_the_papers(name: str) -> None:
     assert (noise.min(), noise.max()) == (0, 1)
 
 
+def test_the_guides_own_images_are_the_same_noise_in_their_size() -> None:
+    batch = {"pixel_values": torch.zeros(2, 3, 4, 4), "guide_pixel_values": torch.zeros(2, 3, 8, 8), "labels": IDS}
+    noisy = noise_like(batch, None, generator_for(0))
+    ours, theirs = noisy["pixel_values"], noisy["guide_pixel_values"]
+    assert torch.equal(theirs, ours.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    assert ours.std() > 0.3
+    assert not batch["guide_pixel_values"].any()
+
+
 def test_noise_is_a_function_of_its_generator() -> None:
     batch = {"input_ids": IDS}
     first, again, other = (noise_like(batch, 1000, generator_for(seed))["input_ids"] for seed in (0, 0, 1))
@@ -181,6 +212,7 @@ def test_noise_is_a_function_of_its_generator() -> None:
             {"input_ids": IDS, "guide_input_ids": IDS},
             r"both networks cannot see the same noise: the batch has \['guide_input_ids'\] for the guide alone",
         ),
+        ({"input_ids": IDS, "guide_pixel_values": PIXELS}, r"has \['guide_pixel_values'\] for the guide alone"),
     ],
 )
 def test_a_batch_that_noise_cannot_replace_is_an_error(batch: dict[str, Tensor], words: str) -> None:

@@ -40,6 +40,11 @@ def test_both_ranks_end_with_the_same_weights_and_the_same_logs(ranks: list[dict
     assert first["logs"] == second["logs"]
 
 
+def test_skipped_images_are_counted_over_the_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["skipped images"].startswith("7 training images could not be decoded and were skipped")
+
+
 def test_the_logged_losses_are_the_mean_of_the_ranks_own(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["by hand"] for rank in ranks)
     task, guidance = (first[f"own {name}"] + second[f"own {name}"] for name in ("task", "guidance"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import CLIPImageProcessor, EvalPrediction
 
@@ -161,7 +162,7 @@ def check_last_batch(task: Task, batch: int) -> None:
 
 
 def count_skipped(task: Task) -> str:
-    """What is to be said of images that were skipped."""
+    """What is to be said of images that were skipped on any rank; every rank has to ask."""
     counts = {
         name: rows.decode.skipped
         for name, rows in (
@@ -170,6 +171,8 @@ def count_skipped(task: Task) -> str:
             ("test", task.test_dataset),
         )
     }
+    everyone = gather_object([counts])  # a rank counts its own alone
+    counts = {name: sum(own[name] for own in everyone) for name in counts}
     return "".join(
         f"{count} {name} images could not be decoded and were skipped, counted each time they came.\n"
         for name, count in counts.items()

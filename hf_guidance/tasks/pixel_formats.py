@@ -19,6 +19,9 @@ def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None 
         size: in pixels, for a network that takes any size and was trained on none.
         trained: whether its own weights are used: then its image processor says how its images were made.
         given: a size that overrules all.
+
+    Raises:
+        ValueError: a trained network without an image processor.
     """
     from transformers import AutoConfig, AutoImageProcessor
 
@@ -32,7 +35,14 @@ def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None 
     if not trained:
         own = _side(getattr(AutoConfig.from_pretrained(source), "image_size", None))
         return PixelFormat(given or own or size)
-    processor: Any = AutoImageProcessor.from_pretrained(source)
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"the guide {source} comes without an image processor (preprocessor_config.json), so that the size and "
+            "normalisation of the images it was trained on are not known: save the processor beside its weights, or "
+            "pass --untrained_guide for random ones."
+        ) from error
     timms = getattr(processor, "data_config", None) or {}  # timm's own processor keeps all in one place
     mean = timms.get("mean") or getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
     std = timms.get("std") or getattr(processor, "image_std", None) or (0.5, 0.5, 0.5)
@@ -55,7 +65,8 @@ def check_takes(network: nn.Module, pixels: PixelFormat, name: str) -> None:
     try:
         network(pixel_values=torch.zeros(2, 3, pixels.size, pixels.size))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]  # a bare assertion says nothing
         raise ValueError(
-            f"the guide {name} cannot take images of {pixels.size} × {pixels.size} pixels ({str(error).splitlines()[0]}"
-            "): choose another --guide_image_size."
+            f"the guide {name} cannot take images of {pixels.size} × {pixels.size} pixels ({why}): choose another "
+            "--guide_image_size."
         ) from error

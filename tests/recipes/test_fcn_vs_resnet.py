@@ -106,6 +106,7 @@ def test_a_guide_that_is_left_out_is_the_papers_with_random_weights_read_from_th
             "PlainResNetForImageClassification",
         ),
         ({"prealign_steps": 2, "guide_input": "prealign_noise", "guide_batch_norm": "batch", "bf16": True}, "FCNFor"),
+        ({"prealign_steps": 2, "guide_input": "prealign_noise", "guide_image_size": 24}, "FCNFor"),
     ],
 )
 def test_other_targets_and_every_guidance_field_as_a_flag(options, target, tmp_path, monkeypatch):
@@ -118,9 +119,9 @@ def test_another_network_guide_or_data_in_the_same_folder_is_refused(imagenet, t
     data = {"image_size": 16, "eval_size": 8, "max_steps": 2}
     run_here(monkeypatch, tmp_path / "out", dataset=imagenet, **data)
     for change, words in (
-        ({"width": 8}, "network"),
-        ({"guide": "timm/resnet18"}, "data"),
-        ({"dataset": write(tmp_path / "x" / Path(imagenet).name, imagenet_files(train=90))}, "data"),
+        ({"width": 8}, r"network\.hidden_size"),
+        ({"guide": "timm/resnet18"}, r"data\.guide_source"),
+        ({"dataset": write(tmp_path / "x" / Path(imagenet).name, imagenet_files(train=90))}, r"data\.dataset"),
     ):
         with pytest.raises(ValueError, match=rf"other settings \(.*{words}.*\)"):
             run_here(monkeypatch, tmp_path / "out", **{"dataset": imagenet, **data, **change})
@@ -160,6 +161,24 @@ def test_each_guided_run_has_a_cache_of_its_own_which_a_run_anew_only_reads(tmp_
         ValueError, match="the augmentation is 'crop_flip': set --augmentation none, or leave the cache"
     ):
         run_here(monkeypatch, tmp_path / "augmented", augmentation="crop_flip", **options)
+
+
+def test_a_guide_that_is_there_already_distils_on_the_images_it_was_trained_on(tmp_path, monkeypatch):
+    from transformers import AutoModelForImageClassification, CLIPImageProcessor, ViTConfig
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    for name, labels in (("ten", 10), ("seven", 7)):
+        config = ViTConfig(image_size=16, patch_size=8, num_labels=labels, **sizes)
+        AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / name)
+        processor = CLIPImageProcessor(crop_size=16, image_mean=[0.1] * 3, image_std=[0.7] * 3)
+        processor.save_pretrained(tmp_path / name)
+    options = {"guide": tmp_path / "ten", "untrained_guide": False, "runs": ["distillation"], "max_steps": 1}
+    data = run_here(monkeypatch, tmp_path / "out", **options)["runs"][0]["settings"]["data"]
+    assert data["guide"] == {"size": 16, "mean": [0.1] * 3, "std": [0.7] * 3}
+    assert data["target"] == {"size": 8, "mean": [0.1] * 3, "std": [0.7] * 3}
+    with pytest.raises(ValueError, match=r"the same classes: .*seven has 7 and the data has 10\. Name a guide"):
+        run_here(monkeypatch, tmp_path / "other", **options | {"guide": tmp_path / "seven"})
+    assert not (tmp_path / "other").exists()
 
 
 def test_layer_pairs_and_bare_flags(imagenet, tmp_path, monkeypatch):
@@ -313,6 +332,7 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
          "guide timm/vit_tiny_patch16_224 cannot take images of 30 × 30 pixels .*choose another --guide_image_size"),
         ({"guide": "/nowhere/at/all"}, "Cannot load guide '/nowhere/at/all'"),
         ({"target": "resnet50_without_skips", "width": [], "depth": 4}, "depth must be one of 18, 34, 50, got 4"),
+        ({"width": 0}, "--width is 0; it must be at least 1"),
         ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'; possible are raise, skip"),
         ({"stop_step": 0, "runs": ["untrained_guide_stopped"]}, "guidance_stop_step is 0"),
     ],

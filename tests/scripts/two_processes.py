@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer
+from hf_guidance.tasks.images import count_skipped
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 UNEVEN = {"even_batches": False, "dispatch_batches": False}  # the last batch has 4 rows on rank 0 and 2 on rank 1
@@ -38,6 +40,10 @@ def main(folder: Path) -> None:
     seen["calibrated"] = train(folder, gpt2(), guide := NormNet(), guidance=config)
     seen["calibrated"]["statistics"] = guide.norm.running_mean
     rank = torch.distributed.get_rank()
+    rows = SimpleNamespace(decode=SimpleNamespace(skipped=3 + rank))
+    none = SimpleNamespace(decode=SimpleNamespace(skipped=0))
+    task: Any = SimpleNamespace(train_dataset=rows, eval_dataset=none, test_dataset=none)
+    seen["skipped images"] = count_skipped(task)
     torch.save(seen, folder / f"rank{rank}.pt.part")
     (folder / f"rank{rank}.pt.part").rename(folder / f"rank{rank}.pt")
     torch.distributed.barrier()

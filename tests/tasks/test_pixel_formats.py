@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import torch
 from transformers import CLIPImageProcessor, TimmWrapperConfig, ViTConfig, ViTImageProcessor
 
 from hf_guidance import load_guide
@@ -29,6 +30,23 @@ def test_a_trained_one_takes_what_its_image_processor_says(tmp_path):
     config = TimmWrapperConfig(architecture="resnet18", pretrained_cfg=defaults.to_dict())
     config.save_pretrained(tmp_path / "timm")
     assert pixel_format_of(str(tmp_path / "timm"), 28, trained=True) == PixelFormat(224, defaults.mean, defaults.std)
+
+
+def test_a_trained_network_without_an_image_processor_is_named(tmp_path):
+    ViTConfig(image_size=32, patch_size=8).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"the guide .*vit comes without an image processor .*save the processor besi"):
+        pixel_format_of(str(tmp_path / "vit"), 28, trained=True)
+
+
+class Bare(torch.nn.Module):
+    def forward(self, pixel_values):
+        if pixel_values.shape[-1] != 64:
+            raise AssertionError
+
+
+def test_a_network_that_refuses_a_size_without_a_word_is_named_too():
+    with pytest.raises(ValueError, match=r"the guide bare cannot take images of 28 × 28 pixels \(AssertionError\)"):
+        check_takes(Bare(), PixelFormat(28), "bare")
 
 
 def test_a_network_that_cannot_take_a_size_is_named(tmp_path):
