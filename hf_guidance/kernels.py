@@ -139,7 +139,7 @@ class CentredKernel(torch.autograd.Function):
 
 def expect_centred(kernel: Tensor) -> None:
     """Say of a result of `gram` that its gradient will be symmetric and centred, which spares making it so."""
-    if isinstance(kernel.grad_fn, CentredKernel._backward_cls):  # type: ignore[attr-defined]
+    if isinstance(kernel.grad_fn, CentredKernel._backward_cls):
         setattr(kernel.grad_fn, EXPECTED, True)
 
 
