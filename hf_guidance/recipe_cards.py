@@ -19,8 +19,8 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, differences, markdown_table
 from hf_guidance.model_card import render
-from hf_guidance.publishing import later
 from hf_guidance.record_facts import facts_of_record
+from hf_guidance.uploads import later
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from hub import Hub
 from huggingface_hub.utils import filter_repo_objects
 
 from hf_guidance import GuidanceConfig, load_guide_of
-from hf_guidance.publishing import later
+from hf_guidance.uploads import later
 
 SCRIPT = Path(__file__).parent / "scripts" / "push.py"
 REPOSITORY = "tester/guided-rnn"

@@ -89,7 +89,11 @@ def image_classification(
     if train_size is not None and (streaming or train_size < 1):
         raise ValueError(
             f"train_size is {train_size}"
-            + (", of a stream: leave it out, the steps say how much is read." if streaming else "; it must be at least 1.")
+            + (
+                ", of a stream: leave it out, the steps say how much is read."
+                if streaming
+                else "; it must be at least 1."
+            )
         )
     target = target or PixelFormat(28)
     splits = digits() if dataset == "digits" else load_splits(dataset, dataset_config, streaming)
