@@ -26,6 +26,7 @@ def load_guide(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    auto_class: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a pretrained network as a guide, or build one with random weights.
@@ -37,11 +38,13 @@ def load_guide(
             versions give the same weights again.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code from the Hub; never on by default.
+        auto_class: transformers' Auto class of a task whose head is wanted, as for distillation; `AutoModel`, which
+            has none, if left out.
         **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …, but not
             ``use_safetensors``: pickled weights, which can run code when they are read, are never loaded.
 
     Returns:
-        The network without a task head, frozen, with its origin on it for checkpoints and model cards.
+        The network, frozen, with its origin on it for checkpoints and model cards.
 
     Raises:
         ValueError: a source that is neither a folder nor an id the Hub knows, or `**kwargs` for an untrained guide.
@@ -62,9 +65,9 @@ def load_guide(
     if untrained:
         config = _or_explain(source, lambda: _config_of(source, **hub))
         with _seeded(seed):
-            guide = _build(config, AutoModel, trust_remote_code)
+            guide = _build(config, auto_class or AutoModel, trust_remote_code)
     else:
-        guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
+        guide = _or_explain(source, lambda: _load_pretrained(source, seed, auto_class or AutoModel, **hub, **kwargs))
     origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
     setattr(guide, IDENTITY, origin | {"revision": getattr(guide.config, "_commit_hash", None)})
     return freeze(guide)
@@ -89,15 +92,14 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _load_pretrained(source: Any, seed: int, **kwargs: Any) -> nn.Module:
-    from transformers import AutoModel
+def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> nn.Module:
     from transformers.utils import logging as reports
 
     verbosity = reports.get_verbosity()
     reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
     try:
         with _seeded(seed):
-            guide, report = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
+            guide, report = auto_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
     finally:
         reports.set_verbosity(verbosity)
     if report["missing_keys"]:
