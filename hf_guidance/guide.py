@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_guidance.identity import IDENTITY
+from hf_guidance.identity import IDENTITY, commit_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ def load_guide(
     else:
         guide = _or_explain(source, lambda: _load_pretrained(source, seed, auto_class or AutoModel, **hub, **kwargs))
     origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
-    setattr(guide, IDENTITY, origin | {"revision": getattr(guide.config, "_commit_hash", None)})
+    made = untrained and guide.config.model_type == "timm_wrapper"  # by timm, whatever the cache has under that name
+    commit = None if made else commit_of(source, revision, kwargs.get("cache_dir"))
+    setattr(guide, IDENTITY, origin | {"revision": commit})
     return freeze(guide)
 
 
