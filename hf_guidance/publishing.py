@@ -56,9 +56,10 @@ class PublishingMixin(CardMixin):
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not args.hub_always_push:
-            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not args.hub_always_push:
+                return
+            self.push_in_progress.wait_until_done()  # it still reads the files that are written below
         self.callback_handler.on_push_begin(args, self.state, self.control)
         output, checkpoint = Path(str(args.output_dir)), Path(checkpoint_folder)
         state = shutil.ignore_patterns(*FOR_RESUMING, STATE, ARGUMENTS)
@@ -75,11 +76,8 @@ class PublishingMixin(CardMixin):
             token=args.hub_token,
             revision=args.hub_revision,
         )
-        if busy and self.push_in_progress is not None:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self._say_what_failed()
-            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
+        self._say_what_failed()
+        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -105,6 +103,7 @@ class PublishingMixin(CardMixin):
         **card: Any,
     ) -> Any:
         token = token or self.args.hub_token
+        self._finish_current_push()  # it reads the files that are written below
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -116,7 +115,6 @@ class PublishingMixin(CardMixin):
         tags += [tag for tag in of_model if tag not in tags]
         name = card.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
         self.create_model_card(model_name=name, **card, **({"tags": tags} if tags else {}))
-        self._finish_current_push()
         upload: Any = HfApi().upload_folder
         return upload(
             repo_id=str(self.hub_model_id),
