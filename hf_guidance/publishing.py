@@ -139,7 +139,8 @@ class PublishingMixin(CardMixin):
             if not (folder / "README.md").is_file():
                 self._try_to_write_a_card()
             repository = self.hub_model_id or self.args.hub_model_id or folder.name
-            command = later(str(repository), folder, self.args.hub_revision, self._left_out())
+            revision = kwargs.get("revision") or self.args.hub_revision
+            command = later(str(repository), folder, revision, self._left_out())
             raise ConnectionError(
                 f"The push to {repository} failed ({type(error).__name__}: {one_line(error)}). Nothing is lost: all "
                 f"of it is in {folder}. To push it later: {command}"

@@ -23,6 +23,9 @@ class Handler(Repositories, Reading, Writing):
         data = self.body()
         self.cut = False
         fault = self.server.fault(self.command, path) if self.server.fault else None
+        if fault == "down":
+            self.close_connection = True  # no answer at all
+            return
         if fault == "cut":
             self.cut = True  # half of the answer, then nothing
         elif isinstance(fault, float):
@@ -72,7 +75,7 @@ class Hub(ThreadingHTTPServer):
         root: folder for the blobs.
         lfs: whether binary files go up by git-LFS.
         gated: keys (``dataset/org/name``) that only a token opens.
-        fault: from (method, path) to None, an HTTP status, seconds (a float) to wait, or ``"cut"``.
+        fault: from (method, path) to None, an HTTP status, seconds (a float) to wait, ``"cut"`` or ``"down"``.
     """
 
     daemon_threads = True
