@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_guidance.identity import IDENTITY
+from hf_guidance.identity import IDENTITY, commit_of
 from hf_guidance.sharding import built_whole
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def load_guide(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    auto_class: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a pretrained network as a guide, or build one with random weights.
@@ -38,11 +39,13 @@ def load_guide(
             versions give the same weights again.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code from the Hub; never on by default.
+        auto_class: transformers' Auto class of a task whose head is wanted, as for distillation; `AutoModel`, which
+            has none, if left out.
         **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …, but not
             ``use_safetensors``: pickled weights, which can run code when they are read, are never loaded.
 
     Returns:
-        The network without a task head, frozen, with its origin on it for checkpoints and model cards.
+        The network, frozen, with its origin on it for checkpoints and model cards.
 
     Raises:
         ValueError: a source that is neither a folder nor an id the Hub knows, or `**kwargs` for an untrained guide.
@@ -60,15 +63,18 @@ def load_guide(
         raise ValueError("use_safetensors is always on: pickled weights can run code when they are read.")
     if untrained and kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
+    auto = auto_class or AutoModel
     with built_whole():
         if untrained:
             config = _or_explain(source, lambda: _config_of(source, **hub))
             with _seeded(seed):
-                guide = _build(config, AutoModel, trust_remote_code)
+                guide = _build(config, auto, trust_remote_code)
         else:
-            guide = _or_explain(source, lambda: _load_pretrained(source, seed, **hub, **kwargs))
+            guide = _or_explain(source, lambda: _load_pretrained(source, seed, auto, **hub, **kwargs))
     origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
-    setattr(guide, IDENTITY, origin | {"revision": getattr(guide.config, "_commit_hash", None)})
+    made = untrained and guide.config.model_type == "timm_wrapper"  # by timm, whatever the cache has under that name
+    commit = None if made else commit_of(source, revision, kwargs.get("cache_dir"))
+    setattr(guide, IDENTITY, origin | {"revision": commit})
     return freeze(guide)
 
 
@@ -91,15 +97,14 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _load_pretrained(source: Any, seed: int, **kwargs: Any) -> nn.Module:
-    from transformers import AutoModel
+def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> nn.Module:
     from transformers.utils import logging as reports
 
     verbosity = reports.get_verbosity()
     reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
     try:
         with _seeded(seed):
-            guide, report = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
+            guide, report = auto_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
     finally:
         reports.set_verbosity(verbosity)
     if report["missing_keys"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,3 +31,8 @@ def code(language: str, text: str) -> str:
 def count(number: int) -> str:
     """1234567 as 1,234,567."""
     return f"{number:,}"
+
+
+def shown(value: float, digits: int) -> str:
+    """A number as a card shows it."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite (the run diverged)"

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from hf_guidance import card_sections as sections
+from hf_guidance import card_guidance, card_results
 from hf_guidance.markdown import code, escape
 from hf_guidance.scrub import scrub
 
@@ -65,7 +65,7 @@ def _metadata(facts: Facts) -> str:
         if data.get("name") and math.isfinite(value)
     ]
     extra: Facts = {}
-    if guide and sections.on_the_hub(guide):
+    if guide and card_guidance.on_the_hub(guide):
         extra = {"guide": guide["source"], "guide_revision": guide["revision"]}
     values = facts.get("results", {}).get("values", {})
     if math.isfinite(facts.get("emissions") or 0) and facts.get("emissions"):
@@ -133,21 +133,21 @@ def _loading(facts: Facts) -> str:
 PARTS = {
     "metadata": _metadata,
     "name": lambda facts: escape(facts["name"]),
-    "summary": sections.summary,
+    "summary": card_guidance.summary,
     "usage": _usage,
     "loading": _loading,
-    "networks": sections.networks,
-    "guide": sections.guide,
-    "guidance": sections.guidance,
-    "pairs": sections.pairs,
-    "results": sections.results,
-    "comparison": sections.comparison,
-    "figures": sections.figures,
-    "training": sections.rows_of("training"),
-    "cost": sections.rows_of("cost"),
-    "data": sections.rows_of("data"),
-    "limitations": sections.limitations,
-    "command": sections.command,
-    "versions": sections.versions,
-    "citation": sections.citation,
+    "networks": card_guidance.networks,
+    "guide": card_guidance.guide,
+    "guidance": card_guidance.guidance,
+    "pairs": card_guidance.pairs,
+    "results": card_results.results,
+    "comparison": card_results.comparison,
+    "figures": card_results.figures,
+    "training": card_results.rows_of("training"),
+    "cost": card_results.rows_of("cost"),
+    "data": card_results.rows_of("data"),
+    "limitations": card_results.limitations,
+    "command": card_results.command,
+    "versions": card_results.versions,
+    "citation": card_results.citation,
 }

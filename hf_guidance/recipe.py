@@ -237,4 +237,4 @@ def publish(report: dict[str, Any], folder: Path, args: TrainingArguments) -> No
     cards = write_cards(report, folder)
     print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
     if args.push_to_hub:
-        push_cards(report, cards, args.hub_token)
+        push_cards(report, cards, args.hub_token, args.hub_revision)

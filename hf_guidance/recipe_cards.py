@@ -19,8 +19,8 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, differences, markdown_table
 from hf_guidance.model_card import render
-from hf_guidance.publishing import later
 from hf_guidance.record_facts import facts_of_record
+from hf_guidance.uploads import later
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _belongs(row: str, run: str) -> bool:
     return row == run or row.startswith("alone") or row == "guide_itself"
 
 
-def push_cards(report: Report, places: list[Path], token: str | None) -> None:
+def push_cards(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
     """Upload cards and figures to where the runs were pushed; what fails is said, and nothing is lost."""
     from huggingface_hub import HfApi
 
@@ -151,9 +151,10 @@ def push_cards(report: Report, places: list[Path], token: str | None) -> None:
                     allow_patterns=["README.md", *FIGURES],
                     commit_message="Card with the runs it is compared with",
                     token=token,
+                    revision=revision,
                 )
         except Exception as error:
-            command = later(str(repository), place)
+            command = later(str(repository), place, revision)
             logger.error("The card of %s was not pushed (%s). To push it: %s", repository, error, command)
 
 

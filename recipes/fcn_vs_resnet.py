@@ -63,6 +63,7 @@ RUNS = (
     "noise_guide",
     "distillation",
 )
+FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "distillation")
 IMAGENET = "ILSVRC/imagenet-1k"
 
 
@@ -166,10 +167,11 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     """Data and runs as the flags ask for them."""
     guide = str(recipe.guide)
-    network = load_guide(guide, untrained=True)
     size = int(recipe.image_size or 0)
     chosen = set(recipe.runs or ())
-    trained = not recipe.train_guide and bool({"trained_guide", "trained_guide_stopped", "distillation"} & chosen)
+    trained = not recipe.train_guide and bool({*FROM_ITS_WEIGHTS} & chosen)
+    head = AutoModelForImageClassification if "distillation" in chosen else None
+    network = load_guide(guide, untrained=not trained, auto_class=head)
     own = pixel_format_of(guide, size, trained=trained, given=recipe.guide_image_size)
     check_takes(network, own, guide)
     options: dict[str, Any] = {
@@ -220,12 +222,10 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
     third = max(1, args.max_steps // 3)
     stop = {"guidance_stop_step": third if recipe.stop_step is None else recipe.stop_step}
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)
-    given: Callable[[], Any] = partial(load_guide, trained if recipe.train_guide else source)
+    given: Callable[..., Any] = partial(load_guide, trained if recipe.train_guide else source)
 
     def distil(**kwargs: Any) -> DistillationTrainer:
-        classifier = trained if recipe.train_guide else source
-        guide = AutoModelForImageClassification.from_pretrained(classifier, use_safetensors=True)
-        return DistillationTrainer(guide=guide, **kwargs)
+        return DistillationTrainer(guide=given(auto_class=AutoModelForImageClassification), **kwargs)
 
     needs = "guide_itself" if recipe.train_guide else None
     own_task = replace(tasks["itself"], train_dataset=tasks["itself"].train_dataset.with_seed(seed))
@@ -242,7 +242,7 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
         Run("distillation", seed, target, trainer=distil),
     ]
     chosen = set(recipe.runs or ())
-    if recipe.train_guide and chosen & {"trained_guide", "trained_guide_stopped", "distillation"}:
+    if recipe.train_guide and chosen & {*FROM_ITS_WEIGHTS}:
         chosen.add("guide_itself")
     return [run for run in runs if run.name in chosen]
 

@@ -7,7 +7,7 @@ from builders import arguments, gpt2, llama, token_rows
 from cards import check_card
 from transformers import TrainerCallback
 
-import hf_guidance.publishing
+import hf_guidance.card_writing
 from hf_guidance import GuidanceConfig, GuidanceTrainer
 
 
@@ -37,7 +37,7 @@ def trained(folder, *callbacks):
 
 @pytest.mark.parametrize("matplotlib", [True, False])
 def test_curves_are_beside_the_card_where_they_can_be_drawn(matplotlib, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_guidance.publishing, "is_matplotlib_available", lambda: matplotlib)
+    monkeypatch.setattr(hf_guidance.card_writing, "is_matplotlib_available", lambda: matplotlib)
     own = trained(tmp_path)
     own.create_model_card()
     _, body = check_card((tmp_path / "out" / "README.md").read_text())

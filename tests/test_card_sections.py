@@ -2,8 +2,7 @@
 
 from types import SimpleNamespace
 
-from hf_guidance import GuidanceConfig
-from hf_guidance import card_sections as sections
+from hf_guidance import GuidanceConfig, card_guidance, card_results
 from hf_guidance.card_facts import _results, best_step, pairs_facts, timms_name
 from hf_guidance.data_facts import task_facts
 
@@ -12,16 +11,16 @@ def test_the_best_weights_have_their_own_values():
     logs = [{"step": 2, "eval_loss": 0.5}, {"step": 4, "eval_loss": 0.7}, {"step": 4, "train_runtime": 1.0}]
     state = SimpleNamespace(log_history=logs, best_model_checkpoint="out/checkpoint-2")
     trainer = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=True))
-    text = sections.results({"results": _results(logs, best_step(trainer))})
+    text = card_results.results({"results": _results(logs, best_step(trainer))})
     assert "0.5000" in text
     assert "those of step 2, the best" in text
     trainer.args.load_best_model_at_end = False
-    assert "0.7000" in sections.results({"results": _results(logs, best_step(trainer))})
+    assert "0.7000" in card_results.results({"results": _results(logs, best_step(trainer))})
 
 
 def test_similarities_are_means_over_the_steps_since_the_log_before_and_finite():
     points = [{"step": 5, "a~b": 0.25}, {"step": 10, "a~b": 0.5}, {"step": 15, "a~b": float("nan")}]
-    text = sections.pairs({"pairs": pairs_facts(points)})
+    text = card_guidance.pairs({"pairs": pairs_facts(points)})
     assert "mean over steps 1–5" in text
     assert "mean over steps 11–15" in text
     assert "not finite (the run diverged)" in text
@@ -31,9 +30,9 @@ def test_a_guide_behind_the_wrapper_of_timm_is_called_by_its_own_name():
     guide = {"architecture": "TimmWrapperModel", "parameters": 5, "untrained": True, "seed": 0}
     guide["timm"] = timms_name({"model_type": "timm_wrapper", "architecture": "resnet18"})
     target = {"architecture": "FCNModel", "parameters": 3}
-    text = sections.summary({"target": target, "guide": guide, "training": {"steps": 2}})
+    text = card_guidance.summary({"target": target, "guide": guide, "training": {"steps": 2}})
     assert "a frozen resnet18 of timm that kept its random weights" in text
-    assert "| resnet18 of timm |" in sections.networks({"target": target, "guide": guide})
+    assert "| resnet18 of timm |" in card_guidance.networks({"target": target, "guide": guide})
     assert timms_name({"model_type": "gpt2", "architecture": "x"}) is None
 
 
@@ -49,14 +48,16 @@ def test_a_shuffle_buffer_is_a_streams_and_a_guides_images_are_told_where_they_d
 
 def test_settings_that_most_runs_leave_alone_are_shown_where_they_are_not():
     facts = {"guide": {"batch_norm": False}, "guidance": GuidanceConfig().to_dict()}
-    assert "sketch" not in sections.guidance(facts)
+    assert "sketch" not in card_guidance.guidance(facts)
     facts["guidance"] |= {"guidance_every": 4, "sketch": 64, "layer_pairs": ["a~b"], "similarity_batch": "global"}
-    text = sections.guidance(facts)
+    text = card_guidance.guidance(facts)
     assert all(words in text for words in ("one optimizer step in 4", "64 numbers", r"a\~b", "all processes"))
+    facts["guidance"]["similarity_batch"] = "accumulated"
+    assert "all micro-batches of an optimizer step" in card_guidance.guidance(facts)
 
 
 def test_only_an_untrained_target_has_learnt_from_nothing_else():
     data = {"data": {"rows": 3}}
-    assert "from nothing else" in sections.limitations({"target": {"untrained": True}} | data)
-    assert "from nothing else" not in sections.limitations({"target": {"source": "me/net"}} | data)
-    assert "not named here" in sections.limitations({"target": {"untrained": True}})
+    assert "from nothing else" in card_results.limitations({"target": {"untrained": True}} | data)
+    assert "from nothing else" not in card_results.limitations({"target": {"source": "me/net"}} | data)
+    assert "not named here" in card_results.limitations({"target": {"untrained": True}})

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from cards import check_card
+from huggingface_hub import HfApi
 
-from hf_guidance.recipe_cards import first_guided, model_card_of, write_model_cards
+from hf_guidance.recipe_cards import first_guided, model_card_of, push_cards, write_model_cards
 from hf_guidance.record_facts import facts_of_record
 
 REPOSITORY = Path(__file__).parents[1]
@@ -87,3 +88,23 @@ def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
     command = "accelerate launch recipes/r.py --output_dir out '--text_files=a b.txt' --use_cpu --dataset images"
     assert shlex.split(shown.replace("\\\n", "")) == shlex.split(command)
     assert r"Read a.txt and \`&lt;token&gt;\`." in text
+
+
+def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def upload(self, **options):
+        asked.append(options)
+        if len(asked) == 2:
+            raise OSError("no Hub today")
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    runs = [{"seed": 0, "run": name, "card": {"repository": f"me/{name}"}} for name in ("one", "two")]
+    places = [tmp_path / "seed-0" / run["run"] for run in runs]
+    push_cards({"runs": runs}, places, "hf_x", "trial")
+    assert [(call["repo_id"], call["folder_path"], call["revision"]) for call in asked] == [
+        ("me/one", places[0], "trial"),
+        ("me/two", places[1], "trial"),
+    ]
+    assert f"(no Hub today). To push it: hf upload me/two {places[1]} . --revision trial" in caplog.text
+    assert "hf_x" not in caplog.text

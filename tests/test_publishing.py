@@ -1,6 +1,8 @@
 """Pushes to a Hub over HTTP: what arrives, what does not, what a bad day leaves behind, and loading it back."""
 
+import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -17,7 +19,7 @@ from hub import Hub
 from huggingface_hub.utils import filter_repo_objects
 
 from hf_guidance import GuidanceConfig, load_guide_of
-from hf_guidance.publishing import later
+from hf_guidance.uploads import later
 
 SCRIPT = Path(__file__).parent / "scripts" / "push.py"
 REPOSITORY = "tester/guided-rnn"
@@ -52,16 +54,26 @@ def result(printed):
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("push")
-    with Hub(folder / "hub", lfs=True) as hub:
-        yield hub, result(run(hub, folder / "out", "push", "checkpoint", hub.token)), folder
+
+    def slow(method, path):  # so that a save finds the push of the one before still going on
+        return 0.3 if "/preupload/" in path or method == "PUT" else None
+
+    with Hub(folder / "hub", lfs=True, fault=slow) as hub:
+        printed = run(hub, folder / "out", "push", "checkpoint", hub.token)
+        (folder / "printed").write_text(printed)
+        said = result(printed)
+        hub.fault = None
+        yield hub, said, folder
 
 
 def test_the_last_push_and_the_pushes_of_checkpoints_carry_the_whole_model(pushed):
-    hub, _, _ = pushed
+    hub, _, folder = pushed
     titles = {commit["title"]: commit["id"] for commit in hub.store.repos[KEY]["log"]}
     assert {"Training in progress, step 2", "Training in progress, step 4", "End of training"} <= set(titles)
-    for title in ("Training in progress, step 2", "End of training"):
+    for title in ("Training in progress, step 2", "Training in progress, step 4", "End of training"):
         files = hub.store.files(KEY, titles[title])
+        step = 2 if title.endswith("2") else 4
+        assert files["model.safetensors"] == (folder / f"out/checkpoint-{step}/model.safetensors").read_bytes()
         assert {name for name in files if "/" not in name} - {".gitattributes"} == MODEL
         assert b"# guided-rnn" in files["README.md"]
     resumable = {n.removeprefix("last-checkpoint/") for n in hub.store.files(KEY) if n.startswith("last-checkpoint/")}
@@ -79,6 +91,7 @@ def test_nothing_of_the_machine_or_the_token_is_pushed(pushed):
             os.uname().nodename if len(os.uname().nodename) > 5 else hub.token,
         ):
             assert secret.encode() not in content, (name, secret)
+    assert hub.token not in (folder / "printed").read_text()
     arguments = torch.load(folder / "out" / "training_args.bin", weights_only=False)
     assert (arguments.hub_token, arguments.output_dir) == (None, "out")
 
@@ -146,6 +159,44 @@ def test_private_gated_and_branches_open_for_who_may_and_explain_themselves_to_o
     assert said["branches, token None"] == "the same"
     assert set(hub.store.files("model/tester/branches", "trial")) >= MODEL
     assert not set(hub.store.files("model/tester/branches")) & MODEL
+
+
+def test_a_large_file_goes_up_by_lfs_in_parts_and_comes_back_bit_for_bit(pushed, toured):
+    hub, (said, _), folder = pushed[0], toured, pushed[2]
+    repository, name = hub.store.repos["model/tester/large"], "model.safetensors"
+    entry = repository["commits"][repository["branches"]["main"]][name]
+    content = (folder / "tour" / "large" / name).read_bytes()
+    sha = hashlib.sha256(content).hexdigest()
+    assert len(content) > 2 * hub.part_size
+    assert entry["lfs"]
+    assert (entry["sha256"], entry["size"]) == (sha, len(content))
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {len(content)}\n".encode()
+    assert entry["oid"] == hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
+    count = math.ceil(len(content) / hub.part_size)
+    uploads = [request for request in hub.requests if f"/_lfs/{sha}" in request[1]]
+    assert sorted(uploads[:-1]) == sorted(("PUT", f"/_lfs/{sha}/{i}") for i in range(1, count + 1))
+    assert uploads[-1] == ("POST", f"/_lfs/{sha}")
+    assert hub.store.files("model/tester/large")[name] == content
+    assert said["large"] == "the same"
+
+
+def test_all_checkpoints_are_pushed_where_they_are_asked_for(pushed, toured):
+    files = set(pushed[0].store.files("model/tester/all"))
+    assert {name for name in files if "/" not in name} - {".gitattributes"} == MODEL
+    assert {name.split("/")[0] for name in files if name.endswith("/optimizer.pt")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_pushed_target_is_a_guide_itself_and_is_found_again(pushed, toured):
+    store, said = pushed[0].store, toured[0]
+    assert said["chain"] == "the same"
+    files = store.files("model/tester/chain")
+    metadata, body = check_card(files["README.md"].decode())
+    revision = store.repos["model/tester/all"]["branches"]["main"]
+    own = json.loads(files["guidance_config.json"])["guide"]
+    assert (own["source"], own["revision"], own["untrained"]) == ("tester/all", revision, False)
+    assert (metadata["guide"], metadata["guide_revision"]) == ("tester/all", revision)
+    assert f"[tester/all](https://huggingface.co/tester/all/tree/{revision})" in body
+    assert re.search(rf"^@misc\{{guide,(\n.*)+note +=.* {revision}\}}$", body, re.MULTILINE)
 
 
 def test_a_second_push_of_the_same_changes_nothing_but_the_card(pushed, toured):
@@ -223,7 +274,7 @@ def bad_day(tmp_path_factory):
         yield hub, result(printed), printed, folder
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "401"])
+@pytest.mark.parametrize("fault", ["500", "cut", "down", "401"])
 def test_a_push_that_fails_at_the_end_loses_nothing_and_its_command_works_later(fault, bad_day):
     hub, said, _, folder = bad_day
     assert said[fault].startswith(f"The push to tester/{fault} failed")

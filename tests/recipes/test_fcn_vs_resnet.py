@@ -15,7 +15,13 @@ import torch
 from hub import Hub
 from images import imagenet_files, imagenet_rows, parquet, truncate, write
 from launching import CONFIGS, Recipe
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_guidance.guide import load_guide
 from hf_guidance.identity import fingerprint
@@ -339,5 +345,33 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
 )  # fmt: skip
 def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=words):
+        run_here(monkeypatch, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out/**/checkpoint-*"))
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """The folder of a ResNet for ten classes, and the network."""
+    network = ResNetForImageClassification(ResNetConfig(num_labels=10, embedding_size=8, hidden_sizes=[8], depths=[1]))
+    network.save_pretrained(tmp_path / "classifier")
+    sizes = {"size": {"shortest_edge": 16}, "crop_pct": 1.0}
+    ConvNextImageProcessor(**sizes).save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier", network
+
+
+def test_a_classifier_of_ones_own_is_distilled(classifier, tmp_path, monkeypatch):
+    options = {"guide": classifier[0], "untrained_guide": [], "runs": ["distillation"]}
+    report = run_here(monkeypatch, tmp_path / "out", **options)
+    assert [run["run"] for run in report["runs"]] == ["distillation"]
+    assert report["runs"][0]["settings"]["data"]["guide"]["size"] == 16  # as its own image processor says
+
+
+@pytest.mark.parametrize("run", ["distillation", "trained_guide"])
+def test_pickled_weights_are_refused_before_any_training(run, classifier, tmp_path, monkeypatch):
+    folder, network = classifier
+    (folder / "model.safetensors").unlink()
+    torch.save(network.state_dict(), folder / "pytorch_model.bin")
+    options = {"guide": folder, "untrained_guide": [], "runs": ["alone", run]}
+    with pytest.raises(ValueError, match=r"Cannot load guide .*model\.safetensors.* pickled ones are refused"):
         run_here(monkeypatch, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out/**/checkpoint-*"))

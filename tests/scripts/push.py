@@ -21,7 +21,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), pad_token="t0")
 
 
-def trainer(folder, **options):
+def trainer(folder, width=8, guide=None, **options):
     torch.manual_seed(0)
     arguments = {
         "max_steps": 4,
@@ -35,9 +35,9 @@ def trainer(folder, **options):
         "hub_model_id": "tester/guided-rnn",
         "hub_always_push": True,
     }
-    target = RNNForCausalLM(RNNConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2))
+    target = RNNForCausalLM(RNNConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2))
     sizes = {"n_embd": 8, "n_layer": 3, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
-    guide = load_guide(GPT2Config(vocab_size=VOCABULARY, **sizes), seed=5)
+    guide = guide or load_guide(GPT2Config(vocab_size=VOCABULARY, **sizes), seed=5)
     return GuidanceTrainer(
         target,
         TrainingArguments(folder, **(arguments | options)),
@@ -75,6 +75,7 @@ def image_trainer(folder, **options):
 def tour(folder):
     """One process that pushes in every way; what each left is looked at from outside."""
     once, said = {"max_steps": 1, "save_strategy": "no"}, {}
+    whole = {"max_steps": 2, "save_steps": 1, "hub_strategy": "all_checkpoints"}
     for name, options in {
         "private": {"hub_private_repo": True},
         "gated": {},
@@ -93,6 +94,19 @@ def tour(folder):
                 said[f"{name}, token {token}"] = "the same" if same else "another"
             except ValueError as error:
                 said[f"{name}, token {token}"] = str(error)
+    own = trainer(f"{folder}/all", hub_model_id="tester/all", **whole)
+    own.train()
+    first = RNNForCausalLM.from_pretrained("tester/all")
+    guide = load_guide("tester/all")
+    own = trainer(f"{folder}/chain", guide=guide, hub_model_id="tester/chain", **once)
+    own.train()
+    own.push_to_hub()
+    prints = {fingerprint(network) for network in (guide, first.base_model, load_guide_of("tester/chain"))}
+    said["chain"] = "the same" if len(prints) == 1 else "others"
+    own = trainer(f"{folder}/large", width=1100, hub_model_id="tester/large", **once)
+    own.push_to_hub()
+    loaded = RNNForCausalLM.from_pretrained("tester/large")
+    said["large"] = "the same" if fingerprint(loaded) == fingerprint(own.model) else "another"
     own = image_trainer(f"{folder}/image", hub_model_id="tester/image")
     own.train()
     own.push_to_hub(dataset="a|b<script>", license="mit", tags=["x: y"])
@@ -103,7 +117,7 @@ def bad_day(folder):
     """One process whose pushes fail in every way; what the errors say."""
     said = {}
     once = {"hub_strategy": "end", "max_steps": 1, "save_strategy": "no"}
-    for seed, name in enumerate(("500", "cut", "401", "interrupted")):  # another seed makes other weights
+    for seed, name in enumerate(("500", "cut", "down", "401", "interrupted")):  # another seed makes other weights
         own = trainer(f"{folder}/{name}", hub_model_id=f"tester/{name}", seed=seed, **once)
         own.train()
         try:

@@ -1,32 +1,25 @@
-"""The sections of a model card, each from a run's facts to markdown, and empty where there is nothing to say."""
+"""Sections of a model card on target, guide and guidance, each from a run's facts to markdown, empty without them."""
 
 from __future__ import annotations
 
-import math
 import re
-import shlex
-from collections.abc import Callable
 from typing import Any
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.markdown import code, count, escape, table
+from hf_guidance.markdown import count, escape, shown, table
 
 Facts = dict[str, Any]
 PAPER = "https://arxiv.org/abs/2410.20035"
 HUB = "https://huggingface.co"  # and not the endpoint of this machine
-CITATION = """@inproceedings{subramaniam2025guidance,
-  title     = {Training the Untrainable: Introducing Inductive Bias via Representational Alignment},
-  author    = {Subramaniam, Vighnesh and Mayo, David and Conwell, Colin and Poggio, Tomaso and
-               Katz, Boris and Cheung, Brian and Barbu, Andrei},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2025}
-}"""
-WIDTH = 60  # of a line of the command, after which the next flag starts another
 SEEN = {
     "batch": "what the target saw",
     "noise": "noise",
     "prealign_noise": "noise while pre-aligning, then what the target saw",
     "shuffled": "another row's input (a control)",
+}
+BATCHES = {
+    "global": "the batches of all processes as one",
+    "accumulated": "all micro-batches of an optimizer step as one",
 }
 SCHEDULES = {"constant": "constant", "linear": "linear decay", "cosine": "cosine decay"}
 
@@ -128,19 +121,13 @@ def _not_default(config: GuidanceConfig) -> list[list[str]]:
     every, mapping = config.guidance_every, config.layer_mapping
     rows = {
         "guided at": f"one optimizer step in {every}" if every > 1 else None,
-        "similarity over": "the batches of all processes as one" if config.similarity_batch == "global" else None,
+        "similarity over": BATCHES.get(config.similarity_batch),
         "sketch": f"wider layers cut to {config.sketch} numbers a sample" if config.sketch is not None else None,
         "layers paired": mapping if mapping != "even" else None,
     }
     if config.layer_pairs is not None:
         rows["layers paired"] = f"one by one: {', '.join(config.layer_pairs)}"
     return [[name, value] for name, value in rows.items() if value is not None]
-
-
-def _in_order(row: Facts) -> list[tuple[int, str]]:
-    """A key that sorts layer 9 before layer 10; logs are sorted letter by letter."""
-    parts = re.split(r"(\d+)", f"{row['target']}~{row['guide']}")
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def pairs(facts: Facts) -> str:
@@ -157,87 +144,11 @@ def pairs(facts: Facts) -> str:
     return table(header, rows)
 
 
+def _in_order(row: Facts) -> list[tuple[int, str]]:
+    """A key that sorts layer 9 before layer 10; logs are sorted letter by letter."""
+    parts = re.split(r"(\d+)", f"{row['target']}~{row['guide']}")
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
 def _span(before: int, step: int) -> str:
     return f"step {step}" if step - before == 1 else f"mean over steps {before + 1}–{step}"
-
-
-def shown(value: float, digits: int) -> str:
-    """A number as a card shows it."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite (the run diverged)"
-
-
-def results(facts: Facts) -> str:
-    """This network's own metrics."""
-    own = facts.get("results")
-    if not own:
-        return ""
-    rows = [[name.replace("_", " "), shown(value, 4)] for name, value in own["values"].items()]
-    text = table(["metric", f"{own['split']} data"], rows)
-    if own.get("best_step") is not None:
-        text += f"\n\nThe weights are those of step {own['best_step']}, the best of the run, and so are these values."
-    return text
-
-
-def comparison(facts: Facts) -> str:
-    """The runs this one is matched with."""
-    own = facts.get("comparison")
-    return f"{escape(own['text'])}\n\n{own['table']}" if own else ""
-
-
-def figures(facts: Facts) -> list[str]:
-    return [f"![{escape(figure['caption'])}]({figure['file']})" for figure in facts.get("figures", [])]
-
-
-def rows_of(name: str) -> Callable[[Facts], str]:
-    """A section that is a table of one part of the facts."""
-
-    def part(facts: Facts) -> str:
-        rows = [[k.replace("_", " "), v] for k, v in facts.get(name, {}).items() if v is not None and k != "id"]
-        return table([name, ""], rows) if rows else ""
-
-    return part
-
-
-def limitations(facts: Facts) -> str:
-    text = f"A network for the study of training, not for use: {_learnt(facts)}, "
-    text += "and was tested on no other. " if facts.get("results") else "and was not tested. "
-    if facts.get("guide"):
-        text += "What of the guide's behaviour it has taken on beside the similarity was not measured. "
-    seeds = facts.get("comparison", {}).get("seeds")
-    return text + (f"The figures are of {seeds} seed{'s' if seeds > 1 else ''}." if seeds else "One seed.")
-
-
-def _learnt(facts: Facts) -> str:
-    data = "the data above" if facts.get("data") else "data that are not named here"
-    if facts["target"].get("untrained"):
-        return f"it has learnt from {data}" + (" and from nothing else" if facts.get("data") else "")
-    if facts["target"].get("source"):
-        return f"its weights had been trained before, and it has learnt from {data} as well"
-    return f"it has learnt from {data}, and what its weights had learnt before is not known here"
-
-
-def versions(facts: Facts) -> str:
-    return "Made with " + ", ".join(f"{escape(k)} {escape(v)}" for k, v in facts["versions"].items()) + "."
-
-
-def command(facts: Facts) -> str:
-    """The exact command, broken between its flags so that a page shows all of it."""
-    if not facts.get("command"):
-        return ""
-    lines = [""]
-    for word in shlex.split(facts["command"]):
-        word = shlex.quote(word)
-        if word.startswith("--") and len(lines[-1]) > WIDTH:
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return code("sh", " \\\n".join(lines))
-
-
-def citation(facts: Facts) -> str:
-    """Of the paper, and of the guide where it is somebody's on the Hub."""
-    own = facts.get("guide") or {}
-    if not on_the_hub(own):
-        return CITATION
-    lines = [f"  title        = {{{own['source']}}},", f"  howpublished = {{{HUB}/{own['source']}}},"]
-    lines.append(f"  note         = {{revision {own['revision']}}}")
-    return "\n".join([CITATION, "", "@misc{guide,", *lines, "}"])
