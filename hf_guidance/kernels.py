@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,14 +53,14 @@ def u_center(kernel: Tensor) -> Tensor:
 
 def unit(kernel: Tensor) -> Tensor:
     """Scale a matrix to Frobenius norm 1; one that is zero up to rounding becomes zero, without a gradient."""
-    return kernel * inverse_norm(kernel)
+    return kernel * inverse_norms([kernel])[0]
 
 
-def inverse_norm(kernel: Tensor) -> Tensor:
-    """One over the Frobenius norm; 0 for a matrix that is zero up to rounding."""
-    norm = torch.linalg.vector_norm(kernel)
-    zero = norm <= ROUNDINGS * torch.finfo(kernel.dtype).eps * len(kernel)
-    return torch.where(zero, torch.inf, norm).reciprocal()
+def inverse_norms(kernels: Sequence[Tensor]) -> Tensor:
+    """One over the Frobenius norm of each; 0 for a matrix that is zero up to rounding."""
+    norms = torch.stack([torch.linalg.vector_norm(kernel) for kernel in kernels])
+    zero = norms <= ROUNDINGS * torch.finfo(norms.dtype).eps * len(kernels[0])
+    return torch.where(zero, torch.inf, norms).reciprocal()
 
 
 def gram(
@@ -121,18 +122,18 @@ class CentredKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, precision: torch.dtype, keep_copy: bool) -> Tensor:
-        kernel, inverse_scale, kept = _scaled_kernel(x, precision)
+        kernel, factor, kept = _scaled_kernel(x, precision)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept, inverse_scale)
+            ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept, factor)
         return kernel
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, inverse_scale = ctx.saved_tensors
+        x, factor = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
-            weights = gradient * (2 * inverse_scale)
+            weights = gradient * (2 * factor)
         else:
-            weights = _center_in_place((gradient + gradient.T).mul_(inverse_scale))
+            weights = _center_in_place((gradient + gradient.T).mul_(factor))
         with nullcontext() if _on_cpu(x) else exact_float32(x.device):
             return weights @ x, None, None
 
@@ -144,9 +145,9 @@ def expect_centred(kernel: Tensor) -> None:
 
 
 def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """``x̃ x̃ᵀ / scale``, one over the scale, and the features it was made from."""
-    if x.dtype == torch.float32 and _on_cpu(x) and (found := _of_offset_features(x)):
-        return *found, x
+    """``x̃ x̃ᵀ / scale``, and the number and the features of which the gradient is the product."""
+    if x.dtype == torch.float32 and _on_cpu(x) and (found := _kernel_on_host(x)):
+        return found
     with exact_float32(x.device):
         mean = x.mean(0)
         centred = x - mean
@@ -156,21 +157,31 @@ def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, T
         return kernel.mul_(inverse), inverse, centred
 
 
-def _of_offset_features(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same from features that are not centred, on the host; None if their mean is too large for that.
+def _kernel_on_host(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same with the fewest passes; None where the mean of the features is too large for that.
 
-    In numpy, whose calls are a tenth of torch's, which counts where there are dozens of small matrices a step.
+    In numpy, whose calls cost a tenth of torch's, which counts where there are dozens of small matrices a step.
     """
-    kernel = _host_outer(x)
+    array = x.numpy()
+    n, width = array.shape
+    if width <= n:  # then the features are the smaller matrix
+        mean = array.mean(0)
+        centred = array - mean
+        energy, offset = float(np.vdot(centred, centred)) / n, float(np.vdot(mean, mean))
+        if not (energy > 0 and offset <= SAFE_OFFSET * energy):
+            return None
+        centred *= energy**-0.5
+        return torch.from_numpy(centred @ centred.T), torch.tensor(energy**-0.5), torch.from_numpy(centred)
+    kernel = array @ array.T
     mean = kernel.mean(0)
     offset = float(mean.mean())
-    left = float(kernel.trace()) / len(x) - offset
-    if not (left > 0 and offset <= SAFE_OFFSET * left):
+    energy = float(kernel.trace()) / n - offset
+    if not (energy > 0 and offset <= SAFE_OFFSET * energy):
         return None
     kernel -= mean[:, None]
     kernel -= mean - mean.mean()
-    kernel *= 1 / left
-    return torch.from_numpy(kernel), torch.tensor(1 / left)
+    kernel *= 1 / energy
+    return torch.from_numpy(kernel), torch.tensor(1 / energy), x
 
 
 def _center_in_place(kernel: Tensor) -> Tensor:
@@ -180,12 +191,10 @@ def _center_in_place(kernel: Tensor) -> Tensor:
 
 def outer(x: Tensor) -> Tensor:
     """``x xᵀ``; on a CPU by numpy, which knows that half of it is enough."""
-    return torch.from_numpy(_host_outer(x)) if _on_cpu(x) else x @ x.T
-
-
-def _host_outer(x: Tensor) -> Any:
+    if not _on_cpu(x):
+        return x @ x.T
     array = x.numpy()
-    return array @ array.T
+    return torch.from_numpy(array @ array.T)
 
 
 def _on_cpu(x: Tensor) -> bool:

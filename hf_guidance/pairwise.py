@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import exact_float32, expect_centred, inverse_norm
+from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 
 Grams = dict[str, Tensor]
 Slope = tuple[Tensor, Tensor]  # a matrix, and the number it is multiplied by
+Compared = tuple[Tensor, dict[str, Slope]]  # similarity of each pair, and its sum's slope in each target's Gram matrix
 
 
 def guidance_loss(
@@ -27,28 +29,24 @@ def guidance_loss(
     Args:
         pairs: all count; those that share a layer share its work.
         measure: what is compared.
-        targets: Gram matrices ``(n, n)`` by layer, with their graphs.
+        targets: Gram matrices ``(n, n)`` by layer, with their graphs; those of no pair are left aside.
         guides: the guide's, over the same samples.
         mean: over the pairs, instead of their sum.
         scale: factor of the gradient alone.
     """
-    values: dict[str, Tensor] = {}
-    slopes = []
-    guide_sides = _guide_sides(pairs, measure, targets, guides)
+    like = next(iter(targets.values()))
     count = len(pairs) if mean else 1
-    with exact_float32(next(iter(targets.values())).device):
-        for layer, kernel in targets.items():
-            own = [guide for target, guide in pairs if target == layer]
-            with_slope = kernel.requires_grad and torch.is_grad_enabled()
-            found, slope = _of_one_layer(measure, kernel.detach(), [guide_sides[g] for g in own], with_slope)
-            values |= {pair_name((layer, g)): value for g, value in zip(own, found, strict=True)}
-            if slope is not None:
-                if measure.centred_slope:
-                    expect_centred(kernel)
-                slopes.append(ZeroWithSlope.apply(kernel, *slope))
-        values = {pair_name(pair): values[pair_name(pair)] for pair in pairs}
-        loss = (1 - torch.stack(list(values.values()))).sum() / count
-    return loss + torch.stack(slopes).sum() * (-scale / count) if slopes else loss, values
+    targets, guides = {t: targets[t] for t, _ in pairs}, {g: guides[g].to(like) for _, g in pairs}
+    with exact_float32(like.device):
+        values, slopes = (_one_by_one if measure.kernel is None else _by_cosines)(pairs, measure, targets, guides)
+        loss = (1 - values).sum() / count
+    if slopes:
+        if measure.centred_slope:
+            for layer in slopes:
+                expect_centred(targets[layer])
+        zeros = torch.stack([ZeroWithSlope.apply(targets[layer], *slope) for layer, slope in slopes.items()])
+        loss = loss + zeros.sum() * (-scale / count)
+    return loss, dict(zip(map(pair_name, pairs), values.unbind(), strict=True))
 
 
 class ZeroWithSlope(torch.autograd.Function):
@@ -65,45 +63,78 @@ class ZeroWithSlope(torch.autograd.Function):
         return slope * (gradient * factor), None, None
 
 
-def _of_one_layer(
-    measure: Measure, kernel: Tensor, guide_sides: Sequence[Any], with_slope: bool
-) -> tuple[Sequence[Tensor], Slope | None]:
-    """Its similarities, and the gradient of their sum in its Gram matrix."""
-    with torch.set_grad_enabled(with_slope):
-        leaf = kernel.requires_grad_(with_slope)
-        if measure.kernel is not None:
-            own = measure.kernel(leaf)
-            values, slope = cosines(own.detach(), guide_sides, with_slope)
-            if slope is not None and own is not leaf:
-                slope = torch.autograd.grad(own, leaf, slope[0])[0], slope[1]
-            return values, slope
-        side = measure.target_side(leaf)
-        found = [measure.compare(side, guide_side) for guide_side in guide_sides]
-        if not with_slope or not found:
-            return found, None
-        (gradient,) = torch.autograd.grad(torch.stack(found).sum(), leaf)
-        return [value.detach() for value in found], (gradient, gradient.new_ones(()))
+def _one_by_one(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> Compared:
+    """Any measure: what the pairs of a layer share is computed once, and the slope is autograd's."""
+    with torch.no_grad():
+        guide_sides = {name: measure.guide_side(kernel) for name, kernel in guides.items()}
+    values: dict[Pair, Tensor] = {}
+    slopes: dict[str, Slope] = {}
+    for layer, kernel in targets.items():
+        with _leaf(kernel) as leaf:
+            side = measure.target_side(leaf)
+            found = {pair: measure.compare(side, guide_sides[pair[1]]) for pair in pairs if pair[0] == layer}
+            if leaf.requires_grad:
+                (slope,) = torch.autograd.grad(torch.stack(list(found.values())).sum(), leaf)
+                slopes[layer] = slope, slope.new_ones(())
+        values |= {pair: value.detach() for pair, value in found.items()}
+    return torch.stack([values[pair] for pair in pairs]), slopes
 
 
-@torch.no_grad()
-def cosines(kernel: Tensor, units: Sequence[Tensor], with_slope: bool = True) -> tuple[list[Tensor], Slope | None]:
-    """Cosines ``⟨K, L̂⟩ / ‖K‖`` of a kernel with others of norm 1; ``Σ (L̂ − cosine K̂)`` and ``1 / ‖K‖``, their slope."""
-    inverse = inverse_norm(kernel)
-    values = [torch.dot(kernel.flatten(), other.flatten()) * inverse for other in units]
-    if not with_slope or not units:
-        return values, None
-    total = units[0] if len(units) == 1 else torch.stack(list(units)).sum(0)
-    return values, (total.addcmul(kernel, sum(values) * inverse, value=-1), inverse)
+def _by_cosines(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> Compared:
+    """A measure that is the cosine of two kernels, with the slope in closed form as far as the kernel."""
+    assert measure.kernel is not None
+    with torch.no_grad():
+        others = {name: measure.kernel(kernel) for name, kernel in guides.items()}
+    if measure.centred_slope:  # the kernel is the Gram matrix
+        return _cosines(pairs, targets, others)
+    values: dict[Pair, Tensor] = {}
+    slopes: dict[str, Slope] = {}
+    for layer, kernel in targets.items():
+        own = [pair for pair in pairs if pair[0] == layer]
+        with _leaf(kernel) as leaf:
+            made = measure.kernel(leaf)
+            found, slope = _cosines(own, {layer: made}, others)
+            if layer in slope:
+                slopes[layer] = torch.autograd.grad(made, leaf, slope[layer][0])[0], slope[layer][1]
+        values |= dict(zip(own, found.unbind(), strict=True))
+    return torch.stack([values[pair] for pair in pairs]), slopes
+
+
+@contextmanager
+def _leaf(kernel: Tensor) -> Iterator[Tensor]:
+    """The start of a graph of its own, which ends with the block; without one where no gradient is wanted."""
+    wanted = kernel.requires_grad and torch.is_grad_enabled()
+    with torch.set_grad_enabled(wanted):
+        yield kernel.detach().requires_grad_(wanted)
+
+
+def _cosines(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> Compared:
+    """``⟨K, L⟩ / (‖K‖ ‖L‖)`` of each pair, and ``Σ (L / ‖L‖ − cosine · K / ‖K‖) / ‖K‖``, the slope in each K.
+
+    Numbers are computed for all pairs at once: one by one, they would take as long as the matrices.
+    """
+    with_slope = [layer for layer, kernel in kernels.items() if kernel.requires_grad and torch.is_grad_enabled()]
+    with torch.no_grad():
+        inverse = inverse_norms([*kernels.values(), *others.values()]).unbind()
+        of_kernel = dict(zip(kernels, inverse, strict=False))
+        of_other = dict(zip(others, inverse[len(kernels) :], strict=True))
+        dots = torch.stack([torch.dot(kernels[t].flatten(), others[g].flatten()) for t, g in pairs])
+        ours, theirs = torch.stack([of_kernel[t] for t, _ in pairs]), torch.stack([of_other[g] for _, g in pairs])
+        cosines, shares = dots * ours * theirs, (dots * ours.square()).unbind()
+        slopes: dict[str, Slope] = {}
+        for layer in with_slope:
+            own = [(guide, shares[i]) for i, (target, guide) in enumerate(pairs) if target == layer]
+            if len(own) == 1:
+                ((guide, share),) = own
+                total, factor = others[guide], of_kernel[layer] * of_other[guide]
+            else:
+                total = sum((others[g] * of_other[g] for g, _ in own), torch.zeros_like(kernels[layer]))
+                share, factor = torch.stack([of_other[g] * part for g, part in own]).sum(), of_kernel[layer]
+            slopes[layer] = total.addcmul(kernels[layer], share, value=-1), factor
+    return cosines, slopes
 
 
 @torch.no_grad()
 def similarities(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> dict[str, Tensor]:
     """The similarity of each pair, without a gradient."""
     return guidance_loss(pairs, measure, targets, guides)[1]
-
-
-@torch.no_grad()
-def _guide_sides(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> dict[str, Any]:
-    like = next(iter(targets.values()))
-    with exact_float32(like.device):
-        return {g: measure.guide_side(guides[g].to(like)) for g in dict.fromkeys(g for _, g in pairs)}

@@ -61,9 +61,12 @@ class _CountSketch(torch.autograd.Function):
         ctx.size, ctx.shifts = size, shifts
         if x.device.type != "cpu":  # where many small steps cost more than moving the features twice
             return x.new_zeros(len(x), size).index_add_(1, _sums(signs, size, shifts), x * signs.to(x))
-        sums = x.new_zeros(len(x), size)
+        sums, signs = x.new_empty(len(x), size), signs.to(x)
         for begin, end, to in _pieces(x.shape[1], size, shifts):
-            sums[:, to : to + end - begin].addcmul_(x[:, begin:end], signs[begin:end].to(x))
+            if begin < size:  # the first block, which is as wide as the sums
+                torch.mul(x[:, begin:end], signs[begin:end], out=sums[:, to : to + end - begin])
+            else:
+                sums[:, to : to + end - begin].addcmul_(x[:, begin:end], signs[begin:end])
         return sums
 
     @staticmethod
@@ -71,9 +74,9 @@ class _CountSketch(torch.autograd.Function):
         (signs,) = ctx.saved_tensors
         if gradient.device.type != "cpu":
             return gradient[:, _sums(signs, ctx.size, ctx.shifts)] * signs.to(gradient), None, None, None
-        spread = gradient.new_empty(len(gradient), len(signs))
+        spread, signs = gradient.new_empty(len(gradient), len(signs)), signs.to(gradient)
         for begin, end, to in _pieces(len(signs), ctx.size, ctx.shifts):
-            torch.mul(gradient[:, to : to + end - begin], signs[begin:end].to(gradient), out=spread[:, begin:end])
+            torch.mul(gradient[:, to : to + end - begin], signs[begin:end], out=spread[:, begin:end])
         return spread, None, None, None
 
 
