@@ -21,10 +21,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.cost.communication import bytes_of_global_batch
 from hf_guidance.cost.meters import StepMeter, matmul_rate, operations
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 
 KINDS = ("median", "minimum")
+SKETCH = 1024  # that an exact comparison's bytes are set beside
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def measure_cost(
 
     Returns:
         Of each variant seconds a step (median, minimum, all of them), samples a second and peak bytes; the split, the
-        floor, overhead and the other ratios, the latter from medians and from minima; see `summary`.
+        floor, overhead and the other ratios, the latter from medians and from minima; see `summary`. Bytes that a
+        process would send to each other one for a global batch, exact and sketched (None where nothing is that wide).
     """
     cycle = getattr(guidance, "guidance_every", None) or 1
     trainers = make_trainers(target, guide, rows, args, guidance, paper=plan.paper)
@@ -94,6 +97,9 @@ def measure_cost(
     found |= summary(found)
     found["memory"] = _memory(variants, alone, plan.discard + cycle)
     found["pairs"] = len(guided.guidance_loss.pairs or [])
+    size = guidance.sketch or SKETCH
+    count_bytes = partial(bytes_of_global_batch, guided.model, guided.guide, guidance, alone.batches[0])
+    found["global_bytes"] = {"exact": count_bytes(None), "sketch": size, "sketched": count_bytes(size)}
     if plan.arithmetic:
         found["arithmetic"] = _arithmetic(variants, args, found["guide_forwards"])
     return found

@@ -9,6 +9,7 @@ from typing import Any
 from hf_guidance.analysis.report import aligned
 
 MEBI = 2**20
+PROCESSES = (2, 8, 64)
 
 
 def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
@@ -23,6 +24,11 @@ def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
         "Samples a second, and peak memory in MiB; the bound is 1.05 (plain + guide's weights + its largest layer):",
         aligned([_memory_header(rows), *(_memory(row) for row in rows)]),
     ]
+    kinds = ("exact", f"--sketch {rows[0]['global_bytes']['sketch']}")
+    tables += [
+        "MiB that each process receives from all others in a step with --similarity_batch global:",
+        aligned([["setting", *(f"{kind}, {n} processes" for kind in kinds for n in PROCESSES)], *map(_received, rows)]),
+    ]
     counted = [row for row in rows if "arithmetic" in row]
     if counted:
         header = ["setting", "floor", "Grams", "measured floor", "measured Grams and backward"]
@@ -31,6 +37,11 @@ def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
             aligned([header, *(_arithmetic(row) for row in counted)]),
         ]
     return "\n\n".join(tables)
+
+
+def _received(row: dict[str, Any]) -> list[str]:
+    sent = (row["global_bytes"][name] for name in ("exact", "sketched"))
+    return [row["name"], *("–" if b is None else f"{b * (n - 1) / MEBI:.1f}" for b in sent for n in PROCESSES)]
 
 
 def _has_paper(rows: Sequence[dict[str, Any]]) -> bool:

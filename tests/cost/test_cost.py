@@ -1,6 +1,7 @@
 """The cost of guidance: what is measured is the real step, the table adds up, the yardstick is the paper's."""
 
 import copy
+import re
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guide
+from hf_guidance.cost.communication import bytes_of_global_batch
 from hf_guidance.cost.measuring import Plan, measure_cost, summary
 from hf_guidance.cost.meters import Clock, StepMeter, matmul_rate, operations, peak_memory
 from hf_guidance.cost.paper_formulation import PaperTrainer
@@ -167,6 +169,17 @@ def test_the_table_adds_up(measured, resnet):
     assert measured["pairs"] == sum(isinstance(module, nn.Conv2d) for module in resnet.modules())
 
 
+@pytest.mark.parametrize("sketch", [None, 4, 100])
+def test_a_global_batch_sends_each_paired_layers_features_or_their_sketch(resnet, sketch):
+    batch = {"pixel_values": torch.randn(12, 3, 32, 32), "labels": torch.zeros(12, dtype=torch.long)}
+    convolutions = [name for name, module in resnet.named_modules() if isinstance(module, nn.Conv2d)]
+    outputs = module_outputs(resnet, convolutions, batch["pixel_values"])
+    widths = [8, 8, 8, *(output[0].numel() for output in outputs)]  # three target layers, all of them paired
+    sent = 12 * 4 * sum(min(sketch or width, width) for width in widths)
+    assert bytes_of_global_batch(fcn(), resnet, CONVS, batch, sketch) == sent
+    assert bytes_of_global_batch(fcn(), resnet, CONVS, batch, 10**6) is None
+
+
 def test_the_memory_of_a_step_is_at_least_its_weights_and_gradients(measured, resnet):
     weights = 4 * sum(p.numel() for p in fcn().parameters())
     guide = 4 * sum(p.numel() for p in resnet.parameters())
@@ -225,7 +238,8 @@ def test_a_cached_guides_split_has_no_guide_and_the_papers_floor_still_has():
 def test_tables_and_figure(measured, tmp_path):
     row = {"name": "4/32/8", "batch_size": 4, "goal": 1.08, **measured}
     text = cost_tables([row])
-    assert text.count("| 4/32/8 ") == 3
+    assert text.count("| 4/32/8 ") == 4
+    assert re.search(r"\| 4/32/8 +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\|\n", text)
     assert f" {measured['overhead']['median']:.3f} " in text
     assert " ≤ 1.08 " in text
     assert f" {measured['memory']['peak']['guided'] / 2**20:.0f} " in text

@@ -1,0 +1,63 @@
+"""What a global batch sends between processes, counted on one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.loss import GuidanceLoss, alone
+from hf_guidance.ranks import Ranks
+
+FEW = 8  # rows that are enough to count with
+
+
+class _Counting(Ranks):
+    """One process that counts what it would send if there were others."""
+
+    def __init__(self) -> None:
+        self.rank, self.scale, self.bytes_sent = 0, 1, 0
+
+    def numbers(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+        return [list(numbers)]
+
+    def smallest(self, values: Tensor, count: int) -> Tensor:
+        return values.sort().values[:count]
+
+    def gather(self, x: Tensor, counts: Sequence[int], length: int | None = None) -> Tensor:
+        self.bytes_sent += x.nbytes
+        return x
+
+
+@torch.no_grad()
+def bytes_of_global_batch(
+    target: nn.Module, guide: nn.Module, config: GuidanceConfig, batch: Mapping[str, Any], sketch: int | None
+) -> int | None:
+    """Bytes that a process sends to each of the others in a step with ``similarity_batch="global"``.
+
+    Args:
+        batch: of one process; all its tensors have a row for each sample.
+        sketch: as of `GuidanceConfig`.
+
+    Returns:
+        The bytes; None for a sketch of more numbers than the widest layer has features.
+    """
+    count = len(next(iter(batch.values())))
+    few = {name: value[:FEW] for name, value in batch.items() if name != config.sample_id_column}
+    loss = GuidanceLoss(target, guide, replace(alone(config), sketch=sketch, log_measures=[]))
+    try:
+        for _ in range(2):  # the first finds out which layers are in a pair
+            loss.ranks = counting = _Counting()
+            with loss.watch(few) as watched:
+                target(**watched.inputs)
+    except ValueError as error:
+        if sketch is not None and "nothing to sketch" in str(error):
+            return None
+        raise
+    finally:
+        loss.close()
+    return round(counting.bytes_sent * count / min(FEW, count))
