@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
 # Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
@@ -198,7 +199,9 @@ def outer(x: Tensor) -> Tensor:
 
 
 def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether numpy may do it: not where torch is to see what is done, to compile it or to count it."""
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return x.device.type == "cpu" and not watched
 
 
 def _varying(mean: Tensor, centred: Tensor, precision: torch.dtype) -> Tensor:

@@ -148,7 +148,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
 
 
 def operations(work: Callable[[], Any]) -> int:
-    """Floating point operations of the products and convolutions in some work, as torch counts them."""
+    """Floating point operations of the products and convolutions in some work, as torch counts them: all of a Gram
+    matrix, of which a CPU computes half."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

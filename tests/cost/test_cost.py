@@ -194,14 +194,16 @@ def test_the_memory_of_a_step_is_at_least_its_weights_and_gradients(measured, re
     assert measured["memory"]["plain_guide_layer_5_percent"] == round(bound)
 
 
-def test_the_arithmetic_is_that_of_the_networks(measured):
+def test_the_arithmetic_is_that_of_the_networks(measured, resnet):
     count = measured["arithmetic"]["operations"]
     sizes = [(3 * 32 * 32, 8), (8, 8), (8, 8), (8, 4)]
     forward = sum(2 * 4 * a * b for a, b in sizes)
     backward = 2 * forward - 2 * 4 * sizes[0][0] * sizes[0][1]  # the images need no gradient
     assert count["plain"] == forward + backward
     assert count["guided"] == count["plain"] + count["guide"] + count["grams"]
-    assert count["grams"] > 0
+    convolutions = [name for name, module in resnet.named_modules() if isinstance(module, nn.Conv2d)]
+    widths = [output[0].numel() for output in module_outputs(resnet, convolutions, torch.randn(4, 3, 32, 32))]
+    assert count["grams"] == 2 * 4 * 4 * (sum(widths) + 3 * 8) + 2 * 4 * 4 * 3 * 8  # and the backward of the target's
     rate = measured["arithmetic"]["operations_per_second"]["step"]
     assert measured["arithmetic"]["floor_seconds"] == pytest.approx((count["plain"] + count["guide"]) / rate)
 
