@@ -104,6 +104,8 @@ def measure(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
     set_seed(args.seed)
     target, rows = networks.build(setting, guide, recipe.batches, args.seed)
     row = {"name": setting.name, "goal": goal_of(recipe, args, guidance, setting), **dataclasses.asdict(setting)}
+    if guidance.cache_guide:  # each row's own
+        guidance = dataclasses.replace(guidance, cache_guide=f"{guidance.cache_guide}/{setting.name.replace('/', '-')}")
     return row | measure_cost(target, guide, rows, args, guidance, plan)
 
 

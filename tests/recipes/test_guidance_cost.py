@@ -56,6 +56,13 @@ def test_launched_it_prints_the_table_and_saves_what_it_was_made_with(tmp_path):
     assert str(tmp_path) not in json.dumps(report)
 
 
+def test_each_row_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    cached = {"sketch": 4, "cache_guide": tmp_path / "cache", "sample_id_column": "id", "skip_paper": True}
+    report = run_here(monkeypatch, tmp_path / "out", rows=["8/32/8", "4/32/8"], **cached)
+    assert [row["guide_forwards"] for row in report["rows"]] == [0, 0]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"8-32-8", "4-32-8"}
+
+
 def test_batch_sizes_are_measured_one_by_one_and_drawn(tmp_path, monkeypatch):
     options = {"rows": [], "image_size": 32, "width": 8, "batch_sizes": [4, 8], "skip_paper": True}
     report = run_here(monkeypatch, tmp_path / "out", plot=True, measure="ridge", **options)
