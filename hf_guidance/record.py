@@ -32,6 +32,12 @@ class TrainingClock(TrainerCallback, ExportableState):
         self.marks: list[tuple[int, float]] = []  # (step, seconds) at every evaluation
         self._began = 0.0
 
+    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:  # Trainer restores callbacks only where it is asked to restore all of them
+            attributes = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
+            self.seconds, self.marks = attributes["seconds"], [(step, at) for step, at in attributes["marks"]]
+
     def on_step_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         self._began = _now(args)
 
