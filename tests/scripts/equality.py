@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from builders import VOCABULARY, arguments, gpt2, llama, seeded
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer
@@ -39,6 +40,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the same, tokens": ({}, {"ragged": True, "sample_axis": "token", "max_tokens": 12}),
     "ridge": ({}, {"measure": "ridge"}),
     "sketch of 16": ({}, {"sketch": 16}),
+    "batch norm, synchronised": ({}, {"norm": True}),
     "a last batch of 5 rows, 4 and 1": ({}, {"rows": BATCH * STEPS - 3, **UNEVEN}),
     "AdamW": ({}, ADAMW),
     "AdamW, activation checkpointing": ({"gradient_checkpointing": True}, ADAMW),
@@ -52,6 +54,20 @@ UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "accumulation": ({"gradient_accumulation_steps": 2, "batch": BATCH // 4}, {}),
     "noise of each rank's own": ({}, {"guide_input": "noise"}),
 }
+
+
+class SynchronisedNorm(nn.Module):
+    """Batch norm by the statistics of all processes; torch's own SyncBatchNorm runs on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = torch.tensor(float(x.shape[0] * x.shape[1]))
+        total, squares, count = (self._over_all(part) for part in (x.sum((0, 1)), x.square().sum((0, 1)), count))
+        mean = total / count
+        return (x - mean) * (squares / count - mean.square() + 1e-5).rsqrt()
+
+    @staticmethod
+    def _over_all(value: Tensor) -> Tensor:
+        return all_reduce(value) if torch.distributed.is_initialized() else value
 
 
 def rows(count: int, ragged: bool) -> list[dict[str, Tensor]]:
@@ -79,6 +95,7 @@ def run(folder: str, own: dict[str, Any], common: dict[str, Any]) -> dict[str, A
     settings = {**SGD, "max_steps": STEPS, **common, **(own if processes > 1 else {})}
     data = rows(settings.pop("rows", BATCH * STEPS), settings.pop("ragged", False))
     batch, plain = settings.pop("batch", BATCH // processes), settings.pop("plain", False)
+    norm = settings.pop("norm", False)
     fields = GuidanceConfig.__dataclass_fields__.keys() & settings.keys()
     config = {name: settings.pop(name) for name in fields}
     config = {"similarity_batch": "global" if processes > 1 else "local", "log_measures": [], **config}
@@ -91,7 +108,10 @@ def run(folder: str, own: dict[str, Any], common: dict[str, Any]) -> dict[str, A
     )
     options: dict[str, Any] = {"args": args, "train_dataset": data, "data_collator": collate}
     guided = {} if plain else {"guide": llama(), "guidance": GuidanceConfig(**config)}
-    trainer = (Trainer if plain else GuidanceTrainer)(model=gpt2(), **options, **guided)
+    model = gpt2()
+    if norm:
+        model.transformer.drop = SynchronisedNorm()  # where no bias comes before it, that it would hide
+    trainer = (Trainer if plain else GuidanceTrainer)(model=model, **options, **guided)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     weights = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).state_dict()
