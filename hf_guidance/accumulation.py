@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.features import HIDDEN
-from hf_guidance.guide_input import guide_batch, with_decoder_inputs, without_guide
+from hf_guidance.guide_input import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
 from hf_guidance.loss import GuidanceLoss, Watched, not_recomputed
 
 if TYPE_CHECKING:
@@ -25,14 +25,15 @@ class Accumulated:
 
     First all micro-batches go through both networks without gradients, and their features are kept. Then each goes
     through the target again, with the same dropout: in the Gram matrices its own features have their gradient, and the
-    others are constants. The sum over the micro-batches is the gradient of the whole. Batch norm and what else looks
-    at a batch sees micro-batches all the same.
+    others are constants. The sum over the micro-batches is the gradient of the whole. The Gram matrices of the whole
+    are computed for each of them. Batch norm and what else looks at a batch sees micro-batches all the same.
 
     Args:
         loss: of the target, the guide and the config.
         batches: the micro-batches; sequences of several lengths need an ``attention_mask``.
         step: the optimizer step.
         rank: whose micro-batches they are.
+        leave_out: columns that the target is not run on.
 
     Source: the replay of gradients is Gao et al. 2021 (arXiv 2101.06983), who do so for contrastive losses.
 
@@ -44,11 +45,22 @@ class Accumulated:
         ...     (watched.total(outputs.loss) / len(micro_batches)).backward()
     """
 
-    def __init__(self, loss: GuidanceLoss, batches: Sequence[Batch], *, step: int = 0, rank: int = 0) -> None:
+    def __init__(
+        self,
+        loss: GuidanceLoss,
+        batches: Sequence[Batch],
+        *,
+        step: int = 0,
+        rank: int = 0,
+        leave_out: Collection[str] = (),
+    ) -> None:
         self.loss, self.batches, self.weights = loss, batches, loss.weights(step)
+        self._leave_out = leave_out
         self._states: list[list[Tensor]] = []
         if not self.weights.guidance:
             return
+        if loss.pairs is None and not loss.config.guide_shares_tokenizer:
+            check_vocabularies(loss.target, loss.guide, batches[0])
         seen = [with_decoder_inputs(batch, loss.target) for batch in batches]
         guides = [guide_batch(batch, loss.target) for batch in batches]
         self._samples = loss.samples_of(joined(seen), step=step, rank=rank)
@@ -87,6 +99,7 @@ class Accumulated:
         for batch in batches:
             self._states.append(_random_state())
             inputs = without_guide(batch, self.loss.config.sample_id_column)
+            inputs = {name: value for name, value in inputs.items() if name not in self._leave_out}
             with self.loss.autocast(), self.loss.target_reader.reading(_kept) as read:
                 target(**inputs)
             found.append(read)
@@ -96,7 +109,7 @@ class Accumulated:
 
 
 def joined(batches: Sequence[Batch]) -> dict[str, Any]:
-    """Micro-batches as one batch, rows padded to the longest: what is no tensor with a row for each sample is left out.
+    """Micro-batches as one batch, rows padded to the longest; only the tensors of them.
 
     Raises:
         ValueError: micro-batches with other columns, or of several lengths and without a mask.
@@ -104,15 +117,19 @@ def joined(batches: Sequence[Batch]) -> dict[str, Any]:
     first = batches[0]
     if any(batch.keys() != first.keys() for batch in batches):
         raise ValueError(f"the micro-batches have columns of their own: {[sorted(batch) for batch in batches]}.")
-    names = [name for name, value in first.items() if isinstance(value, Tensor) and value.ndim >= 1]
-    found = {name: _in_one([batch[name] for batch in batches], NO_LABEL * (name == "labels")) for name in names}
-    ragged = {name for name in names if len({batch[name].shape[1:] for batch in batches}) > 1}
-    if ragged and not any("mask" in name for name in ragged):
+    tensors = {name: [batch[name] for batch in batches] for name, value in first.items() if isinstance(value, Tensor)}
+    tensors = {name: parts for name, parts in tensors.items() if parts[0].ndim}
+    ragged = {name for name, parts in tensors.items() if len({part.shape[1:2] for part in parts}) > 1}
+    of_decoder = {name for name in ragged if name.startswith("decoder_") or name == "labels"}
+    unknown = set() if "attention_mask" in tensors else ragged - of_decoder
+    if "decoder_input_ids" in ragged and not {"decoder_attention_mask", "labels"} & tensors.keys():
+        unknown |= of_decoder
+    if unknown:
         raise ValueError(
-            f"the micro-batches differ in the length of {sorted(ragged)} and have no attention_mask: which "
-            "positions are padding is not known. Add a mask, or pad to a fixed length."
+            f"the micro-batches differ in the length of {sorted(unknown)} and have no attention_mask: which positions "
+            "are padding is not known. Add a mask, or pad to a fixed length."
         )
-    return found
+    return {name: _in_one(parts, NO_LABEL * (name == "labels")) for name, parts in tensors.items()}
 
 
 def _in_one(parts: Sequence[Tensor], fill: float = 0) -> Tensor:
@@ -158,6 +175,11 @@ def check_accumulates(args: Any, sharded: bool) -> None:
         raise ValueError(
             "similarity_batch='accumulated' runs the target outside of training too, which FSDP and DeepSpeed do not "
             "allow: use 'global' over more processes, or DDP."
+        )
+    if args.torch_compile:
+        raise ValueError(
+            "similarity_batch='accumulated' needs the same dropout in two forwards, and torch_compile draws its own: "
+            "leave one of the two out."
         )
     if args.gradient_accumulation_steps < 2:
         raise ValueError(

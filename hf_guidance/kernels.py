@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -135,12 +136,13 @@ class CentredKernel(torch.autograd.Function):
             weights = gradient * (2 * factor)
         else:
             weights = _center_in_place((gradient + gradient.T).mul_(factor))
-        with nullcontext() if _on_cpu(x) else exact_float32(x.device):
+        plain = _on_cpu(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
+        with nullcontext() if plain else exact_float32(x.device):
             return weights @ x, None, None
 
 
 def expect_centred(kernel: Tensor) -> None:
-    """Say of a result of `gram` that its gradient will be symmetric and centred, which spares making it so."""
+    """Say of a result of `gram` that the gradient of all its uses is symmetric and centred: it is taken as it is."""
     if isinstance(kernel.grad_fn, CentredKernel._backward_cls):
         setattr(kernel.grad_fn, EXPECTED, True)
 
@@ -165,11 +167,13 @@ def _kernel_on_host(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """
     array = x.numpy()
     n, width = array.shape
+    if n < 2:
+        return None
     if width <= n:  # then the features are the smaller matrix
         mean = array.mean(0)
         centred = array - mean
         energy, offset = float(np.vdot(centred, centred)) / n, float(np.vdot(mean, mean))
-        if not (energy > 0 and offset <= SAFE_OFFSET * energy):
+        if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
             return None
         centred *= energy**-0.5
         return torch.from_numpy(centred @ centred.T), torch.tensor(energy**-0.5), torch.from_numpy(centred)
@@ -177,7 +181,7 @@ def _kernel_on_host(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     mean = kernel.mean(0)
     offset = float(mean.mean())
     energy = float(kernel.trace()) / n - offset
-    if not (energy > 0 and offset <= SAFE_OFFSET * energy):
+    if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
         return None
     kernel -= mean[:, None]
     kernel -= mean - mean.mean()

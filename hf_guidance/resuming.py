@@ -23,8 +23,9 @@ ZIPPED = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")  # torch.save;
 WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 OPTIMIZER = ("optimizer*", "global_step*")
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
+HARMLESS |= {"shard_guide"}
 FATAL = {"seed", "data_seed", "max_steps"}  # the last where a decay ends with the run
-BATCH = {"per_device_train_batch_size", "world_size"}
+BATCH = {"per_device_train_batch_size", "world_size", "gradient_accumulation_steps"}
 
 
 # ---------------------------------------------------------------------------------------------------- whole or torn
@@ -139,8 +140,8 @@ def _origin(args: Any, steps: int, guided: bool) -> dict[str, Any]:
 def _samples(origin: dict[str, Any], config: GuidanceConfig) -> int | None:
     """How many rows a similarity was taken over; None where it is not known."""
     rows = origin.get("per_device_train_batch_size")
-    ranks = origin.get("world_size", 1) if config.similarity_batch == "global" else 1
-    return rows and rows * ranks
+    times = {"global": "world_size", "accumulated": "gradient_accumulation_steps"}.get(config.similarity_batch)
+    return rows and rows * (origin.get(times, 1) if times else 1)
 
 
 def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dict[str, Any] | None) -> None:

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
+# whose parts are read without being called, by these or by their parents
+ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+READ_BY_PARENT = (nn.ParameterList, nn.ParameterDict)
 LARGEST = 0.1  # share of all weights above which a module is taken apart, if it has parts
 
 
@@ -24,6 +27,7 @@ def shard(guide: nn.Module) -> nn.Module:
     A unit, whose weights are together while it runs, is a block that transformers' ``_no_split_modules`` names, or else
     any module with no more than a tenth of the weights. What larger modules hold of their own stays whole. The guide
     may still be on the host: no device has to hold all of it at any time. With one process nothing is done.
+    Weights that a forward reads without calling their module cannot be sharded: torch says that tensors are mixed.
 
     Args:
         guide: whose weights every process has in full; one that is sharded already stays as it is.
@@ -108,9 +112,10 @@ def _units(guide: nn.Module) -> list[nn.Module]:
     def within(module: nn.Module) -> list[nn.Module]:
         units: list[nn.Module] = []
         for child in module.children():
-            whole_unit = type(child).__name__ in names or _size(child) <= LARGEST * total or not any(child.children())
+            small = _size(child) <= LARGEST * total or not any(child.children())
+            whole_unit = small or type(child).__name__ in names or isinstance(child, ATOMIC)
             is_model = isinstance(child, (PreTrainedModel, nn.ModuleList, nn.ModuleDict))
-            if _size(child):
+            if _size(child) and not isinstance(child, READ_BY_PARENT):
                 units += [child] if whole_unit and not is_model else within(child)
         return units
 

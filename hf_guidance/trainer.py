@@ -60,6 +60,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
+        self._in_window = 0  # micro-batches of it that have been trained on
         if guide is None:
             return
         self._check_settings()
@@ -152,17 +153,18 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         step, micro_step = self._micro_step
         rank, log = self.accelerator.process_index, self._logs_at(step)
         if self.guidance.similarity_batch == "accumulated":
-            if micro_step == 0:
+            if self._window is None:
                 batches = [self._prepare_inputs(batch) for batch in self._batches]
-                self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank)
-            assert self._window is not None
-            return self._window.watch(micro_step, log=log)
+                popped = ("labels",) if self.label_smoother is not None or self.compute_loss_func is not None else ()
+                self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank, leave_out=popped)
+            number, self._in_window = self._in_window, self._in_window + 1
+            return self._window.watch(number, log=log)
         return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; the micro-batches of the coming optimizer step are kept at hand."""
         found = super().get_batch_samples(*args, **kwargs)
-        self._batches = found[0]
+        self._batches, self._window, self._in_window = found[0], None, 0  # not two windows at once
         return found
 
     def _logs_at(self, step: int) -> bool:
@@ -223,7 +225,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             open_cache(self)
         if self.guide is not None and self.guidance.save_guide:
             self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
-        return super().train(checkpoint, *args, **kwargs)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._batches, self._window = [], None
 
     def _calibrates(self) -> bool:
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import VOCABULARY, gpt2, llama
+from builders import VOCABULARY, gpt2, llama, t5, token_rows
 from torch import Tensor, nn
 from trainers import make_trainer, same, trained, weights
 
@@ -125,6 +125,55 @@ def test_a_trainer_that_accumulates_trains_as_one_with_larger_batches(tmp_path: 
     assert max((local[0][name] - weight).abs().max() for name, weight in large[0].items()) > 1e-4
 
 
+def test_a_window_at_the_end_of_an_epoch_that_takes_no_step_is_not_mixed_with_the_next(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            yield from token_rows(12)
+
+    settings = {"gradient_accumulation_steps": 2, "similarity_batch": "accumulated", "max_steps": 4}
+    trainer = make_trainer(tmp_path, gpt2(), llama(), train_dataset=Stream(), **settings)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer._window is None
+
+
+def test_columns_that_the_loss_function_takes_do_not_reach_the_target(tmp_path: Path) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = gpt2()
+
+        def forward(self, input_ids: Tensor) -> Any:
+            return self.network(input_ids).logits
+
+    def loss(logits: Any, labels: Tensor, **kwargs: Any) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    layers = {"target_layers": ["network.transformer.h.*"], "remove_unused_columns": False}
+    settings = {"gradient_accumulation_steps": 2, "similarity_batch": "accumulated", "max_steps": 2, **layers}
+    trainer = make_trainer(tmp_path, Bare(), llama(), compute_loss_func=loss, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_other_vocabularies_are_refused() -> None:
+    parts = [{"input_ids": torch.ones(4, 3, dtype=torch.long)}] * 2
+    with pytest.raises(ValueError, match="vocabular"):
+        Accumulated(GuidanceLoss(gpt2(), llama(vocabulary=40), GuidanceConfig()), parts)
+
+
+def test_labels_of_several_lengths_are_a_decoders_mask() -> None:
+    def part(length: int) -> dict[str, Tensor]:
+        ids = torch.randint(1, VOCABULARY, (4, 6))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :length].contiguous()}
+
+    target, parts = t5(), [part(3), part(5)]
+    window = Accumulated(GuidanceLoss(target, t5(1), GuidanceConfig()), parts)
+    with window.watch(0) as watched:
+        target(**watched.inputs)
+    assert watched.loss is not None
+
+
 def test_no_second_forward_where_guidance_weighs_nothing(tmp_path: Path) -> None:
     target, count = gpt2(), []
     target.register_forward_hook(lambda *_: count.append(1))
@@ -136,6 +185,10 @@ def test_no_second_forward_where_guidance_weighs_nothing(tmp_path: Path) -> None
 BAD = [
     ({"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1: set it to 2 or more"),
     (
+        {"similarity_batch": "accumulated", "gradient_accumulation_steps": 2, "torch_compile": True},
+        "torch_compile draws its own: leave one of the two out",
+    ),
+    (
         {"similarity_batch": "accumulated", "gradient_accumulation_steps": 2, "guide_input": "shuffled"},
         "similarity_batch='accumulated' needs guide_input='batch', got 'shuffled'",
     ),
@@ -146,7 +199,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "words"), BAD, ids=["one", "input", "cache"])
+@pytest.mark.parametrize(("settings", "words"), BAD, ids=["one", "compiled", "input", "cache"])
 def test_what_cannot_be_accumulated_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_trainer(tmp_path, gpt2(), llama(), **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ def test_a_harmless_change_is_said(
     with caplog.at_level(logging.WARNING, "hf_guidance.resuming"):
         make_trainer(run, gpt2(), llama(), **SAVING, **change).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert f"Going on from checkpoint-2 with other settings: {words}" in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "steps", "is_refused"), [(4, 4, True), (2, 4, False)])
+def test_accumulated_samples_are_those_of_all_micro_batches(
+    tmp_path: Path, rows: int, steps: int, is_refused: bool
+) -> None:
+    common = {**SAVING, "similarity_batch": "accumulated"}
+    make_trainer(tmp_path, gpt2(), llama(), **common, gradient_accumulation_steps=2).train()
+    options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+    trainer = make_trainer(tmp_path, gpt2(), llama(), **{**common, **options})
+    with pytest.raises(ValueError, match="gradient_accumulation_steps was 2, is 4") if is_refused else nullcontext():
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize(("rows", "is_refused"), [(4, False), (8, True)])

@@ -558,3 +558,17 @@ def test_one_constant_massive_activation_does_not_make_a_living_bf16_layer_dead(
     kernel = gram(features.bfloat16(), mask)
     assert kernel.diagonal().mean().item() == pytest.approx(1, abs=1e-5)
     assert torch.allclose(kernel, gram(features[:, 1:].bfloat16()), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_features_whose_squares_overflow_are_no_dead_layer(width: int) -> None:
+    huge = torch.randn(16, width) * 1e20
+    assert not similarity.linear_cka(huge, torch.randn(16, 4)).isfinite()
+
+
+def test_the_gradient_under_autocast_is_that_of_float32() -> None:
+    x, y = torch.randn(16, 8, requires_grad=True), torch.randn(16, 4)
+    (expected,) = torch.autograd.grad(similarity.linear_cka(x, y), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(similarity.linear_cka(x, y), x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)

@@ -37,7 +37,9 @@ class _Counting(Ranks):
 def bytes_of_global_batch(
     target: nn.Module, guide: nn.Module, config: GuidanceConfig, batch: Mapping[str, Any], sketch: int | None
 ) -> int | None:
-    """Bytes that a process sends to each of the others in a step with ``similarity_batch="global"``.
+    """Bytes of features and masks that a process sends to each of the others in a step of the global batch.
+
+    On the token axis at most so many: the tokens are chosen from the batch of all.
 
     Args:
         batch: of one process; all its tensors have a row for each sample.
@@ -47,8 +49,11 @@ def bytes_of_global_batch(
         The bytes; None for a sketch of more numbers than the widest layer has features.
     """
     count = len(next(iter(batch.values())))
-    few = {name: value[:FEW] for name, value in batch.items() if name != config.sample_id_column}
-    loss = GuidanceLoss(target, guide, replace(alone(config), sketch=sketch, log_measures=[]))
+    rows = count if config.sample_axis == "token" else min(FEW, count)  # tokens are as many, whatever the rows
+    few = {name: value[:rows] for name, value in batch.items() if name != config.sample_id_column}
+    always: dict[str, Any] = {"guidance_schedule": "constant", "guidance_stop_step": None, "guidance_weight": 1.0}
+    config = replace(alone(config), sketch=sketch, log_measures=[], **always)
+    loss = GuidanceLoss(target, guide, config)
     try:
         for _ in range(2):  # the first finds out which layers are in a pair
             loss.ranks = counting = _Counting()
@@ -60,4 +65,4 @@ def bytes_of_global_batch(
         raise
     finally:
         loss.close()
-    return round(counting.bytes_sent * count / min(FEW, count))
+    return round(counting.bytes_sent * count / rows)
