@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_guidance.features import HIDDEN
+from hf_guidance.features import HIDDEN, not_recomputed
 from hf_guidance.guide_input import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
-from hf_guidance.loss import GuidanceLoss, Watched, not_recomputed
+from hf_guidance.loss import GuidanceLoss
+from hf_guidance.watched import Watched
 
 if TYPE_CHECKING:
     from hf_guidance.samples import Samples

@@ -1,4 +1,4 @@
-"""What accelerate and Trainer would pass over in silence on this machine: said, or refused, before training."""
+"""What accelerate and Trainer would pass over in silence, or guidance cannot do with: said or refused at the start."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 from typing import Any
 
 from accelerate.utils import str_to_bool
+from torch import nn
+
+from hf_guidance.accumulation import check_accumulates
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.guide_input import check_vocabularies
+from hf_guidance.similarity import get_measure
 
 logger = logging.getLogger(__name__)
 
@@ -38,3 +44,57 @@ def check_machine(args: Any) -> None:
         )
     if args.fp16:
         logger.warning("fp16 was asked for, but on the CPU Trainer runs float32. bf16 is possible here.")
+
+
+def check_settings(trainer: Any) -> None:
+    """Raise ValueError for settings of a guided trainer under which guidance would not be what it says."""
+    args, config = trainer.args, trainer.guidance
+    check_machine(args)
+    if config.on_non_finite == "skip" and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "on_non_finite='skip' cannot be had with DeepSpeed, which takes its step at the end of the backward "
+            "pass. Leave it at 'stop'."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is taken "
+            "over. Use `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size changes the batch size, and a similarity depends on it. Set "
+            "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
+        )
+    if config.similarity_batch == "accumulated":
+        check_accumulates(args, sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    needed = get_measure(config.measure).min_samples
+    times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
+    samples = args.per_device_train_batch_size * times.get(config.similarity_batch, 1)
+    if config.sample_axis == "sequence" and samples < needed:
+        raise ValueError(
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}, but {config.measure} needs at "
+            f"least {needed} samples a batch (accumulation enlarges it with similarity_batch='accumulated' only)."
+        )
+    if _is_default(trainer.data_collator) and not config.guide_shares_tokenizer:
+        columns = getattr(trainer.train_dataset, "column_names", None)
+        if columns:
+            check_vocabularies(trainer.model, trainer.guide, columns)
+
+
+def _is_default(collator: Any) -> bool:
+    """Whether it is no collator of the user's, which can add ``guide_*`` columns to those of the dataset."""
+    modules = type(collator).__module__, getattr(collator, "__module__", "")
+    return any(module.startswith("transformers.") for module in modules)
+
+
+def check_types(guide: Any, guidance: Any) -> None:
+    """Raise ValueError for a guide or a config that is none, or one without the other."""
+    if guide is not None and not isinstance(guide, nn.Module):
+        raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
+    if guidance is not None and not isinstance(guidance, GuidanceConfig):
+        raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")
+    if guide is None and guidance is not None and guidance.guidance_weight:
+        raise ValueError(
+            f"guidance_weight is {guidance.guidance_weight}, but there is no guide: pass guide=load_guide(...), or "
+            "guidance_weight=0 to train without guidance."
+        )

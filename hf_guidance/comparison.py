@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from hf_guidance.card_facts import run_facts
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
-from hf_guidance.loss import GuidanceLoss, alone
+from hf_guidance.loss import GuidanceLoss
 from hf_guidance.record import TrainingClock, first_rows, record_of, similarity_map_of
 from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.sharding import built_whole
@@ -78,7 +78,7 @@ class Run:
 
 def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
     """Raise ValueError, before anything is trained, if a guided run's settings, layers or data do not go together."""
-    config = alone(dataclasses.replace(guidance, **run.guidance))
+    config = dataclasses.replace(guidance, **run.guidance).alone()
     make = run.like if run.needs else run.guide
     if make is None or not config.guidance_weight:
         return

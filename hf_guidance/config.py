@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -190,6 +190,11 @@ class GuidanceConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def alone(self) -> GuidanceConfig:
+        """The same comparison for one process and one batch outside of training: no other ranks, no cache, any step."""
+        local: dict[str, Any] = {"similarity_batch": "local", "cache_guide": None, "sample_id_column": None}
+        return replace(self, **local, guidance_every=1, shard_guide=False)
 
     def without_paths(self) -> dict[str, Any]:
         """As `to_dict`, for others to see: no folder of this machine."""

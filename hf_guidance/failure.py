@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_guidance.logs import RunningMeans
+from hf_guidance.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,10 @@ class FiniteSteps(TrainerCallback):
     def look(self, values: Mapping[str, Any], where: str) -> None:
         """Remember what has to be finite: scalars, detached, by the names they have in an error."""
         if values and self.active:
-            whole = [v.full_tensor() if isinstance(v, DTensor) else v for v in values.values()]  # FSDP2's norm
-            scalars = [torch.as_tensor(value, device=self.accelerator.device).float() for value in whole]
+            device = self.accelerator.device
+            scalars = [
+                torch.as_tensor(whole(value), device=device).float() for value in values.values()
+            ]  # FSDP2's norm
             self._seen.append((where, list(values), torch.stack(scalars)))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -145,6 +145,26 @@ class LayerReader:
             )
 
 
+def not_recomputed(reduce: Reduce) -> Reduce:
+    """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here.
+
+    Reentrant checkpointing is refused: its first forward has no gradients, and a layer inside would count for nothing.
+    """
+    with_gradients = torch.is_grad_enabled()
+
+    def reduce_unseen(name: str, features: Any) -> Tensor:
+        if with_gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "
+                "activation checkpointing: guidance could not reach it. Set use_reentrant=False, or name layers "
+                "outside (hidden_states)."
+            )
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+            return reduce(name, features)
+
+    return reduce_unseen
+
+
 def first_tensor(output: Any) -> Any:
     """The features in a module's output: the tensor itself, or the first one of a tuple or model output."""
     if isinstance(output, Tensor):

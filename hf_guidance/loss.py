@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.features import LayerReader, Reduce
+from hf_guidance.features import LayerReader, not_recomputed
 from hf_guidance.guide import check_apart, freeze
 from hf_guidance.guide_input import (
     check_vocabularies,
@@ -32,29 +31,7 @@ from hf_guidance.schedule import Weights, make_schedule
 from hf_guidance.sharding import shard
 from hf_guidance.similarity import Measure, get_measure
 from hf_guidance.sketch import Sketch
-
-
-@dataclass
-class Watched:
-    """What came of one watched forward.
-
-    Attributes:
-        inputs: what the target is to be run on: the batch, or noise while pre-aligning on it.
-        loss: Σ or mean over the pairs of (1 − similarity), a scalar; None if the batch had too few samples. With
-            `similarity_batch="global"` its gradient is for a wrapper that averages gradients over the ranks.
-        similarities: measure → pair → similarity, detached; the measure trained on comes first.
-        weights: of guidance and task at this step.
-    """
-
-    inputs: dict[str, Any]
-    weights: Weights
-    loss: Tensor | None = None
-    similarities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    def total(self, task_loss: Tensor) -> Tensor:
-        """The loss to train on: the two terms, each with its weight at this step."""
-        total = task_loss if self.weights.task == 1 else self.weights.task * task_loss
-        return total if self.loss is None else total + self.weights.guidance * self.loss
+from hf_guidance.watched import Watched
 
 
 class GuidanceLoss:
@@ -263,32 +240,6 @@ class GuidanceLoss:
                 f"none of the target layers {sorted(targets)} carries a gradient: they are frozen, or run under "
                 "reentrant activation checkpointing (set use_reentrant=False)."
             )
-
-
-def alone(config: GuidanceConfig) -> GuidanceConfig:
-    """The same comparison for one process and one batch outside of training: no other ranks, no cache, at any step."""
-    changes: dict[str, Any] = {"similarity_batch": "local", "cache_guide": None, "sample_id_column": None}
-    return replace(config, **changes, guidance_every=1, shard_guide=False)
-
-
-def not_recomputed(reduce: Reduce) -> Reduce:
-    """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here.
-
-    Reentrant checkpointing is refused: its first forward has no gradients, and a layer inside would count for nothing.
-    """
-    with_gradients = torch.is_grad_enabled()
-
-    def reduce_unseen(name: str, features: Any) -> Tensor:
-        if with_gradients and not torch.is_grad_enabled():
-            raise ValueError(
-                f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "
-                "activation checkpointing: guidance could not reach it. Set use_reentrant=False, or name layers "
-                "outside (hidden_states)."
-            )
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
-            return reduce(name, features)
-
-    return reduce_unseen
 
 
 def _layers(pairs: list[Pair], side: int) -> list[str]:

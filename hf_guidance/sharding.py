@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,8 +96,8 @@ def is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor in full, gathered from all processes (which must all ask) if it is sharded."""
+def whole(value: Any) -> Any:
+    """A tensor (or number) in full, gathered from all processes (which must all ask) if it is sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -12,25 +12,24 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_guidance.accumulation import Accumulated, check_accumulates
-from hf_guidance.checks import check_machine
+from hf_guidance.accumulation import Accumulated
+from hf_guidance.checks import check_settings, check_types
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.failure import GRADIENT, FiniteSteps
 from hf_guidance.guide import calibrate_batch_norm, freeze
 from hf_guidance.guide_input import (
     GUIDE_PREFIX,
     accepted_columns,
-    check_vocabularies,
     without_guide,
 )
 from hf_guidance.identity import identity
 from hf_guidance.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
-from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.loss import GuidanceLoss
 from hf_guidance.preparation import calibrate, open_cache
 from hf_guidance.publishing import PublishingMixin
 from hf_guidance.resuming import ResumingMixin, check_goes_on, checkpoint_to_resume
 from hf_guidance.sharding import check_whole, is_sharded, whole_state
-from hf_guidance.similarity import get_measure
+from hf_guidance.watched import Watched
 
 GUIDE_FOLDER = "guide"
 
@@ -50,7 +49,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
     def __init__(
         self, *args: Any, guide: nn.Module | None = None, guidance: GuidanceConfig | None = None, **kwargs: Any
     ) -> None:
-        _check_types(guide, guidance)
+        check_types(guide, guidance)
         super().__init__(*args, **kwargs)
         self.guide: Any = guide
         self.guidance = guidance or GuidanceConfig()
@@ -63,7 +62,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._in_window = 0  # micro-batches of it that have been trained on
         if guide is None:
             return
-        self._check_settings()
+        check_settings(self)
         check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
         freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
@@ -77,45 +76,6 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
                 self.remove_callback(callback)
                 self.add_callback(short)
-
-    def _check_settings(self) -> None:
-        args, config = self.args, self.guidance
-        check_machine(args)
-        if config.on_non_finite == "skip" and self.is_deepspeed_enabled:
-            raise ValueError(
-                "on_non_finite='skip' cannot be had with DeepSpeed, which takes its step at the end of the backward "
-                "pass. Leave it at 'stop'."
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is taken "
-                "over. Use `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
-            )
-        if args.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size changes the batch size, and a similarity depends on it. Set "
-                "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
-            )
-        if config.similarity_batch == "accumulated":
-            check_accumulates(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        needed = get_measure(config.measure).min_samples
-        times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
-        samples = args.per_device_train_batch_size * times.get(config.similarity_batch, 1)
-        if config.sample_axis == "sequence" and samples < needed:
-            raise ValueError(
-                f"per_device_train_batch_size is {args.per_device_train_batch_size}, but {config.measure} needs at "
-                f"least {needed} samples a batch (accumulation enlarges it with similarity_batch='accumulated' only)."
-            )
-        if self._data_collator_is_default() and not config.guide_shares_tokenizer:
-            columns = getattr(self.train_dataset, "column_names", None)
-            if columns:
-                check_vocabularies(self.model, self.guide, columns)
-
-    def _data_collator_is_default(self) -> bool:
-        """Whether no collator of the user's can add ``guide_*`` columns to those of the dataset."""
-        return type(self.data_collator).__module__.startswith("transformers.") or (
-            getattr(self.data_collator, "__module__", "").startswith("transformers.")
-        )
 
     # ---------------------------------------------------------------------------------------------------- the loss
 
@@ -271,15 +231,3 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
 
 class GuidanceTrainer(GuidanceMixin, Trainer):
     """transformers' Trainer with a guidance loss; see `GuidanceMixin`."""
-
-
-def _check_types(guide: Any, guidance: Any) -> None:
-    if guide is not None and not isinstance(guide, nn.Module):
-        raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
-    if guidance is not None and not isinstance(guidance, GuidanceConfig):
-        raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")
-    if guide is None and guidance is not None and guidance.guidance_weight:
-        raise ValueError(
-            f"guidance_weight is {guidance.guidance_weight}, but there is no guide: pass guide=load_guide(...), or "
-            "guidance_weight=0 to train without guidance."
-        )

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
     | {"scrub", "history", "markdown"},
     {"identity"},
-    {"samples", "features", "guide", "guide_input", "flags"},
+    {"watched", "samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "data_facts", "card_guidance", "card_results", "model_card"},
@@ -74,7 +74,7 @@ def test_every_module_has_its_place() -> None:
 
 
 def test_the_imports_of_a_file_are_found() -> None:
-    assert {"loss", "similarity", "config"} <= imported(MODULES["trainer"])
+    assert {"loss", "sharding", "config"} <= imported(MODULES["trainer"])
     assert imported(MODULES["targets.modeling_plain_rnn"]) == {"targets.configuration_plain_rnn"}
     assert "targets" in imported(MODULES["guide"])  # inside a function
 

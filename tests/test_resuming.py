@@ -15,7 +15,7 @@ from builders import arguments, gpt2, llama, token_rows
 from trainers import make_trainer, same, trained
 from transformers import Trainer, TrainerCallback
 
-from hf_guidance.checks import check_machine
+from hf_guidance.checks import check_machine, check_settings
 from hf_guidance.resuming import fault_of, last_whole_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -271,4 +271,4 @@ def test_skipping_under_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest
     trainer = make_trainer(tmp_path, gpt2(), llama(), on_non_finite="skip")
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     with pytest.raises(ValueError, match="on_non_finite='skip' cannot be had with DeepSpeed"):
-        trainer._check_settings()
+        check_settings(trainer)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
 from hf_guidance.guide import BATCH_NORM, freeze
-from hf_guidance.loss import GuidanceLoss, Watched, alone
+from hf_guidance.loss import GuidanceLoss
 from hf_guidance.mapping import pair_name
+from hf_guidance.watched import Watched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ def similarity_map(
         layers for each target layer) and ``pairs`` (as named in the logs).
     """
     config = replace(
-        alone(config), guidance_weight=1.0, guidance_schedule="constant", guidance_stop_step=None, log_measures=[]
+        config.alone(), guidance_weight=1.0, guidance_schedule="constant", guidance_stop_step=None, log_measures=[]
     )
     target = copy.deepcopy(target)
     norms = [module for module in target.modules() if isinstance(module, BATCH_NORM)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.loss import GuidanceLoss, alone
+from hf_guidance.loss import GuidanceLoss
 from hf_guidance.ranks import Ranks
 
 FEW = 8  # rows that are enough to count with
@@ -52,7 +52,7 @@ def bytes_of_global_batch(
     rows = count if config.sample_axis == "token" else min(FEW, count)  # tokens are as many, whatever the rows
     few = {name: value[:rows] for name, value in batch.items() if name != config.sample_id_column}
     always: dict[str, Any] = {"guidance_schedule": "constant", "guidance_stop_step": None, "guidance_weight": 1.0}
-    config = replace(alone(config), sketch=sketch, log_measures=[], **always)
+    config = replace(config.alone(), sketch=sketch, log_measures=[], **always)
     loss = GuidanceLoss(target, guide, config)
     try:
         for _ in range(2):  # the first finds out which layers are in a pair
