@@ -23,12 +23,16 @@ from transformers import Trainer
 from hf_guidance import GuidanceConfig, GuidanceTrainer
 
 BATCH, STEPS = 8, 20
-SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-ADAMW = {**SGD, "optim": "adamw_torch", "learning_rate": 1e-3}
+SHARED = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+OPTIMIZERS = {
+    "SGD": {**SHARED, "optim": "sgd", "learning_rate": 0.1},
+    "AdamW": {**SHARED, "optim": "adamw_torch", "learning_rate": 1e-3},
+}
 # the modules whose outputs are the hidden states: the last of these comes after the final norm
 MODULES = {"target_layers": ["transformer.h.0", "transformer.ln_f"], "guide_layers": ["layers.0", "layers.1", "norm"]}
 UNEVEN = {"accelerator_config": {"even_batches": False, "dispatch_batches": False}, "max_steps": -1}
-# row → (what differs on two processes from one, what both have in common); a config's fields and arguments alike
+# row → (what differs on two processes from one, what both have in common); a config's fields and arguments alike.
+# Each is run under each of the optimizers.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hidden states": ({}, {}),
     "named modules": (MODULES, {}),
@@ -42,10 +46,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sketch of 16": ({}, {"sketch": 16}),
     "batch norm, synchronised": ({}, {"norm": True}),
     "a last batch of 5 rows, 4 and 1": ({}, {"rows": BATCH * STEPS - 3, **UNEVEN}),
-    "AdamW": ({}, ADAMW),
-    "AdamW, activation checkpointing": ({"gradient_checkpointing": True}, ADAMW),
-    "AdamW, plain Trainer": ({}, {"plain": True, **ADAMW}),
-    "SGD, plain Trainer": ({}, {"plain": True}),
+    "plain Trainer, no guidance": ({}, {"plain": True}),
 }
 SLOW = {"torch.compile"}
 # two processes beside one, where equality is not claimed
@@ -89,10 +90,10 @@ def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": padded, "attention_mask": mask, "labels": labels}
 
 
-def run(folder: str, own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+def run(folder: str, optimizer: str, own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
     """Losses at every step and the weights after the last."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = {**SGD, "max_steps": STEPS, **common, **(own if processes > 1 else {})}
+    settings = {**OPTIMIZERS[optimizer], "max_steps": STEPS, **common, **(own if processes > 1 else {})}
     data = rows(settings.pop("rows", BATCH * STEPS), settings.pop("ragged", False))
     batch, plain = settings.pop("batch", BATCH // processes), settings.pop("plain", False)
     norm = settings.pop("norm", False)
@@ -126,7 +127,7 @@ def main(path: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     every = {**ROWS, **UNLIKE}
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: run(folder, *every[name]) for name in names}
+        found = {(name, optimizer): run(folder, optimizer, *every[name]) for name in names for optimizer in OPTIMIZERS}
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(found, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
@@ -173,10 +174,12 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]), sys.argv[2:])
     else:
         with tempfile.TemporaryDirectory() as place:
-            sides = both(Path(place), list(ROWS))
-        print("| two processes of 4 samples, the global batch | losses | weights |\n|---|---|---|")
+            one, two = both(Path(place), list(ROWS))
+        columns = ("SGD: losses", "weights", "AdamW: losses", "weights but for keys' biases", "all weights")
+        print("| two processes of 4 samples, the global batch | " + " | ".join(columns) + " |")
+        print("|---|---|---|---|---|---|")
         for row in ROWS:
-            for keys in (True, False) if "AdamW" in row else (True,):
-                found = differences(sides[0][row], sides[1][row], keys)
-                name = row if keys else f"{row}, but for the keys' biases"
-                print(f"| {name} | " + " | ".join(f"{difference:.0e}" for difference in found) + " |")
+            sgd, adamw = (row, "SGD"), (row, "AdamW")
+            but_for_keys = differences(one[adamw], two[adamw], keys=False)
+            found = (*differences(one[sgd], two[sgd]), *but_for_keys, differences(one[adamw], two[adamw])[1])
+            print(f"| {row} | " + " | ".join(f"{difference:.0e}" for difference in found) + " |")
