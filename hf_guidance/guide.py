@@ -82,11 +82,18 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError) as error:
+        known = "" if os.path.isdir(source) or not _in_timm(source) else f" timm has it: 'timm/{source}'."
         pickled = " Weights must be safetensors: pickled ones are refused." if "safetensors" in str(error) else ""
         raise ValueError(
-            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{pickled} A guide is a local folder with "
-            "a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' with untrained=True."
+            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{pickled}{known} A guide is a local "
+            "folder with a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' with untrained=True."
         ) from error
+
+
+def _in_timm(name: Any) -> bool:
+    import timm
+
+    return bool(timm.is_model(str(name)))
 
 
 @contextmanager
@@ -120,10 +127,8 @@ def _config_of(source: Any, **kwargs: Any) -> Any:
     if isinstance(source, PreTrainedConfig):
         return source
     if str(source).startswith("timm/") and not os.path.isdir(source):
-        import timm
-
         architecture = str(source).removeprefix("timm/")
-        if timm.is_model(architecture):
+        if _in_timm(architecture):
             return TimmWrapperConfig(architecture=architecture)
     return AutoConfig.from_pretrained(source, **kwargs)
 

@@ -50,7 +50,7 @@ from hf_guidance.targets.vision import VISION_TARGETS, vision_target
 from hf_guidance.tasks import Task, image_classification
 from hf_guidance.tasks.image_decoding import AUGMENTATIONS, PixelFormat
 from hf_guidance.tasks.images import check_last_batch, count_skipped
-from hf_guidance.tasks.pixel_formats import check_takes, pixel_format_of
+from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 
 RUNS = (
     "alone",
@@ -172,6 +172,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     trained = not recipe.train_guide and bool({*FROM_ITS_WEIGHTS} & chosen)
     head = AutoModelForImageClassification if "distillation" in chosen else None
     network = load_guide(guide, untrained=not trained, auto_class=head)
+    check_sees(network, guide)
     own = pixel_format_of(guide, size, trained=trained, given=recipe.guide_image_size)
     check_takes(network, own, guide)
     options: dict[str, Any] = {

@@ -89,6 +89,13 @@ def test_a_source_that_is_nowhere_is_an_error_that_says_what_is_possible(
         load_guide(source, untrained=untrained)
 
 
+def test_a_name_of_timm_without_its_prefix_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"Cannot load guide 'resnet18': .* timm has it: 'timm/resnet18'\."):
+        load_guide("resnet18", untrained=True)
+
+
 def test_an_empty_folder_is_an_error_that_says_what_is_possible(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Cannot load guide '.*': .* A guide is a local folder with a config.json"):
         load_guide(tmp_path)

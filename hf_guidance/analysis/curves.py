@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from hf_guidance.history import History, similarity_curves, training_curve, validation_curve
@@ -104,7 +104,8 @@ def plot_run(history: History, path: str | os.PathLike[str], measure: str | None
 def _curve(panel: Axes, runs: Sequence[dict[str, Any]], name: str, color: str, factor: float) -> None:
     by_step = _by_step(runs, "curve", "value")
     steps = list(by_step)
-    panel.plot(steps, [statistics.fmean(by_step[s]) * factor for s in steps], color=color, label=name.replace("_", " "))
+    means = [statistics.fmean(by_step[s]) * factor for s in steps]
+    panel.plot(steps, means, marker=_marker(steps), color=color, label=name.replace("_", " "))
     if len(runs) > 1:
         lows, highs = [min(by_step[s]) * factor for s in steps], [max(by_step[s]) * factor for s in steps]
         panel.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
@@ -113,7 +114,13 @@ def _curve(panel: Axes, runs: Sequence[dict[str, Any]], name: str, color: str, f
 def _losses(panel: Axes, runs: Sequence[dict[str, Any]], color: str) -> None:
     for points, style in (("curve", "-"), ("training", "--")):
         by_step = _by_step(runs, points, "loss")
-        panel.plot(list(by_step), [statistics.fmean(v) for v in by_step.values()], style, color=color, linewidth=1.0)
+        means = [statistics.fmean(values) for values in by_step.values()]
+        panel.plot(list(by_step), means, style, marker=_marker(by_step), color=color, linewidth=1.0)
+
+
+def _marker(points: Sized) -> str | None:
+    """A dot for a curve of one point, which has no line."""
+    return "." if len(points) == 1 else None
 
 
 def _by_step(runs: Sequence[dict[str, Any]], points: str, name: str) -> dict[int, list[float]]:
@@ -134,7 +141,8 @@ def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> Non
         steps = list(by_step)
         color = colormaps["viridis"](number / max(1, len(pairs) - 1))
         label = pair.replace("hidden_states.", "h").replace("~", " ~ ")
-        panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], color=color, label=label, linewidth=1.2)
+        means = [statistics.fmean(by_step[s]) for s in steps]
+        panel.plot(steps, means, marker=_marker(steps), color=color, label=label, linewidth=1.2)
     measure = runs[0]["settings"]["guidance"]["measure"].replace("_", " ").replace("cka", "CKA")
     panel.set(xlabel="optimizer step", ylabel=measure, title=name.replace("_", " "))
     if len(pairs) <= MANY_PAIRS:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_guidance.guide import untrained_network
 from hf_guidance.guide_input import vocabulary_size
 from hf_guidance.targets.vision import VISION_TARGETS, vision_target
-from hf_guidance.tasks.pixel_formats import check_takes, pixel_format_of
+from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 from hf_guidance.tasks.random_rows import RandomRows, random_images, random_tokens
 
 LABELS = 10
@@ -86,6 +86,7 @@ class Networks:
                 vocabulary = min(v for v in (vocabulary_size(target), vocabulary_size(guide)) if v)
                 return target, random_tokens(count, self.length, vocabulary, seed=seed)
             size = pixel_format_of(self.target, setting.image_size, trained=False).size
+        check_sees(guide, self.guide)
         own = pixel_format_of(self.guide, size, trained=False, given=self.guide_image_size)
         check_takes(guide, own, self.guide)
         labels = target.config.num_labels or LABELS

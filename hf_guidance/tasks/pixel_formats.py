@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -57,6 +58,16 @@ def _side(size: Any) -> int | None:
     if size is None or isinstance(size, int):
         return size
     return size["height"] if size.get("height") else size.get("shortest_edge")
+
+
+def check_sees(network: nn.Module, name: str) -> None:
+    """Raise ValueError for a network that takes no images."""
+    takes = inspect.signature(network.forward).parameters
+    if "pixel_values" not in takes:
+        raise ValueError(
+            f"the guide {name} ({type(network).__name__}) takes {', '.join(list(takes)[:3])}, and no pixel_values: "
+            "name an image model of the Hub, a folder with one, or timm/<architecture>."
+        )
 
 
 @torch.no_grad()

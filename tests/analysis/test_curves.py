@@ -67,6 +67,13 @@ def test_unguided_runs_alone_and_a_logarithmic_axis(drawn):
     assert list(curves.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
 
 
+def test_a_curve_of_one_point_is_a_dot(drawn):
+    short = run("alone", 0) | {"curve": [{"step": 1, "value": 0.5, "loss": 2.0}]}
+    curves, losses = drawn([short])
+    assert (curves.lines[0].get_marker(), losses.lines[0].get_marker()) == (".", ".")
+    assert losses.lines[1].get_marker() == "None"  # of the training losses there are two
+
+
 def test_a_single_run_is_drawn_from_its_log(drawn, tmp_path):
     log = [{"step": s, "loss": 9.0, "task/loss": 1.0 / s, "guidance/similarity/a~b": 0.1 * s} for s in (1, 2, 3)]
     log += [{"step": s, "eval_loss": 2.0 / s, "eval_accuracy": 0.2 * s, "eval_runtime": 5.0} for s in (2, 3)]

@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from transformers import CLIPImageProcessor, TimmWrapperConfig, ViTConfig, ViTImageProcessor
+from transformers import CLIPImageProcessor, GPT2Config, TimmWrapperConfig, ViTConfig, ViTImageProcessor
 
 from hf_guidance import load_guide
 from hf_guidance.tasks.image_decoding import PixelFormat
-from hf_guidance.tasks.pixel_formats import check_takes, pixel_format_of
+from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 
 
 def test_an_untrained_network_takes_the_targets_size_unless_it_is_made_for_one():
@@ -57,3 +57,12 @@ def test_a_network_that_cannot_take_a_size_is_named(tmp_path):
     check_takes(guide, PixelFormat(32), "vit")
     with pytest.raises(ValueError, match=r"the guide vit cannot take images of 28 × 28 pixels \(.*--guide_image_size"):
         check_takes(guide, PixelFormat(28), "vit")
+
+
+def test_a_network_of_words_is_named_as_one():
+    check_sees(Bare(), "bare")
+    guide = load_guide(GPT2Config(n_embd=8, n_layer=1, n_head=1), untrained=True)
+    with pytest.raises(
+        ValueError, match=r"the guide gpt2 \(GPT2Model\) takes input_ids, .* no pixel_values: name"
+    ):
+        check_sees(guide, "gpt2")
