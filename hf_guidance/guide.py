@@ -86,7 +86,7 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
         pickled = " Weights must be safetensors: pickled ones are refused." if "safetensors" in str(error) else ""
         raise ValueError(
             f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{pickled}{known} A guide is a local "
-            "folder with a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' with untrained=True."
+            "folder with a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' and untrained=True."
         ) from error
 
 
