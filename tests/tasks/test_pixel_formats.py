@@ -62,7 +62,5 @@ def test_a_network_that_cannot_take_a_size_is_named(tmp_path):
 def test_a_network_of_words_is_named_as_one():
     check_sees(Bare(), "bare")
     guide = load_guide(GPT2Config(n_embd=8, n_layer=1, n_head=1), untrained=True)
-    with pytest.raises(
-        ValueError, match=r"the guide gpt2 \(GPT2Model\) takes input_ids, .* no pixel_values: name"
-    ):
+    with pytest.raises(ValueError, match=r"the guide gpt2 \(GPT2Model\) takes input_ids, .* no pixel_values: name"):
         check_sees(guide, "gpt2")
