@@ -94,6 +94,8 @@ def gram(
     precision = precision or features.dtype
     x = features if features.dtype == torch.float64 else features.float()
     if mask is None:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _scaled_kernel(flat(x.detach()), precision)[0]
         return CentredKernel.apply(flat(x), precision, keep_copy and x is features)
     with exact_float32(features.device):
         kernel, offset = _masked_kernel(x, mask.bool(), precision, sketch or (lambda centred: centred))
@@ -124,21 +126,22 @@ class CentredKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, precision: torch.dtype, keep_copy: bool) -> Tensor:
-        kernel, factor, kept = _scaled_kernel(x, precision)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept, factor)
+        kernel, ctx.factor, kept = _scaled_kernel(x, precision)
+        ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept)
         return kernel
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, factor = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
-            weights = gradient * (2 * factor)
+            factor = 2 * ctx.factor
         else:
-            weights = _center_in_place((gradient + gradient.T).mul_(factor))
+            gradient, factor = _center_in_place(gradient + gradient.T), ctx.factor
         plain = _on_cpu(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
         with nullcontext() if plain else exact_float32(x.device):
-            return weights @ x, None, None
+            if isinstance(factor, float):
+                return torch.addmm(x.new_empty(()), gradient, x, beta=0, alpha=factor), None, None
+            return (gradient * factor) @ x, None, None
 
 
 def expect_centred(kernel: Tensor) -> None:
@@ -147,7 +150,7 @@ def expect_centred(kernel: Tensor) -> None:
         setattr(kernel.grad_fn, EXPECTED, True)
 
 
-def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor, Tensor]:
     """``x̃ x̃ᵀ / scale``, and the number and the features of which the gradient is the product."""
     if x.dtype == torch.float32 and _on_cpu(x) and (found := _kernel_on_host(x)):
         return found
@@ -160,33 +163,33 @@ def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, T
         return kernel.mul_(inverse), inverse, centred
 
 
-def _kernel_on_host(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def _kernel_on_host(x: Tensor) -> tuple[Tensor, float, Tensor] | None:
     """The same with the fewest passes; None where the mean of the features is too large for that.
 
-    In numpy, whose calls cost a tenth of torch's, which counts where there are dozens of small matrices a step.
+    In numpy's plainest calls, which cost a tenth of torch's; that counts where a step has dozens of small matrices.
     """
     array = x.numpy()
     n, width = array.shape
     if n < 2:
         return None
     if width <= n:  # then the features are the smaller matrix
-        mean = array.mean(0)
+        mean = np.add.reduce(array, 0) / n
         centred = array - mean
         energy, offset = float(np.vdot(centred, centred)) / n, float(np.vdot(mean, mean))
         if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
             return None
         centred *= energy**-0.5
-        return torch.from_numpy(centred @ centred.T), torch.tensor(energy**-0.5), torch.from_numpy(centred)
+        return torch.from_numpy(centred @ centred.T), energy**-0.5, torch.from_numpy(centred)
     kernel = array @ array.T
-    mean = kernel.mean(0)
-    offset = float(mean.mean())
+    mean = np.add.reduce(kernel, 0) / n
+    offset = float(np.add.reduce(mean)) / n
     energy = float(kernel.trace()) / n - offset
     if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
         return None
     kernel -= mean[:, None]
-    kernel -= mean - mean.mean()
+    kernel -= mean - np.float32(offset)
     kernel *= 1 / energy
-    return torch.from_numpy(kernel), torch.tensor(1 / energy), x
+    return torch.from_numpy(kernel), 1 / energy, x
 
 
 def _center_in_place(kernel: Tensor) -> Tensor:
