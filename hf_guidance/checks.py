@@ -12,6 +12,7 @@ from torch import nn
 from hf_guidance.accumulation import check_accumulates
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide_input import check_vocabularies
+from hf_guidance.ranks import Ranks
 from hf_guidance.similarity import get_measure
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,27 @@ def check_machine(args: Any) -> None:
         logger.warning("fp16 was asked for, but on the CPU Trainer runs float32. bf16 is possible here.")
 
 
-def check_settings(trainer: Any) -> None:
-    """Raise ValueError for settings of a guided trainer under which guidance would not be what it says."""
-    args, config = trainer.args, trainer.guidance
+def check_trainer(trainer: Any) -> None:
+    """Raise ValueError for a guided trainer under which guidance would not be what it says."""
+    deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
+    check_settings(trainer.args, config, deepspeed=deepspeed, sharded=deepspeed or trainer.is_fsdp_enabled)
+    if _is_default(trainer.data_collator) and not config.guide_shares_tokenizer:
+        columns = getattr(trainer.train_dataset, "column_names", None)
+        if columns:
+            check_vocabularies(trainer.model, trainer.guide, columns)
+
+
+def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False, sharded: bool = False) -> None:
+    """Raise ValueError for settings of a guided run under which guidance would not be what it says.
+
+    Args:
+        args: `TrainingArguments`.
+        config: of the guidance.
+        deepspeed: whether DeepSpeed takes the steps.
+        sharded: whether the target's weights are spread over the processes.
+    """
     check_machine(args)
-    if config.on_non_finite == "skip" and trainer.is_deepspeed_enabled:
+    if config.on_non_finite == "skip" and deepspeed:
         raise ValueError(
             "on_non_finite='skip' cannot be had with DeepSpeed, which takes its step at the end of the backward "
             "pass. Leave it at 'stop'."
@@ -66,19 +83,40 @@ def check_settings(trainer: Any) -> None:
             "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
         )
     if config.similarity_batch == "accumulated":
-        check_accumulates(args, sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    needed = get_measure(config.measure).min_samples
+        check_accumulates(args, sharded=sharded)
+    if config.similarity_batch == "global":
+        Ranks()  # says what is missing
+    rows, needed = rows_of_a_process(args), get_measure(config.measure).min_samples
     times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
-    samples = args.per_device_train_batch_size * times.get(config.similarity_batch, 1)
-    if config.sample_axis == "sequence" and samples < needed:
+    if config.sample_axis == "sequence" and rows * times.get(config.similarity_batch, 1) < needed:
+        split = f", split over {args.world_size} processes," if splits_batches(args) else ""
         raise ValueError(
-            f"per_device_train_batch_size is {args.per_device_train_batch_size}, but {config.measure} needs at "
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}{split} but {config.measure} needs at "
             f"least {needed} samples a batch (accumulation enlarges it with similarity_batch='accumulated' only)."
         )
-    if _is_default(trainer.data_collator) and not config.guide_shares_tokenizer:
-        columns = getattr(trainer.train_dataset, "column_names", None)
-        if columns:
-            check_vocabularies(trainer.model, trainer.guide, columns)
+
+
+def rows_of_a_process(args: Any) -> int:
+    """How many rows a process has in a batch: with accelerate's `split_batches`, its part of one.
+
+    Raises:
+        ValueError: a batch that cannot be split evenly.
+    """
+    if not splits_batches(args):
+        return args.per_device_train_batch_size
+    rows, left = divmod(args.per_device_train_batch_size, args.world_size)
+    if left:
+        raise ValueError(
+            f"split_batches gives each of the {args.world_size} processes its part of a batch, and "
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}: choose a multiple of "
+            f"{args.world_size}, or leave split_batches out."
+        )
+    return rows
+
+
+def splits_batches(args: Any) -> bool:
+    """Whether a batch is shared out among several processes, instead of each having one of its own."""
+    return bool(getattr(args.accelerator_config, "split_batches", False)) and args.world_size > 1
 
 
 def _is_default(collator: Any) -> bool:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
+import reprlib
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_guidance.card_facts import run_facts
+from hf_guidance.checks import check_settings
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
 from hf_guidance.loss import GuidanceLoss
@@ -34,6 +37,8 @@ from hf_guidance.trainer import GuidanceTrainer
 
 if TYPE_CHECKING:
     from hf_guidance.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 SETTINGS = "settings.json"
@@ -76,13 +81,17 @@ class Run:
     trainer: Callable[..., Trainer] | None = None
 
 
-def check(run: Run, task: Task, guidance: GuidanceConfig) -> None:
+def check(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig) -> None:
     """Raise ValueError, before anything is trained, if a guided run's settings, layers or data do not go together."""
-    config = dataclasses.replace(guidance, **run.guidance).alone()
+    config = dataclasses.replace(guidance, **run.guidance)
     make = run.like if run.needs else run.guide
     if make is None or not config.guidance_weight:
         return
+    if run.trainer is None:
+        deepspeed = args.deepspeed is not None
+        check_settings(args, config, deepspeed=deepspeed, sharded=deepspeed or bool(args.fsdp))
     set_seed(run.seed)
+    config = config.alone()
     size = max(FEW, get_measure(config.measure).min_samples)
     with built_whole():
         loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
@@ -195,21 +204,23 @@ def _check_settings(place: Path, now: dict[str, Any]) -> None:
         then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
     if changed := _changed(then, now):
         raise ValueError(
-            f"{place} holds a run with other settings ({', '.join(changed)}). Give another --output_dir, or remove "
+            f"{place} holds a run with other settings: {', '.join(changed)}. Give another --output_dir, or remove "
             "that folder, and those of runs that used its network as their guide, to run it again."
         )
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the settings that differ, those of a group as group.name."""
-    names: list[str] = []
+    """The settings that differ, each as ``name was 1, is 2``; those of a group as group.name."""
+    words: list[str] = []
     for name in sorted(then.keys() | now.keys()):
         old, new = then.get(name), now.get(name)
+        if old == new:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
-            names += [f"{name}.{key}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        elif old != new:
-            names.append(name)
-    return names
+            words += _changed({f"{name}.{k}": v for k, v in old.items()}, {f"{name}.{k}": v for k, v in new.items()})
+        else:
+            words.append(f"{name} was {reprlib.repr(old)}, is {reprlib.repr(new)}")
+    return words
 
 
 def _read(path: Path, run: Run) -> dict[str, Any]:
@@ -243,14 +254,31 @@ def write_json(path: Path, content: Any) -> None:
 def best_learning_rate(
     runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], dict[str, Any]], higher_is_better: bool
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Train the unguided runs at each rate; the best on validation data, averaged over the seeds, and every result."""
-    results = [
-        carry(dataclasses.replace(run, name=f"{run.name}-lr{rate:g}", training={**run.training, "learning_rate": rate}))
-        for rate in dict.fromkeys(rates)
-        for run in runs
-    ]
+    """Train the unguided runs at each rate; the best on validation data, averaged over the seeds, and every result.
+
+    A rate at which a run's loss stops being finite is the worst.
+
+    Raises:
+        FloatingPointError: at every rate.
+    """
+    worst = -math.inf if higher_is_better else math.inf
     means: dict[float, float] = {}
-    for rate in rates:
-        mean = statistics.fmean(r["validation"] for r in results if r["settings"]["learning_rate"] == rate)
-        means[rate] = mean if math.isfinite(mean) else -math.inf if higher_is_better else math.inf
-    return (max if higher_is_better else min)(means, key=means.__getitem__), results
+    results: list[dict[str, Any]] = []
+    for rate in dict.fromkeys(rates):
+        found = [_tried(run, rate, carry) for run in runs]
+        values = [math.nan if result["validation"] is None else result["validation"] for result in found]
+        means[rate] = mean if math.isfinite(mean := statistics.fmean(values)) else worst
+        results += found
+    best = (max if higher_is_better else min)(means, key=means.__getitem__)
+    if means[best] == worst:
+        raise FloatingPointError(f"the loss does not stay finite at any of the rates {list(means)}: try lower ones.")
+    return best, results
+
+
+def _tried(run: Run, rate: float, carry: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    name = f"{run.name}-lr{rate:g}"
+    try:
+        return carry(dataclasses.replace(run, name=name, training={**run.training, "learning_rate": rate}))
+    except FloatingPointError as error:
+        logger.warning("%s counts as the worst: %s", name, error)
+        return {"run": name, "seed": run.seed, "settings": {"learning_rate": rate}, "validation": None}

@@ -58,6 +58,10 @@ class FiniteSteps(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.active = True  # only where the trainer calls back is there anybody to look
 
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.active = False
+        self.reset()
+
     def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         self.reset()
         if self.skip and model is not None:  # running statistics move in the forward, before anything is known

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_guidance.checks import splits_batches
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
 from hf_guidance.identity import check_same_guide
 
@@ -25,7 +26,7 @@ OPTIMIZER = ("optimizer*", "global_step*")
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
 HARMLESS |= {"shard_guide"}
 FATAL = {"seed", "data_seed", "max_steps"}  # the last where a decay ends with the run
-BATCH = {"per_device_train_batch_size", "world_size", "gradient_accumulation_steps"}
+BATCH = {"per_device_train_batch_size", "world_size", "gradient_accumulation_steps", "split_batches"}
 
 
 # ---------------------------------------------------------------------------------------------------- whole or torn
@@ -131,6 +132,7 @@ def _origin_of(place: Path) -> dict[str, Any]:
 def _origin(args: Any, steps: int, guided: bool) -> dict[str, Any]:
     names = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
     return {name: getattr(args, name) for name in names} | {
+        "split_batches": splits_batches(args),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "max_steps": steps,
         "guided": guided,
@@ -140,6 +142,8 @@ def _origin(args: Any, steps: int, guided: bool) -> dict[str, Any]:
 def _samples(origin: dict[str, Any], config: GuidanceConfig) -> int | None:
     """How many rows a similarity was taken over; None where it is not known."""
     rows = origin.get("per_device_train_batch_size")
+    if rows and origin.get("split_batches"):
+        rows //= origin.get("world_size", 1)
     times = {"global": "world_size", "accumulated": "gradient_accumulation_steps"}.get(config.similarity_batch)
     return rows and rows * (origin.get(times, 1) if times else 1)
 

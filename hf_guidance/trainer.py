@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_guidance.accumulation import Accumulated
-from hf_guidance.checks import check_settings, check_types
+from hf_guidance.checks import check_trainer, check_types
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.failure import GRADIENT, FiniteSteps
 from hf_guidance.guide import calibrate_batch_norm, freeze
@@ -60,9 +60,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
         self._in_window = 0  # micro-batches of it that have been trained on
+        self.add_callback(self._finite)
         if guide is None:
             return
-        check_settings(self)
+        check_trainer(self)
         check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
         freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
@@ -71,7 +72,6 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self.guide_identity = identity(guide)
         if self.guidance.guidance_weight:
             _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
-            self.add_callback(self._finite)
         for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
             for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
                 self.remove_callback(callback)
@@ -100,7 +100,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         """Task loss plus weighted guidance loss while training; the task loss alone in evaluation."""
         kwargs = {"num_items_in_batch": num_items_in_batch}
         if self.guide is None or not self.guidance.guidance_weight or not model.training:
-            return super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
+            found = super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
+            if model.training:
+                self._finite.look({"task loss": (found[0] if return_outputs else found).detach()}, "")
+            return found
         with self._watch(inputs) as watched:
             task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
@@ -166,7 +169,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and self.accelerator.scaler is None:  # else an overflow is the scaler's business
+        scaler = self.accelerator.scaler
+        if norm is not None and (scaler is None or scaler.get_scale() <= 1):  # else the scaler may mend it
             self._finite.look({GRADIENT: norm}, "")
         return norm
 
@@ -224,7 +228,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             self.guidance.save(output_dir or self.args.output_dir, self.guide_identity)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.guide is not None and "loss" in logs:  # a training log, which every rank writes at the same steps
+        # a training log is written by every rank, at the same steps
+        if "loss" in logs and (self.guide is not None or self._finite.skip):
             logs |= self._sums.drain(self.accelerator)
         super().log(logs, start_time)
 

@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import LENGTH, NormNet, PlainNet, gpt2, gradients, guidance_by_hand, llama, token_batch
+from builders import (
+    LENGTH,
+    NormNet,
+    PlainNet,
+    arguments,
+    gpt2,
+    gradients,
+    guidance_by_hand,
+    llama,
+    token_batch,
+    token_rows,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainers import make_trainer, same, trained, weights
 from transformers import TrainerCallback, TrainerState
 
-from hf_guidance import GuidanceTrainer
+from hf_guidance import GuidanceConfig, GuidanceTrainer
 from hf_guidance.failure import GRADIENT, FiniteSteps
 from hf_guidance.logs import RunningMeans
 
@@ -88,6 +99,24 @@ def test_the_run_stops_before_the_step_and_names_what_is_not_finite(tmp_path: Pa
     assert len(watch.weights) == 2
     assert same(weights(trainer.model), watch.weights[1])
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_run_without_guidance_stops_too(tmp_path: Path, guided: bool) -> None:
+    target = gpt2()
+    spoil(target.lm_head, 1)
+    trainer = make_trainer(tmp_path, target, llama(), guidance_weight=0) if guided else make_trainer(tmp_path, target)
+    with pytest.raises(FloatingPointError, match=r"Optimizer step 2 is not finite: the task loss is nan\. It was not"):
+        trainer.train()
+
+
+def test_a_step_without_guidance_is_skipped_and_counted_too(tmp_path: Path) -> None:
+    target = gpt2()
+    spoil(target.lm_head, 1)
+    config = GuidanceConfig(guidance_weight=0, on_non_finite="skip")
+    trainer = GuidanceTrainer(target, arguments(tmp_path), train_dataset=token_rows(), guidance=config)
+    assert [log.get("guidance/skipped_steps") for log in trained(trainer)[1]] == [None, 1, None]
+    assert all(value.isfinite().all() for value in weights(target).values())
 
 
 @pytest.mark.parametrize("kind", SPOILED)
@@ -177,6 +206,8 @@ def test_nothing_is_kept_where_nobody_looks(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, gpt2())
     trained(trainer)
     assert trainer._finite._seen == []
+    trainer.compute_loss(trainer.model.train(), token_batch())
+    assert trainer._finite._seen == []
 
 
 def test_a_logged_measure_alone_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +268,13 @@ def test_an_overflow_of_the_scaled_gradient_is_left_to_the_scaler(tmp_path: Path
     assert same(watch.weights[0], watch.weights[1]), "the scaler left the step out"
     assert trainer.accelerator.scaler.get_scale() < 2.0**127
     assert all("guidance/skipped_steps" not in log and math.isfinite(log["guidance/loss"]) for log in logs)
+
+
+def test_a_gradient_that_no_scale_mends_is_not_left_to_the_scaler(tmp_path: Path) -> None:
+    trainer = scaled(tmp_path, 2.0**2, max_steps=8)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * NAN)
+    with pytest.raises(FloatingPointError, match="step 3 is not finite: the norm of the gradient is nan"):  # 4, 2, 1
+        trainer.train()
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])

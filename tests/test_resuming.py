@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 from builders import arguments, gpt2, llama, token_rows
 from trainers import make_trainer, same, trained
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_guidance.checks import check_machine, check_settings
-from hf_guidance.resuming import fault_of, last_whole_checkpoint
+from hf_guidance import GuidanceConfig
+from hf_guidance.checks import check_machine, check_settings, check_trainer
+from hf_guidance.resuming import check_goes_on, fault_of, last_whole_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
@@ -141,6 +143,7 @@ def test_the_state_of_an_earlier_run_does_not_vouch_for_a_checkpoint_that_is_bei
         ({"guide_input": "noise"}, "guide_input was 'batch', is 'noise'"),
         ({"per_device_train_batch_size": 8}, "per_device_train_batch_size was 4, is 8"),
         ({"seed": 8}, "seed was 7, is 8"),
+        ({"data_seed": 8}, "data_seed was None, is 8"),
     ],
 )
 def test_a_change_of_what_is_trained_is_refused_and_named(run: Path, change: dict[str, Any], words: str) -> None:
@@ -194,6 +197,27 @@ def test_another_number_of_processes_is_said_and_refused_where_the_samples_chang
     else:
         trainer.train(resume_from_checkpoint=str(place))
         assert "world_size was 2, is 1. Data order" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("batch", "then", "words"),
+    [
+        ("global", {"world_size": 2}, r"world_size was 2, is 1\."),
+        ("local", {"world_size": 2, "split_batches": True}, "world_size was 2, is 1, split_batches was True, is False"),
+        ("local", {"world_size": 2}, None),
+    ],
+)
+def test_a_similarity_over_other_rows_is_refused(
+    run: Path, batch: str, then: dict[str, Any], words: str | None
+) -> None:
+    place = run / "checkpoint-2"
+    origin = json.loads((place / "rng_state.json").read_text())
+    (place / "rng_state.json").write_text(json.dumps(origin | then))
+    trainer = make_trainer(run, gpt2(), llama(), **SAVING)
+    config = replace(trainer.guidance, similarity_batch=batch)
+    config.save(place, trainer.guide_identity)
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        check_goes_on(str(place), trainer.args, config, trainer.guide_identity)
 
 
 def test_guidance_on_a_run_that_began_without_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -271,4 +295,28 @@ def test_skipping_under_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest
     trainer = make_trainer(tmp_path, gpt2(), llama(), on_non_finite="skip")
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     with pytest.raises(ValueError, match="on_non_finite='skip' cannot be had with DeepSpeed"):
-        check_settings(trainer)
+        check_trainer(trainer)
+
+
+def test_a_global_batch_without_processes_says_how_to_start_some(tmp_path: Path) -> None:
+    words = r"compares over the batches of all processes, and there is no process group: start with `accelerate launch`"
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, gpt2(), llama(), similarity_batch="global")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (5, "split_batches gives each of the 2 processes its part of a batch, .* is 5: choose a multiple of 2"),
+        (4, "per_device_train_batch_size is 4, split over 2 processes, but linear_cka needs at least 3 samples"),
+        (6, None),
+    ],
+)
+def test_batches_that_are_split_over_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, words: str | None
+) -> None:
+    args = arguments(tmp_path, per_device_train_batch_size=rows, accelerator_config={"split_batches": True})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        check_settings(args, GuidanceConfig())

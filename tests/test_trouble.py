@@ -111,4 +111,4 @@ def test_ten_launches_of_each_recipe_end_with_exit_code_0(tmp_path: Path) -> Non
 
 def test_runs_that_are_stopped_at_random_moments_end_with_the_bits_of_unbroken_ones(tmp_path: Path) -> None:
     _, printed = run(str(SCRIPTS / "stops.py"), str(tmp_path), "--kills", "3", timeout=600)
-    assert "3 of 3 bit-identical" in printed, printed[-3000:]
+    assert "3 of 3 resumed and bit-identical" in printed, printed[-3000:]

@@ -112,7 +112,7 @@ def test_a_finished_job_is_read_not_run_again_and_other_settings_are_refused(cop
     written = result.stat().st_mtime_ns
     assert run_here(monkeypatch, folder)["runs"] == before["runs"]
     assert result.stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"a run with other settings \(learning_rate\)\. Give another"):
+    with pytest.raises(ValueError, match=r"a run with other settings: learning_rate was .*, is 0\.5\. Give another"):
         run_here(monkeypatch, folder, learning_rate=0.5)
 
 
@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_what_was_done_and_the_same_command_goes_on_to_the_same_re
     assert process.returncode != 0
     assert "the same command goes on from there" in printed
     assert not (folder / "results.json").exists()
-    with pytest.raises(ValueError, match=r"a run with other settings \(weight_decay\)\. Give another"):
+    with pytest.raises(ValueError, match=r"a run with other settings: weight_decay was 0\.0, is 0\.1\. Give another"):
         run_here(monkeypatch, folder, weight_decay=0.1)
     resumed = run_here(monkeypatch, folder)
     for now, unbroken in zip(resumed["runs"], copy_paste[2]["runs"], strict=True):
@@ -153,7 +153,7 @@ def test_other_text_is_other_data(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"the quick brown {name} jumps over the lazy dog\n" * 3000)
     options = {"task": "language_modeling", "runs": ["alone"]}
     run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "a"], **options)
-    with pytest.raises(ValueError, match=r"other settings \(data"):
+    with pytest.raises(ValueError, match=r"other settings: data\.\S+ was .*, is "):
         run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "b"], **options)
     moved = tmp_path / "elsewhere" / "a"
     moved.parent.mkdir()
@@ -223,10 +223,16 @@ def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
         ({"longer_baseline": True}, "the run 'alone' for longer, but --runs does not name it"),
         ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
         ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
+        ({"similarity_batch": "global"}, "compares over the batches of all processes, and there is no process group"),
+        ({"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1"),
+        (
+            {"per_device_train_batch_size": 2, "sample_axis": "sequence", "measure": "linear_cka"},
+            "is 2 but linear_cka needs at least 3 samples a batch",
+        ),
         ({"guide_layers": ["h.14"]}, "guide layer 'h.14' not found; the guide has .*4 GPT2Block"),
     ],
 )
 def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=words):
         run_here(monkeypatch, tmp_path / "out", **{"runs": ["untrained_guide"], **options})
-    assert not list(tmp_path.glob("out/**/checkpoint-*"))
+    assert not list(tmp_path.glob("out/seed-*"))

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--times", type=int, default=10)
     given = parser.parse_args()
+    given.folder = given.folder.resolve()  # the launches have folders of their own
     dataset = write(given.folder / "imagenet", imagenet_files(train=96))
     text = Recipe("rnn_vs_transformer", {**TINY, "eval_size": 32})
     images = Recipe("fcn_vs_resnet", {**TINY, **IMAGES, "dataset": dataset})

@@ -91,7 +91,7 @@ class Stops:
         """One run that is stopped, once, and resumed."""
         weights, seconds = self.reference(kind)
         folder, killed = self.folder / f"{kind}-{number}", False
-        while not killed:  # a run that was done before its moment came is no stop
+        while not (killed and last_whole_checkpoint(folder)):  # one that was done, or had not begun yet, is no stop
             shutil.rmtree(folder, ignore_errors=True)
             began = time.monotonic()
             process = self.start(folder, kind)
@@ -100,10 +100,11 @@ class Stops:
                 os.kill(process.pid, by)
             process.join()
             killed = killed and process.exitcode != 0
-            seconds = min(seconds, time.monotonic() - began)  # the machine may be faster now than for the reference
+            if not killed:
+                seconds = min(seconds, time.monotonic() - began)  # the machine may be faster now than for the reference
         torn = [path.name for path in folder.glob("checkpoint-*") if fault_of(path)]
         whole = last_whole_checkpoint(folder)
-        result = {"kind": kind, "by": by.name, "resumed from": whole and Path(whole).name, "torn": torn}
+        result = {"kind": kind, "by": by.name, "resumed from": Path(str(whole)).name, "torn": torn}
         result["identical"] = same(self.to_the_end(folder, kind), weights)
         return result
 
@@ -121,7 +122,7 @@ def main() -> None:
         print(results[-1], flush=True)
     identical = sum(result["identical"] for result in results)
     torn = sum(bool(result["torn"]) for result in results)
-    print(f"{identical} of {given.kills} bit-identical; {torn} stops left a torn checkpoint.")
+    print(f"{identical} of {given.kills} resumed and bit-identical; {torn} stops left a torn checkpoint.")
     (given.folder / "stops.json").write_text(json.dumps(results, indent=1))
 
 
