@@ -77,7 +77,7 @@ def test_what_a_run_kept_for_its_card_adds_to_what_the_record_says():
 
 
 def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
-    name, run = RUNS[0]
+    name, run = RUNS[0][0], {key: value for key, value in RUNS[0][1].items() if key != "card"}  # with it comes its own
     words = ["--output_dir", "/home/me/out", "--text_files=/home/me/a b.txt", "--hub_token", "hf_x", "--hub_token=hf_y"]
     words += ["--use_cpu", "--dataset", "file:///data/me/images"]
     report = REPORTS[name] | {"command": shlex.join(["accelerate", "launch", "recipes/r.py", *words])}
