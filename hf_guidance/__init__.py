@@ -1,5 +1,6 @@
 """Guidance: train a network by steering it with a frozen one of another architecture."""
 
+import hf_guidance.targets  # noqa: F401  registers them with the Auto classes
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide import load_guide
 from hf_guidance.kernels import gram

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -20,6 +21,7 @@ from hf_guidance.uploads import (
     later,
     left_out,
     one_line,
+    refused,
     start_pushing,
 )
 
@@ -35,9 +37,13 @@ class PublishingMixin(CardMixin):
         """As transformers', which says nothing of a token that may not write until training is over.
 
         Raises:
-            PermissionError: the token may only read.
+            PermissionError: the Hub does not know the token, or it may only read.
+            ConnectionError: the Hub does not answer as it should.
         """
-        super().init_hf_repo(token=token, private=private)
+        try:
+            super().init_hf_repo(token=token, private=private)
+        except HfHubHTTPError as error:
+            raise refused(str(self.args.hub_model_id or Path(str(self.args.output_dir)).name), error) from error
         if not self.is_world_process_zero() or self.hub_model_id is None:
             return
         token = token or self.args.hub_token

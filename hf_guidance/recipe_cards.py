@@ -78,7 +78,7 @@ def model_card_of(run: dict[str, Any], report: Report, title: str) -> str:
 
 def _draw(run: dict[str, Any], report: Report, place: Path) -> None:
     metric, percent = report["task"]["metric"], report["task"]["percent"]
-    runs = [r for r in report["runs"] if _belongs(r["run"], run["run"]) and r["run"] != "alone_longer"]
+    runs = [r for r in report["runs"] if _belongs(r["run"], run) and r["run"] != "alone_longer"]
     plot_comparison(runs, metric, place / "comparison.png", percent=percent, log=not percent)
     plot_similarity_maps([run], place / "similarity.png")
 
@@ -86,7 +86,7 @@ def _draw(run: dict[str, Any], report: Report, place: Path) -> None:
 def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: Any) -> str:
     """The card of one run as markdown, with the comparison it is part of."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
-    rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run["run"])]
+    rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run)]
     facts = facts_of_record(run, report)
     facts |= {
         "cost": _cost(run, report) | facts["cost"],
@@ -132,8 +132,9 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _belongs(row: str, run: str) -> bool:
-    return row == run or row.startswith("alone") or row == "guide_itself"
+def _belongs(row: str, run: dict[str, Any]) -> bool:
+    """Whether a row of the table is about this run: itself, the unguided ones, and that of its own guide."""
+    return row == run["run"] or row.startswith("alone") or row == run["guide"]["source"]
 
 
 def push_cards(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:

@@ -49,7 +49,8 @@ def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
         "command": scrub_command(shlex.split(report["command"])),
         "versions": {name: run["environment"][name] for name in VERSIONS},
     }
-    return known(merged(facts, run.get("card") or {}))
+    own = {name: fact for name, fact in (run.get("card") or {}).items() if name != "command"}
+    return known(merged(facts, own))  # the command that made the report may have gone on with earlier ones' runs
 
 
 def _guide(run: dict[str, Any]) -> Facts:

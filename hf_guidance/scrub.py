@@ -28,15 +28,18 @@ LEAST = 4  # letters of a name that is cut out wherever it stands; shorter ones 
 def scrub(value: Any) -> Any:
     """A JSON value whose texts hold neither a token nor the folders of a path nor this machine's names."""
     if isinstance(value, str):
-        return _own_names().sub("…", WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value))))
+        text = WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value)))
+        return (
+            _own_names().sub("…", text) if " " in text else text
+        )  # one word is an id or a setting, whoever has its name
     if isinstance(value, dict):
         return {name: scrub(entry) for name, entry in value.items()}
     return [scrub(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _own_names() -> re.Pattern[str]:
-    """The home folder, the user's name and the machine's, as words of their own."""
-    names = [str(Path.home()), os.environ.get("USER", ""), Path.home().name, platform.node()]
+    """The user's name and the machine's, as words of their own."""
+    names = [os.environ.get("USER", ""), Path.home().name, platform.node()]
     words = "|".join(re.escape(name) for name in names if len(name) >= LEAST and name not in ANYBODY)
     return re.compile(rf"(?<![\w-])(?:{words})(?![\w-])") if words else re.compile(r"(?!)")
 

@@ -23,6 +23,8 @@ STATE = "trainer_state.json"
 FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", "latest", "zero_to_fp32.py")
 # beside the model: a pickle, the place and the name of the machine, paths, the guide, a cache of its features
 NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS, EMISSIONS, STATE, "runs/*", "guide/*", "*rows.bin"]
+# and what others may have left there: hidden files, logs, pickled weights
+NOT_PUSHED += [".*", "*.log", "*tfevents*", "wandb/*", "mlruns/*", "pytorch_model*.bin", "*.pkl", "*.pickle", "*.ckpt"]
 
 
 def check_may_write(repository: str, token: str | None) -> None:
@@ -34,11 +36,20 @@ def check_may_write(repository: str, token: str | None) -> None:
         api.auth_check(repository, token=token, write=True)
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise PermissionError(
-                f"The token may not write to {repository} ({one_line(error)}). Nothing was trained: log in with a "
-                "token that has write access (`hf auth login`), pass hub_token, or name a repository of your own by "
-                "hub_model_id."
-            ) from error
+            raise refused(repository, error) from error
+
+
+def refused(repository: str, error: HfHubHTTPError) -> OSError:
+    """What to raise where the Hub does not let a repository be made or written to, before any training."""
+    if error.response.status_code not in (401, 403):
+        return ConnectionError(
+            f"The Hub does not answer as it should for {repository} ({one_line(error)}). Nothing was trained: try "
+            "again, or train without push_to_hub and push later."
+        )
+    return PermissionError(
+        f"The token may not write to {repository} ({one_line(error)}). Nothing was trained: log in with a token that "
+        "has write access (`hf auth login`), pass hub_token, or name a repository of your own by hub_model_id."
+    )
 
 
 def left_out(output: Path, cache: str | None) -> list[str]:
@@ -48,9 +59,9 @@ def left_out(output: Path, cache: str | None) -> list[str]:
         cache: where the guide's features are kept, wherever that is.
     """
     if cache is None or not (place := Path(cache).resolve()).is_relative_to(output.resolve()):
-        return NOT_PUSHED
+        return list(NOT_PUSHED)
     inside = place.relative_to(output.resolve()).as_posix()
-    return NOT_PUSHED if inside == "." else [*NOT_PUSHED, f"{inside}/*"]
+    return list(NOT_PUSHED) if inside == "." else [*NOT_PUSHED, f"{inside}/*"]
 
 
 def start_pushing(
@@ -85,7 +96,7 @@ def start_pushing(
 
 def later(repository: str, folder: Path, revision: str | None = None, left_out: Sequence[str] = NOT_PUSHED) -> str:
     """The command that pushes a saved model."""
-    words = ["hf", "upload", repository, str(folder), "."]
+    words = ["hf", "upload", repository, str(folder.resolve()), "."]  # from wherever that is typed
     words += ["--revision", revision] if revision else []
     return shlex.join(words + [word for pattern in left_out for word in ("--exclude", pattern)])
 

@@ -46,6 +46,12 @@ def test_the_names_of_user_and_machine_are_cut(monkeypatch):
     assert scrub.scrub("alice on bigbox-7 in /home/alice, not malice") == "… on … in …, not malice"
 
 
+def test_an_id_or_a_setting_that_is_somebodys_name_too_stays(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/ridge"))
+    facts = {"measure": "ridge", "repository": "ridge/copies", "url": "https://huggingface.co/ridge/copies"}
+    assert scrub.scrub(facts) == facts
+
+
 def test_arguments_are_scrubbed_in_their_dicts_and_lists_too():
     @dataclasses.dataclass
     class Arguments:
