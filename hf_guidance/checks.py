@@ -89,9 +89,9 @@ def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False
     rows, needed = rows_of_a_process(args), get_measure(config.measure).min_samples
     times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
     if config.sample_axis == "sequence" and rows * times.get(config.similarity_batch, 1) < needed:
-        split = f", split over {args.world_size} processes," if splits_batches(args) else ""
+        split = f", split over {args.world_size} processes" if splits_batches(args) else ""
         raise ValueError(
-            f"per_device_train_batch_size is {args.per_device_train_batch_size}{split} but {config.measure} needs at "
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}{split}, but {config.measure} needs at "
             f"least {needed} samples a batch (accumulation enlarges it with similarity_batch='accumulated' only)."
         )
 

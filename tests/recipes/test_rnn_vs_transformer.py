@@ -227,7 +227,7 @@ def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
         ({"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1"),
         (
             {"per_device_train_batch_size": 2, "sample_axis": "sequence", "measure": "linear_cka"},
-            "is 2 but linear_cka needs at least 3 samples a batch",
+            "is 2, but linear_cka needs at least 3 samples a batch",
         ),
         ({"guide_layers": ["h.14"]}, "guide layer 'h.14' not found; the guide has .*4 GPT2Block"),
     ],

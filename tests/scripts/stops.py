@@ -100,8 +100,8 @@ class Stops:
                 os.kill(process.pid, by)
             process.join()
             killed = killed and process.exitcode != 0
-            if not killed:
-                seconds = min(seconds, time.monotonic() - began)  # the machine may be faster now than for the reference
+            if (folder / "weights.pt").is_file():  # done: the machine is faster now than for the reference
+                seconds = min(seconds, time.monotonic() - began)
         torn = [path.name for path in folder.glob("checkpoint-*") if fault_of(path)]
         whole = last_whole_checkpoint(folder)
         result = {"kind": kind, "by": by.name, "resumed from": Path(str(whole)).name, "torn": torn}
