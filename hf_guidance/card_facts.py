@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 
+from hf_guidance.clock import TrainingClock
 from hf_guidance.data_facts import HUB_ID, example_of, known, processing_facts, rows_facts
 from hf_guidance.history import History, metrics_of, similarity_curves
-from hf_guidance.runtime import environment
+from hf_guidance.runtime import command_line, environment
+from hf_guidance.scrub import scrub_command
 
 Facts = dict[str, Any]
 VERSIONS = ("python", "torch", "transformers", "accelerate")
@@ -36,7 +39,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
 
     Args:
         trainer: a `GuidanceTrainer` that has trained.
-        **given: facts that the trainer cannot know (license, language, tags, command, data, comparison, figures), in
+        **given: facts that the trainer cannot know (license, language, tags, data, comparison, figures), in
             place of those it does; those of the ``target`` and the ``data`` beside.
     """
     guided = trainer.guide is not None
@@ -58,6 +61,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
         "emissions": _emissions(trainer),
         "data": rows_facts(trainer.train_dataset) | processing_facts(trainer.processing_class),
         "example": example_of(trainer.processing_class),
+        "command": _command(args),
         "versions": {k: v for k, v in environment().items() if k in VERSIONS},
     }
     facts |= {name: facts[name] | (given.pop(name, None) or {}) for name in ("target", "data")}
@@ -85,6 +89,14 @@ def given_facts(
         "data": {key: value for key, value in {"name": name or first, "id": first}.items() if value},
         "target": {"source": finetuned_from} if finetuned_from else {},
     }
+
+
+def _command(args: Any) -> str | None:
+    """How this process was started, without what anybody could log in with, wherever it stands."""
+    words = command_line()
+    for secret in (args.hub_token, get_token()) if words else ():
+        words = [word.replace(secret, "<token>") if secret else word for word in words or ()]
+    return scrub_command(words) if words else None
 
 
 def _target(model: Any) -> Facts:
@@ -176,6 +188,11 @@ def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
 def _cost(trainer: Any) -> Facts:
     seconds = next((log["train_runtime"] for log in trainer.state.log_history[::-1] if "train_runtime" in log), None)
     cost: Facts = {"hardware": environment()["device"]}
+    clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
+    if clock.steps:
+        kind = "of the processor" if trainer.args.device.type == "cpu" else "of the device"
+        what = "a step with guidance" if trainer.guide is not None else "a step"
+        cost[what] = f"{clock.seconds / clock.steps:.3g} s {kind}"
     if seconds and not trainer.resumed:  # else it is that of the last part
         cost["time from first to last step"] = f"{seconds:.0f} s, evaluations included"
     if torch.cuda.is_available():

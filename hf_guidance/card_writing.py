@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,18 @@ from transformers import Trainer
 from transformers.utils.import_utils import is_matplotlib_available
 
 from hf_guidance.analysis.curves import plot_run
+from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card_facts import given_facts, run_facts
+from hf_guidance.clock import TrainingClock
+from hf_guidance.layer_maps import LayerMaps, can_map, maps_of
 from hf_guidance.model_card import render
 from hf_guidance.scrub import scrub_arguments
 from hf_guidance.uploads import ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
-CURVES = "curves.png"
+CURVES, MAPS = "curves.png", "similarity.png"
+KEPT = "_similarity.json"  # the map from before training, for a run that is gone on with
 
 
 class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -27,6 +32,7 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     Attributes:
         card_facts: what the card is to say beside what the trainer knows; see `run_facts`.
         resumed: whether a call of `train` went on from a checkpoint.
+        layer_maps: similarities of all layers before training, where the run is to be pushed.
     """
 
     guide: Any
@@ -35,11 +41,16 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.card_facts: dict[str, Any] = {}
         self.resumed = False
+        self.layer_maps: LayerMaps | None = None
         super().__init__(*args, **kwargs)
+        if not any(isinstance(callback, TrainingClock) for callback in self.callback_handler.callbacks):
+            self.add_callback(TrainingClock())
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; a resume is kept in mind, as the time that is logged is then that of the last part."""
         self.resumed = self.resumed or bool(resume_from_checkpoint)
+        if self.args.push_to_hub and self.layer_maps is None and self.is_world_process_zero() and can_map(self):
+            self._look_before(Path(str(self.args.output_dir)) / KEPT, bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -57,20 +68,48 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         given = given_facts(**kwargs)
         given |= {name: value for name, value in self.card_facts.items() if not given.get(name)}
-        if self._drew_curves(folder / CURVES):
-            given["figures"] = [{"file": CURVES, "caption": "Task loss, validation, and similarity of every pair"}]
+        step = self.state.global_step
+        figures = (
+            (CURVES, self._draw_curves, "Task loss, validation, and similarity of every pair"),
+            (MAPS, self._draw_maps, f"Similarity of all layers, before training and at step {step}"),
+        )
+        given["figures"] = [
+            {"file": name, "caption": caption} for name, draw, caption in figures if self._drew(draw, folder / name)
+        ]
         (folder / "README.md").write_text(render(run_facts(self, **given)), encoding="utf-8")
         return None
 
-    def _drew_curves(self, path: Path) -> bool:
-        """Draw the run's curves, where matplotlib is installed; whether they are there."""
+    def _look_before(self, kept: Path, resumed: bool) -> None:
+        try:
+            if (not resumed or kept.is_file()) and (maps := maps_of(self)):
+                if resumed:
+                    maps.load(kept)
+                else:
+                    maps.look(self, "before")
+                    maps.save(kept)
+                self.layer_maps = maps
+        except Exception:  # nothing that is only looked at keeps a network from being trained
+            logger.exception("The similarities of all layers could not be computed; training begins without them.")
+
+    def _drew(self, draw: Callable[[Path], bool], path: Path) -> bool:
+        """Draw a figure, where matplotlib is installed; whether it is there."""
         if not is_matplotlib_available():
             return False
         try:
-            return plot_run(self.state.log_history, path, self.guidance.measure if self.guide is not None else None)
+            return draw(path)
         except Exception:  # a card without a figure is better than none
-            logger.exception("The training curves could not be drawn.")
+            logger.exception("%s could not be drawn.", path.name)
             return False
+
+    def _draw_curves(self, path: Path) -> bool:
+        return plot_run(self.state.log_history, path, self.guidance.measure if self.guide is not None else None)
+
+    def _draw_maps(self, path: Path) -> bool:
+        if self.layer_maps is None:
+            return False
+        self.layer_maps.look(self, "after")
+        when = ("before training", f"at step {self.state.global_step}")
+        return plot_similarity_maps([{"run": "", "similarity_maps": self.layer_maps.maps, "when": when}], path)
 
     def _try_to_write_a_card(self) -> None:
         try:

@@ -26,10 +26,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_guidance.card_facts import run_facts
 from hf_guidance.checks import check_settings
+from hf_guidance.clock import TrainingClock
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.identity import check_same_guide, identity
+from hf_guidance.layer_maps import LayerMaps, can_map
 from hf_guidance.loss import GuidanceLoss
-from hf_guidance.record import TrainingClock, first_rows, record_of, similarity_map_of
+from hf_guidance.record import first_rows, record_of
 from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.sharding import built_whole
 from hf_guidance.similarity import get_measure
@@ -151,7 +153,7 @@ def carry_out(
     if trainer.is_world_process_zero():
         write_json(place / SETTINGS, settings)
         print(f"{'/'.join(place.parts[-2:])}: {args.max_steps} steps", flush=True)
-    maps = {"before": similarity_map_of(trainer, guidance, task)} if run.guide else {}
+    maps = _maps(trainer, task) if run.guide else None
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
     if not any("eval_loss" in log for log in last):
@@ -161,8 +163,9 @@ def carry_out(
     result = record_of(run, trainer, settings, test, task.metric)
     if trainer.is_world_process_zero():
         write_json(place / RESULT, result)  # before anything that could fail
-    if maps.get("before"):
-        result["similarity_maps"] = maps | {"after": similarity_map_of(trainer, guidance, task)}
+    if maps:
+        maps.look(trainer, "after")
+        result["similarity_maps"] = maps.maps
     if trainer.is_world_process_zero() and run.guide:
         result["card"] = run_facts(trainer, **trainer.card_facts)
         write_json(place / RESULT, result)
@@ -170,6 +173,16 @@ def carry_out(
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def _maps(trainer: Any, task: Task) -> LayerMaps | None:
+    """Of the network before training, on the first validation rows; its card will have both."""
+    size = trainer.args.per_device_train_batch_size
+    if not can_map(trainer) or min(size, len(task.eval_dataset)) < get_measure(trainer.guidance.measure).min_samples:
+        return None
+    trainer.layer_maps = LayerMaps(first_rows(task, size))
+    trainer.layer_maps.look(trainer, "before")
+    return trainer.layer_maps
 
 
 def _numbered(rows: Any, column: str) -> Any:

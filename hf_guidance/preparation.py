@@ -20,7 +20,7 @@ def calibrate(trainer: Any) -> None:
 
     def forwards() -> Iterator[Any]:
         nonlocal seen
-        for batch in islice(_first_batches(trainer), count):
+        for batch in islice(first_batches(trainer, trainer.train_dataset), count):
             with trainer.accelerator.autocast():
                 yield lambda batch=batch: trainer.guidance_loss.forward_guide(guide_batch(batch, trainer.model))
             seen += 1
@@ -38,7 +38,7 @@ def open_cache(trainer: Any) -> None:
     """
     if not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError("cache_guide needs a dataset with a length and numbered samples; this one is a stream.")
-    first, again = (next(_first_batches(trainer, reading), None) for reading in range(2))
+    first, again = (next(first_batches(trainer, trainer.train_dataset, reading), None) for reading in range(2))
     if first is None or again is None:
         raise ValueError(
             f"cache_guide: the training data has {len(trainer.train_dataset)} rows, fewer than one batch of "
@@ -58,14 +58,14 @@ def open_cache(trainer: Any) -> None:
         print(f"The guide's features will take {trainer.guidance_loss.running.cache}.")
 
 
-def _first_batches(trainer: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
-    """The training data in order, in batches as they are trained on; no random state outside is moved.
+def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
+    """A trainer's data in order, in batches as they are trained on; no random state outside is moved.
 
     What is random in reading them follows the run's seed and the number of the reading.
     """
     from torch.utils.data import DataLoader
 
-    dataset, collator = trainer.train_dataset, trainer.data_collator
+    collator = trainer.data_collator
     if getattr(dataset, "column_names", None):
         dataset = trainer._remove_unused_columns(dataset)
     else:

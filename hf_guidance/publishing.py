@@ -43,7 +43,8 @@ class PublishingMixin(CardMixin):
         try:
             super().init_hf_repo(token=token, private=private)
         except HfHubHTTPError as error:
-            raise refused(str(self.args.hub_model_id or Path(str(self.args.output_dir)).name), error) from error
+            name = str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
+            raise refused(name, error, trained=self.state.global_step > 0) from error
         if not self.is_world_process_zero() or self.hub_model_id is None:
             return
         token = token or self.args.hub_token

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -14,8 +15,9 @@ from hf_guidance.config import CONFIG_NAME, GuidanceConfig
 from hf_guidance.guide import load_guide
 from hf_guidance.identity import fingerprint
 
+FLOAT = 4  # bytes
 LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number, or more layers
-MOST_PARAMETERS = 2**34  # more than anyone guides with, and than memory takes
+MOST_PARAMETERS = 2**34  # more than anyone guides with
 # fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
 FETCHING = re.compile(r"implementation|checkpoint|pretrained|quantization|auto_map|cache|trust|url|file|hub")
 DEPTH = re.compile(r"depth|block(?!_size)|layer")  # a block_size is a length
@@ -131,6 +133,10 @@ def _check_size(config: Any, stated: Any) -> None:
     there = sum(parameter.numel() for parameter in network.parameters())
     if there > MOST_PARAMETERS or (isinstance(stated, int) and there != stated):
         raise ValueError(f"its config makes a network of {there:,} parameters, and it says {str(stated)[:30]}")
+    if FLOAT * there > (free := psutil.virtual_memory().available):
+        raise ValueError(
+            f"its {there:,} parameters take {FLOAT * there / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free here"
+        )
 
 
 def _rebuild(guide: dict[str, Any], target: str) -> nn.Module:

@@ -59,7 +59,7 @@ def write_model_cards(results: Path, folder: Path) -> list[Path]:
         for run in first_guided(report):
             place = folder / path.stem / run["run"]
             place.mkdir(parents=True, exist_ok=True)
-            _draw(run, report, place)
+            draw(run, report, place)
             (place / "README.md").write_text(model_card_of(run, report, path.stem), encoding="utf-8")
             written.append(place)
     return written
@@ -76,7 +76,8 @@ def model_card_of(run: dict[str, Any], report: Report, title: str) -> str:
     return card_of(run, report, figures, name=f"{title}-{run['run']}")
 
 
-def _draw(run: dict[str, Any], report: Report, place: Path) -> None:
+def draw(run: dict[str, Any], report: Report, place: Path) -> None:
+    """The figures of a committed result, into a folder."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     runs = [r for r in report["runs"] if _belongs(r["run"], run) and r["run"] != "alone_longer"]
     plot_comparison(runs, metric, place / "comparison.png", percent=percent, log=not percent)
@@ -101,11 +102,11 @@ def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: An
 
 
 def _cost(run: dict[str, Any], report: Report) -> dict[str, str]:
-    kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "by the clock"
+    kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "of the device"
     alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
-    cost = {"a step with guidance": f"{run['seconds'] / run['steps']:.3f} s {kind}"}
+    cost = {"a step with guidance": f"{run['seconds'] / run['steps']:.3g} s {kind}"}
     if alone:
-        cost["a step without"] = f"{statistics.fmean(alone):.3f} s {kind}"
+        cost["a step without"] = f"{statistics.fmean(alone):.3g} s {kind}"
     cost["all steps"] = f"{run['seconds']:.0f} s {kind}, evaluations left out"
     for guide in report["runs"]:
         if (guide["run"], guide["seed"]) == (run["guide"]["source"], run["seed"]):

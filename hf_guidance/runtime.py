@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from accelerate import PartialState
 def usable_cpus() -> int:
     """Processors this process may use, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def command_line() -> list[str] | None:
+    """The words that started this process, if they were those of a script or a module; None in a notebook."""
+    main, started = sys.modules["__main__"], sys.argv[:1]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        program = ["-m", spec.name.removesuffix(".__main__")]
+    elif file and started and os.path.realpath(file) == os.path.realpath(started[0]):
+        program = started
+    else:
+        return None
+    processes = PartialState().num_processes
+    launcher = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
+    return [*launcher, *program, *sys.argv[1:]]
 
 
 def environment() -> dict[str, Any]:

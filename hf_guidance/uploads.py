@@ -39,15 +39,16 @@ def check_may_write(repository: str, token: str | None) -> None:
             raise refused(repository, error) from error
 
 
-def refused(repository: str, error: HfHubHTTPError) -> OSError:
-    """What to raise where the Hub does not let a repository be made or written to, before any training."""
+def refused(repository: str, error: HfHubHTTPError, trained: bool = False) -> OSError:
+    """What to raise where the Hub does not let a repository be made or written to, before any training or after it."""
+    nothing = "" if trained else "Nothing was trained: "
     if error.response.status_code not in (401, 403):
         return ConnectionError(
-            f"The Hub does not answer as it should for {repository} ({one_line(error)}). Nothing was trained: try "
-            "again, or train without push_to_hub and push later."
+            f"The Hub does not answer as it should for {repository} ({one_line(error)}). {nothing}try "
+            f"again{'.' if trained else ', or train without push_to_hub and push later.'}"
         )
     return PermissionError(
-        f"The token may not write to {repository} ({one_line(error)}). Nothing was trained: log in with a token that "
+        f"The token may not write to {repository} ({one_line(error)}). {nothing}log in with a token that "
         "has write access (`hf auth login`), pass hub_token, or name a repository of your own by hub_model_id."
     )
 

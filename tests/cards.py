@@ -1,6 +1,7 @@
 """What holds of every model card."""
 
 import getpass
+import math
 import os
 import re
 
@@ -14,6 +15,19 @@ PATH = re.compile(r"(?<![\w:/.<])/(home|root|tmp|work|Users|mnt|var|private)\b|f
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
+def machine():
+    """A pattern of this machine's name, as a word of its own."""
+    return rf"(?<![\w-]){re.escape(os.uname().nodename)}(?![\w-])"
+
+
+def gaps_of(value):
+    """What stands for nothing in metadata: nulls, empty ones, and numbers that are none."""
+    if value is None or value in ("", [], {}, "None", "nan") or (isinstance(value, float) and not math.isfinite(value)):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from gaps_of(part)
+
+
 def check_card(text):
     """Assert that a card has no gap and nothing of this machine; its metadata and its body."""
     front, body = FRONT.fullmatch(text).groups()
@@ -23,12 +37,13 @@ def check_card(text):
     assert not found, (found, text)
     for pattern in (PATH, TOKEN, re.compile(rf"\b{re.escape(getpass.getuser())}\b")):
         assert not pattern.search(text), (pattern, text)
-    assert os.uname().nodename not in text or len(os.uname().nodename) < 6
+    assert not re.search(machine(), text), (machine(), text)
     assert body.count("\n# ") == 1
     assert re.search(r"^## Citation\n\n```bibtex\n@inproceedings\{subramaniam2025guidance,", body, re.MULTILINE)
     for table in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE):  # a `|` in a cell is escaped
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
     metadata = yaml.safe_load(front)
+    assert not list(gaps_of(metadata)), front
     assert metadata["library_name"] == "transformers"
     assert metadata["tags"][0] == "hf_guidance"
     return metadata, body

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,14 +37,19 @@ class Recipe:
 
     def launch(self, folder, *launcher, env=None, **options):
         """Start by accelerate, as a process group of its own."""
+        # a shell that runs the tests in the background has them ignore Ctrl-C, and what they start after them
+        interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
         port = ["--main_process_port", "0"] if "--multi_gpu" in launcher else []  # any free one
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *port, str(self.path)]
-        return subprocess.Popen(
-            [*command, *self.flags(folder, **options)],
-            cwd=folder.parent,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        try:
+            return subprocess.Popen(
+                [*command, *self.flags(folder, **options)],
+                cwd=folder.parent,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, interrupts)

@@ -7,6 +7,7 @@ from builders import arguments, gpt2, llama, token_rows
 from cards import check_card
 from transformers import TrainerCallback
 
+import hf_guidance.card_facts
 import hf_guidance.card_writing
 from hf_guidance import GuidanceConfig, GuidanceTrainer
 
@@ -38,11 +39,15 @@ def trained(folder, *callbacks):
 @pytest.mark.parametrize("matplotlib", [True, False])
 def test_curves_are_beside_the_card_where_they_can_be_drawn(matplotlib, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_guidance.card_writing, "is_matplotlib_available", lambda: matplotlib)
+    words = ["python", "train.py", "--lr", "0.1", "--output_dir", str(tmp_path), "--hub_token", "hf_x"]
+    monkeypatch.setattr(hf_guidance.card_facts, "command_line", lambda: words if matplotlib else None)
     own = trained(tmp_path)
     own.create_model_card()
     _, body = check_card((tmp_path / "out" / "README.md").read_text())
     assert (tmp_path / "out" / "curves.png").is_file() == ("(curves.png)" in body) == matplotlib
-    assert not re.search("## (Results|How to use it|How to reproduce it)|codecarbon|CO₂", body)  # none was measured
+    assert not re.search("## (Results|How to use it)|codecarbon|CO₂|similarity.png", body)  # none was measured
+    command = f"## How to reproduce it\n\n```sh\npython train.py --lr 0.1 --output_dir {tmp_path.name}\n```\n"
+    assert (command in body) == ("## How to reproduce it" in body) == matplotlib
 
 
 def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):

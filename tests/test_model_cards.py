@@ -7,11 +7,13 @@ import socket
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from cards import check_card
 from huggingface_hub import HfApi
 
-from hf_guidance.recipe_cards import first_guided, model_card_of, push_cards, write_model_cards
+from hf_guidance.analysis.saving import DIGEST
+from hf_guidance.recipe_cards import draw, first_guided, model_card_of, push_cards, write_model_cards
 from hf_guidance.record_facts import facts_of_record
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,15 +23,17 @@ RUNS = [(name, run) for name, report in REPORTS.items() for run in first_guided(
 
 
 @pytest.mark.parametrize(("name", "run"), RUNS, ids=[f"{name}-{run['run']}" for name, run in RUNS])
-def test_a_committed_card_is_what_make_cards_makes_and_has_its_figures(name, run):
+def test_a_committed_card_is_what_make_cards_makes_and_has_its_figures(name, run, tmp_path):
     place = CARDS / name / run["run"]
     text = model_card_of(run, REPORTS[name], name)
     assert (place / "README.md").read_text() == text, "run `make cards` and commit what it writes"
     metadata, body = check_card(text)
     figures = set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", body))
     assert figures == {"comparison.png"} | ({"similarity.png"} if "similarity_maps" in run else set())
+    draw(run, REPORTS[name], tmp_path)
     for figure in figures:
-        assert (place / figure).read_bytes().startswith(b"\x89PNG")
+        committed, now = (PIL.Image.open(folder / figure).text[DIGEST] for folder in (place, tmp_path))
+        assert committed == now, f"{figure} shows something else: run `make cards` and commit what it writes"
     value = next(m["value"] for m in metadata["model-index"][0]["results"][0]["metrics"] if m["name"] == "loss")
     assert value == run["test"]["loss"]
     assert f"| {run['test']['loss']:.4f} " in body

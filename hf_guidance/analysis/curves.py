@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
+from hf_guidance.analysis.saving import save
 from hf_guidance.history import History, similarity_curves, training_curve, validation_curve
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ def plot_comparison(
     if log:
         panels[0].set_yscale("log")
     panels[0].legend(frameon=False, fontsize=8)
+    if len({r["seed"] for r in results}) > 1:
+        panels[0].set_title("line: mean of the seeds, band: from the lowest to the highest", fontsize=8)
     for panel, name in zip(panels[2:], guided, strict=True):
         _similarities(panel, [r for r in results if r["run"] == name], name)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def plot_run(history: History, path: str | os.PathLike[str], measure: str | None = None) -> bool:
@@ -97,7 +100,7 @@ def plot_run(history: History, path: str | os.PathLike[str], measure: str | None
         _similarities(panel, [run], "similarity of the pairs")
     for panel in panels.values():
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     return True
 
 
@@ -134,6 +137,7 @@ def _by_step(runs: Sequence[dict[str, Any]], points: str, name: str) -> dict[int
 
 def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> None:
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
 
     pairs = [key for key in runs[0]["similarity"][0] if key != "step"]
     for number, pair in enumerate(pairs):
@@ -147,3 +151,7 @@ def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> Non
     panel.set(xlabel="optimizer step", ylabel=measure, title=name.replace("_", " "))
     if len(pairs) <= MANY_PAIRS:
         panel.legend(frameon=False, fontsize=7, title="target ~ guide layer", title_fontsize=7)
+        return
+    assert panel.figure is not None
+    bar = panel.figure.colorbar(ScalarMappable(cmap="viridis"), ax=panel, ticks=[0, 1], pad=0.02)
+    bar.ax.set_yticklabels([f"first of\n{len(pairs)} pairs", "last"], fontsize=7)

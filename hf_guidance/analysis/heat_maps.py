@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_guidance.analysis.saving import save
 from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
 from hf_guidance.guide import BATCH_NORM, freeze
 from hf_guidance.loss import GuidanceLoss
@@ -81,7 +82,7 @@ def plot_similarity_maps(results: Sequence[dict[str, Any]], path: str | os.PathL
     """Draw the maps of each guided run before and after training, its first seed's, and save them as a picture.
 
     Args:
-        results: of `comparison.carry_out`.
+        results: of `comparison.carry_out`; ``when`` in one of them is the titles of its two maps.
         path: of the picture; its suffix decides the format.
 
     Returns:
@@ -95,12 +96,14 @@ def plot_similarity_maps(results: Sequence[dict[str, Any]], path: str | os.PathL
     figure = Figure(figsize=(7.2, 3.1 * len(runs)), layout="constrained")
     panels = figure.subplots(len(runs), 2, squeeze=False)
     for line, run in zip(panels, runs, strict=True):
-        for panel, when in zip(line, ("before", "after"), strict=True):
+        name = run["run"].replace("_", " ")
+        titles = run.get("when") or [f"{name}, {when} training" for when in ("before", "after")]
+        for panel, when, title in zip(line, ("before", "after"), titles, strict=True):
             image = _draw(panel, run["similarity_maps"][when])
-            panel.set_title(f"{run['run'].replace('_', ' ')}, {when} training", fontsize=9)
+            panel.set_title(title, fontsize=9)
         measure = run["similarity_maps"]["after"]["measure"].replace("_", " ").replace("cka", "CKA")
         figure.colorbar(image, ax=list(line), label=measure, shrink=0.9)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,29 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from hf_guidance.clock import Clock
+
 LARGEST = {"cpu": 1024, "cuda": 8192}  # matrices that a rate of products is taken from
-
-
-class Clock:
-    """Processor time of this process on a CPU, whatever else the machine does; device time between events on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> Any:
-        """A point in time, at the end of what the device has been given to do so far."""
-        if self.device.type == "cpu":
-            return time.process_time()
-        event = torch.Event(self.device.type, enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, began: Any, ended: Any) -> float:
-        """Seconds between two points; waits for the device to get there."""
-        if self.device.type == "cpu":
-            return ended - began
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1000
 
 
 @dataclass

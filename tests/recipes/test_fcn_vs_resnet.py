@@ -136,20 +136,20 @@ def test_another_network_guide_or_data_in_the_same_folder_is_refused(imagenet, t
 def test_a_result_is_kept_though_what_comes_after_it_fails(imagenet, tmp_path, monkeypatch):
     import hf_guidance.comparison as comparison
 
-    calls, draw = [], comparison.similarity_map_of
+    calls, look = [], comparison.LayerMaps.look
 
-    def fail_after_training(*args):
-        calls.append(args)
-        if len(calls) == 2:
+    def fail_after_training(self, trainer, when):
+        calls.append(when)
+        if when == "after":
             raise MemoryError("no room for the map")
-        return draw(*args)
+        look(self, trainer, when)
 
-    monkeypatch.setattr(comparison, "similarity_map_of", fail_after_training)
+    monkeypatch.setattr(comparison.LayerMaps, "look", fail_after_training)
     options = {"dataset": imagenet, "image_size": 16, "eval_size": 8, "max_steps": 2, "runs": ["untrained_guide"]}
     with pytest.raises(MemoryError):
         run_here(monkeypatch, tmp_path / "out", **options)
     report = run_here(monkeypatch, tmp_path / "out", **options)  # read, not run again
-    assert len(calls) == 2
+    assert calls == ["before", "after"]
     assert report["runs"][0]["steps"] == 2
 
 

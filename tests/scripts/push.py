@@ -5,7 +5,7 @@ import sys
 
 import torch
 from builders import VOCABULARY, token_rows
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide, load_guide_of
 from hf_guidance.identity import fingerprint
@@ -27,6 +27,7 @@ def trainer(folder, width=8, guide=None, **options):
         "max_steps": 4,
         "save_steps": 2,
         "logging_steps": 1,
+        "lr_scheduler_type": "constant",  # so that a longer run passes through the states of a shorter one
         "per_device_train_batch_size": 4,
         "report_to": [],
         "disable_tqdm": True,
@@ -169,8 +170,26 @@ def resume(folder, repository):
 
     checkpoint = snapshot_download(repository, allow_patterns="last-checkpoint/*") + "/last-checkpoint"
     own = trainer(folder, max_steps=6, push_to_hub=False)
+    steps = []
+    own.add_callback(Steps(steps))
     own.train(resume_from_checkpoint=checkpoint)
-    return {"step": own.state.global_step}
+    return {"first": steps[0], "last": own.state.global_step, "weights": fingerprint(own.model)}
+
+
+class Steps(TrainerCallback):
+    """Keeps the step at the beginning of each."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.kept.append(state.global_step)
+
+
+def unbroken(folder):
+    own = trainer(folder, max_steps=6, push_to_hub=False)
+    own.train()
+    return {"weights": fingerprint(own.model)}
 
 
 if __name__ == "__main__":

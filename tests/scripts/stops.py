@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def train(folder: Path, kind: str) -> None:
     """The whole run or what is left of it; its weights at the end go to ``weights.pt``."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have switched off
     make_guide, config = KINDS[kind]
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": STEPS}
     shape = {"gradient_accumulation_steps": 2, "train_dataset": token_rows(40)}

@@ -1,0 +1,46 @@
+"""Figures on disk, each with a digest of what is drawn on it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DIGEST = "Drawn"  # the field of a PNG file
+DIGITS = 4
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Save a figure; a PNG file tells by its field ``Drawn`` whether it shows the same as another."""
+    metadata = {DIGEST: digest(figure)} if Path(path).suffix == ".png" else None
+    figure.savefig(path, dpi=150, metadata=metadata)
+
+
+def digest(figure: Figure) -> str:
+    """SHA-256 of a figure's numbers, to four digits, and words, whatever version of matplotlib draws them."""
+    found = hashlib.sha256()
+    for words, numbers in _drawn(figure):
+        found.update(words.encode())
+        for number in np.asarray(numbers, dtype=np.float64).ravel():
+            found.update(f"{number:.{DIGITS}g},".encode())
+    return found.hexdigest()
+
+
+def _drawn(figure: Figure) -> Iterator[tuple[str, object]]:
+    for panel in figure.axes:
+        yield "|".join([panel.get_title(), panel.get_xlabel(), panel.get_ylabel(), panel.get_yscale()]), ()
+        for line in panel.lines:
+            yield f"{line.get_label()} {line.get_color()} {line.get_linestyle()}", line.get_xydata()
+        for image in panel.images:
+            yield "image", image.get_array()
+        for marks in panel.collections:
+            yield "marks", marks.get_offsets()
+            for outline in marks.get_paths() if "Poly" in type(marks).__name__ else ():
+                yield "band", outline.vertices
