@@ -44,7 +44,8 @@ class PublishingMixin(CardMixin):
             super().init_hf_repo(token=token, private=private)
         except HfHubHTTPError as error:
             name = str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
-            raise refused(name, error, trained=self.state.global_step > 0) from error
+            trained = hasattr(self, "state") and self.state.global_step > 0  # the first call is before there is any
+            raise refused(name, error, trained=trained) from error
         if not self.is_world_process_zero() or self.hub_model_id is None:
             return
         token = token or self.args.hub_token

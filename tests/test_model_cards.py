@@ -1,10 +1,14 @@
 """The cards of the committed results are what `make cards` makes of them, and say what the results say."""
 
 import json
+import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import PIL.Image
@@ -69,6 +73,34 @@ def test_a_card_is_rendered_in_less_than_a_second_and_without_network(monkeypatc
     began = time.process_time()
     model_card_of(run, REPORTS[name], name)
     assert time.process_time() - began < 1
+
+
+FROM_WHEEL = """
+import json, sys
+import hf_guidance
+from hf_guidance.recipe_cards import first_guided, model_card_of
+assert hf_guidance.__file__.startswith(sys.argv[1]), hf_guidance.__file__
+report = json.load(open(sys.argv[2], encoding="utf-8"))
+print(model_card_of(first_guided(report)[0], report, sys.argv[3]), end="")
+"""
+
+
+def test_a_card_is_the_same_from_a_built_wheel(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    name, run = RUNS[0]
+    words = [tmp_path / "installed", REPOSITORY / "recipes" / "results" / f"{name}.json", name]
+    made = subprocess.run(
+        [sys.executable, "-c", FROM_WHEEL, *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert made.stdout == model_card_of(run, REPORTS[name], name)
 
 
 def test_what_a_run_kept_for_its_card_adds_to_what_the_record_says():

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
+import psutil
 import pytest
 import torch
 from cards import check_card, machine
@@ -347,6 +349,10 @@ HOSTILE = [
         {"guide": {"config": {"model_type": "gpt2", "n_embd": 3 * 2**18, "n_layer": 900}}},
         "network of [0-9,]{15,} param",
     ),
+    (
+        {"guide": {"config": {"model_type": "gpt2", "n_embd": 2**12, "n_head": 32, "n_layer": 70}}},  # 12 · 4096² · 70 = 14e9
+        r"parameters take 5\d\.\d GiB, and \d+\.\d GiB are free",
+    ),
     # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
     ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, and it says 5"),
     ({"guide": {"config": {"model_type": "gpt2", "attn_implementation": "evil/kernel"}}}, "attn_implementation is"),
@@ -360,12 +366,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("change", "words"), HOSTILE)
-def test_a_hostile_config_is_a_clear_error(change, words, tmp_path):
+def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch):
     guide = {"source": "gpt2", "untrained": True, "seed": 0, "revision": None, "fingerprint": "sha256:" + "0" * 64}
     config = {"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}
     content = {"guidance": GuidanceConfig().to_dict(), "guide": guide | {"config": config}}
     content = {section: values | change.get(section, {}) for section, values in content.items()}
     (tmp_path / "guidance_config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**35))
     with pytest.raises(ValueError, match=words):
         load_guide_of(tmp_path)
 
