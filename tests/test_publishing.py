@@ -349,8 +349,8 @@ HOSTILE = [
         {"guide": {"config": {"model_type": "gpt2", "n_embd": 3 * 2**18, "n_layer": 900}}},
         "network of [0-9,]{15,} param",
     ),
-    (
-        {"guide": {"config": {"model_type": "gpt2", "n_embd": 2**12, "n_head": 32, "n_layer": 70}}},  # 12 · 4096² · 70 = 14e9
+    (  # 12 · 4096² · 70 = 14e9 parameters
+        {"guide": {"config": {"model_type": "gpt2", "n_embd": 2**12, "n_head": 32, "n_layer": 70}}},
         r"parameters take 5\d\.\d GiB, and \d+\.\d GiB are free",
     ),
     # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
