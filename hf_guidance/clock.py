@@ -54,8 +54,9 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
         self._clock = Clock(args.device)
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step and saved:  # Trainer restores callbacks only where it is asked to restore all of them
+        # Trainer restores callbacks only where it is asked to restore all, and saves only those its state knows
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
             kept = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
             self.seconds, self.marks = kept["seconds"], [(step, at) for step, at in kept["marks"]]
             self.steps = kept.get("steps", state.global_step)

@@ -137,7 +137,7 @@ class CentredKernel(torch.autograd.Function):
             factor = 2 * ctx.factor
         else:
             gradient, factor = _center_in_place(gradient + gradient.T), ctx.factor
-        plain = _on_cpu(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
+        plain = on_cpu(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
         with nullcontext() if plain else exact_float32(x.device):
             if isinstance(factor, float):
                 return torch.addmm(x.new_empty(()), gradient, x, beta=0, alpha=factor), None, None
@@ -152,7 +152,7 @@ def expect_centred(kernel: Tensor) -> None:
 
 def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor, Tensor]:
     """``x̃ x̃ᵀ / scale``, and the number and the features of which the gradient is the product."""
-    if x.dtype == torch.float32 and _on_cpu(x) and (found := _kernel_on_host(x)):
+    if x.dtype == torch.float32 and on_cpu(x) and (found := _kernel_on_host(x)):
         return found
     with exact_float32(x.device):
         mean = x.mean(0)
@@ -173,13 +173,10 @@ def _kernel_on_host(x: Tensor) -> tuple[Tensor, float, Tensor] | None:
     if n < 2:
         return None
     if width <= n:  # then the features are the smaller matrix
-        mean = np.add.reduce(array, 0) / n
-        centred = array - mean
-        energy, offset = float(np.vdot(centred, centred)) / n, float(np.vdot(mean, mean))
-        if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
+        if (found := _features_on_host(array)) is None:
             return None
-        centred *= energy**-0.5
-        return torch.from_numpy(centred @ centred.T), energy**-0.5, torch.from_numpy(centred)
+        centred, inverse = found
+        return torch.from_numpy(centred @ centred.T), inverse, torch.from_numpy(centred)
     kernel = array @ array.T
     mean = np.add.reduce(kernel, 0) / n
     offset = float(np.add.reduce(mean)) / n
@@ -192,6 +189,29 @@ def _kernel_on_host(x: Tensor) -> tuple[Tensor, float, Tensor] | None:
     return torch.from_numpy(kernel), 1 / energy, x
 
 
+def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor]:
+    """Centred features ``(n, d)``, scaled so that the mean diagonal of their Gram matrix is 1, and the scale."""
+    if x.dtype == torch.float32 and on_cpu(x) and (found := _features_on_host(x.numpy())):
+        return torch.from_numpy(found[0]), found[1]
+    mean = x.mean(0)
+    centred = x - mean
+    centred -= centred.mean(0)  # what rounding of the mean left behind
+    offset = _varying(mean, centred, precision).square().sum()
+    inverse = _scale(centred.square().sum() / len(x), offset, precision).rsqrt()
+    return centred * inverse, inverse
+
+
+def _features_on_host(array: Any) -> tuple[Any, float] | None:
+    """The same in few passes; None where the mean of the features is too large for that."""
+    mean = np.add.reduce(array, 0) / len(array)
+    centred = array - mean
+    energy, offset = float(np.vdot(centred, centred)) / len(array), float(np.vdot(mean, mean))
+    if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
+        return None
+    centred *= energy**-0.5
+    return centred, energy**-0.5
+
+
 def _center_in_place(kernel: Tensor) -> Tensor:
     mean = kernel.mean(0)
     return kernel.sub_(mean[:, None]).sub_(mean - mean.mean())
@@ -199,13 +219,13 @@ def _center_in_place(kernel: Tensor) -> Tensor:
 
 def outer(x: Tensor) -> Tensor:
     """``x xᵀ``; on a CPU by numpy, which knows that half of it is enough."""
-    if not _on_cpu(x):
+    if not on_cpu(x):
         return x @ x.T
     array = x.numpy()
     return torch.from_numpy(array @ array.T)
 
 
-def _on_cpu(x: Tensor) -> bool:
+def on_cpu(x: Tensor) -> bool:
     """Whether numpy may do it: not where torch is to see what is done, to compile it or to count it."""
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return x.device.type == "cpu" and not watched

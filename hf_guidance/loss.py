@@ -134,8 +134,10 @@ class GuidanceLoss:
         """What the samples of a batch are; tokens are chosen by where the run is, or are those of `like`."""
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks' tokens are chosen as one
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed()}
-        config = self.config
-        return Samples(batch, config.sample_axis, config.max_tokens, ranks=self.ranks, sketch=self.sketch, **options)
+        config, thin = self.config, self.measures[0].centred_slope
+        return Samples(
+            batch, config.sample_axis, config.max_tokens, ranks=self.ranks, sketch=self.sketch, thin=thin, **options
+        )
 
     def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
         """Run the guide on those of the inputs that it takes, moved to where it is."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
+from hf_guidance.thin import cosines, is_thin, whole
 
 Grams = dict[str, Tensor]
 Slope = tuple[Tensor, Tensor]  # a matrix, and the number it is multiplied by
@@ -29,7 +30,8 @@ def guidance_loss(
     Args:
         pairs: all count; those that share a layer share its work.
         measure: what is compared.
-        targets: Gram matrices ``(n, n)`` by layer, with their graphs; those of no pair are left aside.
+        targets: Gram matrices ``(n, n)`` by layer, with their graphs, or `Thin` features in place of any; those of no
+            pair are left aside.
         guides: the guide's, over the same samples.
         mean: over the pairs, instead of their sum.
         scale: factor of the gradient alone.
@@ -37,8 +39,14 @@ def guidance_loss(
     like = next(iter(targets.values()))
     count = len(pairs) if mean else 1
     targets, guides = {t: targets[t] for t, _ in pairs}, {g: guides[g].to(like) for _, g in pairs}
+    thin = measure.centred_slope and all(map(is_thin, (*targets.values(), *guides.values())))
     with exact_float32(like.device):
-        values, slopes = (_one_by_one if measure.kernel is None else _by_cosines)(pairs, measure, targets, guides)
+        if thin:
+            values, slopes = cosines(pairs, targets, guides)
+        else:
+            targets, guides = whole(targets), whole(guides)
+            by = _one_by_one if measure.kernel is None else _by_cosines
+            values, slopes = by(pairs, measure, targets, guides)
         loss = (1 - values).sum() / count
     if slopes:
         if measure.centred_slope:

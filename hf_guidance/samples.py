@@ -13,6 +13,7 @@ from hf_guidance.features import HIDDEN
 from hf_guidance.kernels import flat, gram
 from hf_guidance.ranks import Ranks
 from hf_guidance.sketch import Sketch
+from hf_guidance.thin import Thin, few
 
 INT64_MAX = torch.iinfo(torch.int64).max
 Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and how many of them each rank has
@@ -31,6 +32,7 @@ class Samples:
         like: the other network's `Samples`, whose choice of tokens is taken over.
         ranks: the processes whose batches are taken as one; None for this process's own.
         sketch: of wide layers.
+        thin: leave layers of few features as `Thin`, for a measure that is cheaper on them.
 
     Attributes:
         count: samples on the sequence axis, those of all ranks.
@@ -49,12 +51,13 @@ class Samples:
         like: Samples | None = None,
         ranks: Ranks | None = None,
         sketch: Sketch | None = None,
+        thin: bool = False,
     ) -> None:
         self.content = content_of(batch)
         self.batch_size = self.content.shape[0]
         self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
         self.masks = _masks({k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2})
-        self.ranks, self.sketch = ranks, sketch
+        self.ranks, self.sketch, self.thin = ranks, sketch, thin
         self.counts, self.lengths = self._across_ranks()
         self.count = sum(self.counts)
         self.positions: dict[str, int | str] = {}  # whose, or how many, a layer's tokens are: the same for a pair
@@ -64,7 +67,7 @@ class Samples:
             self._check_same_tokens(like)
 
     def gram(self, name: str, features: Tensor) -> Tensor:
-        """Gram matrix ``(n, n)`` of a layer's output ``(batch, …)``; see `similarity.gram`.
+        """Gram matrix ``(n, n)`` of a layer's output ``(batch, …)``, or its `Thin` features; see `similarity.gram`.
 
         Raises:
             ValueError: an output whose first axis is not the batch, or whose length is not that of the mask.
@@ -93,6 +96,8 @@ class Samples:
         if self.ranks:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)
+        if self.thin and mask is None and few(flattened := flat(features)):
+            return Thin.apply(flattened if flattened.dtype == torch.float64 else flattened.float(), precision)
         return gram(
             features,
             mask,

@@ -18,14 +18,14 @@ PACKAGE = Path(hf_guidance.__file__).parent
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
-    | {"scrub", "history", "markdown"},
+    | {"thin", "clock", "scrub", "history", "markdown"},
     {"identity"},
     {"watched", "samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "data_facts", "card_guidance", "card_results", "model_card"},
     {"analysis", "accumulation"},
-    {"uploads", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"},
+    {"uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"},
     {"trainer", "distillation"},
     {"cost", "comparison", "record", "record_facts", "recipe_cards"},
     {"recipe"},
