@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_guidance.kernels import on_cpu
+
+SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
 TABLES = 256  # of signs, that are kept: padded rows have another width in every batch
 
 
@@ -30,7 +33,7 @@ class Sketch:
     def __init__(self, size: int) -> None:
         self.size = size
         self.widest = 0  # layer seen so far
-        self._tables: dict[tuple[str, int, torch.device], tuple[Tensor, list[int]]] = {}
+        self._tables: dict[tuple[str, int, torch.device], _Table] = {}
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """The sketch of a layer's features, in float32 or better; differentiable."""
@@ -43,26 +46,48 @@ class Sketch:
             if len(self._tables) >= TABLES:
                 del self._tables[next(iter(self._tables))]
             self._tables[key] = self._draw(name, width, x.device)
-        return _CountSketch.apply(x if x.dtype == torch.float64 else x.float(), self.size, *self._tables[key])
+        return _CountSketch.apply(x if x.dtype == torch.float64 else x.float(), self.size, self._tables[key])
 
-    def _draw(self, name: str, width: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    def _draw(self, name: str, width: int, device: torch.device) -> _Table:
         """A sign for each feature, and for each block of ``size`` features by how much its sums are rotated."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {width} {self.size}".encode()))
         signs = torch.randint(2, (width,), generator=generator).to(device, torch.float32) * 2 - 1
-        return signs, torch.randint(self.size, (-(-width // self.size),), generator=generator).tolist()
+        shifts = torch.randint(self.size, (-(-width // self.size),), generator=generator)
+        feature = torch.arange(width)
+        sums = (feature + shifts[feature // self.size]) % self.size
+        order = None if width % self.size else (feature // self.size * self.size + sums).argsort().to(device)
+        return _Table(signs, sums.to(device), order, _pieces(width, self.size, shifts.tolist()))
+
+
+class _Table(NamedTuple):
+    """Where the features of a layer go.
+
+    Args:
+        signs: of each, float32.
+        sums: to which sum.
+        order: of the features, by block and then by sum; None where the last block is shorter than the others.
+        pieces: (first, end, first sum) of the runs of features that go to neighbouring sums.
+    """
+
+    signs: Tensor
+    sums: Tensor
+    order: Tensor | None
+    pieces: list[tuple[int, int, int]]
 
 
 class _CountSketch(torch.autograd.Function):
     """Feature j of block b goes to sum ``(j + shift_b) mod size``: two features collide with a chance of 1 / size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, signs: Tensor, shifts: list[int]) -> Tensor:
-        ctx.save_for_backward(signs)
-        ctx.size, ctx.shifts = size, shifts
+    def forward(ctx: Any, x: Tensor, size: int, table: _Table) -> Tensor:
+        ctx.table = table
+        signs = table.signs.to(x)
         if x.device.type != "cpu":  # where many small steps cost more than moving the features twice
-            return x.new_zeros(len(x), size).index_add_(1, _sums(signs, size, shifts), x * signs.to(x))
-        sums, signs = x.new_empty(len(x), size), signs.to(x)
-        for begin, end, to in _pieces(x.shape[1], size, shifts):
+            return x.new_zeros(len(x), size).index_add_(1, table.sums, x * signs)
+        if table.order is not None and x.element_size() * x.numel() <= SMALL:
+            return (x.index_select(1, table.order) * signs[table.order]).view(len(x), -1, size).sum(1)
+        sums = x.new_empty(len(x), size)
+        for begin, end, to in table.pieces:
             if begin < size:  # the first block, which is as wide as the sums
                 torch.mul(x[:, begin:end], signs[begin:end], out=sums[:, to : to + end - begin])
             else:
@@ -70,27 +95,21 @@ class _CountSketch(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (signs,) = ctx.saved_tensors
-        if gradient.device.type != "cpu":
-            return gradient[:, _sums(signs, ctx.size, ctx.shifts)] * signs.to(gradient), None, None, None
-        spread, signs = gradient.new_empty(len(gradient), len(signs)), signs.to(gradient)
-        for begin, end, to in _pieces(len(signs), ctx.size, ctx.shifts):
-            torch.mul(gradient[:, to : to + end - begin], signs[begin:end], out=spread[:, begin:end])
-        return spread, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        table, signs = ctx.table, ctx.table.signs.to(gradient)
+        if not on_cpu(gradient):
+            return gradient[:, table.sums] * signs, None, None
+        spread = gradient.new_empty(len(gradient), len(signs))
+        into, given = spread.numpy(), gradient.numpy()  # whose calls cost less than torch's
+        for begin, end, to in table.pieces:
+            into[:, begin:end] = given[:, to : to + end - begin]
+        return spread.mul_(signs), None, None
 
 
 def _pieces(width: int, size: int, shifts: list[int]) -> list[tuple[int, int, int]]:
-    """(first, end, first sum) of the runs of features that go to neighbouring sums."""
     pieces = []
     for block, shift in enumerate(shifts):
         begin, end = block * size, min((block + 1) * size, width)
         turn = min(begin + size - shift, end)
         pieces += [(begin, turn, shift), (turn, end, 0)]
     return [piece for piece in pieces if piece[0] < piece[1]]
-
-
-def _sums(signs: Tensor, size: int, shifts: list[int]) -> Tensor:
-    """Which sum each feature goes to."""
-    feature = torch.arange(len(signs), device=signs.device)
-    return (feature + torch.tensor(shifts, device=signs.device)[feature // size]) % size
