@@ -1,4 +1,4 @@
-"""What a global batch sends between processes, counted on one."""
+"""Which features are compared, and what a global batch sends of them between processes, counted on one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class _Counting(Ranks):
 
     def __init__(self) -> None:
         self.rank, self.scale, self.bytes_sent = 0, 1, 0
+        self.compared: list[tuple[int, int, bool]] = []  # samples, features, and whether they have a gradient
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
         return [list(numbers)]
@@ -30,6 +31,8 @@ class _Counting(Ranks):
 
     def gather(self, x: Tensor, counts: Sequence[int], length: int | None = None) -> Tensor:
         self.bytes_sent += x.nbytes
+        if x.is_floating_point():
+            self.compared.append((len(x), x[0].numel(), x.requires_grad))
         return x
 
 
@@ -50,19 +53,32 @@ def bytes_of_global_batch(
     """
     count = len(next(iter(batch.values())))
     rows = count if config.sample_axis == "token" else min(FEW, count)  # tokens are as many, whatever the rows
-    few = {name: value[:rows] for name, value in batch.items() if name != config.sample_id_column}
-    always: dict[str, Any] = {"guidance_schedule": "constant", "guidance_stop_step": None, "guidance_weight": 1.0}
-    config = replace(config.alone(), sketch=sketch, log_measures=[], **always)
-    loss = GuidanceLoss(target, guide, config)
+    few = {name: value[:rows] for name, value in batch.items()}
     try:
-        for _ in range(2):  # the first finds out which layers are in a pair
-            loss.ranks = counting = _Counting()
-            with loss.watch(few) as watched:
-                target(**watched.inputs)
+        counted = _count(target, guide, replace(config.alone(), sketch=sketch), few)
     except ValueError as error:
         if sketch is not None and "nothing to sketch" in str(error):
             return None
         raise
+    return round(counted.bytes_sent * count / rows)
+
+
+def compared_features(
+    target: nn.Module, guide: nn.Module, config: GuidanceConfig, batch: Mapping[str, Any]
+) -> list[tuple[int, int, bool]]:
+    """Of each layer in a pair its samples and features, sketched if they are, and whether it is the target's."""
+    return _count(target, guide, config, batch).compared
+
+
+def _count(target: nn.Module, guide: nn.Module, config: GuidanceConfig, batch: Mapping[str, Any]) -> _Counting:
+    batch = {name: value for name, value in batch.items() if name != config.sample_id_column}
+    always: dict[str, Any] = {"guidance_schedule": "constant", "guidance_stop_step": None, "guidance_weight": 1.0}
+    loss = GuidanceLoss(target, guide, replace(config.alone(), log_measures=[], **always))
+    try:
+        for _ in range(2):  # the first finds out which layers are in a pair
+            loss.ranks = counting = _Counting()
+            with loss.watch(batch) as watched:
+                target(**watched.inputs)
     finally:
         loss.close()
-    return round(counting.bytes_sent * count / rows)
+    return counting

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.cost.communication import bytes_of_global_batch
-from hf_guidance.cost.meters import StepMeter, matmul_rate, operations
+from hf_guidance.cost.communication import bytes_of_global_batch, compared_features
+from hf_guidance.cost.meters import StepMeter, matmul_rate, operations, products_alone
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 
 KINDS = ("median", "minimum")
@@ -102,6 +102,8 @@ def measure_cost(
     found["global_bytes"] = {"exact": count_bytes(None), "sketch": size, "sketched": count_bytes(size)}
     if plan.arithmetic:
         found["arithmetic"] = _arithmetic(variants, args, found["guide_forwards"])
+        compared = compared_features(guided.model, guided.guide, guidance, alone.batches[0])
+        found["arithmetic"]["products_seconds"] = products_alone(compared, args.device)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_guidance.clock import Clock
+from hf_guidance.kernels import outer
 
 LARGEST = {"cpu": 1024, "cuda": 8192}  # matrices that a rate of products is taken from
 
@@ -124,6 +126,26 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
         x @ x
         seconds.append(clock.between(began, clock.now()))
     return 2 * n**3 / min(seconds[1:])
+
+
+def products_alone(compared: Iterable[tuple[int, int, bool]], device: torch.device, repeats: int = 9) -> float:
+    """Least seconds that the products of a comparison take and nothing else: ``X Xᵀ`` of each layer, as fast as this
+    package has it, and ``G X`` for the gradient of those of the target.
+
+    Args:
+        compared: of each layer its samples, its features, and whether it is the target's.
+    """
+    clock, total = Clock(device), 0.0
+    for (n, width, of_target), count in Counter(compared).items():
+        x, gradient = torch.randn(n, width, device=device), torch.randn(n, n, device=device)
+        for product in [lambda: outer(x), *([lambda: gradient @ x] if of_target else [])]:  # noqa: B023  called here
+            seconds = []
+            for _ in range(repeats):
+                began = clock.now()
+                product()
+                seconds.append(clock.between(began, clock.now()))
+            total += count * min(seconds)
+    return total
 
 
 def operations(work: Callable[[], Any]) -> int:

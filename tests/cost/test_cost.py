@@ -11,9 +11,10 @@ from torch import nn
 from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guide
-from hf_guidance.cost.communication import bytes_of_global_batch
+from hf_guidance.clock import Clock
+from hf_guidance.cost.communication import bytes_of_global_batch, compared_features
 from hf_guidance.cost.measuring import Plan, measure_cost, summary
-from hf_guidance.cost.meters import Clock, StepMeter, matmul_rate, operations, peak_memory
+from hf_guidance.cost.meters import StepMeter, matmul_rate, operations, peak_memory, products_alone
 from hf_guidance.cost.paper_formulation import PaperTrainer
 from hf_guidance.cost.paper_formulation import cka as paper_cka
 from hf_guidance.cost.settings import Networks, Setting, parse_rows
@@ -204,8 +205,28 @@ def test_the_arithmetic_is_that_of_the_networks(measured, resnet):
     convolutions = [name for name, module in resnet.named_modules() if isinstance(module, nn.Conv2d)]
     widths = [output[0].numel() for output in module_outputs(resnet, convolutions, torch.randn(4, 3, 32, 32))]
     assert count["grams"] == 2 * 4 * 4 * (sum(widths) + 3 * 8) + 2 * 4 * 4 * 3 * 8  # and the backward of the target's
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.zeros(4, dtype=torch.long)}
+    assert compared_features(fcn(), resnet, CONVS, batch) == [*((4, d, False) for d in widths), *[(4, 8, True)] * 3]
     rate = measured["arithmetic"]["operations_per_second"]["step"]
     assert measured["arithmetic"]["floor_seconds"] == pytest.approx((count["plain"] + count["guide"]) / rate)
+
+
+def test_products_alone_are_those_of_every_layer_and_the_gradient_of_the_targets(monkeypatch):
+    class Counted:
+        """A clock that has one second for each product."""
+
+        def __init__(self, device):
+            self.at = 0
+
+        def now(self):
+            self.at += 1
+            return self.at
+
+        def between(self, began, ended):
+            return ended - began
+
+    monkeypatch.setattr("hf_guidance.cost.meters.Clock", Counted)
+    assert products_alone([(4, 6, False), (4, 8, True), (4, 6, False)], CPU) == 2 + 2
 
 
 def test_a_guide_that_no_step_runs_leaves_the_plain_step_as_the_floor(tmp_path):
