@@ -22,6 +22,16 @@ BATCHES = {
     "accumulated": "all micro-batches of an optimizer step as one",
 }
 SCHEDULES = {"constant": "constant", "linear": "linear decay", "cosine": "cosine decay"}
+OTHER_NAMES = {
+    "n embd": "hidden size",
+    "n layer": "num hidden layers",
+    "n head": "num attention heads",
+}  # GPT-2 has both
+
+
+def _once(sizes: Facts) -> list[tuple[str, Any]]:
+    """Sizes by one name each, where a config has two for the same."""
+    return [(name, value) for name, value in sizes.items() if sizes.get(OTHER_NAMES.get(name, "")) != value]
 
 
 def summary(facts: Facts) -> str:
@@ -56,7 +66,7 @@ def networks(facts: Facts) -> str:
     rows.append(["weights before training", *(_origin(side) for side in sides)])
     if any(side.get("sizes") for side in sides):
         rows.append(
-            ["sizes", *(", ".join(f"{k} {v}" for k, v in (side.get("sizes") or {}).items()) or "–" for side in sides)]
+            ["sizes", *(", ".join(f"{k} {v}" for k, v in _once(side.get("sizes") or {})) or "–" for side in sides)]
         )
     return table(["", "target", "guide"][: len(sides) + 1], rows)
 
