@@ -194,7 +194,7 @@ def _cost(trainer: Any) -> Facts:
         what = "a step with guidance" if trainer.guide is not None else "a step"
         cost[what] = f"{clock.seconds / clock.steps:.3g} s {kind}"
     if seconds and not trainer.resumed:  # else it is that of the last part
-        cost["time from first to last step"] = f"{seconds:.0f} s, evaluations included"
+        cost["time from first to last step"] = f"{seconds:.{0 if seconds >= 10 else 1}f} s, evaluations included"
     if torch.cuda.is_available():
         cost["peak memory of the GPU"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
     else:
