@@ -49,7 +49,8 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; a resume is kept in mind, as the time that is logged is then that of the last part."""
         self.resumed = self.resumed or bool(resume_from_checkpoint)
-        if self.args.push_to_hub and self.layer_maps is None and self.is_world_process_zero() and can_map(self):
+        wanted = self.args.push_to_hub and self.layer_maps is None and is_matplotlib_available()
+        if wanted and self.is_world_process_zero() and can_map(self):
             self._look_before(Path(str(self.args.output_dir)) / KEPT, bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

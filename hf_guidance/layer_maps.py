@@ -52,9 +52,16 @@ def can_map(trainer: Any) -> bool:
 
 
 def maps_of(trainer: Any) -> LayerMaps | None:
-    """Maps on the first batch to validate with, or else to train on; None where it is too small."""
-    rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-    batch = None if isinstance(rows, dict) else next(first_batches(trainer, rows), None)
+    """Maps on the first batch to validate with, or else to train on; None where it is too small, or of a stream.
+
+    A stream is not touched: it may not begin anew.
+    """
+    rows = next((rows for rows in (trainer.eval_dataset, trainer.train_dataset) if _has_places(rows)), None)
+    batch = None if rows is None else next(first_batches(trainer, rows), None)
     if batch is None or len(next(iter(batch.values()))) < get_measure(trainer.guidance.measure).min_samples:
         return None
     return LayerMaps(batch)
+
+
+def _has_places(rows: Any) -> bool:
+    return hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, dict)

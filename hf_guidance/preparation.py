@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_guidance.cache import row_checksums
@@ -72,6 +75,20 @@ def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict
         collator = trainer._get_collator_with_removed_columns(collator)
     size = trainer.args.per_device_train_batch_size
     loader = DataLoader(dataset, size, shuffle=False, collate_fn=collator, drop_last=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(generator_for(trainer.args.seed, 3 + reading).initial_seed())
+    with _randomness_of_its_own(generator_for(trainer.args.seed, 3 + reading).initial_seed()):
         yield from loader
+
+
+@contextmanager
+def _randomness_of_its_own(seed: int) -> Iterator[None]:
+    """Inside, torch, Python and numpy draw from a seed; outside, as if nothing had been drawn."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
