@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_guidance.kernels import on_cpu
 
 SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
+NARROW = 2**14  # features of a sample, of which that holds for batches of 16 and more
 TABLES = 256  # of signs, that are kept: padded rows have another width in every batch
 
 
@@ -52,11 +53,12 @@ class Sketch:
         """A sign for each feature, and for each block of ``size`` features by how much its sums are rotated."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {width} {self.size}".encode()))
         signs = torch.randint(2, (width,), generator=generator).to(device, torch.float32) * 2 - 1
-        shifts = torch.randint(self.size, (-(-width // self.size),), generator=generator)
-        feature = torch.arange(width)
-        sums = (feature + shifts[feature // self.size]) % self.size
-        order = None if width % self.size else (feature // self.size * self.size + sums).argsort().to(device)
-        return _Table(signs, sums.to(device), order, _pieces(width, self.size, shifts.tolist()))
+        shifts = torch.randint(self.size, (-(-width // self.size),), generator=generator).to(device)
+        table = _Table(signs, shifts, None, _pieces(width, self.size, shifts.tolist()))
+        if width % self.size or width > NARROW:
+            return table
+        blocks = torch.arange(width, device=device) // self.size * self.size
+        return table._replace(order=(blocks + _sums(table, self.size)).argsort())
 
 
 class _Table(NamedTuple):
@@ -64,13 +66,13 @@ class _Table(NamedTuple):
 
     Args:
         signs: of each, float32.
-        sums: to which sum.
-        order: of the features, by block and then by sum; None where the last block is shorter than the others.
+        shifts: of each block.
+        order: of the features, by block and then by sum; None for wide layers, and where the last block is shorter.
         pieces: (first, end, first sum) of the runs of features that go to neighbouring sums.
     """
 
     signs: Tensor
-    sums: Tensor
+    shifts: Tensor
     order: Tensor | None
     pieces: list[tuple[int, int, int]]
 
@@ -80,10 +82,10 @@ class _CountSketch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, table: _Table) -> Tensor:
-        ctx.table = table
+        ctx.table, ctx.size = table, size
         signs = table.signs.to(x)
         if x.device.type != "cpu":  # where many small steps cost more than moving the features twice
-            return x.new_zeros(len(x), size).index_add_(1, table.sums, x * signs)
+            return x.new_zeros(len(x), size).index_add_(1, _sums(table, size), x * signs)
         if table.order is not None and x.element_size() * x.numel() <= SMALL:
             return (x.index_select(1, table.order) * signs[table.order]).view(len(x), -1, size).sum(1)
         sums = x.new_empty(len(x), size)
@@ -98,12 +100,18 @@ class _CountSketch(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         table, signs = ctx.table, ctx.table.signs.to(gradient)
         if not on_cpu(gradient):
-            return gradient[:, table.sums] * signs, None, None
+            return gradient[:, _sums(table, ctx.size)] * signs, None, None
         spread = gradient.new_empty(len(gradient), len(signs))
         into, given = spread.numpy(), gradient.numpy()  # whose calls cost less than torch's
         for begin, end, to in table.pieces:
             into[:, begin:end] = given[:, to : to + end - begin]
         return spread.mul_(signs), None, None
+
+
+def _sums(table: _Table, size: int) -> Tensor:
+    """Which sum each feature goes to."""
+    feature = torch.arange(len(table.signs), device=table.signs.device)
+    return (feature + table.shifts[feature // size]) % size
 
 
 def _pieces(width: int, size: int, shifts: list[int]) -> list[tuple[int, int, int]]:
