@@ -42,7 +42,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
         **given: facts that the trainer cannot know (license, language, tags, data, comparison, figures), in
             place of those it does; those of the ``target`` and the ``data`` beside.
     """
-    guided = trainer.guide is not None
+    guided = trainer.guide is not None and trainer.guidance.guidance_weight > 0
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     repository = trainer.hub_model_id if trainer.args.push_to_hub or trainer.hub_model_id else None
     args, history = trainer.args, trainer.state.log_history
@@ -160,9 +160,9 @@ def _results(history: History, best: int | None = None) -> Facts | None:
     if at_best and not any(metrics_of(log, "test") for log in history):
         return {"split": "validation", "values": metrics_of(at_best[-1], "eval"), "best_step": best}
     for split, name in (("test", "test"), ("eval", "validation")):
-        for log in reversed(history):
-            if values := metrics_of(log, split):
-                return {"split": name, "values": values}
+        if logs := [log for log in history if metrics_of(log, split)]:
+            last = [metrics_of(log, split) for log in logs if log.get("step") == logs[-1].get("step")]
+            return {"split": name, "values": {n: v for values in last for n, v in values.items()}}  # of several sets
     return None
 
 
@@ -191,7 +191,9 @@ def _cost(trainer: Any) -> Facts:
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
     if clock.steps:
         kind = "of the processor" if trainer.args.device.type == "cpu" else "of the device"
-        what = "a step with guidance" if trainer.guide is not None else "a step"
+        what = {None: "a step", True: "a step with guidance", False: "a step, guided or not, on average"}[
+            _always(trainer)
+        ]
         cost[what] = f"{clock.seconds / clock.steps:.3g} s {kind}"
     if seconds and not trainer.resumed:  # else it is that of the last part
         cost["time from first to last step"] = f"{seconds:.{0 if seconds >= 10 else 1}f} s, evaluations included"
@@ -202,6 +204,15 @@ def _cost(trainer: Any) -> Facts:
     if emissions := _emissions(trainer):
         cost["emissions, by codecarbon"] = f"{emissions:.3g} g CO₂eq"
     return cost
+
+
+def _always(trainer: Any) -> bool | None:
+    """Whether every step was guided; None where none was."""
+    config = trainer.guidance
+    if trainer.guide is None or not config.guidance_weight:
+        return None
+    stops = config.guidance_stop_step is not None and config.guidance_stop_step < trainer.state.global_step
+    return not stops and config.guidance_every == 1
 
 
 def _emissions(trainer: Any) -> float | None:

@@ -13,9 +13,10 @@ from transformers.utils.import_utils import is_matplotlib_available
 
 from hf_guidance.analysis.curves import plot_run
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
-from hf_guidance.card_facts import given_facts, run_facts
+from hf_guidance.card_facts import best_step, given_facts, run_facts
 from hf_guidance.clock import TrainingClock
-from hf_guidance.layer_maps import LayerMaps, can_map, maps_of
+from hf_guidance.history import validation_curve
+from hf_guidance.layer_maps import KeptMap, LayerMaps, can_map, maps_of
 from hf_guidance.model_card import render
 from hf_guidance.scrub import scrub_arguments
 from hf_guidance.uploads import ARGUMENTS
@@ -23,7 +24,6 @@ from hf_guidance.uploads import ARGUMENTS
 logger = logging.getLogger(__name__)
 
 CURVES, MAPS = "curves.png", "similarity.png"
-KEPT = "_similarity.json"  # the map from before training, for a run that is gone on with
 
 
 class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -45,13 +45,16 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if not any(isinstance(callback, TrainingClock) for callback in self.callback_handler.callbacks):
             self.add_callback(TrainingClock())
+        self._kept_map = KeptMap()
+        if self.args.push_to_hub:
+            self.add_callback(self._kept_map)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; a resume is kept in mind, as the time that is logged is then that of the last part."""
         self.resumed = self.resumed or bool(resume_from_checkpoint)
         wanted = self.args.push_to_hub and self.layer_maps is None and is_matplotlib_available()
         if wanted and self.is_world_process_zero() and can_map(self):
-            self._look_before(Path(str(self.args.output_dir)) / KEPT, bool(resume_from_checkpoint))
+            self._look_before(bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -69,26 +72,24 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         given = given_facts(**kwargs)
         given |= {name: value for name, value in self.card_facts.items() if not given.get(name)}
-        step = self.state.global_step
+        facts = run_facts(self, **given)  # before the figures, which take memory and time of their own
+        validated = ", validation, and" if validation_curve(self.state.log_history)[1] else " in training, and"
         figures = (
-            (CURVES, self._draw_curves, "Task loss, validation, and similarity of every pair"),
-            (MAPS, self._draw_maps, f"Similarity of all layers, before training and at step {step}"),
+            (CURVES, self._draw_curves, f"Task loss{validated} similarity of every pair"),
+            (MAPS, self._draw_maps, f"Similarity of all layers, before training and at step {self._step()}"),
         )
-        given["figures"] = [
+        facts["figures"] = [
             {"file": name, "caption": caption} for name, draw, caption in figures if self._drew(draw, folder / name)
         ]
-        (folder / "README.md").write_text(render(run_facts(self, **given)), encoding="utf-8")
+        (folder / "README.md").write_text(render(facts), encoding="utf-8")
         return None
 
-    def _look_before(self, kept: Path, resumed: bool) -> None:
+    def _look_before(self, resumed: bool) -> None:
         try:
-            if (not resumed or kept.is_file()) and (maps := maps_of(self)):
-                if resumed:
-                    maps.load(kept)
-                else:
-                    maps.look(self, "before")
-                    maps.save(kept)
-                self.layer_maps = maps
+            self.layer_maps = maps_of(self)
+            if self.layer_maps and not resumed:  # else the checkpoint has it
+                self.layer_maps.look(self, "before")
+                self._kept_map.before = self.layer_maps.maps["before"]
         except Exception:  # nothing that is only looked at keeps a network from being trained
             logger.exception("The similarities of all layers could not be computed; training begins without them.")
 
@@ -102,14 +103,20 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             logger.exception("%s could not be drawn.", path.name)
             return False
 
+    def _step(self) -> int:
+        """Of the weights that the model has now."""
+        return best_step(self) or self.state.global_step
+
     def _draw_curves(self, path: Path) -> bool:
         return plot_run(self.state.log_history, path, self.guidance.measure if self.guide is not None else None)
 
     def _draw_maps(self, path: Path) -> bool:
-        if self.layer_maps is None:
+        before = self.layer_maps and (self.layer_maps.maps.get("before") or self._kept_map.before)
+        if self.layer_maps is None or not before:
             return False
+        self.layer_maps.maps["before"] = before
         self.layer_maps.look(self, "after")
-        when = ("before training", f"at step {self.state.global_step}")
+        when = ("before training", f"at step {self._step()}")
         return plot_similarity_maps([{"run": "", "similarity_maps": self.layer_maps.maps, "when": when}], path)
 
     def _try_to_write_a_card(self) -> None:

@@ -13,7 +13,7 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation
 def metrics_of(log: dict[str, Any], split: str) -> dict[str, float]:
     """Name → value of the metrics that a log holds of an evaluation, ``eval`` or ``test``."""
     values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}
-    return {n: float(v) for n, v in values.items() if n not in SPEED and isinstance(v, (int, float))}
+    return {n: float(v) for n, v in values.items() if not n.endswith(SPEED) and isinstance(v, (int, float))}
 
 
 def training_curve(history: History) -> list[dict[str, Any]]:

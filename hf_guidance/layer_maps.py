@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.preparation import first_batches
@@ -35,12 +35,20 @@ class LayerMaps:
         autocast = trainer.accelerator.autocast()
         self.maps[when] = similarity_map(target, trainer.guide, trainer.guidance, batch, autocast=autocast)
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.maps), encoding="utf-8")
 
-    def load(self, path: Path) -> None:
-        self.maps = json.loads(path.read_text(encoding="utf-8"))
+class KeptMap(TrainerCallback, ExportableState):
+    """The map from before training, in the checkpoints of the run that it is of."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            self.before = (saved[-1] if isinstance(saved, list) else saved)["attributes"]["before"]
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"before": self.before}}
 
 
 def can_map(trainer: Any) -> bool:
@@ -52,16 +60,15 @@ def can_map(trainer: Any) -> bool:
 
 
 def maps_of(trainer: Any) -> LayerMaps | None:
-    """Maps on the first batch to validate with, or else to train on; None where it is too small, or of a stream.
+    """Maps on the first batch to validate with; None where there is none, or too small a one.
 
-    A stream is not touched: it may not begin anew.
+    Neither a stream is touched, which may not begin anew, nor what is trained on, whose rows may count their readings.
     """
-    rows = next((rows for rows in (trainer.eval_dataset, trainer.train_dataset) if _has_places(rows)), None)
-    batch = None if rows is None else next(first_batches(trainer, rows), None)
+    rows = trainer.eval_dataset
+    if isinstance(rows, dict):
+        rows = next(iter(rows.values()), None)
+    has_places = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    batch = next(first_batches(trainer, rows), None) if has_places else None
     if batch is None or len(next(iter(batch.values()))) < get_measure(trainer.guidance.measure).min_samples:
         return None
     return LayerMaps(batch)
-
-
-def _has_places(rows: Any) -> bool:
-    return hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, dict)

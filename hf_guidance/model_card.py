@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from importlib.resources import files
 from typing import Any
 
@@ -13,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_guidance import card_guidance, card_results
 from hf_guidance.markdown import code, escape
-from hf_guidance.scrub import scrub
+from hf_guidance.scrub import scrub, scrub_command
 
 # class of the target → (Auto class, the Hub's name of the task)
 USES = {
@@ -34,7 +35,10 @@ def render(facts: Facts) -> str:
     Args:
         facts: of `run_facts`, JSON values only. Whatever text is in them is escaped, tokens and paths are cut out.
     """
+    command = facts.get("command")
     facts = scrub(facts)
+    if command:  # which is words, and no prose
+        facts["command"] = scrub_command(shlex.split(command))
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = environment.from_string(
         files("hf_guidance").joinpath("templates/model_card.md.jinja").read_text("utf-8")

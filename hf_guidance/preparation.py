@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict
     """
     from torch.utils.data import DataLoader
 
-    collator = trainer.data_collator
+    collator = _without_its_state(trainer.data_collator)
     if getattr(dataset, "column_names", None):
         dataset = trainer._remove_unused_columns(dataset)
     else:
@@ -77,6 +78,17 @@ def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict
     loader = DataLoader(dataset, size, shuffle=False, collate_fn=collator, drop_last=True)
     with _randomness_of_its_own(generator_for(trainer.args.seed, 3 + reading).initial_seed()):
         yield from loader
+
+
+def _without_its_state(collator: Any) -> Any:
+    """A copy of a collator whose counters and generators move without those of the collator itself."""
+    fresh = copy.copy(collator)
+    for name, value in getattr(fresh, "__dict__", {}).items():
+        if isinstance(value, torch.Generator):
+            setattr(fresh, name, value.clone_state())
+        elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState, dict, list, set)):
+            setattr(fresh, name, copy.deepcopy(value))
+    return fresh
 
 
 @contextmanager

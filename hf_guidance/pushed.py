@@ -15,6 +15,7 @@ from hf_guidance.config import CONFIG_NAME, GuidanceConfig
 from hf_guidance.guide import load_guide
 from hf_guidance.identity import fingerprint
 
+MOST_LABELS = 2**17  # each becomes a word of the config
 FLOAT = 4  # bytes
 LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number, or more layers
 MOST_PARAMETERS = 2**34  # more than anyone guides with
@@ -104,7 +105,7 @@ def _check_config(config: dict[str, Any]) -> None:
             continue
         values = _flat(value)
         fetches = bool(FETCHING.search(name)) and not name.startswith("use_cache")
-        most = DEEPEST if DEPTH.search(name) else LARGEST
+        most = DEEPEST if DEPTH.search(name) else MOST_LABELS if name.endswith("labels") else LARGEST
         for entry in values:
             if isinstance(entry, dict):
                 _check_config(entry)

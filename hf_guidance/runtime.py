@@ -8,8 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
+
+# as words stand in a command line → as they are typed
+LAUNCHERS = {
+    "accelerate.commands.launch": ["accelerate", "launch"],
+    "accelerate-launch": ["accelerate", "launch"],
+    "torchrun": ["torchrun"],
+    "torch.distributed.run": ["torchrun"],
+}
 
 
 def usable_cpus() -> int:
@@ -18,18 +27,31 @@ def usable_cpus() -> int:
 
 
 def command_line() -> list[str] | None:
-    """The words that started this process, if they were those of a script or a module; None in a notebook."""
+    """The words that started this run, those of its launcher if it has one; None in a notebook, or if not known."""
+    if PartialState().num_processes > 1:
+        return _launched()
     main, started = sys.modules["__main__"], sys.argv[:1]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     if spec is not None:
-        program = ["-m", spec.name.removesuffix(".__main__")]
+        program = started if spec.name == "__main__" else ["-m", spec.name.removesuffix(".__main__")]
     elif file and started and os.path.realpath(file) == os.path.realpath(started[0]):
         program = started
     else:
         return None
-    processes = PartialState().num_processes
-    launcher = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
-    return [*launcher, *program, *sys.argv[1:]]
+    return ["python", *program, *sys.argv[1:]]
+
+
+def _launched() -> list[str] | None:
+    """The command line of the launcher among the processes that started this one."""
+    for process in psutil.Process().parents():
+        words = process.cmdline()
+        for place, word in enumerate(words):
+            name = os.path.basename(word)
+            if name == "accelerate" and words[place + 1 : place + 2] == ["launch"]:
+                return ["accelerate", "launch", *words[place + 2 :]]
+            if name in LAUNCHERS:
+                return [*LAUNCHERS[name], *words[place + 1 :]]
+    return None
 
 
 def environment() -> dict[str, Any]:

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
-# --hub_token, --hub-token and what argparse takes for it, --hub_tok; --wandb_api_key, --secret
-TOKEN_FLAG = re.compile(r"--?[\w-]*(?:token|secret|password|api[_-]?key)|--hub[_-]t(?:o(?:k(?:en?)?)?)?")
+# --hub_token, --hub-token and what argparse takes for it, --hub_tok; --wandb_api_key, --secret; hydra's hub_token=
+TOKEN_FLAG = re.compile(
+    r"(?:--?)?[\w.-]*(?:(?<!bos[_-])(?<!eos[_-])(?<!pad[_-])(?<!unk[_-])(?<!sep[_-])(?<!cls[_-])(?<!mask[_-])token"
+    r"|secret[\w-]*|passw(?:or)?d|passphrase|(?:api|access|private)[_-]?key|credentials?|auth(?:orization)?)"
+    r"|--hub[_-]t(?:o(?:k(?:en?)?)?)?"
+)
+LOGIN = re.compile(r"(?<=://)[^\s/@]+@")  # user and password in an address
 SECRET = re.compile(r"token|secret|password|api_?key")
 PART = r"[^\s/\\\"'`|<>]+(?: [^\s/\\\"'`|<>]+){0,2}"  # of a path, spaces and all, before a slash
 LAST = r"(?=[^\s/\\\"'`|<>])"
@@ -48,10 +53,10 @@ def without_tokens(words: list[str]) -> list[str]:
     """A command line without the flags that hold a token."""
     clean: list[str] = []
     for word in words:
-        if clean and TOKEN_FLAG.fullmatch(clean[-1]) and not word.startswith("-"):
+        if clean and clean[-1].startswith("-") and TOKEN_FLAG.fullmatch(clean[-1]) and not word.startswith("-"):
             clean.pop()  # the flag, and its value with it
         elif not ("=" in word and TOKEN_FLAG.fullmatch(word.partition("=")[0])):
-            clean.append(TOKEN.sub("<token>", word))
+            clean.append(LOGIN.sub("", TOKEN.sub("<token>", word)))
     return clean
 
 

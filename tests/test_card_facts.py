@@ -1,6 +1,7 @@
 """What a card says of any run of a GuidanceTrainer, and what it leaves out."""
 
 import re
+import shlex
 
 import pytest
 from builders import arguments, gpt2, llama, token_rows
@@ -22,15 +23,14 @@ class CodeCarbonCallback(TrainerCallback):
             )
 
 
-def trained(folder, *callbacks):
+def trained(folder, *callbacks, **options):
     own = GuidanceTrainer(
         gpt2(),
         arguments(folder / "out"),
         train_dataset=token_rows(),
-        eval_dataset=token_rows(),
         guide=llama(),
-        guidance=GuidanceConfig(sample_axis="token"),
         callbacks=list(callbacks),
+        **{"eval_dataset": token_rows(), "guidance": GuidanceConfig(sample_axis="token")} | options,
     )
     own.train()
     return own
@@ -64,3 +64,40 @@ def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):
     loss = own.state.log_history[-1]["eval_loss"]
     assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": loss, "name": "loss"}]
     assert re.search(rf"^\| loss +\| {loss:.4f} +\|$", body, re.MULTILINE)
+
+
+def test_values_of_several_sets_to_validate_with_are_all_there_and_none_of_their_speeds(tmp_path):
+    rows = token_rows()
+    own = trained(tmp_path, eval_dataset={"near": rows[:4], "far": rows[4:8]})
+    own.evaluate()
+    own.create_model_card(dataset="rows")
+    metadata, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert [m["type"] for m in metadata["model-index"][0]["results"][0]["metrics"]] == ["near_loss", "far_loss"]
+    assert "per second" not in body
+
+
+@pytest.mark.parametrize(
+    ("guidance", "words"),
+    [
+        ({"guidance_stop_step": 1}, "a step, guided or not, on average"),
+        ({"guidance_every": 2}, "a step, guided or not, on average"),
+        ({"guidance_stop_step": 99}, "a step with guidance"),
+        ({"guidance_weight": 0.0}, "a step"),
+    ],
+)
+def test_the_time_of_a_step_is_called_what_it_is(guidance, words, tmp_path):
+    own = trained(tmp_path, guidance=GuidanceConfig(sample_axis="token", **guidance))
+    own.create_model_card()
+    _, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert re.search(rf"^\| {words} +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)
+    assert ("steered by" in body) == ("weight" not in str(guidance))
+    assert "in training, and similarity of every pair" in body  # as nothing was validated
+
+
+def test_a_users_command_is_no_prose(tmp_path, monkeypatch):
+    monkeypatch.setenv("USER", "tester")
+    command = "python train.py --hub_model_id tester/net --prompt 'a tester'"
+    monkeypatch.setattr(hf_guidance.card_facts, "command_line", lambda: shlex.split(command))
+    own = trained(tmp_path)
+    own.create_model_card()
+    assert "--hub_model_id tester/net" in (tmp_path / "out" / "README.md").read_text()

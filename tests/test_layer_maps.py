@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from trainers import make_trainer, same, weights
 from transformers import Trainer
 
-from hf_guidance.card_writing import KEPT
+from hf_guidance.layer_maps import KeptMap
 
 
 class Augmented(Dataset):  # type: ignore[type-arg]
@@ -29,6 +29,18 @@ class Augmented(Dataset):  # type: ignore[type-arg]
     def __getitem__(self, place: int) -> dict[str, Any]:
         turn = random.randrange(5) + np.random.randint(5) + int(torch.randint(5, ()))
         return {name: torch.as_tensor(value).roll(turn) for name, value in self.rows[place].items()}
+
+
+class Counting:
+    """A collator with a counter and two generators of its own."""
+
+    def __init__(self) -> None:
+        self.calls, self.numbers, self.arrays = 0, torch.Generator().manual_seed(3), np.random.default_rng(4)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        self.calls += 1
+        turn = self.calls + int(torch.randint(5, (), generator=self.numbers)) + int(self.arrays.integers(5))
+        return {name: torch.stack([torch.as_tensor(row[name]).roll(turn) for row in rows]) for name in rows[0]}
 
 
 class Once(IterableDataset):  # type: ignore[type-arg]
@@ -50,6 +62,7 @@ def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, push: bool, rows: Any, **options: Any) -> Any:
     options = {"max_steps": 3, "save_strategy": "no", "push_to_hub": push, "hub_model_id": "me/net"} | options
+    options = {"eval_dataset": token_rows()} | options
     own = make_trainer(folder, gpt2(dropout=0.3), llama(), train_dataset=rows, **options)
     own.train()
     return own
@@ -57,17 +70,21 @@ def run(folder: Path, push: bool, rows: Any, **options: Any) -> Any:
 
 @pytest.mark.usefixtures("unpublished")
 def test_a_run_that_is_pushed_trains_as_one_that_is_not(tmp_path: Path) -> None:
-    pushed, other = (run(tmp_path / str(push), push, Augmented()) for push in (True, False))
+    made = [
+        run(tmp_path / str(push), push, Augmented(), eval_dataset=Augmented(), data_collator=Counting())
+        for push in (True, False)
+    ]
+    pushed, other = made
     assert same(weights(pushed.model), weights(other.model))
     assert pushed.layer_maps.maps.keys() == {"before"}
     assert other.layer_maps is None
-    assert (tmp_path / "True" / KEPT).is_file()
+    assert pushed.data_collator.calls == other.data_collator.calls > 0
 
 
 @pytest.mark.usefixtures("unpublished")
 def test_the_first_batch_of_a_stream_is_trained_on_and_not_looked_at(tmp_path: Path) -> None:
     rows = Once()
-    own = run(tmp_path, True, rows)
+    own = run(tmp_path, True, rows, eval_dataset=None)
     assert own.layer_maps is None
     read = 4 * len(token_rows()) - len(list(rows.rows))
     assert read <= 4 * own.args.per_device_train_batch_size  # three batches, and the one that is fetched ahead
@@ -79,8 +96,9 @@ def test_rows_to_validate_with_are_looked_at_rather_and_those_of_no_batch_are_no
     own = run(tmp_path / "a", True, token_rows(), eval_dataset=held_out)
     assert torch.equal(own.layer_maps.batch["input_ids"][0], torch.as_tensor(held_out[0]["input_ids"]))
     assert run(tmp_path / "b", True, token_rows(), eval_dataset=held_out[:2]).layer_maps is None
-    own = run(tmp_path / "c", True, token_rows(), eval_dataset={"one": held_out})
-    assert torch.equal(own.layer_maps.batch["input_ids"][0], torch.as_tensor(token_rows()[0]["input_ids"]))
+    own = run(tmp_path / "c", True, token_rows(), eval_dataset={"one": held_out, "two": token_rows()})
+    assert torch.equal(own.layer_maps.batch["input_ids"][0], torch.as_tensor(held_out[0]["input_ids"]))
+    assert run(tmp_path / "d", True, token_rows(), eval_dataset=Once()).layer_maps is None
 
 
 @pytest.mark.usefixtures("unpublished")
@@ -88,15 +106,24 @@ def test_a_run_that_goes_on_has_the_map_from_before_its_first_step(tmp_path: Pat
     saving = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_model_id": "me/net"}
     first = run(tmp_path, True, token_rows(), **{**saving, "max_steps": 2})
     torch.manual_seed(99)  # another target, until the checkpoint is loaded
-    own = make_trainer(tmp_path, gpt2(seed=9), llama(), train_dataset=token_rows(), **saving, max_steps=3)
+    both = {"train_dataset": token_rows(), "eval_dataset": token_rows()}
+    own = make_trainer(tmp_path, gpt2(seed=9), llama(), **both, **saving, max_steps=3)
     own.train(resume_from_checkpoint=True)
-    assert own.layer_maps.maps["before"] == first.layer_maps.maps["before"]
     own.create_model_card()
+    assert own.layer_maps.maps["before"] == first.layer_maps.maps["before"]
+    assert own.layer_maps.maps.keys() == {"before", "after"}
     assert (tmp_path / "similarity.png").is_file()
-    (tmp_path / KEPT).unlink()
-    own = make_trainer(tmp_path, gpt2(), llama(), train_dataset=token_rows(), **saving, max_steps=4)
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_a_run_that_began_without_a_map_has_none_later_whatever_lies_in_the_folder(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, False, token_rows(), **saving, max_steps=2)
+    (tmp_path / "similarity.png").write_text("of another run")
+    both = {"train_dataset": token_rows(), "eval_dataset": token_rows(), "hub_model_id": "me/net"}
+    own = make_trainer(tmp_path, gpt2(), llama(), **both, **saving, push_to_hub=True, max_steps=3)
     own.train(resume_from_checkpoint=True)
-    assert own.layer_maps is None
+    assert next(cb for cb in own.callback_handler.callbacks if isinstance(cb, KeptMap)).before is None
     own.create_model_card()
     assert "similarity.png" not in (tmp_path / "README.md").read_text()
 

@@ -227,7 +227,8 @@ def test_every_pushed_card_is_whole_and_escapes_what_it_is_given(pushed, toured)
     store = pushed[0].store
     for name in ("guided-rnn", "private", "gated", "image"):
         metadata, body = check_card(store.files(f"model/tester/{name}")["README.md"].decode())
-        assert "![Task loss, validation, and similarity of every pair](curves.png)" in body
+        validated = ", validation, and" if name == "guided-rnn" else " in training, and"
+        assert f"![Task loss{validated} similarity of every pair](curves.png)" in body
         assert f"![Similarity of all layers, before training and at step {4 if name == 'guided-rnn' else 1}]" in body
         for figure in ("curves.png", "similarity.png"):
             assert store.files(f"model/tester/{name}")[figure].startswith(b"\x89PNG")
@@ -353,6 +354,7 @@ HOSTILE = [
         {"guide": {"config": {"model_type": "gpt2", "n_embd": 2**12, "n_head": 32, "n_layer": 70}}},
         r"parameters take 5\d\.\d GiB, and \d+\.\d GiB are free",
     ),
+    ({"guide": {"config": {"model_type": "gpt2", "num_labels": 2**24}}}, "num_labels is '16777216'"),
     # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
     ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, and it says 5"),
     ({"guide": {"config": {"model_type": "gpt2", "attn_implementation": "evil/kernel"}}}, "attn_implementation is"),

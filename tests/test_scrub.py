@@ -36,8 +36,27 @@ def test_flags_that_hold_a_secret_go_with_it(flag):
     assert without_tokens(["run", flag, "abc", f"{flag}=abc", "--seed", "1"]) == ["run", "--seed", "1"]
 
 
-def test_flags_of_numbers_of_tokens_stay():
-    assert scrub_command(["run", "--max_tokens", "64"]) == "run --max_tokens 64"
+def test_flags_of_tokens_that_are_no_secret_stay():
+    words = ["run", "--max_tokens", "64", "--bos_token", "B", "--mask-token", "M", "--pad_token=P", "--author", "me"]
+    assert scrub_command(words) == " ".join(words)
+
+
+@pytest.mark.parametrize(
+    "word", ["hub_token=abc", "model.api_key=abc", "--password=abc", "--aws_secret_access_key=abc"]
+)
+def test_a_secret_in_one_word_goes_with_its_name(word):
+    assert without_tokens(["run", word, "lr=1"]) == ["run", "lr=1"]
+
+
+@pytest.mark.parametrize("flag", ["--aws_secret_access_key", "--auth", "--db-password", "--private_key"])
+def test_a_secret_after_its_flag_goes_with_it(flag):
+    assert without_tokens(["run", flag, "Bearer abc", "--lr", "1"]) == ["run", "--lr", "1"]
+
+
+def test_who_logs_in_is_cut_out_of_an_address():
+    assert scrub_command(["run", "--data", "https://me:pw@host.org/x", "me@x.org"]) == (
+        "run --data https://host.org/x me@x.org"
+    )
 
 
 def test_the_names_of_user_and_machine_are_cut(monkeypatch):

@@ -91,8 +91,8 @@ def plot_run(history: History, path: str | os.PathLike[str], measure: str | None
     panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True))
     if panel := panels.get("loss"):
         _losses(panel, [run], "C0")
-        panel.set(xlabel="optimizer step", ylabel="task loss")
-        panel.set_title("dashed: training, solid: validation", fontsize=8)
+        panel.set(xlabel="optimizer step", ylabel="task loss" if curve else "task loss in training")
+        panel.set_title("dashed: training, solid: validation" if curve else "", fontsize=8)
     if panel := panels.get("metric"):
         panel.plot([p["step"] for p in curve], [p["value"] for p in curve], color="C0", marker=".")
         panel.set(xlabel="optimizer step", ylabel=f"validation {str(metric).replace('_', ' ')}")

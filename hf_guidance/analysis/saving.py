@@ -35,11 +35,19 @@ def digest(figure: Figure) -> str:
 
 def _drawn(figure: Figure) -> Iterator[tuple[str, object]]:
     for panel in figure.axes:
-        yield "|".join([panel.get_title(), panel.get_xlabel(), panel.get_ylabel(), panel.get_yscale()]), ()
+        legend = panel.get_legend()
+        words = [panel.get_title(), panel.get_xlabel(), panel.get_ylabel(), panel.get_yscale()]
+        words += [text.get_text() for text in (legend.get_texts() if legend else [])]
+        if panel.images:  # whose ticks are named by hand
+            words += [label.get_text() for label in (*panel.get_xticklabels(), *panel.get_yticklabels())]
+        yield "|".join(words), ()
         for line in panel.lines:
             yield f"{line.get_label()} {line.get_color()} {line.get_linestyle()}", line.get_xydata()
         for image in panel.images:
-            yield "image", image.get_array()
+            yield (
+                f"{image.get_cmap().name} {image.origin}",
+                (*image.get_clim(), *np.ravel(np.asarray(image.get_array()))),
+            )
         for marks in panel.collections:
             yield "marks", marks.get_offsets()
             for outline in marks.get_paths() if "Poly" in type(marks).__name__ else ():
