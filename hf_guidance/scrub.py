@@ -56,7 +56,8 @@ def without_tokens(words: list[str]) -> list[str]:
         if clean and clean[-1].startswith("-") and TOKEN_FLAG.fullmatch(clean[-1]) and not word.startswith("-"):
             clean.pop()  # the flag, and its value with it
         elif not ("=" in word and TOKEN_FLAG.fullmatch(word.partition("=")[0])):
-            clean.append(LOGIN.sub("", TOKEN.sub("<token>", word)))
+            here = re.compile(rf"(?<=://){re.escape(platform.node() or 'localhost')}(?=[:/]|$)")  # however short a name
+            clean.append(here.sub("localhost", LOGIN.sub("", TOKEN.sub("<token>", word))))
     return clean
 
 

@@ -53,6 +53,14 @@ def test_a_secret_after_its_flag_goes_with_it(flag):
     assert without_tokens(["run", flag, "Bearer abc", "--lr", "1"]) == ["run", "--lr", "1"]
 
 
+def test_this_machine_in_an_address_is_any_machine(monkeypatch):
+    monkeypatch.setattr(scrub.platform, "node", lambda: "vm")
+    words = ["run", "--uri", "http://vm:5000", "--base=https://vm/x", "--other", "https://vm.org/vm"]
+    assert (
+        scrub_command(words) == "run --uri http://localhost:5000 --base=https://localhost/x --other https://vm.org/vm"
+    )
+
+
 def test_who_logs_in_is_cut_out_of_an_address():
     assert scrub_command(["run", "--data", "https://me:pw@host.org/x", "me@x.org"]) == (
         "run --data https://host.org/x me@x.org"
