@@ -123,8 +123,12 @@ class Arguments(RecipeArguments):
             raise ValueError(f"--train_guide trains an architecture from random weights; {self.guide} is a folder.")
         if not self.train_guide and "guide_itself" in self.runs:
             raise ValueError("the run guide_itself trains the guide on the data: add --train_guide.")
-        if "distillation" in self.runs and not self.train_guide and (self.untrained_guide or not self.guide_is_named):
-            raise ValueError("the run distillation needs a trained guide: name one with --guide, or add --train_guide.")
+        needing = [run for run in self.runs if run in FROM_ITS_WEIGHTS]
+        if needing and not self.train_guide and (self.untrained_guide or not self.guide_is_named):
+            raise ValueError(
+                f"the run {needing[0]} needs a trained guide: name one with --guide and leave --untrained_guide out, "
+                "or add --train_guide."
+            )
         if self.target == "resnet50_without_skips" and (self.width or self.dropout is not None):
             raise ValueError("--width and --dropout are of the FCNs; a ResNet has --depth 18, 34 or 50.")
 
@@ -221,6 +225,12 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
     target = partial(target_of, recipe, tasks["alone"])
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
     third = max(1, args.max_steps // 3)
+    stopped = [run for run in recipe.runs or () if run.endswith("_stopped")]
+    if stopped and recipe.stop_step is not None and not 0 < recipe.stop_step < args.max_steps:
+        raise ValueError(
+            f"--stop_step is {recipe.stop_step}; {stopped[0]} stops guidance within its {args.max_steps} steps: "
+            f"from 1 to {args.max_steps - 1}."
+        )
     stop = {"guidance_stop_step": third if recipe.stop_step is None else recipe.stop_step}
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)
     given: Callable[..., Any] = partial(load_guide, trained if recipe.train_guide else source)

@@ -325,7 +325,12 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
     [
         ({"target": "deep_fnc"}, "--target deep_fnc: possible are deep_fcn, wide_fcn, resnet50_without_skips"),
         ({"runs": ["guided"]}, "--runs guided: possible are alone, guide_itself, untrained_guide"),
-        ({"runs": ["distillation"]}, "needs a trained guide: name one with --guide, or add --train_guide"),
+        ({"runs": ["distillation"]}, "distillation needs a trained guide: name one with --guide and leave --untrained"),
+        ({"runs": ["alone", "trained_guide"]}, "trained_guide needs a trained guide"),
+        (
+            {"runs": ["untrained_guide_stopped"], "stop_step": 4, "max_steps": 4},
+            "--stop_step is 4; untrained_guide_stopped stops guidance within its 4 steps: from 1 to 3",
+        ),
         ({"runs": ["guide_itself"]}, "trains the guide on the data: add --train_guide"),
         ({"target": "resnet50_without_skips"}, "--width and --dropout are of the FCNs"),
         ({"per_device_train_batch_size": 52}, "1197 training images in batches of 52 leave one over"),
@@ -340,7 +345,7 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
         ({"target": "resnet50_without_skips", "width": [], "depth": 4}, "depth must be one of 18, 34, 50, got 4"),
         ({"width": 0}, "--width is 0; it must be at least 1"),
         ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'; possible are raise, skip"),
-        ({"stop_step": 0, "runs": ["untrained_guide_stopped"]}, "guidance_stop_step is 0"),
+        ({"stop_step": 0, "runs": ["untrained_guide_stopped"]}, "--stop_step is 0"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monkeypatch):
