@@ -201,10 +201,13 @@ class Samples:
         score = mix(self._row_hashes()[:, None] + mix(positions + 1)[None, :] + self.seed) & INT64_MAX
         score = torch.where(valid, score, INT64_MAX)
         if self.ranks is not None:
-            scores = torch.cat([score.flatten(), score.new_full((self.max_tokens,), INT64_MAX)])
-            rows, positions = (score <= self.ranks.smallest(scores, self.max_tokens)[-1]).nonzero(as_tuple=True)
+            scores = torch.cat([score.flatten(), score.new_full((self.max_tokens + 1,), INT64_MAX)])
+            rows, positions = _below_the_last(score, self.ranks.smallest(scores, self.max_tokens + 1)).nonzero(
+                as_tuple=True
+            )
             return rows, positions
-        chosen = score.flatten().topk(self.max_tokens, largest=False).indices
+        smallest, chosen = score.flatten().topk(self.max_tokens + 1, largest=False)
+        chosen = chosen[_below_the_last(smallest, smallest)]
         return chosen // valid.shape[1], chosen % valid.shape[1]
 
     def _row_hashes(self) -> Tensor:
@@ -217,6 +220,13 @@ class Samples:
         content = content.flatten(1).long()
         places = mix(torch.arange(content.shape[1], device=content.device) + 1)
         return torch.where(content == -1, 0, mix(content + places)).sum(1)
+
+
+def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
+    """Which scores are below the last of the smallest ones; those that are equal, of rows that are, all stay out or,
+    if there are no others, all come in: so that it is the same choice however the rows are cut up."""
+    last = smallest[-1]
+    return torch.where(smallest[0] < last, score < last, score <= last)
 
 
 def content_of(batch: Mapping[str, Any]) -> Tensor:

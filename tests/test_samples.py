@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.kernels import gram
+from hf_guidance.ranks import Ranks
 from hf_guidance.samples import Samples
 
 ROWS, LENGTH, WIDTH = 9, 7, 5
@@ -323,3 +324,32 @@ def test_a_layer_without_positions_has_no_tokens() -> None:
     words = rf"layer 'pooler' gave shape \({ROWS}, {WIDTH}\), which has no positions; sample_axis='token' needs"
     with pytest.raises(ValueError, match=words):
         Samples(network()[0], "token").gram("pooler", normal(ROWS, WIDTH))
+
+
+class OneRank(Ranks):
+    """Chooses as several processes do, and is one."""
+
+    def __init__(self) -> None:
+        self.rank, self.scale, self.bytes_sent = 0, 1, 0
+
+    def numbers(self, numbers: Any, device: torch.device) -> list[list[int]]:
+        return [list(numbers)]
+
+    def smallest(self, values: Tensor, count: int) -> Tensor:
+        return values.sort().values[:count]
+
+    def gather(self, x: Tensor, counts: Any, length: int | None = None) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("most", range(1, 17))
+def test_tokens_of_equal_rows_are_chosen_alike_by_one_process_and_by_ranks(most: int) -> None:
+    ids = torch.randint(100, (4, 5), generator=torch.Generator().manual_seed(0))
+    ids[3] = ids[1]  # so that each of its tokens is as good as one of the other row
+    batch = {"input_ids": ids}
+    features = torch.arange(20.0).reshape(4, 5, 1)
+    found = [Samples(batch, "token", most, ranks=ranks)._tokens("a", features, None)[:2] for ranks in (None, OneRank())]
+    alone, ranks = (set(zip(rows.tolist(), positions.tolist(), strict=True)) for rows, positions in found)
+    assert alone == ranks
+    assert {(3, place) for row, place in alone if row == 1} == {(row, place) for row, place in alone if row == 3}
+    assert most - 1 <= len(alone) <= most or (len(alone), most) == (2, 1)

@@ -52,8 +52,9 @@ def test_energy_in_one_coordinate_of_every_block_does_not_pile_up() -> None:
     assert torch.stack(error).square().mean().sqrt() < 1.2 * bound
 
 
-def test_it_is_linear_and_its_gradient_is_its_transpose() -> None:
-    x, y = (torch.randn(5, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+@pytest.mark.parametrize("width", [150, 128, 320])  # the last block shorter than the others, and as long
+def test_it_is_linear_and_its_gradient_is_its_transpose(width: int) -> None:
+    x, y = (torch.randn(5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
     sketch = Sketch(64)
     torch.testing.assert_close(sketch("a", 2 * x - y), 2 * sketch("a", x) - sketch("a", y))
     assert torch.autograd.gradcheck(lambda features: sketch("a", features), (x[:2].requires_grad_(),))
