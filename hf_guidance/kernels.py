@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
 # Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
-# the mean relative to that of the signal: up to here that stays below 1e-6.
-SAFE_OFFSET = 16
+# the mean relative to that of the signal: up to here that stays about 1e-6 of a similarity, and 1e-4 of the gradient in
+# the other side. A gradient in these features is a slope's product with them, mean and all, and the sums of the slope's
+# rows are zero up to rounding only: hence less of it there.
+SAFE_OFFSET = 4
+SAFE_WITH_GRADIENT = 1
 EXPECTED = "gradient_is_centred"
 
 
@@ -126,7 +129,8 @@ class CentredKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, precision: torch.dtype, keep_copy: bool) -> Tensor:
-        kernel, ctx.factor, kept = _scaled_kernel(x, precision)
+        kernel, ctx.factor, kept = _scaled_kernel(x, precision, SAFE_WITH_GRADIENT)
+        ctx.has_mean = kept is x
         ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept)
         return kernel
 
@@ -135,6 +139,7 @@ class CentredKernel(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
             factor = 2 * ctx.factor
+            gradient = center(gradient) if ctx.has_mean else gradient  # of its rounding, which the mean would multiply
         else:
             gradient, factor = _center_in_place(gradient + gradient.T), ctx.factor
         plain = on_cpu(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
@@ -150,9 +155,11 @@ def expect_centred(kernel: Tensor) -> None:
         setattr(kernel.grad_fn, EXPECTED, True)
 
 
-def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor, Tensor]:
+def _scaled_kernel(
+    x: Tensor, precision: torch.dtype, safe: float = SAFE_OFFSET
+) -> tuple[Tensor, float | Tensor, Tensor]:
     """``x̃ x̃ᵀ / scale``, and the number and the features of which the gradient is the product."""
-    if x.dtype == torch.float32 and on_cpu(x) and (found := _kernel_on_host(x)):
+    if x.dtype == torch.float32 and on_cpu(x) and (found := _kernel_on_host(x, safe)):
         return found
     with exact_float32(x.device):
         mean = x.mean(0)
@@ -163,7 +170,7 @@ def _scaled_kernel(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | T
         return kernel.mul_(inverse), inverse, centred
 
 
-def _kernel_on_host(x: Tensor) -> tuple[Tensor, float, Tensor] | None:
+def _kernel_on_host(x: Tensor, safe: float) -> tuple[Tensor, float, Tensor] | None:
     """The same with the fewest passes; None where the mean of the features is too large for that.
 
     In numpy's plainest calls, which cost a tenth of torch's; that counts where a step has dozens of small matrices.
@@ -181,7 +188,7 @@ def _kernel_on_host(x: Tensor) -> tuple[Tensor, float, Tensor] | None:
     mean = np.add.reduce(kernel, 0) / n
     offset = float(np.add.reduce(mean)) / n
     energy = float(kernel.trace()) / n - offset
-    if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
+    if not (0 < energy < math.inf and offset <= safe * energy):
         return None
     kernel -= mean[:, None]
     kernel -= mean - np.float32(offset)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import ROUNDINGS, centred_features, on_cpu
+from hf_guidance.kernels import ROUNDINGS, centred_features, exact_float32, on_cpu
 from hf_guidance.mapping import Pair
 
 MOST = 0.4  # features a sample; then 7 n d² operations for a pair are fewer than 3 n² d
@@ -55,7 +55,8 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        return (gradient + gradient.T) @ features
+        with exact_float32(features.device):
+            return (gradient + gradient.T) @ features
 
 
 def whole(kernels: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -110,3 +110,18 @@ def test_a_guidance_loss_goes_either_way_to_the_same(batch, monkeypatch):
     for p, gradient in zip(target.parameters(), found, strict=True):
         assert torch.allclose(p.grad, gradient, rtol=1e-4, atol=1e-6)
     assert set(watched.similarities) == {"linear_cka", "rsa"}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.9, 4.0, 15.5])  # energy of the mean to that of the signal
+@pytest.mark.parametrize("thin_guide", [True, False])
+def test_a_mean_leaves_the_gradient_of_wide_layers_right(ratio, thin_guide):
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(1024, generator=generator)
+    mean *= (ratio * 1024) ** 0.5 / mean.norm()
+    x, y = (torch.randn(256, 1024, generator=generator) + mean for _ in range(2))
+    y = y[:, :40] if thin_guide else y
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    guide = Thin.apply(y, y.dtype) if thin_guide else gram(y)
+    guidance_loss([("a", "x")], CKA, {"a": gram(ours)}, {"x": guide})[0].backward()
+    (1 - cka(exact, y.double())).backward()
+    assert (ours.grad - exact.grad).norm() < 5e-5 * exact.grad.norm()
