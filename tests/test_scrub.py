@@ -87,3 +87,29 @@ def test_arguments_are_scrubbed_in_their_dicts_and_lists_too():
 
     clean = scrub_arguments(Arguments({"token": "abc", "paths": ["/a/b/c"], "n": 3}, "abc"))
     assert clean == Arguments({"token": None, "paths": ["c"], "n": 3}, None)
+
+
+@pytest.mark.parametrize(
+    ("word", "clean"),
+    [
+        ("-o/home/alice/out", "-oout"),
+        ("--out:/home/alice/out", "--out:out"),
+        ("--files=/home/alice/a,/home/alice/b", "--files=a,b"),
+        ("/home/alice", "."),
+        ("--lr=0.1", "--lr=0.1"),
+        ("alicebox", "localhost"),
+        ("--addr=alicebox:29500", "--addr=localhost:29500"),
+        ("https://alice:pa@ss@hub.org/x", "https://hub.org/x"),
+        ("--hub=https://hub.org/x?token=s3cr3t&n=1", "'--hub=https://hub.org/x?token=<token>&n=1'"),
+        ('--config={"hub_token": "s3cr3t", "lr": 1}', """'--config={"hub_token": "<token>", "lr": 1}'"""),
+    ],
+)
+def test_what_is_the_machines_or_secret_within_a_word_is_cut(word, clean, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/alice"))
+    monkeypatch.setattr(scrub.platform, "node", lambda: "alicebox")
+    assert scrub_command(["t.py", word]) == f"t.py {clean}"
+
+
+@pytest.mark.parametrize("word", ["+hub_token=s", "++trainer.hub_token=s", "--HUB_TOKEN=s"])
+def test_other_spellings_of_a_secrets_flag_go_too(word):
+    assert without_tokens(["t.py", word]) == ["t.py"]
