@@ -10,7 +10,7 @@ SAYS = """
 from accelerate import PartialState
 from hf_guidance.runtime import command_line
 PartialState(cpu=True)
-print('SAID', command_line())
+print(f'SAID {command_line()}\\n', end='', flush=True)  # in one piece, as two processes may print at once
 """
 
 
