@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
 # Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
-# the mean relative to that of the signal: up to here that stays about 1e-6 of a similarity, and 1e-4 of the gradient in
-# the other side. A gradient in these features is a slope's product with them, mean and all, and the sums of the slope's
-# rows are zero up to rounding only: hence less of it there.
-SAFE_OFFSET = 4
-SAFE_WITH_GRADIENT = 1
+# the mean relative to that of the signal: up to here that stays about 1e-6 of a similarity, and below 1e-4 of its
+# gradient. A gradient in these features is a slope's product with them, mean and all, hence less of it there.
+SAFE_OFFSET = 12
+SAFE_WITH_GRADIENT = 4
+LARGEST_OFFSET = 1000  # beyond, a layer may be dead, and the mean's own rounding counts
+PROBED = 1024  # features of a wide layer that tell which of the two ways will do
+BLOCK = 4096  # features that are centred at a time, so that they stay in the cache
 EXPECTED = "gradient_is_centred"
 
 
@@ -129,7 +131,7 @@ class CentredKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, precision: torch.dtype, keep_copy: bool) -> Tensor:
-        kernel, ctx.factor, kept = _scaled_kernel(x, precision, SAFE_WITH_GRADIENT)
+        kernel, ctx.factor, kept = _scaled_kernel(x, precision, keep=True)
         ctx.has_mean = kept is x
         ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept)
         return kernel
@@ -155,11 +157,9 @@ def expect_centred(kernel: Tensor) -> None:
         setattr(kernel.grad_fn, EXPECTED, True)
 
 
-def _scaled_kernel(
-    x: Tensor, precision: torch.dtype, safe: float = SAFE_OFFSET
-) -> tuple[Tensor, float | Tensor, Tensor]:
-    """``x̃ x̃ᵀ / scale``, and the number and the features of which the gradient is the product."""
-    if x.dtype == torch.float32 and on_cpu(x) and (found := _kernel_on_host(x, safe)):
+def _scaled_kernel(x: Tensor, precision: torch.dtype, keep: bool = False) -> tuple[Tensor, float | Tensor, Tensor]:
+    """``x̃ x̃ᵀ / scale``, and, to `keep` for the backward, the number and the features of which the gradient is made."""
+    if x.dtype == torch.float32 and on_cpu(x) and (found := _kernel_on_host(x, keep)):
         return found
     with exact_float32(x.device):
         mean = x.mean(0)
@@ -170,7 +170,7 @@ def _scaled_kernel(
         return kernel.mul_(inverse), inverse, centred
 
 
-def _kernel_on_host(x: Tensor, safe: float) -> tuple[Tensor, float, Tensor] | None:
+def _kernel_on_host(x: Tensor, keep: bool) -> tuple[Tensor, float, Tensor] | None:
     """The same with the fewest passes; None where the mean of the features is too large for that.
 
     In numpy's plainest calls, which cost a tenth of torch's; that counts where a step has dozens of small matrices.
@@ -184,16 +184,53 @@ def _kernel_on_host(x: Tensor, safe: float) -> tuple[Tensor, float, Tensor] | No
             return None
         centred, inverse = found
         return torch.from_numpy(centred @ centred.T), inverse, torch.from_numpy(centred)
-    kernel = array @ array.T
-    mean = np.add.reduce(kernel, 0) / n
-    offset = float(np.add.reduce(mean)) / n
-    energy = float(kernel.trace()) / n - offset
-    if not (0 < energy < math.inf and offset <= safe * energy):
+    safe = SAFE_WITH_GRADIENT if keep else SAFE_OFFSET
+    if width < 4 * PROBED or _offset_of(array[:, :PROBED]) <= safe:
+        kernel = array @ array.T
+        energy, offset = _centre_on_host(kernel)
+        if 0 < energy < math.inf and offset <= safe * energy:
+            kernel *= 1 / energy
+            return torch.from_numpy(kernel), 1 / energy, x
+    mean = np.add.reduce(array, 0) / n
+    if keep:
+        array = array - mean
+        kernel = array @ array.T
+    else:
+        kernel = _kernel_in_blocks(array, mean)
+    energy, _ = _centre_on_host(kernel)  # again, for what rounding of the mean left behind
+    if not (0 < energy < math.inf and float(np.vdot(mean, mean)) <= LARGEST_OFFSET * energy):
         return None
+    kernel *= 1 / energy
+    return torch.from_numpy(kernel), 1 / energy, torch.from_numpy(array)
+
+
+def _offset_of(array: Any) -> float:
+    """The energy of the features' mean relative to that of the signal."""
+    mean = np.add.reduce(array, 0) / len(array)
+    offset = float(np.vdot(mean, mean))
+    energy = float(np.einsum("ij,ij->", array, array)) / len(array) - offset
+    return offset / energy if energy > 0 else math.inf
+
+
+def _centre_on_host(kernel: Any) -> tuple[float, float]:
+    """Centre a Gram matrix in place; its mean diagonal afterwards, and what that was more before."""
+    mean = np.add.reduce(kernel, 0) / len(kernel)
+    offset = float(np.add.reduce(mean)) / len(kernel)
+    energy = float(kernel.trace()) / len(kernel) - offset
     kernel -= mean[:, None]
     kernel -= mean - np.float32(offset)
-    kernel *= 1 / energy
-    return torch.from_numpy(kernel), 1 / energy, x
+    return energy, offset
+
+
+def _kernel_in_blocks(array: Any, mean: Any) -> Any:
+    """Gram matrix of the features less their mean, of which there is never more than a block."""
+    kernel: Any = 0
+    room = np.empty((len(array), min(BLOCK, len(mean))), array.dtype)
+    for start in range(0, len(mean), BLOCK):
+        block = array[:, start : start + BLOCK]
+        centred = np.subtract(block, mean[start : start + BLOCK], out=room[:, : block.shape[1]])
+        kernel += centred @ centred.T
+    return kernel
 
 
 def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import hf_guidance
 from hf_guidance import similarity
-from hf_guidance.kernels import gram, u_center, unit
+from hf_guidance.kernels import SAFE_OFFSET, gram, u_center, unit
 from hf_guidance.similarity import MEASURES, get_measure
 
 Array = np.ndarray
@@ -455,6 +455,25 @@ def masked_features(seed: int, n: int = 32, length: int = 20, d: int = 64) -> Te
 
 def debiased(k: Tensor, l: Tensor) -> float:  # noqa: E741
     return (unit(u_center(k)) * unit(u_center(l))).sum().item()
+
+
+@pytest.mark.parametrize("width", [50, 3000, 9000])  # fewer than the samples; in one block; in three
+@pytest.mark.parametrize("ratio", [0.0, 3.0, 11.0, 100.0, 1e5])  # energy of the mean to that of the signal
+def test_gram_and_its_gradient_whatever_the_width_and_the_mean(width: int, ratio: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(width, generator=generator)
+    x = torch.randn(96, width, generator=generator) + mean * (ratio * width) ** 0.5 / mean.norm()
+    slope = torch.randn(96, 96, generator=generator)
+    exact = x.double().requires_grad_()
+    expected = gram(exact)
+    (expected * slope.double()).sum().backward()
+    ours = x.clone().requires_grad_()
+    found = gram(ours)
+    (found * slope).sum().backward()
+    rounding = 1.5e-6 * (1 + min(ratio, SAFE_OFFSET))  # beyond, the features are centred first
+    for kernel in (gram(x), found):
+        assert (kernel - expected).abs().max() < rounding
+    assert (ours.grad - exact.grad).norm() < 1e-6 * exact.grad.norm()
 
 
 def test_gram_is_the_centred_kernel_with_a_mean_diagonal_of_1() -> None:
