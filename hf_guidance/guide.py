@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from hf_guidance.sharding import built_whole
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -83,11 +85,18 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError) as error:
         known = "" if os.path.isdir(source) or not _in_timm(source) else f" timm has it: 'timm/{source}'."
-        pickled = " Weights must be safetensors: pickled ones are refused." if "safetensors" in str(error) else ""
+        weights = _about_weights(source) if "safetensors" in str(error) else ""
         raise ValueError(
-            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{pickled}{known} A guide is a local "
+            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{weights}{known} A guide is a local "
             "folder with a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' and untrained=True."
         ) from error
+
+
+def _about_weights(source: Any) -> str:
+    """What to do about weights that are missing or pickled."""
+    if os.path.isdir(source) and not any(path.suffix in WEIGHTS for path in Path(source).iterdir()):
+        return " The folder has no weights: for random ones pass untrained=True (--untrained_guide)."
+    return " Weights must be safetensors: pickled ones are refused."
 
 
 def _in_timm(name: Any) -> bool:
@@ -107,6 +116,8 @@ def _seeded(seed: int) -> Iterator[None]:
 def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> nn.Module:
     from transformers.utils import logging as reports
 
+    config = _config_if_timm_exported(source, **kwargs)
+    kwargs |= {} if config is None else {"config": config}
     verbosity = reports.get_verbosity()
     reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
     try:
@@ -125,12 +136,33 @@ def _config_of(source: Any, **kwargs: Any) -> Any:
     from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
     if isinstance(source, PreTrainedConfig):
-        return source
+        return _with_classes_once(copy.deepcopy(source))
     if str(source).startswith("timm/") and not os.path.isdir(source):
         architecture = str(source).removeprefix("timm/")
         if _in_timm(architecture):
             return TimmWrapperConfig(architecture=architecture)
-    return AutoConfig.from_pretrained(source, **kwargs)
+    return _with_classes_once(AutoConfig.from_pretrained(source, **kwargs))
+
+
+def _config_if_timm_exported(source: Any, **kwargs: Any) -> Any:
+    """The config of a network as timm exports it, which needs a change; None for any other, or with one given."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+    try:
+        written = PreTrainedConfig.get_config_dict(source, **hub)[0]
+    except OSError:  # which from_pretrained explains
+        return None
+    if "config" in kwargs or "num_classes" not in (written.get("model_args") or {}):
+        return None
+    return _with_classes_once(AutoConfig.from_pretrained(source, **hub))
+
+
+def _with_classes_once(config: Any) -> Any:
+    """The config without the number of classes that timm writes twice, and transformers would pass twice."""
+    if config.model_type == "timm_wrapper" and config.model_args:
+        config.model_args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
+    return config
 
 
 def is_resnet(guide: str) -> bool:

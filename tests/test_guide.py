@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,16 @@ from accelerate import cpu_offload
 from builders import gpt2, llama_config, seeded
 from huggingface_hub import constants
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Model, LlamaModel, TimmWrapperConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Model,
+    LlamaModel,
+    TimmWrapperConfig,
+)
 
 from hf_guidance import load_guide
 from hf_guidance.features import LayerReader
@@ -99,6 +109,27 @@ def test_a_name_of_timm_without_its_prefix_is_recognised(monkeypatch: pytest.Mon
 def test_an_empty_folder_is_an_error_that_says_what_is_possible(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Cannot load guide '.*': .* A guide is a local folder with a config.json"):
         load_guide(tmp_path)
+
+
+def test_a_folder_with_a_config_alone_is_an_error_that_names_untrained(tmp_path: Path) -> None:
+    llama_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no weights: for random ones pass untrained=True \(--untrained_guide\)"):
+        load_guide(tmp_path)
+    assert load_guide(tmp_path, untrained=True)
+
+
+def test_a_network_as_timm_exports_it_is_a_guide_trained_or_not(tmp_path: Path) -> None:
+    network = timm.create_model("resnet10t", num_classes=7)
+    timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_args"]["num_classes"] == config["num_classes"] == 7  # twice, which transformers trips over
+    head = load_guide(tmp_path, auto_class=AutoModelForImageClassification)
+    assert same_weights(head.timm_model, network)
+    network.reset_classifier(0)
+    assert same_weights(load_guide(tmp_path).timm_model, network)
+    own = seeded(lambda: timm.create_model("resnet10t", num_classes=0), 2)
+    for source in (tmp_path, AutoConfig.from_pretrained(tmp_path)):
+        assert same_weights(load_guide(source, untrained=True, seed=2).timm_model, own)
 
 
 def test_weights_that_a_checkpoint_lacks_are_named_and_the_head_it_has_is_not(

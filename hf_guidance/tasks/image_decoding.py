@@ -97,11 +97,7 @@ class ImageDecoder:
         """
         encoded, label = (row[column] for column in self.columns)
         name = (encoded.get("path") if isinstance(encoded, dict) else None) or name
-        if label is None or not 0 <= label < self.classes:
-            raise ValueError(
-                f"image {name}: its label is {label}, and num_labels is {self.classes} (0 … {self.classes - 1}): "
-                "choose a labelled split, or correct the labels."
-            )
+        check_label(label, self.classes, name)
         try:
             content = _content(encoded)
             image = _decode(content)
@@ -125,6 +121,15 @@ class ImageDecoder:
             flip = torch.rand(1) < 0.5
         views = [F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR) for size in self.sizes]
         return tuple(F.pil_to_tensor(F.hflip(view) if flip else view) for view in views)
+
+
+def check_label(label: int | None, classes: int, name: str) -> None:
+    """Raise ValueError if a label is none of the classes."""
+    if label is None or not 0 <= label < classes:
+        raise ValueError(
+            f"image {name}: its label is {label}, and num_labels is {classes} (0 … {classes - 1}): "
+            "choose a labelled split, or correct the labels."
+        )
 
 
 def _content(encoded: Any) -> bytes:

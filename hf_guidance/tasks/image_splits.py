@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .image_decoding import check_label
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
@@ -130,6 +132,15 @@ def evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: in
         )
     rows = _rows(one, label, size and 2 * size)
     return rows.select(range(0, len(rows), 2)), rows.select(range(1, len(rows), 2))
+
+
+def check_labels(split: Dataset, column: str, classes: int, name: str) -> None:
+    """Raise ValueError if a row of a split that is held has a label that is none of the classes."""
+    labels = np.asarray(split.with_format("numpy")[column][:], dtype=float)  # NaN where there is none
+    wrong = np.flatnonzero(~((labels >= 0) & (labels < classes)))
+    if len(wrong):
+        row = int(wrong[0])
+        check_label(split[row][column], classes, f"of row {row} to {name}")
 
 
 def _rows(split: Dataset | IterableDataset, label: str, size: int | None) -> Dataset:

@@ -62,7 +62,8 @@ def image_classification(
 
     Raises:
         ValueError: a dataset that is not there or not open to this user, without a split, column or class that is
-            needed, or an option of another name.
+            needed, or with a label that is none of its classes (in a stream, when its row is read); an option of
+            another name.
 
     Source: object recognition, Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035).
     """
@@ -71,6 +72,7 @@ def image_classification(
     from .image_decoding import AUGMENTATIONS, CROP_FRACTION, ImageCollator, ImageDecoder, PixelFormat
     from .image_rows import ImageRows, ImageStream
     from .image_splits import (
+        check_labels,
         class_names,
         digits,
         evaluation_splits,
@@ -112,7 +114,10 @@ def image_classification(
     if streaming and dataset != "digits":
         train = ImageStream.of(train, decoder(augmentation), shuffle_buffer)
     else:
+        check_labels(train, columns[1], len(names), "train on")
         train = ImageRows(train, decoder(augmentation))
+    check_labels(validation, columns[1], len(names), "validate with")
+    check_labels(test, columns[1], len(names), "test with")
     return Task(
         name="image_classification",
         description=f"Name which of {len(names)} classes an image of {dataset.rstrip('/').split('/')[-1]} belongs to.",

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
+import timm
 import torch
 from hub import Hub
 from images import imagenet_files, imagenet_rows, parquet, truncate, write
@@ -227,6 +229,7 @@ def test_imagenet_streams_from_a_folder_and_goes_on_after_a_stop_to_the_same_wei
         "runs": ["untrained_guide"],
         "max_steps": 10,  # more than the six batches of an epoch
         "save_steps": 8,
+        "save_total_limit": 2,
         "eval_size": 8,
         "dropout": 0.1,
     }
@@ -235,13 +238,68 @@ def test_imagenet_streams_from_a_folder_and_goes_on_after_a_stop_to_the_same_wei
     run_here(monkeypatch, tmp_path / "two", **options)
     for name in ("result.json", "model.safetensors", "checkpoint-10"):
         os.rename(stopped / name, tmp_path / name)
+    saved = (stopped / "checkpoint-8" / "trainer_state.json").stat().st_mtime_ns
     resumed = run_here(monkeypatch, tmp_path / "two", **options)["runs"][0]
+    assert (stopped / "checkpoint-8" / "trainer_state.json").stat().st_mtime_ns == saved  # it went on from there
     assert (stopped / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert resumed["test"]["loss"] == unbroken["test"]["loss"]
     assert "imagenet" not in json.dumps(unbroken["settings"]["data"]).replace(os.path.basename(imagenet), "")
 
 
-def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections(tmp_path):
+def test_the_papers_preset_is_of_imagenets_size(imagenet, tmp_path, monkeypatch):
+    options = {"preset": "paper", "dataset": imagenet, "max_steps": 1, "eval_steps": 1, "save_steps": 1, "depth": 2}
+    run = run_here(monkeypatch, tmp_path / "out", width=4, eval_size=8, runs=["untrained_guide"], **options)["runs"][0]
+    data, guidance = run["settings"]["data"], run["settings"]["guidance"]
+    assert (data["augmentation"], data["target"]["size"], data["guide"]["size"]) == ("crop_flip", 224, 224)
+    assert guidance["measure"] == "linear_cka"
+    recipe = runpy.run_path(str(RECIPE.path))
+    task = SimpleNamespace(labels=tuple(map(str, range(1000))))
+    sizes = {}
+    for target in ("deep_fcn", "wide_fcn", "resnet50_without_skips"):
+        given = recipe["Arguments"](preset="paper", target=target, dataset="ILSVRC/imagenet-1k")
+        assert given.streaming
+        values = recipe["defaults"](given)
+        assert (values["per_device_train_batch_size"], values["guide_layers"]) == (256, ["Conv2d"])
+        with torch.device("meta"):
+            network = recipe["target_of"](given, task)
+        sizes[target] = sum(p.numel() for p in network.parameters())
+        assert network.config.num_labels == 1000
+    pixels = 3 * 224 * 224
+    assert (
+        sizes["deep_fcn"] == pixels * 2048 + 49 * 2048**2 + 1000 * 2049 + 50 * 3 * 2048
+    )  # a bias and a batch norm each
+    assert sizes["wide_fcn"] == pixels * 8192 + 2 * 8192**2 + 1000 * 8193 + 3 * 3 * 8192
+    whole = timm.create_model("resnet50").named_parameters()  # its skip connections have weights where sizes change
+    assert sizes["resnet50_without_skips"] == sum(p.numel() for name, p in whole if "downsample" not in name)
+
+
+def test_a_trained_guide_of_timm_comes_from_the_hub_with_its_normalisation(tmp_path):
+    torch.manual_seed(3)
+    network = timm.create_model("resnet10t", num_classes=10)
+    timm.models.save_for_hf(network, tmp_path / "timm", safe_serialization=True)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "timm").iterdir()}
+    assert {"config.json", "model.safetensors"} <= set(files)
+    name = "timm/resnet10t.c3_in1k"
+    with Hub(tmp_path / "hub") as hub:
+        commit = hub.store.add(f"model/{name}", files)
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        options = {"guide": name, "untrained_guide": [], "guide_image_size": 32, "runs": ["trained_guide"]}
+        process = launch(tmp_path / "out", env=environment, **options)
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed[-3000:]
+    run = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
+    guide, seen = run["guide"], run["settings"]["data"]["guide"]
+    assert (guide["source"], guide["untrained"], guide["revision"]) == (name, False, commit)
+    assert seen["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert len(run["similarity"][0]) - 1 == sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
+    served = load_guide(tmp_path / "timm")
+    for key, weight in network.state_dict().items():
+        if not key.startswith("fc."):
+            assert torch.equal(served.state_dict()[f"timm_model.{key}"], weight)
+    assert guide["fingerprint"] == fingerprint(served)
+
+
+def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections_and_go_on_after_a_stop(tmp_path):
     calls = []
 
     def drop(method, path):
@@ -250,24 +308,38 @@ def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections
 
     with Hub(tmp_path / "hub", gated=["dataset/ILSVRC/imagenet-1k"], fault=drop) as hub:
         hub.store.add("dataset/ILSVRC/imagenet-1k", imagenet_files(train=96))
-        environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        process = launch(
-            tmp_path / "out",
-            "--config_file",
-            str(CONFIGS / "ddp.yaml"),
-            env=environment,
-            dataset="ILSVRC/imagenet-1k",
-            image_size=16,
-            dataloader_num_workers=1,
-            eval_size=8,
-        )
-        printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed[-3000:]
-    report = json.loads((tmp_path / "out" / "results.json").read_text())
+
+        def stream():
+            process = launch(
+                tmp_path / "out",
+                "--config_file",
+                str(CONFIGS / "ddp.yaml"),
+                env={**os.environ, **hub.environment(tmp_path / "home")},
+                dataset="ILSVRC/imagenet-1k",
+                image_size=16,
+                dataloader_num_workers=1,
+                eval_size=8,
+                dropout=0.1,
+                save_total_limit=2,
+            )
+            printed, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, printed[-3000:]
+            saved = (guided / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
+            return printed, json.loads((tmp_path / "out" / "results.json").read_text()), saved
+
+        guided = tmp_path / "out" / "seed-0" / "untrained_guide"
+        printed, report, saved = stream()
+        before = len(calls)
+        for name in ("result.json", "model.safetensors", "checkpoint-4"):  # as if stopped in the first of two epochs
+            os.rename(guided / name, tmp_path / name)
+        _, resumed, saved_again = stream()
     assert printed.count("| untrained guide ") == 1, printed[-3000:]
     assert report["runs"][1]["settings"]["world_size"] == 2
     assert report["runs"][1]["settings"]["data"]["streaming"]
-    assert len(calls) > 10
+    assert before > 10
+    assert (guided / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert resumed["runs"][1]["test"]["loss"] == report["runs"][1]["test"]["loss"]
+    assert saved_again == saved  # it went on from there
 
 
 IMPATIENT = """

@@ -395,6 +395,27 @@ def test_what_is_wrong_with_a_dataset_is_said(features, values, options, words, 
         load(folder, **options).train_dataset[0]
 
 
+@pytest.mark.parametrize(("label", "shown"), [(5, "5"), (-1, "-1"), (None, "None")])
+@pytest.mark.parametrize(
+    ("split", "use"), [("train", "train on"), ("validation", "validate with"), ("test", "test with")]
+)
+def test_labels_of_held_splits_are_checked_at_once_and_those_of_a_stream_when_read(label, shown, split, use, tmp_path):
+    features = {"image": Image(), "label": Value("int64")}
+    for name in ("train", "validation", "test"):
+        values = {"image": 3 * [PICTURE], "label": [0, 4, label if name == split else 3]}
+        rows_of(tmp_path, features, values, [name])
+    words = rf"its label is {shown}, and num_labels is 5 \(0 … 4\): choose a labelled split, or correct the labels"
+    with pytest.raises(ValueError, match=f"image of row 2 to {use}: {words}"):
+        load(str(tmp_path), num_labels=5)
+    if split != "train":
+        with pytest.raises(ValueError, match=words):
+            load(str(tmp_path), num_labels=5, streaming=True)
+        return
+    stream = load(str(tmp_path), num_labels=5, streaming=True).train_dataset
+    with pytest.raises(ValueError, match=words):
+        list(zip(range(4), stream, strict=False))
+
+
 def test_missing_splits_and_datasets_are_named(tmp_path):
     labelled = {"image": Image(), "label": ClassLabel(names=["a"])}
     values = {"image": [PICTURE], "label": [0]}
