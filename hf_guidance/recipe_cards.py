@@ -90,7 +90,7 @@ def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: An
     rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run)]
     facts = facts_of_record(run, report)
     facts |= {
-        "cost": _cost(run, report) | facts["cost"],
+        "cost": _cost(run, report, facts["cost"]),
         "figures": [{"file": name, "caption": FIGURES[name]} for name in figures],
         "comparison": {
             "text": _in_words(run, report),
@@ -101,17 +101,19 @@ def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: An
     return render(facts | given)
 
 
-def _cost(run: dict[str, Any], report: Report) -> dict[str, str]:
+def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[str, str]:
+    """What the run says of itself, after what the comparison knows: the time of its steps beside the unguided ones."""
     kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "of the device"
     alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
-    cost = {"a step with guidance": f"{run['seconds'] / run['steps']:.3g} s {kind}"}
+    step = next((name for name in known if name.startswith("a step")), "a step with guidance")  # or on average
+    cost = {step: f"{run['seconds'] / run['steps']:.3g} s {kind}"}
     if alone:
         cost["a step without"] = f"{statistics.fmean(alone):.3g} s {kind}"
     cost["all steps"] = f"{run['seconds']:.0f} s {kind}, evaluations left out"
     for guide in report["runs"]:
         if (guide["run"], guide["seed"]) == (run["guide"]["source"], run["seed"]):
             cost["all steps of the guide's own training"] = f"{guide['seconds']:.0f} s {kind}"
-    return cost
+    return cost | known
 
 
 def _in_words(run: dict[str, Any], report: Report) -> str:
