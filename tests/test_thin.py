@@ -125,3 +125,25 @@ def test_a_mean_leaves_the_gradient_of_wide_layers_right(ratio, thin_guide):
     guidance_loss([("a", "x")], CKA, {"a": gram(ours)}, {"x": guide})[0].backward()
     (1 - cka(exact, y.double())).backward()
     assert (ours.grad - exact.grad).norm() < 5e-5 * exact.grad.norm()
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, 2.0), (torch.float16, 2.0), (torch.float16, 30.0)])
+@pytest.mark.parametrize("scale", [1.0, 1e4])  # 1e4 · 1e4 is beyond float16
+def test_half_precision_features_give_what_float64_gives(dtype, offset, scale):
+    """Beside the same rounded features in float64, to float32's accuracy; beside unrounded ones, to 2e-2."""
+    exact = {name: (x.detach() + offset) * scale / (1 + offset) for name, x in layers().items()}
+    rounded = {name: x.to(dtype).float().requires_grad_(name in "abc") for name, x in exact.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels = {name: Thin.apply(x, dtype) for name, x in rounded.items()}
+        targets, guides = ({n: kernels[n] for n in names} for names in ("abc", "xy"))
+        loss, values = guidance_loss(PAIRS, CKA, targets, guides)
+    same = {name: x.detach().double().requires_grad_(name in "abc") for name, x in rounded.items()}
+    found = {(t, g): cka(same[t], same[g]) for t, g in PAIRS}
+    for (t, g), value in found.items():
+        assert values[f"{t}~{g}"].dtype == torch.float32
+        assert values[f"{t}~{g}"].item() == pytest.approx(value.item(), abs=1e-5)
+        assert values[f"{t}~{g}"].item() == pytest.approx(cka(exact[t], exact[g]).item(), abs=2e-2)
+    loss.backward()
+    sum(1 - value for value in found.values()).backward()
+    for name in "abc":
+        assert (rounded[name].grad.double() - same[name].grad).norm() < 1e-4 * same[name].grad.norm()

@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "activation checkpointing, named modules": ({"gradient_checkpointing": True, **MODULES}, {}),
     "torch.compile": ({"torch_compile": True}, {}),
     "tokens, 12 of them": ({}, {"sample_axis": "token", "max_tokens": 12}),
+    "all tokens, more than there are features": ({}, {"sample_axis": "token"}),  # which need no Gram matrices
     "sequences of other lengths on each rank": ({}, {"ragged": True}),
     "the same, tokens": ({}, {"ragged": True, "sample_axis": "token", "max_tokens": 12}),
     "ridge": ({}, {"measure": "ridge"}),
@@ -158,6 +159,8 @@ def differences(one: dict[str, Any], two: dict[str, Any], keys: bool = True) -> 
     is rounding and nothing else, which AdamW scales up to steps of full size.
     """
     assert one["losses"].shape == two["losses"].shape
+    for side in (one, two):  # NaN compares as no difference
+        assert all(value.isfinite().all() for value in (side["losses"], *side["weights"].values()))
     losses = ((one["losses"] - two["losses"]).abs() / one["losses"].abs()).max().item()
     found = []
     for name, value in one["weights"].items():
