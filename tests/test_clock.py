@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, token_rows
+from builders import gpt2, llama, token_rows
+from torch import nn
 from trainers import make_trainer
-from transformers import TrainerState
+from transformers import TrainerState, default_data_collator
 
 from hf_guidance import clock
 from hf_guidance.clock import TrainingClock
@@ -35,6 +38,30 @@ def test_the_time_of_a_run_that_was_stopped_is_that_of_all_its_parts(tmp_path: P
     assert second.marks[0] == first.marks[0]
     assert second.marks[0][1] < second.marks[1][1] == second.seconds
     assert (first.steps, second.steps) == (4, 4)
+
+
+def test_steps_are_timed_and_evaluation_and_fetching_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))
+
+    def collate(rows: list[Any]) -> Any:
+        now[0] += 1e4
+        return default_data_collator(rows)
+
+    def forward(module: nn.Module, _: Any) -> None:
+        now[0] += 2 if module.training else 1e4
+
+    target = gpt2()
+    target.register_forward_pre_hook(forward)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "data_collator": collate}
+    trainer = make_trainer(tmp_path, target, llama(), eval_dataset=token_rows(4), **settings)
+    trainer.train()
+    own = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
+    assert own.marks == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    trainer.create_model_card()
+    assert re.search(
+        r"^\| a step with guidance +\| 2 s of the processor +\|$", (tmp_path / "README.md").read_text(), re.M
+    )
 
 
 def test_on_a_device_the_time_is_that_between_events_and_no_step_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

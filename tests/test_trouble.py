@@ -59,6 +59,8 @@ def test_what_vouches_for_a_checkpoint_is_written_after_every_rank_is_done(
 
 
 def test_a_target_under_fully_shard_has_the_loss_and_gradients_of_a_whole_one(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["sharded"]["whole"]["loss"] for rank in ranks)
+    assert abs(first - second) > 1e-4, "each rank has its own batch"
     for rank in ranks:
         whole, half = rank["sharded"]["whole"], rank["sharded"]["sharded"]
         assert all(half["is sharded"])

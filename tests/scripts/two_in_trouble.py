@@ -85,8 +85,8 @@ def late(folder: Path) -> dict[str, Any]:
 
 
 def sharded() -> dict[str, Any]:
-    """Both ranks on the same batch: the guidance of a target under `fully_shard` beside that of the same one whole."""
-    whole, half, guide, batch = gpt2(), gpt2(), llama(), token_batch()
+    """Each rank on its own batch: the guidance of a target under `fully_shard` beside that of the same one whole."""
+    whole, half, guide, batch = gpt2(), gpt2(), llama(), token_batch(seed=get_rank())
     mesh = init_device_mesh("cpu", (2,))
     for block in half.transformer.h:
         fully_shard(block, mesh=mesh)
@@ -98,6 +98,10 @@ def sharded() -> dict[str, Any]:
             outputs = target(**watched.inputs)
         watched.total(outputs.loss).backward()
         gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in target.parameters()]
+        if name == "whole":  # the mean over the ranks, as `fully_shard` takes it
+            for gradient in gradients:
+                torch.distributed.all_reduce(gradient)
+                gradient /= torch.distributed.get_world_size()
         seen[name] = {
             "loss": watched.loss.item(),
             "gradients": gradients,
