@@ -43,7 +43,7 @@ def load_guide_of(
     Args:
         target: Hub id or local folder of a target that was saved by a `GuidanceTrainer`.
         revision: branch, tag or commit of the target's repository.
-        token: for a private repository.
+        token: for a private repository, of the target or of a trained guide.
 
     Returns:
         The guide, frozen, its weights the same to the bit as those that guided.
@@ -58,7 +58,7 @@ def load_guide_of(
         _check(guide)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the {CONFIG_NAME} of {target} is not one of this package's: {error}") from error
-    rebuilt = _rebuild(guide, str(target))
+    rebuilt = _rebuild(guide, str(target), token)
     if (found := fingerprint(rebuilt)) != guide["fingerprint"]:
         raise ValueError(
             f"the guide of {target} is {guide['fingerprint'][:19]}… and what was rebuilt is {found[:19]}…: it was made "
@@ -140,7 +140,7 @@ def _check_size(config: Any, stated: Any) -> None:
         )
 
 
-def _rebuild(guide: dict[str, Any], target: str) -> nn.Module:
+def _rebuild(guide: dict[str, Any], target: str, token: str | bool | None) -> nn.Module:
     from transformers import AutoConfig
 
     import hf_guidance.targets  # noqa: F401  registers our own architectures
@@ -156,6 +156,6 @@ def _rebuild(guide: dict[str, Any], target: str) -> nn.Module:
         except Exception as error:  # a network's own code meets numbers here that nobody foresaw
             raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
     if guide["untrained"] is False and HUB_ID.fullmatch(source):
-        return load_guide(source, revision=guide["revision"])
+        return load_guide(source, revision=guide["revision"], **({} if token is None else {"token": token}))
     where = f"a local folder called {source!r}" if source else "a module of the user's own"
     raise ValueError(f"the guide of {target} was {where}, which is not kept with it; whoever trained it has it.")

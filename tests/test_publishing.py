@@ -195,13 +195,14 @@ def test_all_checkpoints_are_pushed_where_they_are_asked_for(pushed, toured):
 def test_a_pushed_target_is_a_guide_itself_and_is_found_again(pushed, toured):
     store, said = pushed[0].store, toured[0]
     assert said["chain"] == "the same"
+    assert said["chain, token False"].startswith("Cannot load guide 'tester/private'"), "the guide is private"
     files = store.files("model/tester/chain")
     metadata, body = check_card(files["README.md"].decode())
-    revision = store.repos["model/tester/all"]["branches"]["main"]
+    revision = store.repos["model/tester/private"]["branches"]["main"]
     own = json.loads(files["guidance_config.json"])["guide"]
-    assert (own["source"], own["revision"], own["untrained"]) == ("tester/all", revision, False)
-    assert (metadata["guide"], metadata["guide_revision"]) == ("tester/all", revision)
-    assert f"[tester/all](https://huggingface.co/tester/all/tree/{revision})" in body
+    assert (own["source"], own["revision"], own["untrained"]) == ("tester/private", revision, False)
+    assert (metadata["guide"], metadata["guide_revision"]) == ("tester/private", revision)
+    assert f"[tester/private](https://huggingface.co/tester/private/tree/{revision})" in body
     assert re.search(rf"^@misc\{{guide,(\n.*)+note +=.* {revision}\}}$", body, re.MULTILINE)
 
 

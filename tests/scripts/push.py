@@ -1,10 +1,13 @@
 """Trains a guided target and pushes it, in a process whose Hub is a local one: push.py <folder> <what> [argument]."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 from builders import VOCABULARY, token_rows
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide, load_guide_of
@@ -97,13 +100,18 @@ def tour(folder):
                 said[f"{name}, token {token}"] = str(error)
     own = trainer(f"{folder}/all", hub_model_id="tester/all", **whole)
     own.train()
-    first = RNNForCausalLM.from_pretrained("tester/all")
-    guide = load_guide("tester/all")
+    first = RNNForCausalLM.from_pretrained("tester/private")
+    guide = load_guide("tester/private")
     own = trainer(f"{folder}/chain", guide=guide, hub_model_id="tester/chain", **once)
     own.train()
     own.push_to_hub()
     prints = {fingerprint(network) for network in (guide, first.base_model, load_guide_of("tester/chain"))}
     said["chain"] = "the same" if len(prints) == 1 else "others"
+    shutil.rmtree(Path(HF_HUB_CACHE) / "models--tester--private")
+    try:
+        load_guide_of("tester/chain", token=False)
+    except ValueError as error:
+        said["chain, token False"] = str(error)
     own = trainer(f"{folder}/large", width=1100, hub_model_id="tester/large", **once)
     own.push_to_hub()
     loaded = RNNForCausalLM.from_pretrained("tester/large")
