@@ -670,6 +670,8 @@ def test_an_endless_stream_trains_for_max_steps(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path, gpt2(), llama(), train_dataset=Stream(), guidance_schedule="linear")
     assert [log["guidance/weight"] for log in trained(trainer)[1]] == pytest.approx([1, 2 / 3, 1 / 3])
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
+        make_trainer(tmp_path, gpt2(), llama(), train_dataset=Stream(), max_steps=-1)
 
 
 def test_an_adapted_target_learns_in_its_adapters_only(tmp_path: Path) -> None:

@@ -426,6 +426,13 @@ def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monke
     assert not list(tmp_path.glob("out/**/checkpoint-*"))
 
 
+def test_a_stream_without_max_steps_is_refused(tmp_path, monkeypatch):
+    folder = write(tmp_path / "data", imagenet_files())
+    with pytest.raises(ValueError, match=r"--max_steps is -1; it must be at least 1: .*a stream has no end"):
+        run_here(monkeypatch, tmp_path / "recipe", dataset=folder, streaming=True, eval_size=8, max_steps=-1)
+    assert not list(tmp_path.glob("recipe/**/checkpoint-*"))
+
+
 @pytest.fixture
 def classifier(tmp_path):
     """The folder of a ResNet for ten classes, and the network."""
