@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from hf_guidance.cpu_kernels import features_on_cpu, kernel_on_cpu, on_cpu, outer
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
-# Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
-# the mean relative to that of the signal: up to here that stays about 1e-6 of a similarity, and below 1e-4 of its
-# gradient. A gradient in these features is a slope's product with them, mean and all, hence less of it there.
-SAFE_OFFSET = 12
-SAFE_WITH_GRADIENT = 4
-LARGEST_OFFSET = 1000  # beyond, a layer may be dead, and the mean's own rounding counts
-PROBED = 1024  # features of a wide layer that tell which of the two ways will do
-BLOCK = 4096  # features that are centred at a time, so that they stay in the cache
 EXPECTED = "gradient_is_centred"
 
 
@@ -159,8 +150,9 @@ def expect_centred(kernel: Tensor) -> None:
 
 def _scaled_kernel(x: Tensor, precision: torch.dtype, keep: bool = False) -> tuple[Tensor, float | Tensor, Tensor]:
     """``x̃ x̃ᵀ / scale``, and, to `keep` for the backward, the number and the features of which the gradient is made."""
-    if x.dtype == torch.float32 and on_cpu(x) and (found := _kernel_on_host(x, keep)):
-        return found
+    if x.dtype == torch.float32 and on_cpu(x) and (found := kernel_on_cpu(x.numpy(), keep)):
+        kernel, factor, kept = found
+        return torch.from_numpy(kernel), factor, x if kept is None else torch.from_numpy(kept)
     with exact_float32(x.device):
         mean = x.mean(0)
         centred = x - mean
@@ -170,72 +162,9 @@ def _scaled_kernel(x: Tensor, precision: torch.dtype, keep: bool = False) -> tup
         return kernel.mul_(inverse), inverse, centred
 
 
-def _kernel_on_host(x: Tensor, keep: bool) -> tuple[Tensor, float, Tensor] | None:
-    """The same with the fewest passes; None where the mean of the features is too large for that.
-
-    In numpy's plainest calls, which cost a tenth of torch's; that counts where a step has dozens of small matrices.
-    """
-    array = x.numpy()
-    n, width = array.shape
-    if n < 2:
-        return None
-    if width <= n:  # then the features are the smaller matrix
-        if (found := _features_on_host(array)) is None:
-            return None
-        centred, inverse = found
-        return torch.from_numpy(centred @ centred.T), inverse, torch.from_numpy(centred)
-    safe = SAFE_WITH_GRADIENT if keep else SAFE_OFFSET
-    if width < 4 * PROBED or _offset_of(array[:, :PROBED]) <= safe:
-        kernel = array @ array.T
-        energy, offset = _centre_on_host(kernel)
-        if 0 < energy < math.inf and offset <= safe * energy:
-            kernel *= 1 / energy
-            return torch.from_numpy(kernel), 1 / energy, x
-    mean = np.add.reduce(array, 0) / n
-    if keep:
-        array = array - mean
-        kernel = array @ array.T
-    else:
-        kernel = _kernel_in_blocks(array, mean)
-    energy, _ = _centre_on_host(kernel)  # again, for what rounding of the mean left behind
-    if not (0 < energy < math.inf and float(np.vdot(mean, mean)) <= LARGEST_OFFSET * energy):
-        return None
-    kernel *= 1 / energy
-    return torch.from_numpy(kernel), 1 / energy, torch.from_numpy(array)
-
-
-def _offset_of(array: Any) -> float:
-    """The energy of the features' mean relative to that of the signal."""
-    mean = np.add.reduce(array, 0) / len(array)
-    offset = float(np.vdot(mean, mean))
-    energy = float(np.einsum("ij,ij->", array, array)) / len(array) - offset
-    return offset / energy if energy > 0 else math.inf
-
-
-def _centre_on_host(kernel: Any) -> tuple[float, float]:
-    """Centre a Gram matrix in place; its mean diagonal afterwards, and what that was more before."""
-    mean = np.add.reduce(kernel, 0) / len(kernel)
-    offset = float(np.add.reduce(mean)) / len(kernel)
-    energy = float(kernel.trace()) / len(kernel) - offset
-    kernel -= mean[:, None]
-    kernel -= mean - np.float32(offset)
-    return energy, offset
-
-
-def _kernel_in_blocks(array: Any, mean: Any) -> Any:
-    """Gram matrix of the features less their mean, of which there is never more than a block."""
-    kernel: Any = 0
-    room = np.empty((len(array), min(BLOCK, len(mean))), array.dtype)
-    for start in range(0, len(mean), BLOCK):
-        block = array[:, start : start + BLOCK]
-        centred = np.subtract(block, mean[start : start + BLOCK], out=room[:, : block.shape[1]])
-        kernel += centred @ centred.T
-    return kernel
-
-
 def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor]:
     """Centred features ``(n, d)``, scaled so that the mean diagonal of their Gram matrix is 1, and the scale."""
-    if x.dtype == torch.float32 and on_cpu(x) and (found := _features_on_host(x.numpy())):
+    if x.dtype == torch.float32 and on_cpu(x) and (found := features_on_cpu(x.numpy())):
         return torch.from_numpy(found[0]), found[1]
     mean = x.mean(0)
     centred = x - mean
@@ -245,34 +174,9 @@ def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float |
     return centred * inverse, inverse
 
 
-def _features_on_host(array: Any) -> tuple[Any, float] | None:
-    """The same in few passes; None where the mean of the features is too large for that."""
-    mean = np.add.reduce(array, 0) / len(array)
-    centred = array - mean
-    energy, offset = float(np.vdot(centred, centred)) / len(array), float(np.vdot(mean, mean))
-    if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
-        return None
-    centred *= energy**-0.5
-    return centred, energy**-0.5
-
-
 def _center_in_place(kernel: Tensor) -> Tensor:
     mean = kernel.mean(0)
     return kernel.sub_(mean[:, None]).sub_(mean - mean.mean())
-
-
-def outer(x: Tensor) -> Tensor:
-    """``x xᵀ``; on a CPU by numpy, which knows that half of it is enough."""
-    if not on_cpu(x):
-        return x @ x.T
-    array = x.numpy()
-    return torch.from_numpy(array @ array.T)
-
-
-def on_cpu(x: Tensor) -> bool:
-    """Whether numpy may do it: not where torch is to see what is done, to compile it or to count it."""
-    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return x.device.type == "cpu" and not watched
 
 
 def _varying(mean: Tensor, centred: Tensor, precision: torch.dtype) -> Tensor:

@@ -156,6 +156,7 @@ def _rebuild(guide: dict[str, Any], target: str, token: str | bool | None) -> nn
         except Exception as error:  # a network's own code meets numbers here that nobody foresaw
             raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
     if guide["untrained"] is False and HUB_ID.fullmatch(source):
-        return load_guide(source, revision=guide["revision"], **({} if token is None else {"token": token}))
+        access: dict[str, Any] = {} if token is None else {"token": token}
+        return load_guide(source, revision=guide["revision"], **access)
     where = f"a local folder called {source!r}" if source else "a module of the user's own"
     raise ValueError(f"the guide of {target} was {where}, which is not kept with it; whoever trained it has it.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import on_cpu
+from hf_guidance.cpu_kernels import on_cpu
 
 SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
 NARROW = 2**14  # features of a sample, of which that holds for batches of 16 and more

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import ROUNDINGS, centred_features, exact_float32, on_cpu
+from hf_guidance.cpu_kernels import on_cpu
+from hf_guidance.kernels import ROUNDINGS, centred_features, exact_float32
 from hf_guidance.mapping import Pair
 
 MOST = 0.4  # features a sample; then 7 n d² operations for a pair are fewer than 3 n² d

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_guidance.clock import Clock
-from hf_guidance.kernels import outer
+from hf_guidance.cpu_kernels import outer
 
 LARGEST = {"cpu": 1024, "cuda": 8192}  # matrices that a rate of products is taken from
 
