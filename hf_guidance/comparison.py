@@ -12,8 +12,6 @@ import json
 import logging
 import math
 import os
-import re
-import reprlib
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,6 +31,7 @@ from hf_guidance.layer_maps import LayerMaps, can_map
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.record import first_rows, record_of
 from hf_guidance.resuming import last_whole_checkpoint
+from hf_guidance.run_settings import SETTINGS, check_same_settings, settings_of, write_json
 from hf_guidance.sharding import built_whole
 from hf_guidance.similarity import get_measure
 from hf_guidance.trainer import GuidanceTrainer
@@ -43,15 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
-SETTINGS = "settings.json"
 FEW = 8  # rows that settings are checked with
-# TrainingArguments that leave weights and curves as they are: where files go, what is printed, how data are loaded
-HARMLESS = re.compile(
-    r"output_dir|run_name|seed|report_to|disable_tqdm|(log|logging|save|hub|push|ddp|trackio|_n_gpu).*|project"
-    r"|dataloader_(?!drop_last).*"
-    r"|do_(train|eval|predict)|load_best_model_at_end|remove_unused_columns|resume_from_checkpoint|ignore_data_skip"
-    r"|local_rank|debug|skip_memory_metrics|torch_empty_cache_steps|eval_(delay|on_start|accumulation_steps|do_.*)|include_.*"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +121,8 @@ def carry_out(
     if run.guide and guidance.cache_guide:
         guidance = dataclasses.replace(guidance, cache_guide=os.path.join(guidance.cache_guide, *place.parts[-2:]))
         task = dataclasses.replace(task, train_dataset=_numbered(task.train_dataset, str(guidance.sample_id_column)))
-    settings = _settings(run, model, args, guidance, data)
-    _check_settings(place, settings)
+    settings = settings_of(model, args, guidance if run.guide else None, data)
+    check_same_settings(place, settings)
     if (place / RESULT).is_file():
         return _read(place / RESULT, run)
     make = run.trainer or partial(
@@ -194,48 +185,6 @@ def _numbered(rows: Any, column: str) -> Any:
     return rows.add_column(column, list(range(len(rows))))
 
 
-def _settings(
-    run: Run, model: PreTrainedModel, args: TrainingArguments, guidance: GuidanceConfig, data: dict[str, Any]
-) -> dict[str, Any]:
-    network = json.loads(model.config.to_json_string(use_diff=True))
-    network.pop("transformers_version", None)
-    training = {name: value for name, value in args.to_dict().items() if not HARMLESS.fullmatch(name)}
-    training |= {"world_size": args.world_size}
-    settings = training | {
-        "guidance": guidance.without_paths() if run.guide else None,
-        "data": data,
-        "network": network,
-    }
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _check_settings(place: Path, now: dict[str, Any]) -> None:
-    if not (place / SETTINGS).is_file():
-        return
-    then = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
-    if then.get("guidance"):  # what did not exist when it ran is at its default
-        then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
-    if changed := _changed(then, now):
-        raise ValueError(
-            f"{place} holds a run with other settings: {', '.join(changed)}. Give another --output_dir, or remove "
-            "that folder, and those of runs that used its network as their guide, to run it again."
-        )
-
-
-def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ, each as ``name was 1, is 2``; those of a group as group.name."""
-    words: list[str] = []
-    for name in sorted(then.keys() | now.keys()):
-        old, new = then.get(name), now.get(name)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            words += _changed({f"{name}.{k}": v for k, v in old.items()}, {f"{name}.{k}": v for k, v in new.items()})
-        else:
-            words.append(f"{name} was {reprlib.repr(old)}, is {reprlib.repr(new)}")
-    return words
-
-
 def _read(path: Path, run: Run) -> dict[str, Any]:
     result = json.loads(path.read_text(encoding="utf-8"))
     if run.guide is not None:
@@ -254,14 +203,6 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
     for name, value in run.training.items():
         setattr(args, name, value)
     return args
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write all of a file or nothing of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def best_learning_rate(

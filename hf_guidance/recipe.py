@@ -18,13 +18,14 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
 from hf_guidance.checks import check_machine
-from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check, write_json
+from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.data_facts import EXAMPLES, task_facts
 from hf_guidance.flags import check_choice, parse
 from hf_guidance.recipe_cards import push_cards, write_cards
 from hf_guidance.record_facts import LICENSE
 from hf_guidance.resuming import last_whole_checkpoint
+from hf_guidance.run_settings import write_json
 from hf_guidance.runtime import environment, usable_cpus
 from hf_guidance.scrub import scrub_command, without_tokens
 from hf_guidance.tasks import Task

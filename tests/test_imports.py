@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"analysis", "accumulation"},
     {"uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"},
     {"trainer", "distillation"},
-    {"cost", "comparison", "record", "record_facts", "recipe_cards"},
+    {"cost", "comparison", "run_settings", "record", "record_facts", "recipe_cards"},
     {"recipe"},
     {"__init__"},
 ]
