@@ -146,7 +146,7 @@ def pairs(facts: Facts) -> str:
     if not found:
         return ""
     first, last = _span(0, found["first"]), _span(found["before_last"], found["last"])
-    header = ["target layer", "guide layer", f"similarity, {first}", last]
+    header = ["target layer", "guide layer", f"similarity in training, {first}", last]
     rows = [
         [p["target"], p["guide"], shown(p["first"], 3), shown(p["last"], 3)]
         for p in sorted(found["rows"], key=_in_order)

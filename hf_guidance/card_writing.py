@@ -24,6 +24,7 @@ from hf_guidance.uploads import ARGUMENTS
 logger = logging.getLogger(__name__)
 
 CURVES, MAPS = "curves.png", "similarity.png"
+MAPS_SHOW = "Similarity of all layers on rows to validate with, without dropout"
 
 
 class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -76,7 +77,7 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         validated = ", validation, and" if validation_curve(self.state.log_history)[1] else " in training, and"
         figures = (
             (CURVES, self._draw_curves, f"Task loss{validated} similarity of every pair"),
-            (MAPS, self._draw_maps, f"Similarity of all layers, before training and at step {self._step()}"),
+            (MAPS, self._draw_maps, f"{MAPS_SHOW}, before training and at step {self._step()}"),
         )
         facts["figures"] = [
             {"file": name, "caption": caption} for name, draw, caption in figures if self._drew(draw, folder / name)

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 FIGURES = {
     "curves.png": "This run: task loss, validation, and similarity of every pair over time",
     "comparison.png": "Validation curves, losses, and similarities of all pairs over time",
-    "similarity.png": "Similarity of every target layer with every guide layer, before and after training",
+    "similarity.png": "Similarity of every target layer with every guide layer, before and after training, of rows to "
+    "validate with, without dropout",
 }
 Report = dict[str, Any]
 
