@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import PIL.ImageOps
 import torch
 from datasets.utils.file_utils import xopen
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
@@ -42,10 +44,18 @@ class PixelFormat:
     def normalise(self, images: Sequence[Tensor]) -> Tensor:
         """Bytes, `(channels, height, width)` each, to one float32 batch; image by image, as one fits the cache."""
         mean, std = (torch.tensor(values).mul(255.0)[:, None, None] for values in (self.mean, self.std))
-        batch = torch.empty(len(images), *images[0].shape)
+        batch = _room(len(images), *images[0].shape)
         for image, normalised in zip(images, batch, strict=True):
             torch.sub(image, mean, out=normalised).div_(std)
         return batch
+
+
+def _room(*shape: int) -> Tensor:
+    """An empty float32 tensor; in a loader's worker in shared memory, to which it would be copied otherwise."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * torch.float32.itemsize)
+    return torch.empty(0).set_(storage).view(shape)
 
 
 class ImageDecoder:
