@@ -230,11 +230,9 @@ def test_every_pushed_card_is_whole_and_escapes_what_it_is_given(pushed, toured)
         metadata, body = check_card(store.files(f"model/tester/{name}")["README.md"].decode())
         validated = ", validation, and" if name == "guided-rnn" else " in training, and"
         assert f"![Task loss{validated} similarity of every pair](curves.png)" in body
-        shown, step = (
-            "Similarity of all layers on rows to validate with, without dropout",
-            4 if name == "guided-rnn" else 1,
-        )
-        assert f"![{shown}, before training and at step {step}]" in body
+        step = 4 if name == "guided-rnn" else 1
+        shown = f"on rows to validate with, without dropout, before training and at step {step}"
+        assert f"![Similarity of all layers {shown}]" in body
         for figure in ("curves.png", "similarity.png"):
             assert store.files(f"model/tester/{name}")[figure].startswith(b"\x89PNG")
         assert re.search(r"^\| a step with guidance +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)

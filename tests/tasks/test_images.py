@@ -20,7 +20,7 @@ from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, EvalPrediction
 
-from hf_guidance.tasks import build_task, image_classification
+from hf_guidance.tasks import build_task, image_classification, image_decoding
 from hf_guidance.tasks.image_decoding import ImageCollator, ImageDecoder, PixelFormat
 
 SMALL = PixelFormat(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -229,6 +229,21 @@ def test_metrics_are_scikit_learns():
 def numbers(stream, count):
     rows = iter(stream)
     return [next(rows)["labels"] for _ in range(count)]
+
+
+def test_a_worker_collates_the_same_pixels_and_does_so_where_they_need_not_be_copied_from(imagenet, monkeypatch):
+    task = load(imagenet, guide=PixelFormat(24))
+
+    def batches(workers):
+        return list(DataLoader(task.eval_dataset, 4, num_workers=workers, collate_fn=task.data_collator))
+
+    for here, there in zip(batches(0), batches(1), strict=True):
+        assert here.keys() == there.keys() == {"pixel_values", "guide_pixel_values", "labels"}
+        assert all(torch.equal(here[name], there[name]) for name in here)
+    images = task.eval_dataset[0]["pixel_values"][:1]
+    assert not SMALL.normalise(images).is_shared()
+    monkeypatch.setattr(image_decoding, "get_worker_info", lambda: "a worker")
+    assert SMALL.normalise(images).is_shared()
 
 
 def test_a_stream_goes_on_epoch_after_epoch_each_whole_and_in_another_order(imagenet):
