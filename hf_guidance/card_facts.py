@@ -112,7 +112,7 @@ def _target(model: Any) -> Facts:
 
 
 def _guide(trainer: Any) -> Facts:
-    from hf_guidance.guide import BATCH_NORM
+    from hf_guidance.frozen import BATCH_NORM
 
     guide, config = trainer.guide, getattr(trainer.guide, "config", None)
     norm = any(isinstance(module, BATCH_NORM) for module in guide.modules())

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Trainer
 
-from hf_guidance.guide import freeze
+from hf_guidance.frozen import freeze
 from hf_guidance.guide_input import forward_arguments, guide_batch, without_guide
 from hf_guidance.identity import identity
 

@@ -1,11 +1,10 @@
-"""The frozen network: loading it, or building an untrained one from a seed, and freezing it."""
+"""The frozen network: loading it, or building an untrained one from a seed."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_guidance.frozen import freeze
+from hf_guidance.guide_configs import config_if_timm_exported, config_of, in_timm
 from hf_guidance.identity import IDENTITY, commit_of
 from hf_guidance.sharding import built_whole
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def load_guide(
@@ -68,7 +68,7 @@ def load_guide(
     auto = auto_class or AutoModel
     with built_whole():
         if untrained:
-            config = _or_explain(source, lambda: _config_of(source, **hub))
+            config = _or_explain(source, lambda: config_of(source, **hub))
             with _seeded(seed):
                 guide = _build(config, auto, trust_remote_code)
         else:
@@ -84,7 +84,7 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError) as error:
-        known = "" if os.path.isdir(source) or not _in_timm(source) else f" timm has it: 'timm/{source}'."
+        known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
         weights = _about_weights(source) if "safetensors" in str(error) else ""
         raise ValueError(
             f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{weights}{known} A guide is a local "
@@ -99,12 +99,6 @@ def _about_weights(source: Any) -> str:
     return " Weights must be safetensors: pickled ones are refused."
 
 
-def _in_timm(name: Any) -> bool:
-    import timm
-
-    return bool(timm.is_model(str(name)))
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Inside, the random state of the CPU, where weights are drawn, is `seed`'s; after, as before; no other's moves."""
@@ -116,7 +110,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> nn.Module:
     from transformers.utils import logging as reports
 
-    config = _config_if_timm_exported(source, **kwargs)
+    config = config_if_timm_exported(source, **kwargs)
     kwargs |= {} if config is None else {"config": config}
     verbosity = reports.get_verbosity()
     reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
@@ -132,52 +126,6 @@ def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> 
     return guide
 
 
-def _config_of(source: Any, **kwargs: Any) -> Any:
-    from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
-
-    if isinstance(source, PreTrainedConfig):
-        return _with_classes_once(copy.deepcopy(source))
-    if str(source).startswith("timm/") and not os.path.isdir(source):
-        architecture = str(source).removeprefix("timm/")
-        if _in_timm(architecture):
-            return TimmWrapperConfig(architecture=architecture)
-    return _with_classes_once(AutoConfig.from_pretrained(source, **kwargs))
-
-
-def _config_if_timm_exported(source: Any, **kwargs: Any) -> Any:
-    """The config of a network as timm exports it, which needs a change; None for any other, or with one given."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
-    try:
-        written = PreTrainedConfig.get_config_dict(source, **hub)[0]
-    except OSError:  # which from_pretrained explains
-        return None
-    if "config" in kwargs or "num_classes" not in (written.get("model_args") or {}):
-        return None
-    return _with_classes_once(AutoConfig.from_pretrained(source, **hub))
-
-
-def _with_classes_once(config: Any) -> Any:
-    """The config without the number of classes that timm writes twice, and transformers would pass twice."""
-    if config.model_type == "timm_wrapper" and config.model_args:
-        config.model_args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
-    return config
-
-
-def is_resnet(guide: str) -> bool:
-    """Whether a guide is a ResNet, by its architecture."""
-    if guide.startswith("timm/") and not os.path.isdir(guide):
-        return "resnet" in guide
-    from transformers import PreTrainedConfig
-
-    try:
-        config = PreTrainedConfig.get_config_dict(guide)[0]
-    except OSError:  # which load_guide explains
-        return False
-    return "resnet" in str(config.get("architecture", config.get("model_type")))
-
-
 def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = False, **changes: Any) -> Any:
     """A network of an architecture with random weights from torch's random state, to be trained.
 
@@ -187,7 +135,7 @@ def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = Fa
         trust_remote_code: as of `load_guide`.
         **changes: config fields that shall differ, ``num_labels`` say.
     """
-    config = _or_explain(source, lambda: _config_of(source, trust_remote_code=trust_remote_code))
+    config = _or_explain(source, lambda: config_of(source, trust_remote_code=trust_remote_code))
     for name, value in changes.items():
         setattr(config, name, value)
     return _build(config, auto_class, trust_remote_code)
@@ -207,56 +155,3 @@ def _build(config: Any, auto_class: Any, trust_remote_code: bool) -> Any:
             own = timm.create_model(config.architecture, num_classes=classes, **(config.model_args or {}))
         network.timm_model.load_state_dict(own.state_dict())
     return network
-
-
-# ---------------------------------------------------------------------------------------------------------- frozen
-
-
-def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | None = None) -> nn.Module:
-    """Freeze a guide in place: no gradient, evaluation mode, batch norm as asked; then move it.
-
-    Args:
-        batch_norm: ``eval`` and ``calibrated`` use the running statistics; ``batch`` the batch's, leaving the running
-            ones as they are.
-        device: left where it is if None, quantised, or spread by a device map.
-
-    Raises:
-        ValueError: another mode than ``eval`` for a guide without batch norm.
-    """
-    guide.eval().requires_grad_(False)
-    norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM)]
-    if batch_norm != "eval" and not norms:
-        raise ValueError(f"guide_batch_norm={batch_norm!r}, but the guide ({type(guide).__name__}) has no batch norm.")
-    for norm in norms:
-        norm.train(batch_norm == "batch")
-        norm.track_running_stats = batch_norm != "batch" and norm.running_mean is not None
-    placed = getattr(guide, "hf_device_map", None) or getattr(guide, "is_quantized", False)
-    return guide if device is None or placed else guide.to(device)
-
-
-@torch.no_grad()
-def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]) -> None:
-    """Replace the running statistics by the average over some forwards; everything else stays in evaluation mode."""
-    norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average
-        norm.train()
-    try:
-        for forward in forwards:
-            forward()
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
-
-
-def check_apart(target: nn.Module, guide: nn.Module) -> None:
-    """Raise ValueError if target and guide are one network or share parameters."""
-    shared = {id(p) for p in target.parameters()} & {id(p) for p in guide.parameters()}
-    if guide is target or shared:
-        raise ValueError(
-            f"the guide shares {len(shared)} parameters with the target, so it would not stay frozen; "
-            "pass a copy (copy.deepcopy) or another network."
-        )

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features import LayerReader, not_recomputed
-from hf_guidance.guide import check_apart, freeze
+from hf_guidance.frozen import check_apart, freeze
 from hf_guidance.guide_input import (
     check_vocabularies,
     generator_for,

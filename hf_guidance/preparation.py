@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hf_guidance.cache import row_checksums
-from hf_guidance.guide import calibrate_batch_norm
+from hf_guidance.frozen import calibrate_batch_norm
 from hf_guidance.guide_input import generator_for, guide_batch
 from hf_guidance.identity import fingerprint
 

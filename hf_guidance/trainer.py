@@ -16,7 +16,7 @@ from hf_guidance.accumulation import Accumulated
 from hf_guidance.checks import check_trainer, check_types
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.failure import GRADIENT, FiniteSteps
-from hf_guidance.guide import calibrate_batch_norm, freeze
+from hf_guidance.frozen import calibrate_batch_norm, freeze
 from hf_guidance.guide_input import (
     GUIDE_PREFIX,
     accepted_columns,

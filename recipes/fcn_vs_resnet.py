@@ -38,7 +38,8 @@ from hf_guidance import load_guide
 from hf_guidance.comparison import Run
 from hf_guidance.distillation import DistillationTrainer, check_classes
 from hf_guidance.flags import check_choice
-from hf_guidance.guide import is_resnet, untrained_network
+from hf_guidance.guide import untrained_network
+from hf_guidance.guide_configs import is_resnet
 from hf_guidance.recipe import (
     Comparison,
     RecipeArguments,

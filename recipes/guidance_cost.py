@@ -34,7 +34,7 @@ from hf_guidance.cost.measuring import Plan, measure_cost
 from hf_guidance.cost.settings import Networks, Setting, parse_rows
 from hf_guidance.cost.table import cost_tables, plot_overhead
 from hf_guidance.flags import parse
-from hf_guidance.guide import is_resnet
+from hf_guidance.guide_configs import is_resnet
 from hf_guidance.run_settings import write_json
 from hf_guidance.runtime import environment
 from hf_guidance.scrub import scrub_command

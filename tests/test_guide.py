@@ -31,11 +31,7 @@ from transformers import (
 
 from hf_guidance import load_guide
 from hf_guidance.features import LayerReader
-from hf_guidance.guide import (
-    calibrate_batch_norm,
-    check_apart,
-    freeze,
-)
+from hf_guidance.frozen import calibrate_batch_norm, check_apart, freeze
 from hf_guidance.identity import IDENTITY, check_same_guide, fingerprint, identity
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_guidance.analysis.saving import save
 from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
-from hf_guidance.guide import BATCH_NORM, freeze
+from hf_guidance.frozen import BATCH_NORM, freeze
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.mapping import pair_name
 from hf_guidance.watched import Watched
