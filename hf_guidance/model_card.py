@@ -129,8 +129,10 @@ def _loading(facts: Facts) -> str:
     if not facts.get("repository"):
         text = "This network is in no repository: the command below makes it, in that folder. "
     if facts["target"].get("own_code"):
-        text += "`trust_remote_code=True` runs the two Python files beside the weights. With `pip install hf_guidance` "
-        text += "and `import hf_guidance.targets` it is not needed."
+        text += (
+            "`trust_remote_code=True` runs the two Python files beside the weights. Where the package hf_guidance is "
+        )
+        text += "installed, it is not needed after `import hf_guidance.targets`."
     return text.strip()
 
 

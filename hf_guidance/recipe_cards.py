@@ -120,7 +120,8 @@ def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[st
 def _in_words(run: dict[str, Any], report: Report) -> str:
     text = "Matched runs: same seeds, same initial weights, same data order"
     text += "; the learning rate is the best one without guidance." if report["learning_rate_search"] else "."
-    text += " Mean ± standard deviation over the seeds, at the last step."
+    several = len({other["seed"] for other in report["runs"]}) > 1
+    text += " Mean ± standard deviation over the seeds, at the last step." if several else " Figures of the last step."
     gains = differences(report["runs"], run["run"])
     if not gains:
         return text
@@ -142,7 +143,8 @@ def _belongs(row: str, run: dict[str, Any]) -> bool:
 
 
 def push_cards(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
-    """Upload cards and figures to where the runs were pushed; what fails is said, and nothing is lost."""
+    """Upload cards and figures to where the runs were pushed, and print where that is; what fails is said, and nothing
+    is lost."""
     from huggingface_hub import HfApi
 
     cards = {f"seed-{run['seed']}/{run['run']}": run.get("card", {}) for run in report["runs"]}
@@ -150,7 +152,7 @@ def push_cards(report: Report, places: list[Path], token: str | None, revision: 
         repository = cards[f"{place.parent.name}/{place.name}"].get("repository")
         try:
             if repository:
-                HfApi().upload_folder(
+                commit = HfApi().upload_folder(
                     repo_id=repository,
                     folder_path=place,
                     allow_patterns=["README.md", *FIGURES],
@@ -158,6 +160,7 @@ def push_cards(report: Report, places: list[Path], token: str | None, revision: 
                     token=token,
                     revision=revision,
                 )
+                print(f"pushed: {commit.repo_url}" + (f", branch {revision}" if revision else ""))
         except Exception as error:
             command = later(str(repository), place, revision)
             logger.error("The card of %s was not pushed (%s). To push it: %s", repository, error, command)

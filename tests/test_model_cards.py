@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -128,13 +129,14 @@ def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
     assert r"Read a.txt and \`&lt;token&gt;\`." in text
 
 
-def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp_path, monkeypatch, caplog):
+def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp_path, monkeypatch, caplog, capsys):
     asked = []
 
     def upload(self, **options):
         asked.append(options)
         if len(asked) == 2:
             raise OSError("no Hub today")
+        return SimpleNamespace(repo_url=f"https://hub.test/{options['repo_id']}")
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     runs = [{"seed": 0, "run": name, "card": {"repository": f"me/{name}"}} for name in ("one", "two")]
@@ -144,5 +146,6 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
         ("me/one", places[0], "trial"),
         ("me/two", places[1], "trial"),
     ]
+    assert capsys.readouterr().out == "pushed: https://hub.test/me/one, branch trial\n"
     assert f"(no Hub today). To push it: hf upload me/two {places[1]} . --revision trial" in caplog.text
     assert "hf_x" not in caplog.text
