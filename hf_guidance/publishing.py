@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -16,6 +15,7 @@ from hf_guidance.card_writing import CardMixin
 from hf_guidance.uploads import (
     ARGUMENTS,
     FOR_RESUMING,
+    NO_HUB,
     STATE,
     check_may_write,
     later,
@@ -38,11 +38,11 @@ class PublishingMixin(CardMixin):
 
         Raises:
             PermissionError: the Hub does not know the token, or it may only read.
-            ConnectionError: the Hub does not answer as it should.
+            ConnectionError: the Hub does not answer, or not as it should.
         """
         try:
             super().init_hf_repo(token=token, private=private)
-        except HfHubHTTPError as error:
+        except NO_HUB as error:
             name = str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
             trained = hasattr(self, "state") and self.state.global_step > 0  # the first call is before there is any
             raise refused(name, error, trained=trained) from error

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError  # of the library that the client speaks through, and its own
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_guidance.card_facts import EMISSIONS
 from hf_guidance.scrub import scrub_state
 
+NO_HUB = (HTTPError, ConnectionError)  # it refuses, or is not reached; the second when HF_HUB_OFFLINE says so
 ARGUMENTS = "training_args.bin"
 STATE = "trainer_state.json"
 # in a checkpoint, for going on with the training, and no part of the model
@@ -34,15 +35,19 @@ def check_may_write(repository: str, token: str | None) -> None:
         return
     try:
         api.auth_check(repository, token=token, write=True)
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
+    except NO_HUB as error:
+        if _says_no(error):
             raise refused(repository, error) from error
 
 
-def refused(repository: str, error: HfHubHTTPError, trained: bool = False) -> OSError:
+def _says_no(error: Exception) -> bool:
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+
+
+def refused(repository: str, error: Exception, trained: bool = False) -> OSError:
     """What to raise where the Hub does not let a repository be made or written to, before any training or after it."""
     nothing = "" if trained else "Nothing was trained: "
-    if error.response.status_code not in (401, 403):
+    if not _says_no(error):
         return ConnectionError(
             f"The Hub does not answer as it should for {repository} ({one_line(error)}). {nothing}try "
             f"again{'.' if trained else ', or train without push_to_hub and push later.'}"

@@ -269,6 +269,16 @@ def test_a_wrong_token_is_found_before_training(tmp_path):
     assert "'loss'" not in printed
 
 
+@pytest.mark.parametrize("where", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
+def test_a_hub_that_is_not_reached_is_found_before_training(where, tmp_path):
+    with Hub(tmp_path / "hub") as hub:
+        environment = hub.environment(tmp_path / "home") | where
+        hub.environment = lambda *_: environment
+        printed = run(hub, tmp_path / "out", "push")
+    assert re.search(r"ERROR ConnectionError The Hub does not answer .* Nothing was trained: try again", printed)
+    assert "'loss'" not in printed
+
+
 @pytest.fixture(scope="module")
 def bad_day(tmp_path_factory):
     """A Hub on which commits fail, one kind of failure per repository, and what the pushes said of it."""
