@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
@@ -35,6 +36,7 @@ from hf_guidance.run_settings import SETTINGS, check_same_settings, settings_of,
 from hf_guidance.sharding import built_whole
 from hf_guidance.similarity import get_measure
 from hf_guidance.trainer import GuidanceTrainer
+from hf_guidance.uploads import check_hub
 
 if TYPE_CHECKING:
     from hf_guidance.tasks import Task
@@ -74,8 +76,25 @@ class Run:
     trainer: Callable[..., Trainer] | None = None
 
 
-def check(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig) -> None:
-    """Raise ValueError, before anything is trained, if a guided run's settings, layers or data do not go together."""
+def check(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig, folder: Path) -> None:
+    """What a guided run could fail at, found before anything is trained.
+
+    Raises:
+        ValueError: its settings, layers or data do not go together.
+        PermissionError, ConnectionError: it is to be pushed, and the Hub does not let it be.
+    """
+    _check_guidance(run, task, args, guidance)
+    place = _place(run, folder)
+    own = _arguments(run, args, place)
+    if own.push_to_hub and PartialState().is_main_process and not (place / RESULT).is_file():
+        check_hub(own)
+
+
+def _place(run: Run, folder: Path) -> Path:
+    return folder / f"seed-{run.seed}" / run.name
+
+
+def _check_guidance(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig) -> None:
     config = dataclasses.replace(guidance, **run.guidance)
     make = run.like if run.needs else run.guide
     if make is None or not config.guidance_weight:
@@ -114,7 +133,7 @@ def carry_out(
     Raises:
         ValueError: the folder holds a run of other settings, finished or not, or of another guide.
     """
-    place = folder / f"seed-{run.seed}" / run.name
+    place = _place(run, folder)
     args, guidance = _arguments(run, args, place), dataclasses.replace(guidance, **run.guidance)
     set_seed(run.seed)
     model, task = run.model(), run.task or task

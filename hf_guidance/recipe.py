@@ -184,7 +184,7 @@ def compare(
     facts: dict[str, Any] = {"command": scrub_command(command), "license": LICENSE}
     facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
     for run in comparison.runs(recipe.seeds[0]):
-        check(run, task, args, guidance)
+        check(run, task, args, guidance, folder)
 
     def carry(run: Run) -> dict[str, Any]:
         own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # of the library that the client speaks through, and its own
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_guidance.card_facts import EMISSIONS
@@ -38,6 +39,21 @@ def check_may_write(repository: str, token: str | None) -> None:
     except NO_HUB as error:
         if _says_no(error):
             raise refused(repository, error) from error
+
+
+def check_hub(args: TrainingArguments) -> None:
+    """Make the repository that is to be pushed to, if there is none, and see that the token may write to it.
+
+    Raises:
+        PermissionError: the Hub does not know the token, or it may only read.
+        ConnectionError: the Hub does not answer, or not as it should.
+    """
+    name, token = str(args.hub_model_id), args.hub_token
+    try:
+        made = HfApi().create_repo(name, token=token, private=args.hub_private_repo, exist_ok=True)
+    except NO_HUB as error:
+        raise refused(name, error) from error
+    check_may_write(made.repo_id, token)
 
 
 def _says_no(error: Exception) -> bool:

@@ -86,6 +86,24 @@ def test_what_is_pushed_gives_the_figure_of_its_card_in_a_clean_process(copy_pas
     assert {key for key in hub.store.repos if "alone" in key or "itself" in key} == set()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"HF_TOKEN": "hf_wrong"}, "PermissionError: The token may not write to tester/copy-untrained-guide-seed0 "),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "^The Hub does not answer as it should for tester/copy-"),
+    ],
+)
+def test_a_hub_that_takes_no_push_is_found_before_the_first_run(wrong, words, tmp_path):
+    with Hub(tmp_path / "hub") as hub:
+        environment = os.environ | hub.environment(tmp_path / "home") | wrong
+        process = launch(tmp_path / "out", env=environment, push_to_hub=True, hub_model_id="tester/copy")
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert re.search(words, printed, re.MULTILINE), printed[-3000:]
+    assert "Nothing was trained: " in printed
+    assert not (tmp_path / "out" / "seed-0").exists()
+
+
 def test_guided_runs_log_the_similarity_of_every_pair_at_every_logging_step(copy_paste):
     for run in copy_paste[2]["runs"]:
         pairs = {f"hidden_states.{i}~hidden_states.{i}" for i in (1, 2, 3, 4)} if "_guide" in run["run"] else None
