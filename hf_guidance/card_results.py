@@ -11,7 +11,8 @@ from hf_guidance.markdown import code, escape, shown, table
 
 Facts = dict[str, Any]
 CITATION = """@inproceedings{subramaniam2025guidance,
-  title     = {Training the Untrainable: Introducing Inductive Bias via Representational Alignment},
+  title     = {Training the Untrainable: Introducing Inductive Bias via
+               Representational Alignment},
   author    = {Subramaniam, Vighnesh and Mayo, David and Conwell, Colin and Poggio, Tomaso and
                Katz, Boris and Cheung, Brian and Barbu, Andrei},
   booktitle = {Advances in Neural Information Processing Systems},
