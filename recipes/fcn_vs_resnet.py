@@ -156,14 +156,15 @@ def target_of(recipe: Arguments, task: Task) -> PreTrainedModel:
 
 def defaults(recipe: Arguments) -> dict[str, Any]:
     """What the flags are where they are not given."""
-    batch = 128 if recipe.dataset == "digits" else 256  # digits are few, and to be done in minutes on two cores
-    values = training_defaults(300 if recipe.preset == "small" else 100_000, batch, 1e-3)
+    small = recipe.preset == "small"
+    batch = 128 if small and recipe.dataset == "digits" else 256  # digits are to be done in minutes on two cores
+    values = training_defaults(300 if small else 100_000, batch, 1e-3)
     name = Path(recipe.dataset).name
     values["output_dir"] = f"outputs/fcn_vs_resnet/{recipe.target}-{name}-{recipe.preset}"
     values["remove_unused_columns"] = False  # the rows are images still
     if recipe.streaming:
         values["accelerator_config"] = {"dispatch_batches": False}  # or rank 0 decodes for all
-    if recipe.preset == "small":
+    if small:
         values["measure"] = "ridge"  # for linear CKA see the log in recipes/README.md
     if is_resnet(str(recipe.guide)):
         values["guide_layers"] = ["Conv2d"]  # the paper's: every convolution

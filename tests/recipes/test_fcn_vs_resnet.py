@@ -254,6 +254,7 @@ def test_the_papers_preset_is_of_imagenets_size(imagenet, tmp_path, monkeypatch)
     assert guidance["measure"] == "linear_cka"
     recipe = runpy.run_path(str(RECIPE.path))
     task = SimpleNamespace(labels=tuple(map(str, range(1000))))
+    assert recipe["defaults"](recipe["Arguments"](preset="paper"))["per_device_train_batch_size"] == 256
     sizes = {}
     for target in ("deep_fcn", "wide_fcn", "resnet50_without_skips"):
         given = recipe["Arguments"](preset="paper", target=target, dataset="ILSVRC/imagenet-1k")
