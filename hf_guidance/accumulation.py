@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_guidance.features import HIDDEN, not_recomputed
 from hf_guidance.guide_input import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
 from hf_guidance.loss import GuidanceLoss
+from hf_guidance.together import Kernel, complete
 from hf_guidance.watched import Watched
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Accumulated:
         self._samples = loss.samples_of(joined(seen), step=step, rank=rank)
         self._guide_samples = loss.samples_of(joined(guides), like=self._samples)
         with torch.no_grad():
-            self._guide_grams = _grams([loss.running.read(batch, _kept) for batch in guides], self._guide_samples)
+            grams = _grams([loss.running.read(batch, _kept) for batch in guides], self._guide_samples)
+            self._guide_grams = complete(grams)
             self._features = self._look(seen)
 
     @contextmanager
@@ -83,7 +85,7 @@ class Accumulated:
             yield watched
             return
 
-        def gram(name: str, features: Tensor) -> Tensor:
+        def gram(name: str, features: Tensor) -> Kernel:
             others = [features if i == number else read[name] for i, read in enumerate(self._features)]
             return self._samples.gram(name, _in_one(others))
 
@@ -151,7 +153,7 @@ def _kept(name: str, features: Tensor) -> Tensor:
     return features.detach() if HIDDEN.fullmatch(name) else features.detach().clone()
 
 
-def _grams(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, Tensor]:
+def _grams(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, Kernel]:
     return {name: samples.gram(name, _in_one([features[name] for features in read])) for name in read[0]}
 
 

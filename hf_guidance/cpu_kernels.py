@@ -1,16 +1,21 @@
 """Gram matrices on a CPU, in numpy's plainest calls.
 
 These cost a tenth of torch's, which counts where a step has dozens of small matrices; and a product of a matrix with
-its own transpose is half the work in numpy alone.
+its own transpose is half the work in numpy alone. Its products run on one thread, and torch takes over where it has
+more than two: numpy's own threads wait busily on the processors that torch's need, and a step takes twice as long.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -22,22 +27,42 @@ SAFE_WITH_GRADIENT = 4
 LARGEST_OFFSET = 1000  # beyond, a layer may be dead, and the mean's own rounding counts
 PROBED = 1024  # features of a wide layer that tell which of the two ways will do
 BLOCK = 4096  # features that are centred at a time, so that they stay in the cache
+MOST_THREADS = 2  # of torch's, on which its whole product takes as long as numpy's half on one
 
 
 def outer(x: Tensor) -> Tensor:
-    """``x xᵀ``; on a CPU by numpy, which knows that half of it is enough."""
-    if not on_cpu(x):
-        return x @ x.T
+    """``x xᵀ`` of ``(…, n, d)``; on a CPU by numpy, which knows that half of it is enough."""
+    if not for_numpy(x):
+        return x @ x.mT
     array = x.numpy()
-    return torch.from_numpy(array @ array.T)
+    with one_thread():
+        return torch.from_numpy(array @ array.swapaxes(-1, -2))
 
 
-def on_cpu(x: Tensor) -> bool:
-    """Whether numpy may do it: not where torch is to see what is done, to compile it or to count it."""
+def for_numpy(x: Tensor) -> bool:
+    """Whether numpy is to do it: on a CPU, if torch has not many threads there, and is not to see what is done, to
+    compile it or to count it."""
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return x.device.type == "cpu" and not watched
+    return x.device.type == "cpu" and not watched and torch.get_num_threads() <= MOST_THREADS
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, products of numpy run on the calling thread alone."""
+    blas = _blas()
+    if all(library.num_threads == 1 for library in blas.lib_controllers):
+        yield
+    else:
+        with blas.limit(limits=1):
+            yield
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+@one_thread()
 def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
     """Gram matrix of float32 features ``(n, d)``, centred and scaled as `kernels.gram` does, with the fewest passes.
 
@@ -106,6 +131,7 @@ def _kernel_in_blocks(array: Any, mean: Any) -> Any:
     return kernel
 
 
+@one_thread()
 def features_on_cpu(array: Any) -> tuple[Any, float] | None:
     """Features ``(n, d)``, centred and scaled as `kernels.centred_features` does, and the scale; None as above."""
     mean = np.add.reduce(array, 0) / len(array)

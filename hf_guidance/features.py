@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # whose first hidden state is a layer's; that of other networks is the embeddings
 STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
-Reduce = Callable[[str, Any], Tensor]
+Reduce = Callable[[str, Any], Any]
 
 
 class AllRead(Exception):
@@ -46,7 +46,7 @@ class LayerReader:
         self.stop_early = False  # end a forward by `AllRead` once those are read
         self._hidden: list[tuple[str, int | None]] = []
         self._reduce: Reduce | None = None
-        self._read: dict[str, Tensor] = {}
+        self._read: dict[str, Any] = {}
         self._seen: list[str] = []
         self._order: list[str] = []
         modules: dict[str, nn.Module] = {}
@@ -67,7 +67,7 @@ class LayerReader:
         self._handles += [m.register_forward_hook(partial(self._read_module, name)) for name, m in modules.items()]
 
     @contextmanager
-    def reading(self, reduce: Reduce) -> Iterator[dict[str, Tensor]]:
+    def reading(self, reduce: Reduce) -> Iterator[dict[str, Any]]:
         """While open, the layers of each forward go through `reduce(name, output)` into the yielded dict."""
         self._reduce, self._read = reduce, {}
         try:
@@ -152,7 +152,7 @@ def not_recomputed(reduce: Reduce) -> Reduce:
     """
     with_gradients = torch.is_grad_enabled()
 
-    def reduce_unseen(name: str, features: Any) -> Tensor:
+    def reduce_unseen(name: str, features: Any) -> Any:
         if with_gradients and not torch.is_grad_enabled():
             raise ValueError(
                 f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "

@@ -18,6 +18,7 @@ from hf_guidance.mapping import LAST
 from hf_guidance.samples import Samples
 from hf_guidance.sharding import is_sharded
 from hf_guidance.sketch import Sketch
+from hf_guidance.together import Kernel
 
 WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)  # as transformers and timm say it
 
@@ -47,8 +48,12 @@ class GuideRunning:
         """The guide's layers in order, once a batch has been seen."""
         return self.reader.names() if self.cache is None else list(self.cache.widths)
 
-    def grams(self, inputs: Mapping[str, Any], batch: Mapping[str, Any], samples: Samples) -> dict[str, Tensor]:
-        """Gram matrix of each layer on the guide's `inputs`; the `batch` has the samples' ids, if they are needed."""
+    def grams(self, inputs: Mapping[str, Any], batch: Mapping[str, Any], samples: Samples) -> dict[str, Kernel]:
+        """Gram matrix of each layer, or what it will be made of, on the guide's `inputs`.
+
+        Args:
+            batch: has the samples' ids, if they are needed.
+        """
         if self.config.cache_guide is None:
             return self.read(inputs, samples.gram)
         if self.cache is None:
@@ -57,7 +62,7 @@ class GuideRunning:
         keep = self.reader.keep
         return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
 
-    def read(self, inputs: Mapping[str, Any], reduce: Reduce) -> dict[str, Tensor]:
+    def read(self, inputs: Mapping[str, Any], reduce: Reduce) -> dict[str, Any]:
         """One forward, each layer reduced as soon as it is there; it ends with the last one that is in a pair."""
         own_forward = getattr(self.guide.forward, "__func__", None) is type(self.guide).forward
         placed = hasattr(self.guide, "hf_device_map")  # weights that are fetched for each forward, and put back

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_guidance.cpu_kernels import features_on_cpu, kernel_on_cpu, on_cpu, outer
+from hf_guidance import gpu_kernels
+from hf_guidance.cpu_kernels import features_on_cpu, for_numpy, kernel_on_cpu, outer
+from hf_guidance.gpu_kernels import for_tensor_cores
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
+SUM_ROUNDING = 2**-18  # of a sum of products in float32, squared numbers as they are; measured below a fourth of it
 EXPECTED = "gradient_is_centred"
 
 
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
     """Switch autocast and TF32 off: a Gram matrix rounded to 8 or 10 bits is another statistic."""
-    matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision if device.type == "cuda" else None
-    with torch.autocast(device.type, enabled=False):
-        if precision is not None:
-            matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            if precision is not None:
-                matmul.fp32_precision = precision
+    return gpu_kernels.float32_products("ieee", device)
 
 
 def center(kernel: Tensor) -> Tensor:
@@ -56,8 +49,12 @@ def unit(kernel: Tensor) -> Tensor:
 
 def inverse_norms(kernels: Sequence[Tensor]) -> Tensor:
     """One over the Frobenius norm of each; 0 for a matrix that is zero up to rounding."""
-    norms = torch.stack([torch.linalg.vector_norm(kernel) for kernel in kernels])
-    zero = norms <= ROUNDINGS * torch.finfo(norms.dtype).eps * len(kernels[0])
+    return inverse_of(torch.stack([torch.linalg.vector_norm(kernel) for kernel in kernels]), len(kernels[0]))
+
+
+def inverse_of(norms: Tensor, n: int) -> Tensor:
+    """The same of the norms of ``n × n`` matrices."""
+    zero = norms <= ROUNDINGS * torch.finfo(norms.dtype).eps * n
     return torch.where(zero, torch.inf, norms).reciprocal()
 
 
@@ -88,7 +85,8 @@ def gram(
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …), as the mask has it"
         raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
     precision = precision or features.dtype
-    x = features if features.dtype == torch.float64 else features.float()
+    as_it_is = features.dtype == torch.float64 or (mask is None and for_tensor_cores(features))
+    x = features if as_it_is else features.float()
     if mask is None:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return _scaled_kernel(flat(x.detach()), precision)[0]
@@ -134,8 +132,10 @@ class CentredKernel(torch.autograd.Function):
             factor = 2 * ctx.factor
             gradient = center(gradient) if ctx.has_mean else gradient  # of its rounding, which the mean would multiply
         else:
-            gradient, factor = _center_in_place(gradient + gradient.T), ctx.factor
-        plain = on_cpu(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
+            gradient, factor = center_in_place(gradient + gradient.T), ctx.factor
+        if x.dtype in gpu_kernels.HALF:
+            return gpu_kernels.times(gradient * factor, x), None, None
+        plain = for_numpy(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
         with nullcontext() if plain else exact_float32(x.device):
             if isinstance(factor, float):
                 return torch.addmm(x.new_empty(()), gradient, x, beta=0, alpha=factor), None, None
@@ -150,21 +150,38 @@ def expect_centred(kernel: Tensor) -> None:
 
 def _scaled_kernel(x: Tensor, precision: torch.dtype, keep: bool = False) -> tuple[Tensor, float | Tensor, Tensor]:
     """``x̃ x̃ᵀ / scale``, and, to `keep` for the backward, the number and the features of which the gradient is made."""
-    if x.dtype == torch.float32 and on_cpu(x) and (found := kernel_on_cpu(x.numpy(), keep)):
+    if x.dtype == torch.float32 and for_numpy(x) and (found := kernel_on_cpu(x.numpy(), keep)):
         kernel, factor, kept = found
         return torch.from_numpy(kernel), factor, x if kept is None else torch.from_numpy(kept)
+    if for_tensor_cores(x):
+        return *scaled_product(gpu_kernels.outer(x), gpu_kernels.precision_of(x)), x
+    return scaled_kernels(x, precision)
+
+
+def scaled_kernels(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of features ``(n, d)``, or ``(layers, n, d)`` of several layers, in torch's calls alone."""
     with exact_float32(x.device):
-        mean = x.mean(0)
+        mean = x.mean(-2, keepdim=True)
         centred = x - mean
-        kernel = _center_in_place(outer(centred))  # again, for what rounding of the mean left behind
-        offset = _varying(mean, centred, precision).square().sum()
-        inverse = _scale(kernel.diagonal().mean(), offset, precision).reciprocal()
-        return kernel.mul_(inverse), inverse, centred
+        kernel = center_in_place(outer(centred))  # again, for what rounding of the mean left behind
+        offset = _varying(mean, centred, precision).square().sum((-2, -1))
+        inverse = _scale(_mean_diagonal(kernel), offset, precision).reciprocal()
+        return kernel.mul_(inverse[..., None, None]), inverse, centred
+
+
+def scaled_product(kernel: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x xᵀ`` of features that have their mean yet, ``(n, n)`` or ``(layers, n, n)``, centred and scaled in place, and
+    what it was multiplied by. Zero where the spread is within the rounding of the mean, or of the products' sum."""
+    offset = kernel.mean((-2, -1))  # of all features, those that are one constant too
+    energy = _mean_diagonal(center_in_place(kernel))
+    dead = energy <= max(torch.finfo(precision).eps ** 2 / 8, SUM_ROUNDING) * offset  # false for NaN
+    inverse = torch.where(dead, 0, energy.reciprocal())
+    return kernel.mul_(inverse[..., None, None]), inverse
 
 
 def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor]:
     """Centred features ``(n, d)``, scaled so that the mean diagonal of their Gram matrix is 1, and the scale."""
-    if x.dtype == torch.float32 and on_cpu(x) and (found := features_on_cpu(x.numpy())):
+    if x.dtype == torch.float32 and for_numpy(x) and (found := features_on_cpu(x.numpy())):
         return torch.from_numpy(found[0]), found[1]
     mean = x.mean(0)
     centred = x - mean
@@ -174,15 +191,20 @@ def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float |
     return centred * inverse, inverse
 
 
-def _center_in_place(kernel: Tensor) -> Tensor:
-    mean = kernel.mean(0)
-    return kernel.sub_(mean[:, None]).sub_(mean - mean.mean())
+def center_in_place(kernel: Tensor) -> Tensor:
+    """`center`, of a matrix or of several, without another one."""
+    mean = kernel.mean(-1, keepdim=True)
+    return kernel.sub_(mean).sub_(mean.mT - mean.mean(-2, keepdim=True))
 
 
-def _varying(mean: Tensor, centred: Tensor, precision: torch.dtype) -> Tensor:
+def _mean_diagonal(kernel: Tensor) -> Tensor:
+    return kernel.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def _varying(mean: Tensor, centred: Tensor, precision: torch.dtype, axis: int = -2) -> Tensor:
     """The mean, without features that are one constant: they hold no rounding, which matters at 8 to 11 bits."""
     coarse = torch.finfo(precision).bits < 32
-    return torch.where((centred != 0).any(0), mean, 0) if coarse else mean
+    return torch.where((centred != 0).any(axis, keepdim=True), mean, 0) if coarse else mean
 
 
 def _masked_kernel(
@@ -197,4 +219,4 @@ def _masked_kernel(
     lost = centred.square().sum((0, 2)) / (m * (m - 1)).clamp(min=1)
     flattened = sketch(centred.flatten(1))
     kernel = flattened @ flattened.T + (valid * lost) @ valid.to(x).T
-    return kernel, (_varying(mean, centred, precision).square().sum(1) * m).sum() / len(x)
+    return kernel, (_varying(mean, centred, precision, axis=0).square().sum(-1) * m).sum() / len(x)

@@ -31,6 +31,7 @@ from hf_guidance.schedule import Weights, make_schedule
 from hf_guidance.sharding import shard
 from hf_guidance.similarity import Measure, get_measure
 from hf_guidance.sketch import Sketch
+from hf_guidance.together import Kernel, complete
 from hf_guidance.watched import Watched
 
 
@@ -135,9 +136,8 @@ class GuidanceLoss:
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks' tokens are chosen as one
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed()}
         config, thin = self.config, self.measures[0].centred_slope
-        return Samples(
-            batch, config.sample_axis, config.max_tokens, ranks=self.ranks, sketch=self.sketch, thin=thin, **options
-        )
+        options |= {"ranks": self.ranks, "sketch": self.sketch, "thin": thin, "together": True}
+        return Samples(batch, config.sample_axis, config.max_tokens, **options)
 
     def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
         """Run the guide on those of the inputs that it takes, moved to where it is."""
@@ -168,7 +168,7 @@ class GuidanceLoss:
         elif self.config.guide_input == "shuffled":
             inputs = shuffle_rows(inputs, generator_for(*key, 2))
         guide_samples = self.samples_of(inputs, like=samples)
-        return guide_samples, self.running.grams(inputs, batch, guide_samples)
+        return guide_samples, complete(self.running.grams(inputs, batch, guide_samples))
 
     def close(self) -> None:
         """Take the hooks off both networks."""
@@ -207,7 +207,7 @@ class GuidanceLoss:
     def compare(
         self,
         watched: Watched,
-        target: tuple[Samples, Grams],
+        target: tuple[Samples, Mapping[str, Kernel]],
         guide: tuple[Samples, Grams],
         *,
         log: bool = True,
@@ -216,11 +216,13 @@ class GuidanceLoss:
         """Fill in what the Gram matrices of the two networks give: loss and similarities.
 
         Args:
-            target, guide: their samples, and the Gram matrices of their layers.
+            target: its samples, and what these made of its layers.
+            guide: its samples, and the Gram matrices of its layers.
             log: whether to compute the config's `log_measures` too.
             scale: factor of the gradient alone.
         """
-        (samples, targets), (guide_samples, guides) = target, guide
+        (samples, kernels), (guide_samples, guides) = target, guide
+        targets = complete(kernels)
         if not targets:
             raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
         if self.pairs is None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms
+from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms, inverse_of
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 from hf_guidance.thin import cosines, is_thin, whole
+from hf_guidance.together import ZerosWithSlopes, starts_slowly
 
 Grams = dict[str, Tensor]
-Slope = tuple[Tensor, Tensor]  # a matrix, and the number it is multiplied by
-Compared = tuple[Tensor, dict[str, Slope]]  # similarity of each pair, and its sum's slope in each target's Gram matrix
+Slope = tuple[Tensor, Tensor | None]  # a matrix, and the number it is multiplied by, unless it has been
+Compared = tuple[
+    Tensor, Mapping[str, Slope]
+]  # similarity of each pair, and its sum's slope in each target's Gram matrix
 
 
 def guidance_loss(
@@ -41,6 +44,7 @@ def guidance_loss(
     targets, guides = {t: targets[t] for t, _ in pairs}, {g: guides[g].to(like) for _, g in pairs}
     thin = measure.centred_slope and all(map(is_thin, (*targets.values(), *guides.values())))
     with exact_float32(like.device):
+        slopes: Mapping[str, Slope]
         if thin:
             values, slopes = cosines(pairs, targets, guides)
         else:
@@ -52,9 +56,15 @@ def guidance_loss(
         if measure.centred_slope:
             for layer in slopes:
                 expect_centred(targets[layer])
-        zeros = torch.stack([ZeroWithSlope.apply(targets[layer], *slope) for layer, slope in slopes.items()])
-        loss = loss + zeros.sum() * (-scale / count)
+        loss = loss + _zero(targets, slopes) * (-scale / count)
     return loss, dict(zip(map(pair_name, pairs), values.unbind(), strict=True))
+
+
+def _zero(targets: Grams, slopes: Mapping[str, Slope]) -> Tensor:
+    """0, with a slope in each of these."""
+    if any(factor is None for _, factor in slopes.values()):
+        return ZerosWithSlopes.apply(torch.stack([s for s, _ in slopes.values()]), *(targets[name] for name in slopes))
+    return torch.stack([ZeroWithSlope.apply(targets[name], *slope) for name, slope in slopes.items()]).sum()
 
 
 class ZeroWithSlope(torch.autograd.Function):
@@ -94,14 +104,14 @@ def _by_cosines(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides:
     with torch.no_grad():
         others = {name: measure.kernel(kernel) for name, kernel in guides.items()}
     if measure.centred_slope:  # the kernel is the Gram matrix
-        return _cosines(pairs, targets, others)
+        return (_cosines_together if starts_slowly(next(iter(targets.values()))) else _cosines)(pairs, targets, others)
     values: dict[Pair, Tensor] = {}
     slopes: dict[str, Slope] = {}
     for layer, kernel in targets.items():
         own = [pair for pair in pairs if pair[0] == layer]
         with _leaf(kernel) as leaf:
             made = measure.kernel(leaf)
-            found, slope = _cosines(own, {layer: made}, others)
+            found, slope = _cosines(own, {layer: made}, {guide: others[guide] for _, guide in own})
             if layer in slope:
                 slopes[layer] = torch.autograd.grad(made, leaf, slope[layer][0])[0], slope[layer][1]
         values |= dict(zip(own, found.unbind(), strict=True))
@@ -139,6 +149,23 @@ def _cosines(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> Compared:
                 total = sum((others[g] * of_other[g] for g, _ in own), torch.zeros_like(kernels[layer]))
                 share, factor = torch.stack([of_other[g] * part for g, part in own]).sum(), of_kernel[layer]
             slopes[layer] = total.addcmul(kernels[layer], share, value=-1), factor
+    return cosines, slopes
+
+
+def _cosines_together(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> Compared:
+    """`_cosines` in a few large steps, where each takes long to start."""
+    with_slope = [layer for layer, kernel in kernels.items() if kernel.requires_grad and torch.is_grad_enabled()]
+    with torch.no_grad():
+        ours, theirs = torch.stack([kernels[t] for t, _ in pairs]), torch.stack([others[g] for _, g in pairs])
+        of_ours, of_theirs = (inverse_of(torch.linalg.vector_norm(x, dim=(1, 2)), x.shape[1]) for x in (ours, theirs))
+        dots = torch.linalg.vecdot(ours.flatten(1), theirs.flatten(1))
+        cosines, factors = dots * of_ours * of_theirs, (of_ours * of_theirs)[:, None, None]
+        slopes: dict[str, Slope] = {}
+        if with_slope:
+            parts = theirs.addcmul_(ours, (dots * of_ours.square())[:, None, None], value=-1).mul_(factors).unbind()
+            for (target, _), part in zip(pairs, parts, strict=True):
+                if target in with_slope:
+                    slopes[target] = (slopes[target][0] + part if target in slopes else part), None
     return cosines, slopes
 
 

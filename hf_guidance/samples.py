@@ -14,6 +14,7 @@ from hf_guidance.kernels import flat, gram
 from hf_guidance.ranks import Ranks
 from hf_guidance.sketch import Sketch
 from hf_guidance.thin import Thin, few
+from hf_guidance.together import Kernel, later
 
 INT64_MAX = torch.iinfo(torch.int64).max
 Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and how many of them each rank has
@@ -33,6 +34,7 @@ class Samples:
         ranks: the processes whose batches are taken as one; None for this process's own.
         sketch: of wide layers.
         thin: leave layers of few features as `Thin`, for a measure that is cheaper on them.
+        together: leave layers for `together.complete`, where many at once are cheaper.
 
     Attributes:
         count: samples on the sequence axis, those of all ranks.
@@ -52,12 +54,13 @@ class Samples:
         ranks: Ranks | None = None,
         sketch: Sketch | None = None,
         thin: bool = False,
+        together: bool = False,
     ) -> None:
         self.content = content_of(batch)
         self.batch_size = self.content.shape[0]
         self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
         self.masks = _masks({k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2})
-        self.ranks, self.sketch, self.thin = ranks, sketch, thin
+        self.ranks, self.sketch, self.thin, self.together = ranks, sketch, thin, together
         self.counts, self.lengths = self._across_ranks()
         self.count = sum(self.counts)
         self.positions: dict[str, int | str] = {}  # whose, or how many, a layer's tokens are: the same for a pair
@@ -66,8 +69,9 @@ class Samples:
         if like is not None and axis == "token":
             self._check_same_tokens(like)
 
-    def gram(self, name: str, features: Tensor) -> Tensor:
-        """Gram matrix ``(n, n)`` of a layer's output ``(batch, …)``, or its `Thin` features; see `similarity.gram`.
+    def gram(self, name: str, features: Tensor) -> Kernel:
+        """Gram matrix ``(n, n)`` of a layer's output ``(batch, …)``, its `Thin` features, or what it will be made of;
+        see `similarity.gram`.
 
         Raises:
             ValueError: an output whose first axis is not the batch, or whose length is not that of the mask.
@@ -96,15 +100,15 @@ class Samples:
         if self.ranks:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)
-        if self.thin and mask is None and few(flattened := flat(features)):
-            return Thin.apply(flattened if flattened.dtype == torch.float64 else flattened.float(), precision)
-        return gram(
-            features,
-            mask,
-            sketch=partial(self.sketch, name) if self.sketch else None,
-            precision=precision,
-            keep_copy=features is given and not HIDDEN.fullmatch(name),  # hidden states are the user's to keep
-        )
+        keep_copy = features is given and not HIDDEN.fullmatch(name)  # hidden states are the user's to keep
+        if mask is None:
+            features = flat(features)
+            if self.together and (kept := later(features, precision, keep_copy)):
+                return kept
+            if self.thin and few(features):
+                return Thin.apply(features if features.dtype == torch.float64 else features.float(), precision)
+        sketch = partial(self.sketch, name) if self.sketch else None
+        return gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy)
 
     # ------------------------------------------------------------------------------------------------------ ranks
 

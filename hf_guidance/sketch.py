@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_guidance.cpu_kernels import on_cpu
+from hf_guidance.cpu_kernels import for_numpy
 
 SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
 NARROW = 2**14  # features of a sample, of which that holds for batches of 16 and more
@@ -99,7 +99,7 @@ class _CountSketch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         table, signs = ctx.table, ctx.table.signs.to(gradient)
-        if not on_cpu(gradient):
+        if not for_numpy(gradient):
             return gradient[:, _sums(table, ctx.size)] * signs, None, None
         spread = gradient.new_empty(len(gradient), len(signs))
         into, given = spread.numpy(), gradient.numpy()  # whose calls cost less than torch's

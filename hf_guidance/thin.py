@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.cpu_kernels import on_cpu
+from hf_guidance.cpu_kernels import for_numpy, one_thread
 from hf_guidance.kernels import ROUNDINGS, centred_features, exact_float32
 from hf_guidance.mapping import Pair
 
@@ -65,6 +65,7 @@ def whole(kernels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: _Outer.apply(kernel) if is_thin(kernel) else kernel for name, kernel in kernels.items()}
 
 
+@one_thread()
 def cosines(
     pairs: Sequence[Pair], targets: Mapping[str, Tensor], guides: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
@@ -74,7 +75,7 @@ def cosines(
     by, which is 1.
     """
     like = next(iter(targets.values()))
-    host = on_cpu(like)
+    host = for_numpy(like)
     f, h = ({n: x.detach().numpy() if host else x.detach() for n, x in side.items()} for side in (targets, guides))
     tiny = ROUNDINGS * torch.finfo(like.dtype).eps * len(like)
     squares = {name: x.T @ x for name, x in f.items()}

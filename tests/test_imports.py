@@ -18,7 +18,8 @@ PACKAGE = Path(hf_guidance.__file__).parent
 # from the ground up; a module may import from its own layer and from those below
 LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
-    | {"thin", "cpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs", "frozen"},
+    | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
+    | {"frozen"},
     {"identity"},
     {"watched", "samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},

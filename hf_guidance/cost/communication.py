@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,21 @@ from hf_guidance.ranks import Ranks
 FEW = 8  # rows that are enough to count with
 
 
+class Compared(NamedTuple):
+    """A layer in a pair: its samples, its features (sketched if they are), their type, and whose it is."""
+
+    samples: int
+    features: int
+    dtype: torch.dtype
+    of_target: bool
+
+
 class _Counting(Ranks):
     """One process that counts what it would send if there were others."""
 
     def __init__(self) -> None:
         self.rank, self.scale, self.bytes_sent = 0, 1, 0
-        self.compared: list[tuple[int, int, bool]] = []  # samples, features, and whether they have a gradient
+        self.compared: list[Compared] = []
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
         return [list(numbers)]
@@ -32,19 +42,25 @@ class _Counting(Ranks):
     def gather(self, x: Tensor, counts: Sequence[int], length: int | None = None) -> Tensor:
         self.bytes_sent += x.nbytes
         if x.is_floating_point():
-            self.compared.append((len(x), x[0].numel(), x.requires_grad))
+            self.compared.append(Compared(len(x), x[0].numel(), x.dtype, x.requires_grad))
         return x
 
 
 @torch.no_grad()
 def bytes_of_global_batch(
-    target: nn.Module, guide: nn.Module, config: GuidanceConfig, batch: Mapping[str, Any], sketch: int | None
+    target: nn.Module,
+    guide: nn.Module,
+    config: GuidanceConfig,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    batch: Mapping[str, Any],
+    sketch: int | None,
 ) -> int | None:
     """Bytes of features and masks that a process sends to each of the others in a step of the global batch.
 
     On the token axis at most so many: the tokens are chosen from the batch of all.
 
     Args:
+        autocast: context for the guide's forward.
         batch: of one process; all its tensors have a row for each sample.
         sketch: as of `GuidanceConfig`.
 
@@ -55,7 +71,7 @@ def bytes_of_global_batch(
     rows = count if config.sample_axis == "token" else min(FEW, count)  # tokens are as many, whatever the rows
     few = {name: value[:rows] for name, value in batch.items()}
     try:
-        counted = _count(target, guide, replace(config.alone(), sketch=sketch), few)
+        counted = _count(target, guide, replace(config.alone(), sketch=sketch), autocast, few)
     except ValueError as error:
         if sketch is not None and "nothing to sketch" in str(error):
             return None
@@ -64,16 +80,26 @@ def bytes_of_global_batch(
 
 
 def compared_features(
-    target: nn.Module, guide: nn.Module, config: GuidanceConfig, batch: Mapping[str, Any]
-) -> list[tuple[int, int, bool]]:
-    """Of each layer in a pair its samples and features, sketched if they are, and whether it is the target's."""
-    return _count(target, guide, config, batch).compared
+    target: nn.Module,
+    guide: nn.Module,
+    config: GuidanceConfig,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    batch: Mapping[str, Any],
+) -> list[Compared]:
+    """The layers that are in a pair."""
+    return _count(target, guide, config, autocast, batch).compared
 
 
-def _count(target: nn.Module, guide: nn.Module, config: GuidanceConfig, batch: Mapping[str, Any]) -> _Counting:
+def _count(
+    target: nn.Module,
+    guide: nn.Module,
+    config: GuidanceConfig,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    batch: Mapping[str, Any],
+) -> _Counting:
     batch = {name: value for name, value in batch.items() if name != config.sample_id_column}
     always: dict[str, Any] = {"guidance_schedule": "constant", "guidance_stop_step": None, "guidance_weight": 1.0}
-    loss = GuidanceLoss(target, guide, replace(config.alone(), log_measures=[], **always))
+    loss = GuidanceLoss(target, guide, replace(config.alone(), log_measures=[], **always), autocast=autocast)
     try:
         for _ in range(2):  # the first finds out which layers are in a pair
             loss.ranks = counting = _Counting()

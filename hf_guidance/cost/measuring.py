@@ -9,6 +9,7 @@ has in the guided step, as often as a step runs it (never, for a cached guide: t
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.cost.communication import bytes_of_global_batch, compared_features
-from hf_guidance.cost.meters import StepMeter, matmul_rate, operations, products_alone
+from hf_guidance.cost.meters import StepMeter, busy_seconds, matmul_rate, operations, products_alone
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
+from hf_guidance.gpu_kernels import for_tensor_cores
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("median", "minimum")
+BUSY_STEPS = 2  # that a GPU's work is added up over
 SKETCH = 1024  # that an exact comparison's bytes are set beside
 
 
@@ -71,7 +76,8 @@ def measure_cost(
 
     Returns:
         Of each variant seconds a step (median, minimum, all of them), samples a second and peak bytes; the split, the
-        floor, overhead and the other ratios, the latter from medians and from minima; see `summary`. Bytes that a
+        floor, overhead and the other ratios, the latter from medians and from minima; see `summary`. On a GPU, how long
+        it is at work in a step. Bytes that a
         process would send to each other one for a global batch, exact and sketched (None where nothing is that wide).
     """
     cycle = getattr(guidance, "guidance_every", None) or 1
@@ -98,12 +104,19 @@ def measure_cost(
     found["memory"] = _memory(variants, alone, plan.discard + cycle)
     found["pairs"] = len(guided.guidance_loss.pairs or [])
     size = guidance.sketch or SKETCH
-    count_bytes = partial(bytes_of_global_batch, guided.model, guided.guide, guidance, alone.batches[0])
+    networks = guided.model, guided.guide, guidance, guided.accelerator.autocast, alone.batches[0]
+    count_bytes = partial(bytes_of_global_batch, *networks)
     found["global_bytes"] = {"exact": count_bytes(None), "sketch": size, "sketched": count_bytes(size)}
+    if busy := _busy(variants, args.device, cycle, found["guide_forwards"]):
+        found["busy"] = busy
     if plan.arithmetic:
-        found["arithmetic"] = _arithmetic(variants, args, found["guide_forwards"])
-        compared = compared_features(guided.model, guided.guide, guidance, alone.batches[0])
-        found["arithmetic"]["products_seconds"] = products_alone(compared, args.device)
+        try:
+            arithmetic = _arithmetic(variants, args, found["guide_forwards"])
+            found["arithmetic"] = arithmetic
+            arithmetic["products_seconds"] = products_alone(compared_features(*networks), args.device)
+        except Exception:
+            found.pop("arithmetic", None)
+            logger.exception("The arithmetic could not be counted; what was measured is kept.")
     return found
 
 
@@ -161,10 +174,23 @@ def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[
     return {"peak": peaks, "guide_weights": guide, "largest_guide_layer": layer, "plain_guide_layer_5_percent": bound}
 
 
+def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: float) -> dict[str, Any] | None:
+    """Of each variant how long a GPU works on a step, and the overhead of that."""
+    steps = math.ceil(BUSY_STEPS / cycle) * cycle
+    found: dict[str, Any] = {}
+    for name, variant in variants.items():
+        seconds = busy_seconds(device, partial(variant.advance, steps))
+        if seconds is None:
+            return None
+        found[name] = seconds / steps
+    return found | {"overhead": found["guided"] / (found["plain"] + runs * found["guide"])}
+
+
 def _arithmetic(variants: dict[str, Any], args: TrainingArguments, runs: float) -> dict[str, Any]:
     """What products and convolutions alone would take at the rate the device multiplies large matrices with."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    rates = {"step": matmul_rate(args.device, dtype), "grams": matmul_rate(args.device, torch.float32)}
+    of_grams = dtype if for_tensor_cores(torch.empty(0, dtype=dtype, device=args.device)) else torch.float32
+    rates = {"step": matmul_rate(args.device, dtype), "grams": matmul_rate(args.device, of_grams)}
     count = {name: operations(partial(variants[name].advance, 1)) for name in ("plain", "guide", "guided")}
     grams = max(0, count["guided"] - count["plain"] - round(runs * count["guide"]))
     floor = (count["plain"] + runs * count["guide"]) / rates["step"]

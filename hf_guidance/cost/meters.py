@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from hf_guidance import gpu_kernels
 from hf_guidance.clock import Clock
+from hf_guidance.cost.communication import Compared
 from hf_guidance.cpu_kernels import outer
+from hf_guidance.gpu_kernels import for_tensor_cores
+from hf_guidance.together import later
 
 LARGEST = {"cpu": 1024, "cuda": 8192}  # matrices that a rate of products is taken from
 
@@ -116,6 +122,17 @@ class StepMeter(TrainerCallback):
             kept += [sum(found[i : i + cycle]) / cycle for i in range(0, len(found) - cycle + 1, cycle)]
 
 
+def busy_seconds(device: torch.device, work: Callable[[], Any]) -> float | None:
+    """Seconds that a GPU's kernels and copies take in some work, without its waits for the CPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.device_time for event in events) / 1e6
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """Floating point operations a second of this device in the best of some large square products."""
     n, clock = LARGEST.get(device.type, 1024), Clock(device)
@@ -128,24 +145,41 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
     return 2 * n**3 / min(seconds[1:])
 
 
-def products_alone(compared: Iterable[tuple[int, int, bool]], device: torch.device, repeats: int = 9) -> float:
+def products_alone(compared: Iterable[Compared], device: torch.device, repeats: int = 9) -> float:
     """Least seconds that the products of a comparison take and nothing else: ``X Xᵀ`` of each layer, as fast as this
     package has it, and ``G X`` for the gradient of those of the target.
 
     Args:
-        compared: of each layer its samples, its features, and whether it is the target's.
+        compared: the layers; those that are made together on this device are so here.
     """
-    clock, total = Clock(device), 0.0
-    for (n, width, of_target), count in Counter(compared).items():
-        x, gradient = torch.randn(n, width, device=device), torch.randn(n, n, device=device)
-        for product in [lambda: outer(x), *([lambda: gradient @ x] if of_target else [])]:  # noqa: B023  called here
-            seconds = []
-            for _ in range(repeats):
-                began = clock.now()
-                product()
-                seconds.append(clock.between(began, clock.now()))
-            total += count * min(seconds)
+    total = 0.0
+    for layer, count in Counter(compared).items():
+        x = torch.randn(layer.samples, layer.features, device=device, dtype=layer.dtype)
+        kept = later(x.requires_grad_(layer.of_target), layer.dtype)
+        x = x.detach()
+        if kept is not None and not kept.multiplied:
+            x, count = x.expand(count, *x.shape).contiguous(), 1
+        gradient = torch.randn(*x.shape[:-1], x.shape[-2], device=device)
+        on_tensor_cores = for_tensor_cores(x)
+        products: list[Callable[[], Tensor]] = [partial(gpu_kernels.outer if on_tensor_cores else outer, x)]
+        if layer.of_target:
+            products.append(partial(gpu_kernels.times if on_tensor_cores else torch.matmul, gradient, x))
+        for product in products:
+            total += count * _least(product, device, repeats)
     return total
+
+
+def _least(product: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
+    """Seconds of the best of some runs; on a GPU those it is at work on average, as most end before the next begins."""
+    product()
+    if (busy := busy_seconds(device, lambda: [product() for _ in range(repeats)])) is not None:
+        return busy / repeats
+    clock, seconds = Clock(device), []
+    for _ in range(repeats):
+        began = clock.now()
+        product()
+        seconds.append(clock.between(began, clock.now()))
+    return min(seconds)
 
 
 def operations(work: Callable[[], Any]) -> int:
@@ -153,6 +187,11 @@ def operations(work: Callable[[], Any]) -> int:
     matrix, of which a CPU computes half."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    products = {torch.ops.aten.mm: _of_product, torch.ops.aten.bmm: _of_product}  # torch's own fail at an out_dtype
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
         work()
     return counter.get_total_flops()
+
+
+def _of_product(a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a) * b[-1]

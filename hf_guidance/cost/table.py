@@ -24,6 +24,12 @@ def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
         "Samples a second, and peak memory in MiB; the bound is 1.05 (plain + guide's weights + its largest layer):",
         aligned([_memory_header(rows), *(_memory(row) for row in rows)]),
     ]
+    if busy := [row for row in rows if "busy" in row]:
+        names = [name for name in ("plain", "guide", "guided", "paper") if name in busy[0]["busy"]]
+        tables += [
+            "Seconds that the GPU is at work in a step, without its waits for the CPU:",
+            aligned([["setting", *names, "overhead"], *(_busy(row, names) for row in busy)]),
+        ]
     kinds = ("exact", f"--sketch {rows[0]['global_bytes']['sketch']}")
     tables += [
         "MiB that each process receives from all others in a step with --similarity_batch global:",
@@ -39,6 +45,11 @@ def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
             aligned([header, *(_arithmetic(row) for row in counted)]),
         ]
     return "\n\n".join(tables)
+
+
+def _busy(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    seconds = row["busy"]
+    return [row["name"], *(f"{seconds[name]:.4f}" for name in names), f"{seconds['overhead']:.3f}"]
 
 
 def _received(row: dict[str, Any]) -> list[str]:

@@ -3,6 +3,8 @@
 import copy
 import re
 import time
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guide
 from hf_guidance.clock import Clock
-from hf_guidance.cost.communication import bytes_of_global_batch, compared_features
+from hf_guidance.cost.communication import Compared, bytes_of_global_batch, compared_features
 from hf_guidance.cost.measuring import Plan, measure_cost, summary
 from hf_guidance.cost.meters import StepMeter, matmul_rate, operations, peak_memory, products_alone
 from hf_guidance.cost.paper_formulation import PaperTrainer
@@ -177,8 +179,18 @@ def test_a_global_batch_sends_each_paired_layers_features_or_their_sketch(resnet
     outputs = module_outputs(resnet, convolutions, batch["pixel_values"])
     widths = [8, 8, 8, *(output[0].numel() for output in outputs)]  # three target layers, all of them paired
     sent = 12 * 4 * sum(min(sketch or width, width) for width in widths)
-    assert bytes_of_global_batch(fcn(), resnet, CONVS, batch, sketch) == sent
-    assert bytes_of_global_batch(fcn(), resnet, CONVS, batch, 10**6) is None
+    assert bytes_of_global_batch(fcn(), resnet, CONVS, nullcontext, batch, sketch) == sent
+    assert bytes_of_global_batch(fcn(), resnet, CONVS, nullcontext, batch, 10**6) is None
+
+
+def test_features_in_half_precision_are_half_the_bytes_unless_they_are_sketched(resnet):
+    batch = {"pixel_values": torch.randn(12, 3, 32, 32), "labels": torch.zeros(12, dtype=torch.long)}
+    sent = [
+        bytes_of_global_batch(fcn(), resnet, CONVS, partial(torch.autocast, "cpu", torch.bfloat16, on), batch, None)
+        for on in (False, True)
+    ]
+    of_target = 12 * 4 * 3 * 8  # which is not run in autocast here
+    assert sent[1] - of_target == (sent[0] - of_target) / 2
 
 
 def test_the_memory_of_a_step_is_at_least_its_weights_and_gradients(measured, resnet):
@@ -206,7 +218,8 @@ def test_the_arithmetic_is_that_of_the_networks(measured, resnet):
     widths = [output[0].numel() for output in module_outputs(resnet, convolutions, torch.randn(4, 3, 32, 32))]
     assert count["grams"] == 2 * 4 * 4 * (sum(widths) + 3 * 8) + 2 * 4 * 4 * 3 * 8  # and the backward of the target's
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.zeros(4, dtype=torch.long)}
-    assert compared_features(fcn(), resnet, CONVS, batch) == [*((4, d, False) for d in widths), *[(4, 8, True)] * 3]
+    expected = [*((4, d, torch.float32, False) for d in widths), *[(4, 8, torch.float32, True)] * 3]
+    assert compared_features(fcn(), resnet, CONVS, nullcontext, batch) == expected
     rate = measured["arithmetic"]["operations_per_second"]["step"]
     assert measured["arithmetic"]["floor_seconds"] == pytest.approx((count["plain"] + count["guide"]) / rate)
 
@@ -226,7 +239,37 @@ def test_products_alone_are_those_of_every_layer_and_the_gradient_of_the_targets
             return ended - began
 
     monkeypatch.setattr("hf_guidance.cost.meters.Clock", Counted)
-    assert products_alone([(4, 6, False), (4, 8, True), (4, 6, False)], CPU) == 2 + 2
+    layers = [Compared(4, width, torch.float32, width == 8) for width in (6, 8, 6)]
+    assert products_alone(layers, CPU) == 2 + 2
+    monkeypatch.setattr("hf_guidance.together.starts_slowly", lambda x: True)
+    assert products_alone(layers, CPU) == 1 + 2  # those of one shape are made together
+
+
+def test_products_that_are_given_a_type_count_as_others():
+    x = torch.empty(3, 4, 5, device="meta", dtype=torch.bfloat16)
+    assert operations(lambda: torch.bmm(x, x.mT, out_dtype=torch.float32)) == 2 * 3 * 4 * 5 * 4
+    assert operations(lambda: torch.mm(x[0], x[0].T, out_dtype=torch.float32)) == 2 * 4 * 5 * 4
+
+
+def test_what_was_measured_is_kept_though_the_arithmetic_fails(tmp_path, monkeypatch, caplog):
+    def fails(*args):
+        raise TypeError("no such operation")
+
+    monkeypatch.setattr("hf_guidance.cost.measuring.matmul_rate", fails)
+    plan = Plan(rounds=1, steps=1, paper=False, arithmetic=True)
+    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(), plan)
+    assert found["overhead"]["median"] > 0
+    assert "arithmetic" not in found
+    assert "what was measured is kept" in caplog.text
+
+
+def test_how_long_a_gpu_is_at_work_is_its_own_table(measured):
+    row = measured | {"name": "4/32/8", "goal": None, "batch_size": 4}
+    assert "at work" not in cost_tables([row])  # on a CPU there is no such time
+    seconds = {"plain": 0.02, "guide": 0.01, "guided": 0.033, "paper": 0.09, "overhead": 1.1}
+    table = cost_tables([row | {"busy": seconds}]).split("at work")[1]
+    assert "| setting | plain  | guide  | guided | paper  | overhead |" in table
+    assert "| 4/32/8  | 0.0200 | 0.0100 | 0.0330 | 0.0900 | 1.100    |" in table
 
 
 def test_a_guide_that_no_step_runs_leaves_the_plain_step_as_the_floor(tmp_path):

@@ -1,0 +1,114 @@
+"""Gram matrices of many small layers at once: on a GPU it takes longer to start the work on one than to do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_guidance import gpu_kernels
+from hf_guidance.gpu_kernels import for_tensor_cores
+from hf_guidance.kernels import center_in_place, exact_float32, scaled_kernels, scaled_product
+
+SMALL = 2**22  # bytes in float32 of a layer's features and of its Gram matrix, up to which both are kept for the others
+
+
+@dataclass(frozen=True)
+class Later:
+    """What a layer's Gram matrix will be made of: its features ``(n, d)``, or if they are constants and many, their
+    products ``(n, n)``.
+
+    Args:
+        precision: what the features were computed in.
+    """
+
+    values: Tensor
+    precision: torch.dtype
+    multiplied: bool = False
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Alike for those that can be made together."""
+        return self.multiplied, self.precision, self.values.dtype, self.values.shape
+
+
+Kernel = Tensor | Later
+
+
+def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False) -> Later | None:
+    """What to keep of features ``(n, d)`` until the network has run; None if their Gram matrix is better made at once.
+
+    Args:
+        keep_copy: as of `kernels.gram`.
+    """
+    if not starts_slowly(x):
+        return None
+    constant = not (x.requires_grad and torch.is_grad_enabled())
+    if constant and for_tensor_cores(x):
+        return Later(gpu_kernels.outer(x.detach()), gpu_kernels.precision_of(x), multiplied=True)
+    if 4 * len(x) * max(x.shape) > SMALL:
+        return None
+    return Later(x.clone() if keep_copy else x, precision)  # the copy's gradient is x's as it is now
+
+
+def starts_slowly(x: Tensor) -> bool:
+    """Whether these are where work is only started from here."""
+    return x.device.type != "cpu"
+
+
+def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
+    """All as Gram matrices, in their order; those that are yet to be made, in as few steps as there are kinds."""
+    kinds: dict[tuple[Any, ...], dict[str, Later]] = {}
+    for name, kernel in kernels.items():
+        if isinstance(kernel, Later):
+            kinds.setdefault(kernel.kind, {})[name] = kernel
+    made: dict[str, Tensor] = {}
+    for layers in kinds.values():
+        values, precision = [layer.values for layer in layers.values()], next(iter(layers.values())).precision
+        if next(iter(layers.values())).multiplied:
+            together = scaled_product(torch.stack(values), precision)[0]
+        else:
+            together = CentredKernels.apply(precision, *values)
+        made |= dict(zip(layers, together.unbind(), strict=True))
+    return {name: made[name] if isinstance(kernel, Later) else kernel for name, kernel in kernels.items()}
+
+
+class CentredKernels(torch.autograd.Function):
+    """`kernels.CentredKernel` of several layers of one shape: ``(layers, n, n)``."""
+
+    @staticmethod
+    def forward(ctx: Any, precision: torch.dtype, *features: Tensor) -> Tensor:
+        x = torch.stack(features)
+        x = x if for_tensor_cores(x) or x.dtype == torch.float64 else x.float()
+        if for_tensor_cores(x):
+            kernels, ctx.factor = scaled_product(gpu_kernels.outer(x), gpu_kernels.precision_of(x))
+        else:
+            kernels, ctx.factor, x = scaled_kernels(x, precision)
+        ctx.save_for_backward(x)
+        return kernels
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        gradient = center_in_place(gradient + gradient.mT).mul_(ctx.factor[:, None, None])
+        if x.dtype in gpu_kernels.HALF:
+            return None, *gpu_kernels.times(gradient, x).unbind()
+        with exact_float32(x.device):
+            return None, *(gradient @ x).unbind()
+
+
+class ZerosWithSlopes(torch.autograd.Function):
+    """`pairwise.ZeroWithSlope` of several matrices: 0, whose gradients in them are given, ``(layers, n, n)``."""
+
+    @staticmethod
+    def forward(ctx: Any, slopes: Tensor, *matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes)
+        return slopes.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (slopes,) = ctx.saved_tensors
+        return None, *(slopes * gradient).unbind()

@@ -1,0 +1,56 @@
+"""Whose threads Gram matrices are computed on."""
+
+import time
+
+import pytest
+import torch
+from threadpoolctl import ThreadpoolController, threadpool_limits
+
+from hf_guidance.cpu_kernels import MOST_THREADS, for_numpy, one_thread
+from hf_guidance.kernels import gram
+from hf_guidance.similarity import linear_cka
+
+
+def threads_of_numpy():
+    return [library.num_threads for library in ThreadpoolController().select(user_api="blas").lib_controllers]
+
+
+def test_numpys_products_run_on_the_calling_thread_and_its_threads_come_back():
+    inside = []
+
+    @one_thread()
+    def fails():
+        inside.extend(threads_of_numpy())
+        raise ZeroDivisionError
+
+    with threadpool_limits(2, user_api="blas"):
+        before = threads_of_numpy()
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        assert threads_of_numpy() == before
+    assert set(inside) == {1}
+    assert set(before) == {2}
+
+
+def test_a_gram_matrix_is_all_the_work_of_the_calling_thread():
+    x = torch.randn(256, 4096)
+    with threadpool_limits(2, user_api="blas"):
+        gram(x)
+        time.sleep(0.3)  # a thread that is new waits busily at first
+        began = time.process_time(), time.thread_time()
+        for _ in range(20):
+            gram(x)
+        process, thread = time.process_time() - began[0], time.thread_time() - began[1]
+    assert process < 1.2 * thread  # of two threads, the other works or waits busily as long
+
+
+def test_torch_takes_over_where_it_has_more_threads_than_numpys_one_makes_up_for():
+    x, y = torch.randn(32, 300), torch.randn(32, 200)
+    assert for_numpy(x)
+    expected, threads = linear_cka(x, y), torch.get_num_threads()
+    torch.set_num_threads(MOST_THREADS + 1)
+    try:
+        assert not for_numpy(x)
+        assert linear_cka(x, y).item() == pytest.approx(expected.item(), abs=1e-6)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,223 @@
+"""Many small layers at once, and products of half precision: the same similarities and gradients as one by one."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_guidance import GuidanceConfig, GuidanceLoss, gpu_kernels, kernels, pairwise, together
+from hf_guidance.kernels import gram
+from hf_guidance.pairwise import guidance_loss
+from hf_guidance.similarity import MEASURES, get_measure
+from hf_guidance.together import Later, complete, later
+
+CKA = get_measure("linear_cka")
+PAIRS = [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x")]  # layers that are shared, on both sides
+
+
+@pytest.fixture
+def slow_starts(monkeypatch):
+    """As if the CPU were a device that work is started on from elsewhere."""
+    for module in (together, pairwise):
+        monkeypatch.setattr(module, "starts_slowly", lambda x: True)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """As if the CPU had tensor cores for features in half precision."""
+    for module in (together, kernels):
+        monkeypatch.setattr(module, "for_tensor_cores", lambda x: x.dtype in gpu_kernels.HALF)
+
+
+def cka(x, y):
+    """Straight from the definition, by Gram matrices of features centred by a matrix."""
+    h = torch.eye(len(x), dtype=x.dtype) - 1 / len(x)
+    kernel, other = (h @ z @ z.T @ h for z in (x, y))
+    return (kernel * other).sum() / (kernel.norm() * other.norm())
+
+
+def layers(dtype, n=12, offset=0.0):
+    torch.manual_seed(0)
+    widths = {"a": 30, "b": 30, "c": 17, "x": 40, "y": 40}  # two of one shape, and one of its own
+    made = {name: (torch.randn(n, d) + offset).to(dtype) for name, d in widths.items()}
+    made["x"][:, :9] += made["a"][:, :9]
+    return {name: x.requires_grad_(name in "abc") for name, x in made.items()}
+
+
+def of(made, names):
+    return complete({name: later(made[name], made[name].dtype) for name in names})
+
+
+def check_against_the_definition(dtype, close, close_gradient, offset=0.0):
+    made = layers(dtype, offset=offset)
+    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in made.items()}
+    loss, values = guidance_loss(PAIRS, CKA, of(made, "abc"), of(made, "xy"))
+    found = {(t, g): cka(exact[t], exact[g]) for t, g in PAIRS}
+    expected = sum(1 - value for value in found.values())
+    assert loss.item() == pytest.approx(expected.item(), abs=close)
+    for (t, g), value in found.items():
+        assert values[f"{t}~{g}"].item() == pytest.approx(value.item(), abs=close)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    for name in "abc":
+        assert made[name].grad.dtype == dtype
+        difference = made[name].grad.double() - exact[name].grad
+        assert difference.abs().max() < close_gradient * exact[name].grad.abs().max()
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_loss_and_gradients_are_those_of_the_definition(slow_starts, dtype, close, offset):
+    check_against_the_definition(dtype, close, 30 * close, offset)
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_in_half_precision_only_the_gradients_are_rounded(slow_starts, tensor_cores, dtype, rounding, offset):
+    check_against_the_definition(dtype, 1e-4, 4 * rounding, offset)
+
+
+def test_a_matrix_in_two_halves_lets_no_mean_through():
+    torch.manual_seed(0)
+    matrix = kernels.center(torch.randn(64, 64).abs())
+    x = (torch.randn(64, 5000) + 30).bfloat16()
+    exact = matrix.double() @ x.double()
+    rounded = matrix.bfloat16().double() @ x.double()
+    got = gpu_kernels.times(matrix, x).double()
+    assert (got - exact).abs().max() < 2**-7 * exact.abs().max()
+    assert (rounded - exact).mean(1).norm() > 10 * (got - exact).mean(1).norm()
+
+
+@pytest.mark.parametrize("width", [100, 2048, 4096, 5000])
+def test_products_in_pieces_are_those_of_the_whole(width):
+    x = torch.randn(6, width).bfloat16()
+    expected = x.double() @ x.double().T
+    torch.testing.assert_close(gpu_kernels.outer(x).double(), expected, rtol=1e-5, atol=1e-3)
+    assert gpu_kernels.outer(torch.stack([x, x])).shape == (2, 6, 6)
+
+
+def test_wide_layers_in_half_precision_are_as_those_of_the_definition(tensor_cores):
+    torch.manual_seed(0)
+    x = (torch.randn(8, 9000) + 3).bfloat16().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    for features, kernel in ((x, gram(x)), (exact, gram(exact))):
+        (kernel * torch.arange(64.0).square().view(8, 8)).sum().backward()
+        assert features.grad.any()
+    torch.testing.assert_close(gram(x).double(), gram(exact), rtol=0, atol=1e-4)
+    assert (x.grad.double() - exact.grad).abs().max() < 2**-6 * exact.grad.abs().max()
+
+
+def test_a_dead_layer_has_similarity_and_gradient_zero_and_nan_comes_through(slow_starts, tensor_cores):
+    for dtype in (torch.float32, torch.bfloat16):
+        made = layers(dtype)
+        with torch.no_grad():
+            made["b"][:] = 3.0
+        loss, values = guidance_loss(PAIRS, CKA, of(made, "abc"), of(made, "xy"))
+        assert values["b~y"] == 0
+        loss.backward()
+        assert not made["b"].grad.any()
+        assert made["a"].grad.any()
+        with torch.no_grad():
+            made["c"][3] = math.nan
+        loss, values = guidance_loss(PAIRS, CKA, of(made, "abc"), of(made, "xy"))
+        assert values["c~x"].isnan()
+        assert loss.isnan()
+        assert values["a~x"].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_signal_and_one_constant_massive_activation_hides_none(slow_starts, tensor_cores, dtype):
+    torch.manual_seed(0)
+    constant = (torch.randn(400) + torch.randn(16, 400) * torch.finfo(dtype).eps / 50).to(dtype)
+    assert (constant[0] != constant).any()  # a rounding here and there
+    massive = torch.randn(16, 8 * 64)
+    massive[:, :64] = 0
+    massive[:, 5] = 2600  # what large language models show at their first token
+    kept = {name: later(x.to(dtype), dtype) for name, x in {"constant": constant, "massive": massive}.items()}
+    found = complete(kept)
+    assert not found["constant"].any()
+    expected = gram(massive.to(dtype).double()[:, 64:])
+    assert (found["massive"] - expected).norm() < 2e-2 * expected.norm()
+    assert found["massive"].diagonal().mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_every_measure_takes_them(slow_starts):
+    made = layers(torch.float64)
+    for measure in MEASURES.values():
+        loss, values = guidance_loss(PAIRS, measure, of(made, "abc"), of(made, "xy"))
+        for t, g in PAIRS:
+            assert values[f"{t}~{g}"].item() == pytest.approx(measure(made[t], made[g]).item(), abs=1e-9)
+        loss.backward()
+
+
+def test_layers_are_left_for_later_where_that_is_cheaper(monkeypatch, tensor_cores):
+    small = torch.randn(8, 20)
+    assert later(small, small.dtype) is None  # on a CPU
+    monkeypatch.setattr(together, "starts_slowly", lambda x: True)
+    assert later(small, small.dtype).values is small
+    wide = torch.randn(8, together.SMALL // 32 + 1)
+    assert later(wide, wide.dtype) is None
+    half = wide.bfloat16()
+    assert later(half, half.dtype).values.shape == (8, 8)  # of constants, only the products are kept
+    assert later(half.requires_grad_(), half.dtype) is None
+    assert later(torch.randn(1100, 2), torch.float32) is None  # whose Gram matrix is large
+
+
+def test_features_that_are_overwritten_are_copied_with_the_gradient_that_they_had(slow_starts):
+    x = torch.randn(8, 20, dtype=torch.float64, requires_grad=True)
+    other = gram(torch.randn(8, 20, dtype=torch.float64))
+    grads = []
+    for overwrite in (False, True):
+        hidden = x * 2
+        kept = later(hidden, hidden.dtype, keep_copy=True)
+        if overwrite:
+            hidden.relu_()
+        loss, _ = guidance_loss([("t", "g")], CKA, complete({"t": kept}), {"g": other})
+        grads.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_steps_are_as_many_for_fifty_layers_as_for_two(slow_starts):
+    def steps(count):
+        made = {f"t{i}": torch.randn(8, 20, requires_grad=True) for i in range(count)}
+        others = {"g": gram(torch.randn(8, 20))}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            kept = {name: later(x, x.dtype) for name, x in made.items()}
+            loss, _ = guidance_loss([(name, "g") for name in made], CKA, complete(kept), others)
+            loss.backward()
+        views = ("aten::unbind", "aten::select", "aten::detach", "detach", "aten::as_strided", "AccumulateGrad")
+        heavy = ("aten::mul", "aten::sub_", "aten::bmm", "aten::mean", "aten::addcmul_", "aten::add", "aten::cat")
+        assert not set(views) & set(heavy)
+        return sum(event.name in heavy for event in profile.events())
+
+    assert steps(50) == steps(2) > 5
+
+
+@pytest.mark.parametrize("axis", ["sequence", "token"])
+def test_a_guidance_loss_goes_either_way_to_the_same(axis, monkeypatch):
+    torch.manual_seed(0)
+    target = nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 12), nn.ReLU(inplace=True))
+    guide = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9))
+    config = GuidanceConfig(target_layers=["Linear"], guide_layers=["Linear"], sample_axis=axis)
+    loss = GuidanceLoss(target, guide, config)
+    found = []
+    for slow in (False, True):
+        for module in (together, pairwise):
+            monkeypatch.setattr(module, "starts_slowly", lambda x, slow=slow: slow)
+        with loss.watch({"input": torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(1))}) as watched:
+            target(watched.inputs["input"])
+        watched.loss.backward()
+        found.append([watched.loss.detach(), *(p.grad for p in target.parameters() if p.grad is not None)])
+        target.zero_grad()
+        assert list(watched.similarities["linear_cka"]) == ["0~0", "2~2"]
+    torch.testing.assert_close(*found)
+
+
+def test_what_is_kept_for_later_says_what_it_can_be_made_with():
+    x = torch.zeros(4, 6)
+    alike = [Later(x, torch.float32), Later(torch.ones(4, 6), torch.float32)]
+    assert alike[0].kind == alike[1].kind
+    others = [Later(x, torch.bfloat16), Later(x.double(), torch.float32), Later(x[:, :4], torch.float32)]
+    others += [Later(x, torch.float32, multiplied=True)]
+    assert len({layer.kind for layer in [*alike, *others]}) == 5
