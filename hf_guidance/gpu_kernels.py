@@ -18,12 +18,16 @@ PIECE = 2048  # features that are summed on a tensor core, whose sum of very man
 SINCE = (8, 0)  # the compute capability of NVIDIA's GPUs that have such cores for all of these types
 
 
-def for_tensor_cores(x: Tensor) -> bool:
-    """Whether features are no finer than what tensor cores multiply: in half precision, or in float32 in a region of
-    autocast, as a residual stream is."""
+def for_tensor_cores(x: Tensor, in_region: bool = False) -> bool:
+    """Whether features are no finer than what tensor cores multiply: in half precision, or, as a residual stream is, in
+    float32 in a region of autocast.
+
+    Args:
+        in_region: they come from the network that this region is of.
+    """
     if x.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(x.device) < SINCE:
         return False
-    return x.dtype in HALF or (x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"))
+    return x.dtype in HALF or (in_region and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"))
 
 
 def precision_of(x: Tensor) -> torch.dtype:

@@ -65,6 +65,7 @@ def gram(
     sketch: Callable[[Tensor], Tensor] | None = None,
     precision: torch.dtype | None = None,
     keep_copy: bool = False,
+    in_region: bool = False,
 ) -> Tensor:
     """Gram matrix of the centred features, scaled to a mean diagonal of 1; zero for a dead layer.
 
@@ -76,6 +77,8 @@ def gram(
         sketch: applied to the masked, centred features ``(n, d)``; without a mask, sketch them before.
         precision: what the features were computed in, if they are in another now.
         keep_copy: for features that are overwritten in place before the backward, as a module's output may be.
+        in_region: for features of a network that runs now; those in float32 are no finer than what an autocast around
+            it computes in, and a GPU multiplies them with 10 bits.
 
     Returns:
         ``(n, n)`` in float32 (float64 for float64 features). The scale is a constant for the gradient, which is exact
@@ -85,12 +88,12 @@ def gram(
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …), as the mask has it"
         raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
     precision = precision or features.dtype
-    as_it_is = features.dtype == torch.float64 or (mask is None and for_tensor_cores(features))
+    as_it_is = features.dtype == torch.float64 or (mask is None and for_tensor_cores(features, in_region))
     x = features if as_it_is else features.float()
     if mask is None:
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return _scaled_kernel(flat(x.detach()), precision)[0]
-        return CentredKernel.apply(flat(x), precision, keep_copy and x is features)
+            return _scaled_kernel(flat(x.detach()), precision, in_region)[0]
+        return CentredKernel.apply(flat(x), precision, in_region, keep_copy and x is features)
     with exact_float32(features.device):
         kernel, offset = _masked_kernel(x, mask.bool(), precision, sketch or (lambda centred: centred))
         kernel = center(kernel)  # also removes what rounding of the mean left behind
@@ -119,14 +122,14 @@ class CentredKernel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, precision: torch.dtype, keep_copy: bool) -> Tensor:
-        kernel, ctx.factor, kept = _scaled_kernel(x, precision, keep=True)
+    def forward(ctx: Any, x: Tensor, precision: torch.dtype, in_region: bool, keep_copy: bool) -> Tensor:
+        kernel, ctx.factor, kept = _scaled_kernel(x, precision, in_region, keep=True)
         ctx.has_mean = kept is x
         ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept)
         return kernel
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
             factor = 2 * ctx.factor
@@ -134,12 +137,12 @@ class CentredKernel(torch.autograd.Function):
         else:
             gradient, factor = center_in_place(gradient + gradient.T), ctx.factor
         if x.dtype in gpu_kernels.HALF:
-            return gpu_kernels.times(gradient * factor, x), None, None
+            return gpu_kernels.times(gradient * factor, x), None, None, None
         plain = for_numpy(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
         with nullcontext() if plain else exact_float32(x.device):
             if isinstance(factor, float):
-                return torch.addmm(x.new_empty(()), gradient, x, beta=0, alpha=factor), None, None
-            return (gradient * factor) @ x, None, None
+                return torch.addmm(x.new_empty(()), gradient, x, beta=0, alpha=factor), None, None, None
+            return (gradient * factor) @ x, None, None, None
 
 
 def expect_centred(kernel: Tensor) -> None:
@@ -148,12 +151,14 @@ def expect_centred(kernel: Tensor) -> None:
         setattr(kernel.grad_fn, EXPECTED, True)
 
 
-def _scaled_kernel(x: Tensor, precision: torch.dtype, keep: bool = False) -> tuple[Tensor, float | Tensor, Tensor]:
+def _scaled_kernel(
+    x: Tensor, precision: torch.dtype, in_region: bool = False, keep: bool = False
+) -> tuple[Tensor, float | Tensor, Tensor]:
     """``x̃ x̃ᵀ / scale``, and, to `keep` for the backward, the number and the features of which the gradient is made."""
     if x.dtype == torch.float32 and for_numpy(x) and (found := kernel_on_cpu(x.numpy(), keep)):
         kernel, factor, kept = found
         return torch.from_numpy(kernel), factor, x if kept is None else torch.from_numpy(kept)
-    if for_tensor_cores(x):
+    if for_tensor_cores(x, in_region):
         return *scaled_product(gpu_kernels.outer(x), gpu_kernels.precision_of(x)), x
     return scaled_kernels(x, precision)
 

@@ -108,7 +108,7 @@ class Samples:
             if self.thin and few(features):
                 return Thin.apply(features if features.dtype == torch.float64 else features.float(), precision)
         sketch = partial(self.sketch, name) if self.sketch else None
-        return gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy)
+        return gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)
 
     # ------------------------------------------------------------------------------------------------------ ranks
 

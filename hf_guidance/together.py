@@ -39,7 +39,8 @@ Kernel = Tensor | Later
 
 
 def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False) -> Later | None:
-    """What to keep of features ``(n, d)`` until the network has run; None if their Gram matrix is better made at once.
+    """What to keep of features ``(n, d)`` until the network that they are of has run; None if their Gram matrix is
+    better made at once.
 
     Args:
         keep_copy: as of `kernels.gram`.
@@ -47,7 +48,7 @@ def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False) -> Later |
     if not starts_slowly(x):
         return None
     constant = not (x.requires_grad and torch.is_grad_enabled())
-    if constant and for_tensor_cores(x):
+    if constant and for_tensor_cores(x, in_region=True):
         return Later(gpu_kernels.outer(x.detach()), gpu_kernels.precision_of(x), multiplied=True)
     if 4 * len(x) * max(x.shape) > SMALL:
         return None

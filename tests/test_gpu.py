@@ -33,8 +33,18 @@ def test_similarities_are_those_of_float64_on_the_same_features(measure, offset,
     assert 0.1 < expected < 0.999
     assert measure(x, y).item() == pytest.approx(expected.item(), abs=close)
     float32 = x.float(), y.float()
-    with torch.autocast("cuda", torch.bfloat16):  # as a residual stream in a network that computes in bfloat16
-        assert measure(*float32).item() == pytest.approx(expected.item(), abs=1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert measure(*float32).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 30])
+def test_float32_of_a_network_that_computes_in_half_precision_is_multiplied_as_such(offset):
+    x = features(100352 + 7, offset, torch.float32)
+    exact = gram(x.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        assert (gram(x) - exact).norm() < 1e-5 * exact.norm()
+        residual = gram(x, in_region=True)
+    assert 1e-6 < (residual - exact).norm() / exact.norm() < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -53,7 +63,7 @@ def test_a_dead_layer_is_found_in_half_precision():
     for dead in (x.bfloat16(), x.half()):
         assert not gram(dead).any()
     with torch.autocast("cuda", torch.bfloat16):
-        assert not gram(torch.full_like(x, 3.1)).any()
+        assert not gram(torch.full_like(x, 3.1), in_region=True).any()
 
 
 def test_one_constant_massive_activation_does_not_make_a_layer_dead():

@@ -27,7 +27,7 @@ def slow_starts(monkeypatch):
 def tensor_cores(monkeypatch):
     """As if the CPU had tensor cores for features in half precision."""
     for module in (together, kernels):
-        monkeypatch.setattr(module, "for_tensor_cores", lambda x: x.dtype in gpu_kernels.HALF)
+        monkeypatch.setattr(module, "for_tensor_cores", lambda x, in_region=False: x.dtype in gpu_kernels.HALF)
 
 
 def cka(x, y):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.ranks import Ranks
 
@@ -18,12 +19,14 @@ FEW = 8  # rows that are enough to count with
 
 
 class Compared(NamedTuple):
-    """A layer in a pair: its samples, its features (sketched if they are), their type, and whose it is."""
+    """A layer in a pair: its samples, its features (sketched if they are), their type, whose it is, and whether a GPU
+    multiplies them on its tensor cores."""
 
     samples: int
     features: int
     dtype: torch.dtype
     of_target: bool
+    on_tensor_cores: bool = False
 
 
 class _Counting(Ranks):
@@ -42,7 +45,8 @@ class _Counting(Ranks):
     def gather(self, x: Tensor, counts: Sequence[int], length: int | None = None) -> Tensor:
         self.bytes_sent += x.nbytes
         if x.is_floating_point():
-            self.compared.append(Compared(len(x), x[0].numel(), x.dtype, x.requires_grad))
+            on_tensor_cores = for_tensor_cores(x, in_region=True)
+            self.compared.append(Compared(len(x), x[0].numel(), x.dtype, x.requires_grad, on_tensor_cores))
         return x
 
 

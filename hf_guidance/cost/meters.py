@@ -19,7 +19,6 @@ from hf_guidance import gpu_kernels
 from hf_guidance.clock import Clock
 from hf_guidance.cost.communication import Compared
 from hf_guidance.cpu_kernels import outer
-from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.together import later
 
 LARGEST = {"cpu": 1024, "cuda": 8192}  # matrices that a rate of products is taken from
@@ -154,16 +153,16 @@ def products_alone(compared: Iterable[Compared], device: torch.device, repeats: 
     """
     total = 0.0
     for layer, count in Counter(compared).items():
-        x = torch.randn(layer.samples, layer.features, device=device, dtype=layer.dtype)
-        kept = later(x.requires_grad_(layer.of_target), layer.dtype)
+        dtype = layer.dtype if layer.on_tensor_cores else torch.promote_types(layer.dtype, torch.float32)
+        x = torch.randn(layer.samples, layer.features, device=device, dtype=dtype)
+        kept = later(x.requires_grad_(layer.of_target), dtype)
         x = x.detach()
         if kept is not None and not kept.multiplied:
             x, count = x.expand(count, *x.shape).contiguous(), 1
         gradient = torch.randn(*x.shape[:-1], x.shape[-2], device=device)
-        on_tensor_cores = for_tensor_cores(x)
-        products: list[Callable[[], Tensor]] = [partial(gpu_kernels.outer if on_tensor_cores else outer, x)]
+        products: list[Callable[[], Tensor]] = [partial(gpu_kernels.outer if layer.on_tensor_cores else outer, x)]
         if layer.of_target:
-            products.append(partial(gpu_kernels.times if on_tensor_cores else torch.matmul, gradient, x))
+            products.append(partial(gpu_kernels.times if layer.on_tensor_cores else torch.matmul, gradient, x))
         for product in products:
             total += count * _least(product, device, repeats)
     return total

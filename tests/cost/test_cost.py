@@ -218,7 +218,8 @@ def test_the_arithmetic_is_that_of_the_networks(measured, resnet):
     widths = [output[0].numel() for output in module_outputs(resnet, convolutions, torch.randn(4, 3, 32, 32))]
     assert count["grams"] == 2 * 4 * 4 * (sum(widths) + 3 * 8) + 2 * 4 * 4 * 3 * 8  # and the backward of the target's
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.zeros(4, dtype=torch.long)}
-    expected = [*((4, d, torch.float32, False) for d in widths), *[(4, 8, torch.float32, True)] * 3]
+    expected = [Compared(4, width, torch.float32, of_target=False) for width in widths]
+    expected += [Compared(4, 8, torch.float32, of_target=True)] * 3
     assert compared_features(fcn(), resnet, CONVS, nullcontext, batch) == expected
     rate = measured["arithmetic"]["operations_per_second"]["step"]
     assert measured["arithmetic"]["floor_seconds"] == pytest.approx((count["plain"] + count["guide"]) / rate)
@@ -241,6 +242,7 @@ def test_products_alone_are_those_of_every_layer_and_the_gradient_of_the_targets
     monkeypatch.setattr("hf_guidance.cost.meters.Clock", Counted)
     layers = [Compared(4, width, torch.float32, width == 8) for width in (6, 8, 6)]
     assert products_alone(layers, CPU) == 2 + 2
+    assert products_alone([Compared(4, 6, torch.bfloat16, True)], CPU) == 2  # in float32, as a CPU makes them
     monkeypatch.setattr("hf_guidance.together.starts_slowly", lambda x: True)
     assert products_alone(layers, CPU) == 1 + 2  # those of one shape are made together
 
