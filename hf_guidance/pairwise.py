@@ -13,7 +13,7 @@ from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms, in
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 from hf_guidance.thin import cosines, is_thin, whole
-from hf_guidance.together import ZerosWithSlopes, starts_slowly
+from hf_guidance.together import MOST, ZerosWithSlopes, starts_slowly
 
 Grams = dict[str, Tensor]
 Slope = tuple[Tensor, Tensor | None]  # a matrix, and the number it is multiplied by, unless it has been
@@ -104,7 +104,9 @@ def _by_cosines(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides:
     with torch.no_grad():
         others = {name: measure.kernel(kernel) for name, kernel in guides.items()}
     if measure.centred_slope:  # the kernel is the Gram matrix
-        return (_cosines_together if starts_slowly(next(iter(targets.values()))) else _cosines)(pairs, targets, others)
+        first = next(iter(targets.values()))
+        together = starts_slowly(first) and len(pairs) * first.nbytes <= MOST
+        return (_cosines_together if together else _cosines)(pairs, targets, others)
     values: dict[Pair, Tensor] = {}
     slopes: dict[str, Slope] = {}
     for layer, kernel in targets.items():

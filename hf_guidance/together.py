@@ -14,6 +14,7 @@ from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.kernels import center_in_place, exact_float32, scaled_kernels, scaled_product
 
 SMALL = 2**22  # bytes in float32 of a layer's features and of its Gram matrix, up to which both are kept for the others
+MOST = 2**27  # bytes that are copied to be together
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,23 @@ def starts_slowly(x: Tensor) -> bool:
 
 
 def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
-    """All as Gram matrices, in their order; those that are yet to be made, in as few steps as there are kinds."""
+    """All as Gram matrices, in their order; those that are yet to be made, in few steps for each kind."""
     kinds: dict[tuple[Any, ...], dict[str, Later]] = {}
     for name, kernel in kernels.items():
         if isinstance(kernel, Later):
             kinds.setdefault(kernel.kind, {})[name] = kernel
     made: dict[str, Tensor] = {}
     for layers in kinds.values():
-        values, precision = [layer.values for layer in layers.values()], next(iter(layers.values())).precision
-        if next(iter(layers.values())).multiplied:
-            together = scaled_product(torch.stack(values), precision)[0]
-        else:
-            together = CentredKernels.apply(precision, *values)
-        made |= dict(zip(layers, together.unbind(), strict=True))
+        names, first = list(layers), next(iter(layers.values()))
+        most = max(1, MOST // first.values.nbytes)
+        for start in range(0, len(names), most):
+            group = names[start : start + most]
+            values = [layers[name].values for name in group]
+            if first.multiplied:
+                together = scaled_product(torch.stack(values), first.precision)[0]
+            else:
+                together = CentredKernels.apply(first.precision, *values)
+            made |= dict(zip(group, together.unbind(), strict=True))
     return {name: made[name] if isinstance(kernel, Later) else kernel for name, kernel in kernels.items()}
 
 

@@ -164,6 +164,13 @@ def test_layers_are_left_for_later_where_that_is_cheaper(monkeypatch, tensor_cor
     assert later(torch.randn(1100, 2), torch.float32) is None  # whose Gram matrix is large
 
 
+@pytest.mark.parametrize("most", [1, 12 * 30 * 8, 12 * 12 * 8 * 4])  # layers one by one, and matrices of all pairs
+def test_no_more_than_so_many_bytes_are_copied_at_once(slow_starts, monkeypatch, most):
+    for module in (together, pairwise):
+        monkeypatch.setattr(module, "MOST", most)
+    check_against_the_definition(torch.float64, 1e-12, 3e-11)
+
+
 def test_features_that_are_overwritten_are_copied_with_the_gradient_that_they_had(slow_starts):
     x = torch.randn(8, 20, dtype=torch.float64, requires_grad=True)
     other = gram(torch.randn(8, 20, dtype=torch.float64))
