@@ -177,9 +177,9 @@ def scaled_kernels(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, T
 def scaled_product(kernel: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
     """``x xᵀ`` of features that have their mean yet, ``(n, n)`` or ``(layers, n, n)``, centred and scaled in place, and
     what it was multiplied by. Zero where the spread is within the rounding of the mean, or of the products' sum."""
-    offset = kernel.mean((-2, -1))  # of all features, those that are one constant too
+    offset = kernel.mean((-2, -1))  # of all features, the constant ones too, so dead begins lower than in `_scale`
     energy = _mean_diagonal(center_in_place(kernel))
-    dead = energy <= max(torch.finfo(precision).eps ** 2 / 8, SUM_ROUNDING) * offset  # false for NaN
+    dead = energy <= max(torch.finfo(precision).eps ** 2 / 2, SUM_ROUNDING) * offset  # false for NaN
     inverse = torch.where(dead, 0, energy.reciprocal())
     return kernel.mul_(inverse[..., None, None]), inverse
 

@@ -131,12 +131,15 @@ def test_rounding_is_no_signal_and_one_constant_massive_activation_hides_none(sl
     torch.manual_seed(0)
     constant = (torch.randn(400) + torch.randn(16, 400) * torch.finfo(dtype).eps / 50).to(dtype)
     assert (constant[0] != constant).any()  # a rounding here and there
+    next_number = torch.linspace(-3, 7, 400).to(dtype).repeat(16, 1)
+    next_number[torch.rand(16, 400) < 0.5] *= 1 + torch.finfo(dtype).eps
     massive = torch.randn(16, 8 * 64)
     massive[:, :64] = 0
     massive[:, 5] = 2600  # what large language models show at their first token
-    kept = {name: later(x.to(dtype), dtype) for name, x in {"constant": constant, "massive": massive}.items()}
-    found = complete(kept)
+    features = {"constant": constant, "next number": next_number, "massive": massive}
+    found = complete({name: later(x.to(dtype), dtype) for name, x in features.items()})
     assert not found["constant"].any()
+    assert not found["next number"].any()
     expected = gram(massive.to(dtype).double()[:, 64:])
     assert (found["massive"] - expected).norm() < 2e-2 * expected.norm()
     assert found["massive"].diagonal().mean().item() == pytest.approx(1, abs=1e-5)
