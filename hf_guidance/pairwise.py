@@ -34,14 +34,14 @@ def guidance_loss(
         pairs: all count; those that share a layer share its work.
         measure: what is compared.
         targets: Gram matrices ``(n, n)`` by layer, with their graphs, or `Thin` features in place of any; those of no
-            pair are left aside.
+            pair are left aside. All are compared where the first one is.
         guides: the guide's, over the same samples.
         mean: over the pairs, instead of their sum.
         scale: factor of the gradient alone.
     """
     like = next(iter(targets.values()))
     count = len(pairs) if mean else 1
-    targets, guides = {t: targets[t] for t, _ in pairs}, {g: guides[g].to(like) for _, g in pairs}
+    targets, guides = {t: targets[t].to(like) for t, _ in pairs}, {g: guides[g].to(like) for _, g in pairs}
     thin = measure.centred_slope and all(map(is_thin, (*targets.values(), *guides.values())))
     with exact_float32(like.device):
         slopes: Mapping[str, Slope]

@@ -33,7 +33,7 @@ class Later:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Alike for those that can be made together."""
-        return self.multiplied, self.precision, self.values.dtype, self.values.shape
+        return self.multiplied, self.precision, self.values.dtype, self.values.device, self.values.shape
 
 
 Kernel = Tensor | Later

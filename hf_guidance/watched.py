@@ -30,4 +30,4 @@ class Watched:
     def total(self, task_loss: Tensor) -> Tensor:
         """The loss to train on: the two terms, each with its weight at this step."""
         total = task_loss if self.weights.task == 1 else self.weights.task * task_loss
-        return total if self.loss is None else total + self.weights.guidance * self.loss
+        return total if self.loss is None else total + self.weights.guidance * self.loss.to(total.device)

@@ -229,5 +229,5 @@ def test_what_is_kept_for_later_says_what_it_can_be_made_with():
     alike = [Later(x, torch.float32), Later(torch.ones(4, 6), torch.float32)]
     assert alike[0].kind == alike[1].kind
     others = [Later(x, torch.bfloat16), Later(x.double(), torch.float32), Later(x[:, :4], torch.float32)]
-    others += [Later(x, torch.float32, multiplied=True)]
-    assert len({layer.kind for layer in [*alike, *others]}) == 5
+    others += [Later(x, torch.float32, multiplied=True), Later(x.to("meta"), torch.float32)]  # and on another device
+    assert len({layer.kind for layer in [*alike, *others]}) == 6
