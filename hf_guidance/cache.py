@@ -61,7 +61,7 @@ class GuideCache:
             self._file = np.memmap(self.folder / ROWS, self.kind, "r+", shape=(rows,)) if self._same(then) else None
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"cache_guide={str(folder)!r} cannot be used ({error}): it needs {self.size / 2**20:.0f} MiB in a "
+                f"cache_guide={str(folder)!r} cannot be used ({error}): it needs {_mebibytes(self.size)} in a "
                 "folder that this process may write. Choose another folder, free the disk, or lower sketch."
             ) from error
         self._mean, self._scale = (torch.from_numpy(scales[name]) for name in ("mean", "scale"))
@@ -74,7 +74,7 @@ class GuideCache:
 
     def __str__(self) -> str:
         parts = f"{self.rows} samples, {len(self.widths)} layers, {sum(self.widths.values())} numbers each in float16"
-        return f"{self.size / 2**20:.0f} MiB in {self.folder} ({parts})"
+        return f"{_mebibytes(self.size)} in {self.folder} ({parts})"
 
     def features(self, ids: Tensor, inputs: Mapping[str, Any], run: Callable[[], Features]) -> Features:
         """The guide's features of a batch: read, or else computed by `run` and kept.
@@ -133,8 +133,8 @@ class GuideCache:
         changed = [name for name in now if now[name] != then.get(name)]
         if changed:
             raise ValueError(
-                f"{self.folder} holds the features of another run: its {', '.join(changed)} differ. Give another "
-                "cache_guide folder, or remove that one."
+                f"{self.folder} holds the features of another run, with other {', '.join(map(_in_words, changed))}. "
+                "Give another cache_guide folder, or remove that one."
             )
         return True
 
@@ -153,6 +153,14 @@ class GuideCache:
         every = torch.cat([features[name].float() for name in self.widths], 1).cpu()
         limit = torch.finfo(torch.float16).max
         return ((every - self._mean) / self._scale).clamp(-limit, limit).half()
+
+
+def _in_words(name: str) -> str:
+    return {"fingerprint": "guide weights"}.get(name, name)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
 
 
 def row_checksums(inputs: Mapping[str, Any]) -> Any:

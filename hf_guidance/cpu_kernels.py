@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 # gradient. A gradient in these features is a slope's product with them, mean and all, hence less of it there.
 SAFE_OFFSET = 12
 SAFE_WITH_GRADIENT = 4
+FAINTEST = 2.0**-110  # energy in float32, as `kernels.FAINT` has it
 LARGEST_OFFSET = 1000  # beyond, a layer may be dead, and the mean's own rounding counts
 PROBED = 1024  # features of a wide layer that tell which of the two ways will do
 BLOCK = 4096  # features that are centred at a time, so that they stay in the cache
@@ -86,7 +87,7 @@ def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
     if width < 4 * PROBED or _offset_of(array[:, :PROBED]) <= safe:
         kernel = array @ array.T
         energy, offset = _centre(kernel)
-        if 0 < energy < math.inf and offset <= safe * energy:
+        if FAINTEST < energy < math.inf and offset <= safe * energy:
             kernel *= 1 / energy
             return kernel, 1 / energy, None
     mean = np.add.reduce(array, 0) / n
@@ -96,7 +97,7 @@ def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
     else:
         kernel = _kernel_in_blocks(array, mean)
     energy, _ = _centre(kernel)  # again, for what rounding of the mean left behind
-    if not (0 < energy < math.inf and float(np.vdot(mean, mean)) <= LARGEST_OFFSET * energy):
+    if not (FAINTEST < energy < math.inf and float(np.vdot(mean, mean)) <= LARGEST_OFFSET * energy):
         return None
     kernel *= 1 / energy
     return kernel, 1 / energy, array
@@ -137,7 +138,7 @@ def features_on_cpu(array: Any) -> tuple[Any, float] | None:
     mean = np.add.reduce(array, 0) / len(array)
     centred = array - mean
     energy, offset = float(np.vdot(centred, centred)) / len(array), float(np.vdot(mean, mean))
-    if not (0 < energy < math.inf and offset <= SAFE_OFFSET * energy):
+    if not (FAINTEST < energy < math.inf and offset <= SAFE_OFFSET * energy):
         return None
     centred *= energy**-0.5
     return centred, energy**-0.5

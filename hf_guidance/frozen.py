@@ -52,7 +52,13 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
 
 
 def check_apart(target: nn.Module, guide: nn.Module) -> None:
-    """Raise ValueError if target and guide are one network or share parameters."""
+    """Raise ValueError if target and guide are one network or share parameters, or what stands for either is none."""
+    for role, network in (("target", target), ("guide", guide)):
+        if hasattr(network, "_orig_mod"):
+            raise ValueError(
+                f"the {role} is what torch.compile({role}) returned, which hides its layers and its arguments: call "
+                f"{role}.compile() instead, which compiles it where it is."
+            )
     shared = {id(p) for p in target.parameters()} & {id(p) for p in guide.parameters()}
     if guide is target or shared:
         raise ValueError(

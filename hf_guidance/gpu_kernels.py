@@ -8,12 +8,13 @@ signal. So it does with the features' own rounding, which is the larger of the t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+TOGETHER = 2**26  # bytes of the products of such pieces, that are made before they are summed
 PIECE = 2048  # features that are summed on a tensor core, whose sum of very many is coarser than float32's
 SINCE = (8, 0)  # the compute capability of NVIDIA's GPUs that have such cores for all of these types
 
@@ -39,16 +40,21 @@ def precision_of(x: Tensor) -> torch.dtype:
 def float32_products(precision: str, device: torch.device) -> Iterator[None]:
     """Switch autocast off, and on a GPU make products of float32 with all of their bits (``ieee``), or with 10 of them
     (``tf32``), which are more than those of what was computed in half precision."""
+    with torch.autocast(device.type, enabled=False), _precision(precision) if device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
+def _precision(precision: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision if device.type == "cuda" else None
-    with torch.autocast(device.type, enabled=False):
-        if before is not None:
-            matmul.fp32_precision = precision
-        try:
-            yield
-        finally:
-            if before is not None:
-                matmul.fp32_precision = before
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "none"  # that of all of torch.backends, which it may have been
+    before = "none" if matmul.fp32_precision == before else before
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def outer(x: Tensor) -> Tensor:
@@ -58,9 +64,11 @@ def outer(x: Tensor) -> Tensor:
         if x.ndim > 2 or pieces < 2:
             return _product(x, x.mT)
         whole, rest = x[:, : pieces * PIECE], x[:, pieces * PIECE :]
-        parts = whole.unflatten(1, (pieces, PIECE)).transpose(0, 1)
-        kernel = _product(parts, parts.mT).sum(0)
-        return kernel + _product(rest, rest.mT) if rest.shape[1] else kernel
+        parts = whole.unflatten(1, (pieces, PIECE)).transpose(0, 1).split(max(1, TOGETHER // (4 * len(x) ** 2)))
+        kernel = _product(parts[0], parts[0].mT).sum(0)
+        for more in parts[1:]:
+            kernel += _product(more, more.mT).sum(0)
+        return kernel.add_(_product(rest, rest.mT)) if rest.shape[1] else kernel
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,8 +15,24 @@ from hf_guidance.cpu_kernels import features_on_cpu, for_numpy, kernel_on_cpu, o
 from hf_guidance.gpu_kernels import for_tensor_cores
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
+FAINT = 2.0**16  # times the smallest normal number: an energy whose summands may be none
 SUM_ROUNDING = 2**-18  # of a sum of products in float32, squared numbers as they are; measured below a fourth of it
 EXPECTED = "gradient_is_centred"
+
+
+def without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `backward` of a Function that keeps less than a second derivative takes, which would be wrong in silence."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: similarities and guidance losses have no second derivative. Take it of the task's "
+                "loss alone, or write the similarity in plain torch."
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 def exact_float32(device: torch.device) -> AbstractContextManager[None]:
@@ -102,8 +119,17 @@ def gram(
 
 def _scale(energy: Tensor, offset: Tensor, precision: torch.dtype) -> Tensor:
     """The mean diagonal, that a Gram matrix is divided by; infinite for a dead layer, whose spread is rounding."""
-    dead = energy <= (2 * torch.finfo(precision).eps) ** 2 * offset  # false for NaN, which must come through
-    return torch.where(dead, torch.inf, energy)
+    return _finite_or_nan(energy).masked_fill(_dead(energy, (2 * torch.finfo(precision).eps) ** 2 * offset), torch.inf)
+
+
+def _dead(energy: Tensor, rounding: Tensor) -> Tensor:
+    """Whether a layer's signal is within the rounding, or too faint to be squared (activations below about 1e-17 in
+    float32); false for what is too large for that, and for NaN, which must come through."""
+    return (energy <= rounding.clamp(min=FAINT * torch.finfo(energy.dtype).tiny)) & (energy < torch.inf)
+
+
+def _finite_or_nan(energy: Tensor) -> Tensor:
+    return energy.masked_fill(energy == torch.inf, torch.nan)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -129,6 +155,7 @@ class CentredKernel(torch.autograd.Function):
         return kernel
 
     @staticmethod
+    @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
@@ -179,8 +206,8 @@ def scaled_product(kernel: Tensor, precision: torch.dtype) -> tuple[Tensor, Tens
     what it was multiplied by. Zero where the spread is within the rounding of the mean, or of the products' sum."""
     offset = kernel.mean((-2, -1))  # of all features, the constant ones too, so dead begins lower than in `_scale`
     energy = _mean_diagonal(center_in_place(kernel))
-    dead = energy <= max(torch.finfo(precision).eps ** 2 / 2, SUM_ROUNDING) * offset  # false for NaN
-    inverse = torch.where(dead, 0, energy.reciprocal())
+    dead = _dead(energy, max(torch.finfo(precision).eps ** 2 / 2, SUM_ROUNDING) * offset)
+    inverse = _finite_or_nan(energy).reciprocal().masked_fill(dead, 0)
     return kernel.mul_(inverse[..., None, None]), inverse
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms, inverse_of
+from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms, inverse_of, without_second_derivative
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 from hf_guidance.thin import cosines, is_thin, whole
@@ -76,6 +76,7 @@ class ZeroWithSlope(torch.autograd.Function):
         return matrix.new_zeros(())
 
     @staticmethod
+    @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         slope, factor = ctx.saved_tensors
         return slope * (gradient * factor), None, None

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         else:
             words.append(f"{name} was {reprlib.repr(old)}, is {reprlib.repr(new)}")
     return words
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder for results, or raise ValueError before there are any."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): name another folder.") from error
 
 
 def write_json(path: Path, content: Any) -> None:

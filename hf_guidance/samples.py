@@ -95,17 +95,21 @@ class Samples:
             features = features[rows, positions]
         elif kind is not None:
             mask, length = self._valid(self.masks[kind]).to(features.device), self.lengths[kind]
+        keep_copy = features is given and not HIDDEN.fullmatch(name)  # hidden states are the user's to keep
         if self.sketch and mask is None:
-            features = self.sketch(name, flat(features))
+            unsketched = flat(features)
+            features = self.sketch(name, unsketched)
+            keep_copy = keep_copy and features is unsketched
         if self.ranks:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)
-        keep_copy = features is given and not HIDDEN.fullmatch(name)  # hidden states are the user's to keep
+            keep_copy = False
         if mask is None:
             features = flat(features)
-            if self.together and (kept := later(features, precision, keep_copy)):
+            thin = self.thin and few(features)
+            if self.together and (kept := later(features, precision, keep_copy, thin)):
                 return kept
-            if self.thin and few(features):
+            if thin:
                 return Thin.apply(features if features.dtype == torch.float64 else features.float(), precision)
         sketch = partial(self.sketch, name) if self.sketch else None
         return gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)

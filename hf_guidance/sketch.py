@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.cpu_kernels import for_numpy
+from hf_guidance.kernels import without_second_derivative
 
 SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
 NARROW = 2**14  # features of a sample, of which that holds for batches of 16 and more
@@ -97,6 +98,7 @@ class _CountSketch(torch.autograd.Function):
         return sums
 
     @staticmethod
+    @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         table, signs = ctx.table, ctx.table.signs.to(gradient)
         if not for_numpy(gradient):

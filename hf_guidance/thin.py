@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.cpu_kernels import for_numpy, one_thread
-from hf_guidance.kernels import ROUNDINGS, centred_features, exact_float32
+from hf_guidance.kernels import ROUNDINGS, centred_features, exact_float32, without_second_derivative
 from hf_guidance.mapping import Pair
 
 MOST = 0.4  # features a sample; then 7 n d² operations for a pair are fewer than 3 n² d
@@ -41,6 +41,7 @@ class Thin(torch.autograd.Function):
         return centred
 
     @staticmethod
+    @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return (gradient - gradient.mean(0)) * ctx.factor, None
 
@@ -54,6 +55,7 @@ class _Outer(torch.autograd.Function):
         return features @ features.T
 
     @staticmethod
+    @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
         with exact_float32(features.device):

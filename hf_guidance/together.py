@@ -11,10 +11,18 @@ from torch import Tensor
 
 from hf_guidance import gpu_kernels
 from hf_guidance.gpu_kernels import for_tensor_cores
-from hf_guidance.kernels import center_in_place, exact_float32, scaled_kernels, scaled_product
+from hf_guidance.kernels import (
+    center_in_place,
+    exact_float32,
+    scaled_kernels,
+    scaled_product,
+    without_second_derivative,
+)
 
 SMALL = 2**22  # bytes in float32 of a layer's features and of its Gram matrix, up to which both are kept for the others
-MOST = 2**27  # bytes that are copied to be together
+SMALL_CONSTANT = 2**20  # the same where nothing but this would keep the features
+SMALL_THIN = 2**20  # of a Gram matrix where features could stand for it
+MOST = 2**27  # bytes that are copied, or made, together
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,11 @@ class Later:
     multiplied: bool = False
 
     @property
+    def size(self) -> int:
+        """Bytes in float32 of the features or the Gram matrix, whichever are more."""
+        return 4 * len(self.values) * max(self.values.shape)
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """Alike for those that can be made together."""
         return self.multiplied, self.precision, self.values.dtype, self.values.device, self.values.shape
@@ -39,19 +52,21 @@ class Later:
 Kernel = Tensor | Later
 
 
-def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False) -> Later | None:
+def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False, thin: bool = False) -> Later | None:
     """What to keep of features ``(n, d)`` until the network that they are of has run; None if their Gram matrix is
     better made at once.
 
     Args:
         keep_copy: as of `kernels.gram`.
+        thin: whether these few features could stand for their Gram matrix, which is larger.
     """
-    if not starts_slowly(x):
+    n = len(x)
+    if not starts_slowly(x) or (thin and 4 * n * n > SMALL_THIN):
         return None
     constant = not (x.requires_grad and torch.is_grad_enabled())
     if constant and for_tensor_cores(x, in_region=True):
         return Later(gpu_kernels.outer(x.detach()), gpu_kernels.precision_of(x), multiplied=True)
-    if 4 * len(x) * max(x.shape) > SMALL:
+    if 4 * n * max(x.shape) > (SMALL_CONSTANT if constant else SMALL):
         return None
     return Later(x.clone() if keep_copy else x, precision)  # the copy's gradient is x's as it is now
 
@@ -70,7 +85,7 @@ def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for layers in kinds.values():
         names, first = list(layers), next(iter(layers.values()))
-        most = max(1, MOST // first.values.nbytes)
+        most = max(1, MOST // max(1, first.size))
         for start in range(0, len(names), most):
             group = names[start : start + most]
             values = [layers[name].values for name in group]
@@ -97,6 +112,7 @@ class CentredKernels(torch.autograd.Function):
         return kernels
 
     @staticmethod
+    @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         gradient = center_in_place(gradient + gradient.mT).mul_(ctx.factor[:, None, None])
@@ -115,6 +131,7 @@ class ZerosWithSlopes(torch.autograd.Function):
         return slopes.new_zeros(())
 
     @staticmethod
+    @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         (slopes,) = ctx.saved_tensors
         return None, *(slopes * gradient).unbind()

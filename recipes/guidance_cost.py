@@ -14,7 +14,8 @@ the guide alone. On a CPU the times are those of the processor on --threads thre
 
 A target is deep_fcn, wide_fcn, resnet50_without_skips, or any image or language model of transformers or timm by Hub
 id, folder or timm/<architecture>; its weights are random, and so are the guide's. Every field of TrainingArguments and
-GuidanceConfig is a flag. The tables stand in --output_dir as cost.json, with command, seed, versions and hardware.
+GuidanceConfig is a flag; each row has its own folder in --cache_guide. The tables stand in --output_dir as cost.json,
+with command, seed, versions and hardware.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from hf_guidance.cost.settings import Networks, Setting, parse_rows
 from hf_guidance.cost.table import cost_tables, plot_overhead
 from hf_guidance.flags import parse
 from hf_guidance.guide_configs import is_resnet
-from hf_guidance.run_settings import write_json
+from hf_guidance.run_settings import check_writable, write_json
 from hf_guidance.runtime import environment
 from hf_guidance.scrub import scrub_command
 
@@ -49,7 +50,7 @@ class Arguments:
 
     target: str = field(default="deep_fcn", metadata={"help": "A name, Hub id, folder or timm/<architecture>."})
     guide: str = field(default="timm/resnet18", metadata={"help": "timm/<architecture>, Hub id or folder."})
-    image_size: int = field(default=64, metadata={"help": "The target's, in pixels."})
+    image_size: Optional[int] = field(default=None, metadata={"help": "The target's, in pixels; 64 if left out."})
     guide_image_size: Optional[int] = field(default=None, metadata={"help": "Left out, its own or the target's."})
     width: Optional[int] = field(default=None, metadata={"help": "Of an FCN's blocks; 512 if left out."})
     depth: Optional[int] = field(default=None, metadata={"help": "An FCN's blocks, or 18, 34 or 50 of a ResNet."})
@@ -79,11 +80,12 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
 
 def settings(recipe: Arguments, batch: int) -> list[Setting]:
     """What is measured, one after the other."""
-    if recipe.rows and recipe.batch_sizes:
-        raise ValueError("--rows already names the batch sizes: leave --batch_sizes out.")
+    given = [name for name in ("batch_sizes", "image_size", "width") if getattr(recipe, name) is not None]
+    if recipe.rows and given:
+        raise ValueError(f"--rows names batch, image size and width: leave {', '.join(f'--{n}' for n in given)} out.")
     if recipe.rows:
         return parse_rows([row for word in recipe.rows for row in (GOALS if word == "table" else [word])])
-    return [Setting(size, recipe.image_size, recipe.width) for size in recipe.batch_sizes or [batch]]
+    return [Setting(size, recipe.image_size or 64, recipe.width) for size in recipe.batch_sizes or [batch]]
 
 
 def goal_of(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig, setting: Setting) -> float | None:
@@ -115,6 +117,16 @@ def main() -> None:
     recipe, args, guidance = parse(__doc__ or "", Arguments, defaults, refused=REFUSED, instead=instead)
     if args.world_size > 1:
         raise ValueError(f"{args.world_size} processes: the cost is that of one; start one, and name one GPU.")
+    if guidance.similarity_batch == "global":
+        raise ValueError(
+            "similarity_batch='global' needs several processes, and the cost is that of one: leave it out. What such "
+            "a batch sends is in the tables all the same."
+        )
+    for name in ("batches", "threads"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} is {getattr(recipe, name)}; it must be at least 1.")
+    folder = Path(str(args.output_dir))
+    check_writable(folder)
     if args.device.type == "cpu":
         torch.set_num_threads(recipe.threads)
     chosen = settings(recipe, args.per_device_train_batch_size)
@@ -129,7 +141,6 @@ def main() -> None:
         "training": {name: getattr(args, name) for name in ("bf16", "fp16", "torch_compile", "optim", "max_grad_norm")},
         "rows": [],
     }
-    folder = Path(str(args.output_dir))
     for setting in chosen:
         report["rows"].append(measure(recipe, args, guidance, setting))
         write_json(folder / "cost.json", report)  # what is measured is kept though a later row fails

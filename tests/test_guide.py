@@ -394,6 +394,16 @@ def test_a_guide_that_is_or_shares_the_target_is_an_error() -> None:
     check_apart(target, copy.deepcopy(target))
 
 
+def test_what_torch_compile_returns_is_refused_in_a_networks_place() -> None:
+    target, guide = gpt2(), gpt2()
+    with pytest.raises(
+        ValueError, match=r"the guide is what torch.compile\(guide\) returned.*guide.compile\(\) instead"
+    ):
+        check_apart(target, torch.compile(guide))
+    guide.compile()
+    check_apart(target, guide)
+
+
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     network = gpt2()
     network.config.save_pretrained(tmp_path)

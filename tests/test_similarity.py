@@ -309,6 +309,15 @@ def test_autocast_changes_neither_value_nor_gradient(name: str, measure: Similar
 # ----------------------------------------------------------------------------------------------------- the gradient
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(9, 30, 5), (30, 5, 5)])
+def test_a_second_derivative_is_refused(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, y = (side.to(dtype) for side in features(shape))
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="similarities and guidance losses have no second derivative"):
+        torch.autograd.grad(similarity.linear_cka(x, y), x, create_graph=True)
+
+
 @pytest.mark.parametrize("shape", [(9, 4, 5), (6, 9, 8)])
 def test_gradient_is_that_of_finite_differences(measure: Similarity, shape: tuple[int, int, int]) -> None:
     x, y = features(shape)

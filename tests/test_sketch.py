@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import EVEN, cka, gpt2, hidden_states, llama, token_batch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance import GuidanceConfig, GuidanceLoss, pairwise, together
 from hf_guidance.kernels import gram
 from hf_guidance.sketch import Sketch
 
@@ -112,3 +112,30 @@ def test_a_sketch_of_more_numbers_than_any_layer_has_is_an_error() -> None:
         target(**watched.inputs)
     with pytest.raises(ValueError, match="sketch is 0; it must be at least 1"):
         GuidanceConfig(sketch=0)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("size", [8, 10_000])  # of which the second leaves all layers as they are
+def test_a_module_that_is_overwritten_counts_as_it_was(size: int, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (together, pairwise):
+        monkeypatch.setattr(module, "starts_slowly", lambda x: slow)
+
+    def network(inplace: bool, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        convolutions = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)]
+        return nn.Sequential(*(part for c in convolutions for part in (c, nn.ReLU(inplace))))
+
+    found = []
+    for inplace in (False, True):
+        target, guide = network(inplace, 0), network(inplace, 1)
+        loss = GuidanceLoss(target, guide, GuidanceConfig(target_layers=["Conv2d"], guide_layers=["Conv2d"], sketch=8))
+        assert loss.sketch is not None
+        loss.sketch.size = size
+        with loss.watch({"input": torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(2))}) as watched:
+            if size > 1000:  # a run of nothing but narrow layers is refused
+                loss.sketch.widest = size + 1
+            target(watched.inputs["input"])
+        assert watched.loss is not None
+        watched.loss.backward()
+        found.append([watched.loss.detach(), *(p.grad for p in target.parameters())])
+    torch.testing.assert_close(*found)

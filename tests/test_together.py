@@ -89,8 +89,10 @@ def test_a_matrix_in_two_halves_lets_no_mean_through():
     assert (rounded - exact).mean(1).norm() > 10 * (got - exact).mean(1).norm()
 
 
-@pytest.mark.parametrize("width", [100, 2048, 4096, 5000])
-def test_products_in_pieces_are_those_of_the_whole(width):
+@pytest.mark.parametrize("together", [1, 2**26])
+@pytest.mark.parametrize("width", [100, 2048, 4096, 5000, 9000])
+def test_products_in_pieces_are_those_of_the_whole(width, together, monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "TOGETHER", together)
     x = torch.randn(6, width).bfloat16()
     expected = x.double() @ x.double().T
     torch.testing.assert_close(gpu_kernels.outer(x).double(), expected, rtol=1e-5, atol=1e-3)
@@ -143,6 +145,39 @@ def test_rounding_is_no_signal_and_one_constant_massive_activation_hides_none(sl
     expected = gram(massive.to(dtype).double()[:, 64:])
     assert (found["massive"] - expected).norm() < 2e-2 * expected.norm()
     assert found["massive"].diagonal().mean().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_signals_too_faint_or_too_large_to_be_squared(slow_starts, tensor_cores, half):
+    dtype = torch.bfloat16 if half else torch.float32
+    for scale, value in ((1e-14, 1.0), (1e-21, 0.0), (1e-22, 0.0), (1e18, math.nan), (1e20, math.nan)):
+        torch.manual_seed(0)
+        x = (torch.randn(16, 40) * scale).to(dtype).requires_grad_()
+        loss, values = guidance_loss(
+            [("x", "y")], CKA, complete({"x": later(x, dtype)}), complete({"y": later(x.detach() / scale, dtype)})
+        )
+        assert values["x~y"].item() == pytest.approx(value, abs=2e-2, nan_ok=True)
+        loss.backward()
+        assert x.grad.isfinite().all() == math.isfinite(value)
+
+
+def test_a_batch_without_samples_ends_in_none(slow_starts):
+    for x in (torch.zeros(0, 5), torch.zeros(0, 5, requires_grad=True)):
+        assert complete({"x": later(x, x.dtype)})["x"].shape == (0, 0)
+
+
+def test_few_features_stand_for_a_large_gram_matrix_here_too(slow_starts, tensor_cores):
+    n = math.isqrt(together.SMALL_THIN // 4)
+    for x in (torch.randn(n + 1, 20, requires_grad=True), torch.randn(n + 1, 20).bfloat16()):
+        assert later(x, x.dtype, thin=True) is None
+        assert later(x[:n], x.dtype, thin=True) is not None
+        assert later(x, x.dtype) is not None
+
+
+def test_constant_features_are_kept_if_they_are_fewer(slow_starts):
+    x = torch.randn(8, together.SMALL_CONSTANT // 32 + 1)
+    assert later(x, x.dtype) is None
+    assert later(x.requires_grad_(), x.dtype) is not None
 
 
 def test_every_measure_takes_them(slow_starts):

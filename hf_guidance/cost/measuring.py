@@ -86,9 +86,9 @@ def measure_cost(
     guided: Any = trainers["guided"]
     alone = GuideForwards(guided)
     variants = {"plain": variants.pop("plain"), "guide": alone, **variants}
-    steps: Any = variants["guided"].meter
-    runs: list[int] = []  # of the guide within guided steps; a cache looks at the first rows before them
-    handle = guide.register_forward_pre_hook(lambda *_: runs.append(1) if steps.in_step else None)
+    steps: StepMeter = variants["guided"].meter
+    runs: list[bool] = []  # of the guide within guided steps, and whether these are counted; a cache runs it before
+    handle = guide.register_forward_pre_hook(lambda *_: runs.append(steps.counted) if steps.in_step else None)
     for variant in variants.values():  # allocators, caches and optimizer states; a cache of the guide fills
         variant.advance(plan.discard + max(len(alone.batches), cycle))
         variant.meter.steps, variant.meter.forwards = [], []
@@ -97,26 +97,29 @@ def measure_cost(
     for _ in range(plan.rounds):
         for variant in variants.values():
             variant.advance(plan.discard + counted)
-    handle.remove()
     found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
-    found["guide_forwards"] = len(runs) / (plan.rounds * (plan.discard + counted))
+    found["guide_forwards"] = sum(runs) / (plan.rounds * counted)
     found |= summary(found)
     found["memory"] = _memory(variants, alone, plan.discard + cycle)
     found["pairs"] = len(guided.guidance_loss.pairs or [])
     size = guidance.sketch or SKETCH
     networks = guided.model, guided.guide, guidance, guided.accelerator.autocast, alone.batches[0]
-    count_bytes = partial(bytes_of_global_batch, *networks)
-    found["global_bytes"] = {"exact": count_bytes(None), "sketch": size, "sketched": count_bytes(size)}
-    if busy := _busy(variants, args.device, cycle, found["guide_forwards"]):
+    comparisons = args.gradient_accumulation_steps / cycle  # a step
+    sent = {"exact": bytes_of_global_batch(*networks, None), "sketched": bytes_of_global_batch(*networks, size)}
+    of_step = {kind: None if count is None else round(comparisons * count) for kind, count in sent.items()}
+    found["global_bytes"] = {"sketch": size, **of_step}
+    if busy := _busy(variants, args.device, cycle, runs):
         found["busy"] = busy
     if plan.arithmetic:
         try:
-            arithmetic = _arithmetic(variants, args, found["guide_forwards"])
+            arithmetic = _arithmetic(variants, args, cycle, runs)
             found["arithmetic"] = arithmetic
-            arithmetic["products_seconds"] = products_alone(compared_features(*networks), args.device)
+            products = products_alone(compared_features(*networks), args.device)
+            arithmetic["products_seconds"] = comparisons * products
         except Exception:
             found.pop("arithmetic", None)
             logger.exception("The arithmetic could not be counted; what was measured is kept.")
+    handle.remove()
     return found
 
 
@@ -174,8 +177,13 @@ def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[
     return {"peak": peaks, "guide_weights": guide, "largest_guide_layer": layer, "plain_guide_layer_5_percent": bound}
 
 
-def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: float) -> dict[str, Any] | None:
-    """Of each variant how long a GPU works on a step, and the overhead of that."""
+def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: list[bool]) -> dict[str, Any] | None:
+    """Of each variant how long a GPU works on a step, and the overhead of that.
+
+    Args:
+        runs: grows by each run of the guide in a guided step.
+    """
+    runs.clear()
     steps = math.ceil(BUSY_STEPS / cycle) * cycle
     found: dict[str, Any] = {}
     for name, variant in variants.items():
@@ -183,16 +191,23 @@ def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: floa
         if seconds is None:
             return None
         found[name] = seconds / steps
-    return found | {"overhead": found["guided"] / (found["plain"] + runs * found["guide"])}
+    return found | {"overhead": found["guided"] / (found["plain"] + len(runs) / steps * found["guide"])}
 
 
-def _arithmetic(variants: dict[str, Any], args: TrainingArguments, runs: float) -> dict[str, Any]:
-    """What products and convolutions alone would take at the rate the device multiplies large matrices with."""
+def _arithmetic(variants: dict[str, Any], args: TrainingArguments, cycle: int, runs: list[bool]) -> dict[str, Any]:
+    """What products and convolutions alone would take at the rate the device multiplies large matrices with.
+
+    Args:
+        runs: as of `_busy`.
+    """
+    runs.clear()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     of_grams = dtype if for_tensor_cores(torch.empty(0, dtype=dtype, device=args.device)) else torch.float32
     rates = {"step": matmul_rate(args.device, dtype), "grams": matmul_rate(args.device, of_grams)}
-    count = {name: operations(partial(variants[name].advance, 1)) for name in ("plain", "guide", "guided")}
-    grams = max(0, count["guided"] - count["plain"] - round(runs * count["guide"]))
-    floor = (count["plain"] + runs * count["guide"]) / rates["step"]
+    kinds = ("plain", "guide", "guided")
+    count = {name: round(operations(partial(variants[name].advance, cycle)) / cycle) for name in kinds}
+    of_guide = round(len(runs) / cycle * count["guide"])
+    grams = max(0, count["guided"] - count["plain"] - of_guide)
+    floor = (count["plain"] + of_guide) / rates["step"]
     seconds = {"floor_seconds": floor, "grams_seconds": grams / rates["grams"]}
     return {"operations": {**count, "grams": grams}, "operations_per_second": rates, "dtype": str(dtype), **seconds}

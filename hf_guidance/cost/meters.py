@@ -85,14 +85,14 @@ class StepMeter(TrainerCallback):
     def __post_init__(self) -> None:
         self._marks: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
         self._profile: Any = None
-        self.in_step = False
+        self.in_step = self.counted = False  # whether this step is
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.memory and state.global_step >= self.discard:
             self._profile = peak_memory(self.clock.device)
             self._peak = self._profile.__enter__()
         self._forwards: list[tuple[Any, Any]] = []
-        self.in_step = True
+        self.in_step, self.counted = True, state.global_step >= self.discard
         self._began = self.clock.now()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:

@@ -79,9 +79,10 @@ class Networks:
         if self.target in VISION_TARGETS:
             target, size = self._vision_target(setting), setting.image_size
         else:
+            kind = self._auto_class()
             if setting.width or self.depth:
                 raise ValueError(f"width and depth are of {', '.join(VISION_TARGETS)}; {self.target} has its own.")
-            target = untrained_network(self.target, self._auto_class())
+            target = untrained_network(self.target, kind)
             if target.main_input_name == "input_ids":
                 vocabulary = min(v for v in (vocabulary_size(target), vocabulary_size(guide)) if v)
                 return target, random_tokens(count, self.length, vocabulary, seed=seed)

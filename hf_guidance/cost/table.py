@@ -10,6 +10,7 @@ from hf_guidance.analysis.report import aligned
 
 MEBI = 2**20
 PROCESSES = (2, 8, 64)
+MARKERS = "os^Dv"
 
 
 def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
@@ -87,8 +88,11 @@ def _memory_header(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _memory(row: dict[str, Any]) -> list[str]:
     rates = [f"{row[name]['samples_per_second']:.1f}" for name in ("plain", "guided", "paper") if name in row]
     memory = row["memory"]
-    held = [*memory["peak"].values(), memory["plain_guide_layer_5_percent"]]
-    return [row["name"], *rates, *("–" if value is None else f"{value / MEBI:.0f}" for value in held)]
+    held = [*memory["peak"].values(), bound := memory["plain_guide_layer_5_percent"]]
+    cells = ["–" if value is None else f"{value / MEBI:.0f}" for value in held]
+    if bound is not None and memory["peak"]["guided"] > bound:
+        cells[-1] += " (exceeded)"
+    return [row["name"], *rates, *cells]
 
 
 def _arithmetic(row: dict[str, Any]) -> list[str]:
@@ -103,7 +107,7 @@ def plot_overhead(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) 
     """Draw overhead against batch size, the paper's formulation beside it, and save it as a picture.
 
     Args:
-        rows: as of `cost_tables`, with ``batch_size``.
+        rows: as of `cost_tables`, with ``batch_size``; a line for each ``image_size`` and ``width`` among them.
         path: of the picture; its suffix decides the format.
     """
     from matplotlib.figure import Figure
@@ -111,14 +115,20 @@ def plot_overhead(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) 
     figure = Figure(figsize=(4.6, 3.8), layout="constrained")
     panel = figure.subplots()
     ordered = sorted(rows, key=lambda row: row["batch_size"])
-    for key, label in (("overhead", "guided"), ("paper_overhead", "paper's formulation")):
-        points = [(row["batch_size"], row[key]["median"]) for row in ordered if key in row]
-        if points:
-            panel.plot(*zip(*points, strict=True), marker="o", label=label)
+    kinds = list(dict.fromkeys((row.get("image_size"), row.get("width")) for row in rows))
+    for key, label, color in (("overhead", "guided", "C0"), ("paper_overhead", "paper's formulation", "C1")):
+        for number, kind in enumerate(kinds):
+            of_kind = [row for row in ordered if key in row and (row.get("image_size"), row.get("width")) == kind]
+            if points := [(row["batch_size"], row[key]["median"]) for row in of_kind]:
+                of = f", {' / '.join(str(size) for size in kind if size is not None)}" if len(kinds) > 1 else ""
+                style: Any = {"marker": MARKERS[number % len(MARKERS)], "color": color, "label": label + of}
+                panel.plot(*zip(*points, strict=True), **style)
     panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
-    panel.set(xlabel="batch size", ylabel="step / (plain step + guide forward)", xscale="log")
-    panel.set_xticks([row["batch_size"] for row in ordered], [str(row["batch_size"]) for row in ordered])
+    floor = "(plain step + guide forward)" if any(row["guide_forwards"] for row in rows) else "plain step"
+    panel.set(xlabel="batch size", ylabel=f"step / {floor}", xscale="log")
+    sizes = list(dict.fromkeys(row["batch_size"] for row in ordered))
+    panel.set_xticks(sizes, list(map(str, sizes)))
     panel.minorticks_off()
-    panel.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

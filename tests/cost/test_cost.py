@@ -283,10 +283,27 @@ def test_a_guide_that_no_step_runs_leaves_the_plain_step_as_the_floor(tmp_path):
     assert "paper" not in found
 
 
+@pytest.mark.parametrize("how", [{"guidance_every": 2}, {"guidance_stop_step": 1}], ids=lambda how: next(iter(how)))
+def test_only_counted_steps_count_the_guides_forwards(how, tmp_path):
+    plan = Plan(rounds=1, steps=1, paper=False, arithmetic=True)  # the discarded step is guided
+    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(**how), plan)
+    always = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(), plan)
+    assert always["guide_forwards"] == 1
+    assert found["guide_forwards"] == (0.5 if "guidance_every" in how else 0)
+    operations = {name: row["arithmetic"]["operations"] for name, row in (("found", found), ("always", always))}
+    assert operations["always"]["grams"] > 0
+    if "guidance_every" in how:
+        assert operations["found"]["grams"] == pytest.approx(operations["always"]["grams"] / 2, rel=1e-3)
+        assert found["global_bytes"]["exact"] == always["global_bytes"]["exact"] / 2
+
+
 def test_every_micro_step_runs_the_guide(tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
     found = measure_cost(gpt2(), llama(), texts(), args, GuidanceConfig(), Plan(rounds=1, steps=2))
     assert found["guide_forwards"] == 2
+    args = arguments(tmp_path, per_device_train_batch_size=4)
+    once = measure_cost(gpt2(), llama(), texts(), args, GuidanceConfig(), Plan(rounds=1, steps=1, paper=False))
+    assert found["global_bytes"]["exact"] == 2 * once["global_bytes"]["exact"]
     assert found["floor"]["median"] == pytest.approx(found["plain"]["median"] + 2 * found["guide"]["median"])
     assert found["guided"]["samples_per_second"] == pytest.approx(8 / found["guided"]["median"])
     assert found["guide"]["samples_per_second"] == pytest.approx(4 / found["guide"]["median"])
@@ -316,8 +333,26 @@ def test_tables_and_figure(measured, tmp_path):
     without |= {"goal": None, "memory": {**row["memory"], "peak": {**peaks, "plain": None}}}
     assert "paper" not in cost_tables([without])
     assert " – " in cost_tables([without])
+    held = row["memory"]["peak"]["guided"]
+    for bound, over in ((held - 1, True), (held, False)):
+        memory = {**row["memory"], "plain_guide_layer_5_percent": bound}
+        assert ("(exceeded)" in cost_tables([{**row, "memory": memory}])) == over
     plot_overhead([row, {**row, "batch_size": 8}], tmp_path / "overhead.png")
     assert (tmp_path / "overhead.png").stat().st_size > 5_000
+
+
+def test_settings_of_another_size_are_drawn_as_another_line(measured, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    sizes = [(64, 32, 8), (64, 64, 8), (128, 64, 8)]
+    rows = [{**measured, "batch_size": b, "image_size": i, "width": w} for b, i, w in sizes]
+    plot_overhead(rows, tmp_path / "overhead.png")
+    plot_overhead([{**row, "guide_forwards": 0.0} for row in rows[1:]], tmp_path / "overhead.png")
+    several, one = (figure.axes[0] for figure in figures)
+    lines = {line.get_label(): len(line.get_xdata()) for line in several.lines}
+    assert (lines["guided, 32 / 8"], lines["guided, 64 / 8"], lines["paper's formulation, 64 / 8"]) == (1, 2, 2)
+    assert [line.get_label() for line in one.lines][:2] == ["guided", "paper's formulation"]
+    assert (several.get_ylabel(), one.get_ylabel()) == ("step / (plain step + guide forward)", "step / plain step")
 
 
 # -------------------------------------------------------------------------------------------------------- the settings

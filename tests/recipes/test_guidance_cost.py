@@ -119,7 +119,12 @@ def test_goals_stand_beside_what_they_are_of_only(tmp_path):
     ("options", "words"),
     [
         ({"rows": "8/32"}, "--rows 8/32: expected batch/image/width, such as 64/64/512, or table"),
-        ({"batch_sizes": [4]}, "--rows already names the batch sizes: leave --batch_sizes out"),
+        ({"batch_sizes": [4]}, "--rows names batch, image size and width: leave --batch_sizes out"),
+        ({"image_size": 32, "width": 8}, "leave --image_size, --width out"),
+        ({"similarity_batch": "global"}, "needs several processes, and the cost is that of one: leave it out"),
+        ({"batches": 0}, "batches is 0; it must be at least 1"),
+        ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"target": "deepfcn"}, "target 'deepfcn' is none of deep_fcn, wide_fcn"),
         ({"max_steps": 3}, "--max_steps: this recipe takes --rounds and --steps"),
         ({"rounds": 0}, "rounds is 0; it must be at least 1"),
         ({"target": "/nowhere/at/all", **BARE}, "target '/nowhere/at/all' is none of deep_fcn, wide_fcn"),
@@ -135,6 +140,12 @@ def test_goals_stand_beside_what_they_are_of_only(tmp_path):
 def test_bad_flags_are_named(options, words, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=words):
         run_here(monkeypatch, tmp_path / "out", **options)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--output_dir .*file/out cannot be written .*: name another folder"):
+        run_here(monkeypatch, tmp_path / "file" / "out", target="/nowhere/at/all")
 
 
 def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
