@@ -119,17 +119,15 @@ def gram(
 
 def _scale(energy: Tensor, offset: Tensor, precision: torch.dtype) -> Tensor:
     """The mean diagonal, that a Gram matrix is divided by; infinite for a dead layer, whose spread is rounding."""
-    return _finite_or_nan(energy).masked_fill(_dead(energy, (2 * torch.finfo(precision).eps) ** 2 * offset), torch.inf)
+    energy, dead = _judged(energy, (2 * torch.finfo(precision).eps) ** 2 * offset)
+    return energy.masked_fill(dead, torch.inf)
 
 
-def _dead(energy: Tensor, rounding: Tensor) -> Tensor:
-    """Whether a layer's signal is within the rounding, or too faint to be squared (activations below about 1e-17 in
-    float32); false for what is too large for that, and for NaN, which must come through."""
-    return (energy <= rounding.clamp(min=FAINT * torch.finfo(energy.dtype).tiny)) & (energy < torch.inf)
-
-
-def _finite_or_nan(energy: Tensor) -> Tensor:
-    return energy.masked_fill(energy == torch.inf, torch.nan)
+def _judged(energy: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's energy, NaN if it is infinite, which must come through as well; and whether the layer is dead: no more
+    than rounding, or too faint to be squared (activations below about 1e-17 in float32)."""
+    energy = energy.masked_fill(energy == torch.inf, torch.nan)
+    return energy, energy <= rounding.clamp(min=FAINT * torch.finfo(energy.dtype).tiny)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -206,8 +204,8 @@ def scaled_product(kernel: Tensor, precision: torch.dtype) -> tuple[Tensor, Tens
     what it was multiplied by. Zero where the spread is within the rounding of the mean, or of the products' sum."""
     offset = kernel.mean((-2, -1))  # of all features, the constant ones too, so dead begins lower than in `_scale`
     energy = _mean_diagonal(center_in_place(kernel))
-    dead = _dead(energy, max(torch.finfo(precision).eps ** 2 / 2, SUM_ROUNDING) * offset)
-    inverse = _finite_or_nan(energy).reciprocal().masked_fill(dead, 0)
+    energy, dead = _judged(energy, max(torch.finfo(precision).eps ** 2 / 2, SUM_ROUNDING) * offset)
+    inverse = energy.reciprocal().masked_fill(dead, 0)
     return kernel.mul_(inverse[..., None, None]), inverse
 
 
