@@ -104,7 +104,7 @@ def measure_cost(
     found["pairs"] = len(guided.guidance_loss.pairs or [])
     size = guidance.sketch or SKETCH
     networks = guided.model, guided.guide, guidance, guided.accelerator.autocast, alone.batches[0]
-    comparisons = args.gradient_accumulation_steps / cycle  # a step
+    comparisons = args.gradient_accumulation_steps / cycle if guidance.guidance_weight else 0  # a step
     sent = {"exact": bytes_of_global_batch(*networks, None), "sketched": bytes_of_global_batch(*networks, size)}
     of_step = {kind: None if count is None else round(comparisons * count) for kind, count in sent.items()}
     found["global_bytes"] = {"sketch": size, **of_step}

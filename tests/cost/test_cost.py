@@ -279,7 +279,7 @@ def test_a_guide_that_no_step_runs_leaves_the_plain_step_as_the_floor(tmp_path):
     found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(guidance_weight=0.0), plan)
     assert found["guide_forwards"] == 0
     assert found["overhead"] == found["guided_over_plain"]
-    assert found["split"]["guide_forward"] == 0
+    assert found["split"]["guide_forward"] == found["global_bytes"]["exact"] == 0
     assert "paper" not in found
 
 
