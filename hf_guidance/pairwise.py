@@ -106,7 +106,8 @@ def _by_cosines(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides:
         others = {name: measure.kernel(kernel) for name, kernel in guides.items()}
     if measure.centred_slope:  # the kernel is the Gram matrix
         first = next(iter(targets.values()))
-        together = starts_slowly(first) and len(pairs) * first.nbytes <= MOST
+        alike = all(kernel.shape == first.shape for kernel in targets.values())  # not of layers with other positions
+        together = alike and starts_slowly(first) and len(pairs) * first.nbytes <= MOST
         return (_cosines_together if together else _cosines)(pairs, targets, others)
     values: dict[Pair, Tensor] = {}
     slopes: dict[str, Slope] = {}

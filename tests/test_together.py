@@ -180,6 +180,19 @@ def test_constant_features_are_kept_if_they_are_fewer(slow_starts):
     assert later(x.requires_grad_(), x.dtype) is not None
 
 
+def test_layers_of_other_numbers_of_samples_are_compared_side_by_side(slow_starts):
+    torch.manual_seed(0)
+    made = {
+        name: torch.randn(n, 20, requires_grad=name in "ab") for name, n in {"a": 8, "x": 8, "b": 6, "y": 6}.items()
+    }
+    loss, values = guidance_loss([("a", "x"), ("b", "y")], CKA, of(made, "ab"), of(made, "xy"))
+    for t, g in (("a", "x"), ("b", "y")):
+        assert values[f"{t}~{g}"].item() == pytest.approx(cka(made[t], made[g]).item(), abs=1e-5)
+    loss.backward()
+    assert made["a"].grad.any()
+    assert made["b"].grad.any()
+
+
 def test_every_measure_takes_them(slow_starts):
     made = layers(torch.float64)
     for measure in MEASURES.values():
