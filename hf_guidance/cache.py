@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import convert_bytes
 from torch import Tensor
 
-from hf_guidance.samples import content_of, mix
+from hf_guidance.batches import content_of, mix
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class GuideCache:
             self._file = np.memmap(self.folder / ROWS, self.kind, "r+", shape=(rows,)) if self._same(then) else None
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"cache_guide={str(folder)!r} cannot be used ({error}): it needs {_mebibytes(self.size)} in a "
+                f"cache_guide={str(folder)!r} cannot be used ({error}): it needs {convert_bytes(self.size)} in a "
                 "folder that this process may write. Choose another folder, free the disk, or lower sketch."
             ) from error
         self._mean, self._scale = (torch.from_numpy(scales[name]) for name in ("mean", "scale"))
@@ -74,7 +75,7 @@ class GuideCache:
 
     def __str__(self) -> str:
         parts = f"{self.rows} samples, {len(self.widths)} layers, {sum(self.widths.values())} numbers each in float16"
-        return f"{_mebibytes(self.size)} in {self.folder} ({parts})"
+        return f"{convert_bytes(self.size)} in {self.folder} ({parts})"
 
     def features(self, ids: Tensor, inputs: Mapping[str, Any], run: Callable[[], Features]) -> Features:
         """The guide's features of a batch: read, or else computed by `run` and kept.
@@ -157,10 +158,6 @@ class GuideCache:
 
 def _in_words(name: str) -> str:
     return {"fingerprint": "guide weights"}.get(name, name)
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
 
 
 def row_checksums(inputs: Mapping[str, Any]) -> Any:

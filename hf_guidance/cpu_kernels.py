@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 # gradient. A gradient in these features is a slope's product with them, mean and all, hence less of it there.
 SAFE_OFFSET = 12
 SAFE_WITH_GRADIENT = 4
-FAINTEST = 2.0**-110  # energy in float32, as `kernels.FAINT` has it
+FAINTEST = float(np.finfo(np.float32).tiny)  # energy that is no dead layer's
 LARGEST_OFFSET = 1000  # beyond, a layer may be dead, and the mean's own rounding counts
 PROBED = 1024  # features of a wide layer that tell which of the two ways will do
 BLOCK = 4096  # features that are centred at a time, so that they stay in the cache

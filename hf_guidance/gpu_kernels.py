@@ -64,7 +64,7 @@ def outer(x: Tensor) -> Tensor:
         if x.ndim > 2 or pieces < 2:
             return _product(x, x.mT)
         whole, rest = x[:, : pieces * PIECE], x[:, pieces * PIECE :]
-        parts = whole.unflatten(1, (pieces, PIECE)).transpose(0, 1).split(max(1, TOGETHER // (4 * len(x) ** 2)))
+        parts = whole.unflatten(1, (pieces, PIECE)).transpose(0, 1).split(max(1, TOGETHER // max(1, 4 * len(x) ** 2)))
         kernel = _product(parts[0], parts[0].mT).sum(0)
         for more in parts[1:]:
             kernel += _product(more, more.mT).sum(0)

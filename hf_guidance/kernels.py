@@ -15,13 +15,15 @@ from hf_guidance.cpu_kernels import features_on_cpu, for_numpy, kernel_on_cpu, o
 from hf_guidance.gpu_kernels import for_tensor_cores
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
-FAINT = 2.0**16  # times the smallest normal number: an energy whose summands may be none
 SUM_ROUNDING = 2**-18  # of a sum of products in float32, squared numbers as they are; measured below a fourth of it
 EXPECTED = "gradient_is_centred"
 
 
 def without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `backward` of a Function that keeps less than a second derivative takes, which would be wrong in silence."""
+    """The `backward` of a Function that keeps less than a second derivative takes, which would be wrong in silence.
+
+    (torch's `once_differentiable` looks at the gradient alone, and lets the part through that goes by the features.)
+    """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Tensor) -> Any:
@@ -125,9 +127,9 @@ def _scale(energy: Tensor, offset: Tensor, precision: torch.dtype) -> Tensor:
 
 def _judged(energy: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's energy, NaN if it is infinite, which must come through as well; and whether the layer is dead: no more
-    than rounding, or too faint to be squared (activations below about 1e-17 in float32)."""
+    than rounding, or too faint to be squared (activations below about 1e-20 in float32)."""
     energy = energy.masked_fill(energy == torch.inf, torch.nan)
-    return energy, energy <= rounding.clamp(min=FAINT * torch.finfo(energy.dtype).tiny)
+    return energy, energy <= rounding.clamp(min=torch.finfo(energy.dtype).tiny)
 
 
 def flat(x: Tensor) -> Tensor:

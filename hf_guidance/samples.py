@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_guidance.batches import content_of, masks_of, mix
 from hf_guidance.features import HIDDEN
 from hf_guidance.kernels import flat, gram
 from hf_guidance.ranks import Ranks
@@ -59,7 +60,7 @@ class Samples:
         self.content = content_of(batch)
         self.batch_size = self.content.shape[0]
         self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
-        self.masks = _masks({k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2})
+        self.masks = masks_of({k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2})
         self.ranks, self.sketch, self.thin, self.together = ranks, sketch, thin, together
         self.counts, self.lengths = self._across_ranks()
         self.count = sum(self.counts)
@@ -235,31 +236,3 @@ def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
     if there are no others, all come in: so that it is the same choice however the rows are cut up."""
     last = smallest[-1]
     return torch.where(smallest[0] < last, score < last, score <= last)
-
-
-def content_of(batch: Mapping[str, Any]) -> Tensor:
-    """What the rows of a batch are made of: token ids, pixels, embeddings, or else its first tensor of two axes."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
-    if not tensors:
-        raise ValueError(f"the batch has no tensor with a sample axis and another one; it has {sorted(batch)}.")
-    known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
-    return (known or list(tensors.values()))[0]
-
-
-def _masks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    masks = {}
-    labels = tensors.get("labels")
-    if (mask := tensors.get("decoder_attention_mask")) is not None:
-        masks["decoder"] = mask.bool()
-    elif (ids := tensors.get("decoder_input_ids")) is not None:
-        masks["decoder"] = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != -100
-    if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
-        masks["encoder"] = mask.bool()
-    return masks
-
-
-def mix(value: Tensor) -> Tensor:
-    """Scatter int64 values over all 64 bits (products wrap around)."""
-    for factor in (-7046029254386353131, -4658895280553007687):
-        value = (value ^ (value >> 29)) * factor
-    return value ^ (value >> 32)

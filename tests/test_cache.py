@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_said_before_trainin
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        ValueError, match=r"No space left on device.*it needs \d+ KiB .* free the disk, or lower sketch"
+        ValueError, match=r"No space left on device.*it needs [\d.]+ KB in a folder .* free the disk, or lower sketch"
     ):
         trainer(tmp_path / "a", tmp_path / "cache").train()
     monkeypatch.undo()

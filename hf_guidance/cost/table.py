@@ -121,8 +121,8 @@ def plot_overhead(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) 
             of_kind = [row for row in ordered if key in row and (row.get("image_size"), row.get("width")) == kind]
             if points := [(row["batch_size"], row[key]["median"]) for row in of_kind]:
                 of = f", {' / '.join(str(size) for size in kind if size is not None)}" if len(kinds) > 1 else ""
-                style: Any = {"marker": MARKERS[number % len(MARKERS)], "color": color, "label": label + of}
-                panel.plot(*zip(*points, strict=True), **style)
+                marker = MARKERS[number % len(MARKERS)]
+                panel.plot(*zip(*points, strict=True), marker=marker, color=color, label=label + of)
     panel.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     floor = "(plain step + guide forward)" if any(row["guide_forwards"] for row in rows) else "plain step"
     panel.set(xlabel="batch size", ylabel=f"step / {floor}", xscale="log")

@@ -1,0 +1,38 @@
+"""What a batch holds: the content of its rows, and which of their positions are valid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def content_of(batch: Mapping[str, Any]) -> Tensor:
+    """What the rows of a batch are made of: token ids, pixels, embeddings, or else its first tensor of two axes."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
+    if not tensors:
+        raise ValueError(f"the batch has no tensor with a sample axis and another one; it has {sorted(batch)}.")
+    known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
+    return (known or list(tensors.values()))[0]
+
+
+def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``(batch, length)`` of bool: the valid positions of encoder and decoder, as far as a batch says so."""
+    masks = {}
+    labels = tensors.get("labels")
+    if (mask := tensors.get("decoder_attention_mask")) is not None:
+        masks["decoder"] = mask.bool()
+    elif (ids := tensors.get("decoder_input_ids")) is not None:
+        masks["decoder"] = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != -100
+    if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
+        masks["encoder"] = mask.bool()
+    return masks
+
+
+def mix(value: Tensor) -> Tensor:
+    """Scatter int64 values over all 64 bits (products wrap around)."""
+    for factor in (-7046029254386353131, -4658895280553007687):
+        value = (value ^ (value >> 29)) * factor
+    return value ^ (value >> 32)
