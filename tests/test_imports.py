@@ -19,7 +19,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
     | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
-    | {"frozen"},
+    | {"frozen", "batches"},
     {"identity"},
     {"watched", "samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
