@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_guidance.accumulation import check_accumulates
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.frozen import check_not_wrapped
 from hf_guidance.guide_input import check_vocabularies
 from hf_guidance.ranks import Ranks
 from hf_guidance.similarity import get_measure
@@ -50,6 +51,7 @@ def check_machine(args: Any) -> None:
 def check_trainer(trainer: Any) -> None:
     """Raise ValueError for a guided trainer under which guidance would not be what it says."""
     deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
+    check_not_wrapped(trainer.model, "target")
     check_settings(trainer.args, config, deepspeed=deepspeed, sharded=deepspeed or trainer.is_fsdp_enabled)
     if _is_default(trainer.data_collator) and not config.guide_shares_tokenizer:
         columns = getattr(trainer.train_dataset, "column_names", None)

@@ -53,15 +53,20 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
 
 def check_apart(target: nn.Module, guide: nn.Module) -> None:
     """Raise ValueError if target and guide are one network or share parameters, or what stands for either is none."""
-    for role, network in (("target", target), ("guide", guide)):
-        if hasattr(network, "_orig_mod"):
-            raise ValueError(
-                f"the {role} is what torch.compile({role}) returned, which hides its layers and its arguments: call "
-                f"{role}.compile() instead, which compiles it where it is."
-            )
+    check_not_wrapped(target, "target")
+    check_not_wrapped(guide, "guide")
     shared = {id(p) for p in target.parameters()} & {id(p) for p in guide.parameters()}
     if guide is target or shared:
         raise ValueError(
             f"the guide shares {len(shared)} parameters with the target, so it would not stay frozen; "
             "pass a copy (copy.deepcopy) or another network."
+        )
+
+
+def check_not_wrapped(network: nn.Module, role: str) -> None:
+    """Raise ValueError for what torch.compile returns."""
+    if hasattr(network, "_orig_mod"):
+        raise ValueError(
+            f"the {role} is what torch.compile({role}) returned, which hides its layers and its arguments: call "
+            f"{role}.compile() instead, which compiles it where it is."
         )

@@ -835,6 +835,11 @@ def test_what_is_not_a_guide_or_a_config_is_said_at_once(tmp_path: Path, given: 
         GuidanceTrainer(model=gpt2(), args=arguments(tmp_path), **made)
 
 
+def test_a_target_that_torch_compile_returned_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the target is what torch.compile\(target\) returned.*target.compile\(\)"):
+        GuidanceTrainer(torch.compile(gpt2()), arguments(tmp_path), guide=llama())
+
+
 def test_a_progress_callback_of_the_users_own_is_kept(tmp_path: Path) -> None:
     class Mine(ProgressCallback):
         pass

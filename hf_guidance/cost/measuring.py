@@ -22,10 +22,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.cost.communication import bytes_of_global_batch, compared_features
-from hf_guidance.cost.meters import StepMeter, busy_seconds, matmul_rate, operations, products_alone
+from hf_guidance.cost.communication import Compared, bytes_of_global_batch, compared_features
+from hf_guidance.cost.meters import StepMeter, busy_seconds, matmul_rate, operations, peak_memory, products_alone
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 from hf_guidance.gpu_kernels import for_tensor_cores
+from hf_guidance.loss import GuidanceLoss
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +80,17 @@ def measure_cost(
         floor, overhead and the other ratios, the latter from medians and from minima; see `summary`. On a GPU, how long
         it is at work in a step. Bytes that a
         process would send to each other one for a global batch, exact and sketched (None where nothing is that wide).
+
+    Raises:
+        ValueError: counted steps of which some are guided and others are not, but for `guidance_every`.
     """
-    cycle = getattr(guidance, "guidance_every", None) or 1
+    cycle = guidance.guidance_every
+    counted = math.ceil(plan.steps / cycle) * cycle
     trainers = make_trainers(target, guide, rows, args, guidance, paper=plan.paper)
     variants: dict[str, Any] = {name: Steps(trainer, plan.discard, cycle) for name, trainer in trainers.items()}
     guided: Any = trainers["guided"]
-    alone = GuideForwards(guided)
+    share = _guided_share(guided.guidance_loss, range(plan.discard, plan.discard + counted))
+    alone = GuideForwards(guided, plan.discard)
     variants = {"plain": variants.pop("plain"), "guide": alone, **variants}
     steps: StepMeter = variants["guided"].meter
     runs: list[bool] = []  # of the guide within guided steps, and whether these are counted; a cache runs it before
@@ -93,18 +99,17 @@ def measure_cost(
         variant.advance(plan.discard + max(len(alone.batches), cycle))
         variant.meter.steps, variant.meter.forwards = [], []
     runs.clear()
-    counted = math.ceil(plan.steps / cycle) * cycle
     for _ in range(plan.rounds):
         for variant in variants.values():
             variant.advance(plan.discard + counted)
     found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
     found["guide_forwards"] = sum(runs) / (plan.rounds * counted)
     found |= summary(found)
-    found["memory"] = _memory(variants, alone, plan.discard + cycle)
+    found["memory"] = _memory(variants, alone, cycle)
     found["pairs"] = len(guided.guidance_loss.pairs or [])
     size = guidance.sketch or SKETCH
     networks = guided.model, guided.guide, guidance, guided.accelerator.autocast, alone.batches[0]
-    comparisons = args.gradient_accumulation_steps / cycle if guidance.guidance_weight else 0  # a step
+    comparisons = share * args.gradient_accumulation_steps  # a step
     sent = {"exact": bytes_of_global_batch(*networks, None), "sketched": bytes_of_global_batch(*networks, size)}
     of_step = {kind: None if count is None else round(comparisons * count) for kind, count in sent.items()}
     found["global_bytes"] = {"sketch": size, **of_step}
@@ -114,13 +119,40 @@ def measure_cost(
         try:
             arithmetic = _arithmetic(variants, args, cycle, runs)
             found["arithmetic"] = arithmetic
-            products = products_alone(compared_features(*networks), args.device)
-            arithmetic["products_seconds"] = comparisons * products
+            compared = _compared_in_step(compared_features(*networks), args, guidance)
+            arithmetic["products_seconds"] = share * products_alone(compared, args.device)
         except Exception:
             found.pop("arithmetic", None)
             logger.exception("The arithmetic could not be counted; what was measured is kept.")
     handle.remove()
     return found
+
+
+def _guided_share(loss: GuidanceLoss, steps: range) -> float:
+    """The share of the counted steps that are guided, as many of them every so often.
+
+    Raises:
+        ValueError: where there are more at the beginning than at the end.
+    """
+    loss.total_steps, config = steps.stop, loss.config
+    guided = [bool(loss.weights(step).guidance) for step in steps]
+    cycles = {sum(guided[i : i + config.guidance_every]) for i in range(0, len(steps), config.guidance_every)}
+    if len(cycles) > 1:
+        raise ValueError(
+            f"steps {steps.start} to {steps.stop - 1} of each turn are counted, and guidance weighs nothing in the "
+            f"last of them (guidance_stop_step={config.guidance_stop_step}, prealign_steps={config.prealign_steps}): "
+            "their times would be of two kinds. Leave these out, or choose other --discard and --steps."
+        )
+    return sum(guided) / len(steps)
+
+
+def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance: GuidanceConfig) -> list[Compared]:
+    """The layers of each comparison in a guided step, from those of one micro-batch."""
+    times = args.gradient_accumulation_steps
+    if guidance.similarity_batch != "accumulated":
+        return layers * times
+    whole = [layer._replace(samples=times * layer.samples) for layer in layers]
+    return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # the guide's once
 
 
 def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:
@@ -167,11 +199,8 @@ def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[
     """Peak bytes of each variant, and what the guided step may take: see the keys."""
     peaks: dict[str, Any] = {}
     for name, variant in variants.items():
-        variant.meter.memory = True
-        variant.advance(steps)
-        variant.meter.memory = False
-        extra = variant.meter.peak.extra
-        peaks[name] = None if extra is None else variant.resident() + extra
+        extra = variant.read(partial(peak_memory, alone.meter.clock.device), steps)
+        peaks[name] = None if None in extra else variant.resident() + max(extra)
     guide, layer = alone.resident(), alone.largest_layer()
     bound = None if peaks["plain"] is None else round(1.05 * (peaks["plain"] + guide + layer))
     return {"peak": peaks, "guide_weights": guide, "largest_guide_layer": layer, "plain_guide_layer_5_percent": bound}
@@ -181,17 +210,16 @@ def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: list
     """Of each variant how long a GPU works on a step, and the overhead of that.
 
     Args:
-        runs: grows by each run of the guide in a guided step.
+        runs: grows by each run of the guide in a guided trainer's step: whether that is counted.
     """
+    if device.type != "cuda":
+        return None
     runs.clear()
     steps = math.ceil(BUSY_STEPS / cycle) * cycle
     found: dict[str, Any] = {}
     for name, variant in variants.items():
-        seconds = busy_seconds(device, partial(variant.advance, steps))
-        if seconds is None:
-            return None
-        found[name] = seconds / steps
-    return found | {"overhead": found["guided"] / (found["plain"] + len(runs) / steps * found["guide"])}
+        found[name] = sum(variant.read(partial(busy_seconds, device), steps)) / steps
+    return found | {"overhead": found["guided"] / (found["plain"] + sum(runs) / steps * found["guide"])}
 
 
 def _arithmetic(variants: dict[str, Any], args: TrainingArguments, cycle: int, runs: list[bool]) -> dict[str, Any]:
@@ -205,8 +233,8 @@ def _arithmetic(variants: dict[str, Any], args: TrainingArguments, cycle: int, r
     of_grams = dtype if for_tensor_cores(torch.empty(0, dtype=dtype, device=args.device)) else torch.float32
     rates = {"step": matmul_rate(args.device, dtype), "grams": matmul_rate(args.device, of_grams)}
     kinds = ("plain", "guide", "guided")
-    count = {name: round(operations(partial(variants[name].advance, cycle)) / cycle) for name in kinds}
-    of_guide = round(len(runs) / cycle * count["guide"])
+    count = {name: round(sum(variants[name].read(operations, cycle)) / cycle) for name in kinds}
+    of_guide = round(sum(runs) / cycle * count["guide"])
     grams = max(0, count["guided"] - count["plain"] - of_guide)
     floor = (count["plain"] + of_guide) / rates["step"]
     seconds = {"floor_seconds": floor, "grams_seconds": grams / rates["grams"]}

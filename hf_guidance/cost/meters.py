@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,21 +25,24 @@ LARGEST = {"cpu": 1024, "cuda": 8192}  # matrices that a rate of products is tak
 
 
 @dataclass
-class Peak:
-    """How many bytes more than at its start a stretch of work held at its peak; None where it cannot be told."""
+class Reading:
+    """What was measured of a stretch of work, once that is over; None where it cannot be told."""
 
-    extra: int | None = None
+    value: float | None = None
+
+
+Probe = Callable[[], AbstractContextManager[Reading]]
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak of what is allocated inside, on the device, over what was at the start."""
-    peak = Peak()
+def peak_memory(device: torch.device) -> Iterator[Reading]:
+    """How many bytes more than at the start are allocated inside at the peak, on the device."""
+    peak = Reading()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         yield peak
-        peak.extra = torch.cuda.max_memory_allocated() - start
+        peak.value = torch.cuda.max_memory_allocated() - start
         return
     if device.type != "cpu":
         yield peak
@@ -49,10 +52,43 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
     assert profile.profiler is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak.extra = 0
+    held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        peak.extra = max(peak.extra, held)
+        most = max(most, held)
+    peak.value = most
+
+
+@contextmanager
+def busy_seconds(device: torch.device) -> Iterator[Reading]:
+    """Seconds that a GPU's kernels and copies take inside, without its waits for the CPU; None on a CPU."""
+    busy = Reading()
+    if device.type != "cuda":
+        yield busy
+        return
+    torch.cuda.synchronize()  # what was begun before is no part of it
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        yield busy
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy.value = sum(event.device_time for event in events) / 1e6
+
+
+@contextmanager
+def operations() -> Iterator[Reading]:
+    """Floating point operations of the products and convolutions inside, as torch counts them: all of a Gram matrix,
+    of which a CPU computes half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    products = {torch.ops.aten.mm: _of_product, torch.ops.aten.bmm: _of_product}  # torch's own fail at an out_dtype
+    count = Reading()
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        yield count
+    count.value = counter.get_total_flops()
+
+
+def _of_product(a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a) * b[-1]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -67,42 +103,47 @@ def weights_of(network: nn.Module) -> list[Tensor]:
 @dataclass(eq=False)
 class StepMeter(TrainerCallback):
     """Times optimizer steps of `Trainer.train`, from the first forward to the cleared gradients, and the forwards
-    within; or takes their memory. Fetching batches and writing logs happen between steps.
+    within; or takes a reading of each. Fetching batches and writing logs happen between steps.
 
     Args:
         clock: of the device.
         discard: steps at the start of each call of `train` that are not counted.
-        memory: take the peak of those steps instead of their time.
     """
 
     clock: Clock
     discard: int = 1
-    memory: bool = False
     steps: list[float] = field(default_factory=list)
     forwards: list[float] = field(default_factory=list)
-    peak: Peak = field(default_factory=Peak)
 
     def __post_init__(self) -> None:
         self._marks: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
-        self._profile: Any = None
+        self._probe: Probe | None = None
+        self._inside = ExitStack()  # what was entered at the start of the step under way
+        self._readings: list[Reading] = []
         self.in_step = self.counted = False  # whether this step is
 
+    @contextmanager
+    def reading(self, probe: Probe) -> Iterator[list[Reading]]:
+        """Inside, counted steps are not timed, but each is read by the probe."""
+        self._probe, self._readings = probe, []
+        try:
+            yield self._readings
+        finally:
+            self._inside.close()  # open where a step failed
+            self._probe = None
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        if self.memory and state.global_step >= self.discard:
-            self._profile = peak_memory(self.clock.device)
-            self._peak = self._profile.__enter__()
-        self._forwards: list[tuple[Any, Any]] = []
         self.in_step, self.counted = True, state.global_step >= self.discard
+        self._forwards: list[tuple[Any, Any]] = []
+        if self._probe and self.counted:
+            self._readings.append(self._inside.enter_context(self._probe()))
         self._began = self.clock.now()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         ended = self.clock.now()
         self.in_step = False
-        if self._profile is not None:
-            self._profile.__exit__(None, None, None)
-            self._profile = None
-            self.peak.extra = max(self._peak.extra or 0, self.peak.extra or 0) if self._peak.extra is not None else None
-        elif state.global_step > self.discard:
+        self._inside.close()
+        if self.counted and not self._probe:
             self._marks.append((self._began, ended, self._forwards))
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -119,17 +160,6 @@ class StepMeter(TrainerCallback):
         forwards = [sum(self.clock.between(*pair) for pair in pairs) for _, _, pairs in marks]
         for found, kept in ((steps, self.steps), (forwards, self.forwards)):
             kept += [sum(found[i : i + cycle]) / cycle for i in range(0, len(found) - cycle + 1, cycle)]
-
-
-def busy_seconds(device: torch.device, work: Callable[[], Any]) -> float | None:
-    """Seconds that a GPU's kernels and copies take in some work, without its waits for the CPU; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        work()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(event.device_time for event in events) / 1e6
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
@@ -171,26 +201,14 @@ def products_alone(compared: Iterable[Compared], device: torch.device, repeats: 
 def _least(product: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
     """Seconds of the best of some runs; on a GPU those it is at work on average, as most end before the next begins."""
     product()
-    if (busy := busy_seconds(device, lambda: [product() for _ in range(repeats)])) is not None:
-        return busy / repeats
+    if device.type == "cuda":
+        with busy_seconds(device) as busy:
+            for _ in range(repeats):
+                product()
+        return (busy.value or 0.0) / repeats
     clock, seconds = Clock(device), []
     for _ in range(repeats):
         began = clock.now()
         product()
         seconds.append(clock.between(began, clock.now()))
     return min(seconds)
-
-
-def operations(work: Callable[[], Any]) -> int:
-    """Floating point operations of the products and convolutions in some work, as torch counts them: all of a Gram
-    matrix, of which a CPU computes half."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    products = {torch.ops.aten.mm: _of_product, torch.ops.aten.bmm: _of_product}  # torch's own fail at an out_dtype
-    with FlopCounterMode(display=False, custom_mapping=products) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def _of_product(a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(a) * b[-1]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.cost.meters import Clock, StepMeter, bytes_of, peak_memory, weights_of
+from hf_guidance.cost.meters import Clock, Probe, StepMeter, bytes_of, weights_of
 from hf_guidance.cost.paper_formulation import PaperTrainer
 from hf_guidance.guide_input import guide_batch
 from hf_guidance.trainer import GuidanceTrainer
@@ -32,9 +32,18 @@ class Steps:
         trainer.compute_loss = lambda *args, **kwargs: self.meter.forward(compute_loss, *args, **kwargs)  # type: ignore[method-assign]
 
     def advance(self, steps: int) -> None:
+        self._train(steps)
+        self.meter.collect(self.cycle)
+
+    def read(self, probe: Probe, steps: int) -> list[float | None]:
+        """What a probe tells of each of so many counted steps."""
+        with self.meter.reading(probe) as readings:
+            self._train(self.meter.discard + steps)
+        return [reading.value for reading in readings]
+
+    def _train(self, steps: int) -> None:
         self.trainer.args.max_steps = steps
         self.trainer.train()
-        self.meter.collect(self.cycle)
 
     def resident(self) -> int:
         """Bytes held between steps: weights, optimizer state, the guide's weights."""
@@ -48,9 +57,9 @@ class Steps:
 class GuideForwards:
     """The forward of the guide alone, as the guided step makes it."""
 
-    def __init__(self, trainer: GuidanceTrainer) -> None:
+    def __init__(self, trainer: GuidanceTrainer, discard: int) -> None:
         self.trainer: Any = trainer
-        self.meter = StepMeter(Clock(trainer.args.device))
+        self.meter = StepMeter(Clock(trainer.args.device), discard)
         self.batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
 
     def forward(self, number: int) -> None:
@@ -60,15 +69,20 @@ class GuideForwards:
 
     def advance(self, steps: int) -> None:
         clock, found = self.meter.clock, []
-        if self.meter.memory:
-            with peak_memory(clock.device) as self.meter.peak:
-                self.forward(0)
-            return
         for number in range(steps):
             began = clock.now()
             self.forward(number)
             found.append((began, clock.now()))
         self.meter.steps += [clock.between(*pair) for pair in found[self.meter.discard :]]
+
+    def read(self, probe: Probe, steps: int) -> list[float | None]:
+        """What a probe tells of each of so many forwards."""
+        found = []
+        for number in range(steps):
+            with probe() as reading:
+                self.forward(number)
+            found.append(reading.value)
+        return found
 
     def resident(self) -> int:
         return bytes_of(weights_of(self.trainer.guide))

@@ -3,8 +3,9 @@
 import copy
 import re
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guid
 from hf_guidance.clock import Clock
 from hf_guidance.cost.communication import Compared, bytes_of_global_batch, compared_features
 from hf_guidance.cost.measuring import Plan, measure_cost, summary
-from hf_guidance.cost.meters import StepMeter, matmul_rate, operations, peak_memory, products_alone
+from hf_guidance.cost.meters import (
+    Reading,
+    StepMeter,
+    busy_seconds,
+    matmul_rate,
+    operations,
+    peak_memory,
+    products_alone,
+)
 from hf_guidance.cost.paper_formulation import PaperTrainer
 from hf_guidance.cost.paper_formulation import cka as paper_cka
 from hf_guidance.cost.settings import Networks, Setting, parse_rows
@@ -28,6 +37,12 @@ from hf_guidance.tasks.random_rows import random_images, random_tokens
 CPU = torch.device("cpu")
 QUICK = Plan(rounds=2, steps=2)
 CONVS = GuidanceConfig(guide_layers=["Conv2d"])
+
+
+def operations_of(work, *args, **kwargs):
+    with operations() as count:
+        work(*args, **kwargs)
+    return count.value
 
 
 def texts():
@@ -76,7 +91,7 @@ def test_the_yardsticks_loss_and_gradients_on_images_are_those_of_the_guidance_l
 
 def test_a_pair_costs_the_yardstick_six_grams_and_twelve_square_products():
     x, y = torch.randn(5, 11), torch.randn(5, 7)
-    assert operations(lambda: paper_cka(x, y)) == 3 * 2 * 5 * 5 * (11 + 7) + 12 * 2 * 5**3
+    assert operations_of(paper_cka, x, y) == 3 * 2 * 5 * 5 * (11 + 7) + 12 * 2 * 5**3
 
 
 def test_the_yardstick_runs_the_target_twice_a_step_and_adds_the_weighted_sum(tmp_path):
@@ -110,7 +125,7 @@ def test_the_peak_is_of_what_is_held_at_once():
         kept = torch.zeros(1000, 250)
         torch.zeros(1000, 500)
         torch.zeros(1000, 750)
-    assert peak.extra == 4 * 1000 * (250 + 750)
+    assert peak.value == 4 * 1000 * (250 + 750)
     assert kept.shape == (1000, 250)
 
 
@@ -123,7 +138,7 @@ def test_what_happens_every_so_many_steps_is_averaged_over_them():
 
 
 def test_operations_and_rate_are_of_products():
-    assert operations(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
+    assert operations_of(torch.matmul, torch.ones(3, 5), torch.ones(5, 7)) == 2 * 3 * 5 * 7
     assert matmul_rate(CPU, torch.float32, repeats=1) > 1e8
 
 
@@ -142,6 +157,67 @@ def test_a_timed_trainer_takes_the_steps_that_it_takes_untimed(tmp_path):
 
     expected, found = trained(False), trained(True)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@contextmanager
+def forty_two(open_ones):
+    open_ones.append(1)
+    reading = Reading()
+    yield reading
+    reading.value = 42
+    open_ones.pop()
+
+
+def test_counted_steps_are_read_one_by_one_and_then_timed_again(tmp_path):
+    steps, inside = Steps(Trainer(gpt2(), arguments(tmp_path), train_dataset=texts()), discard=2, cycle=1), []
+    assert steps.read(partial(forty_two, inside), 3) == [42, 42, 42]
+    assert (inside, steps.meter.steps) == ([], [])
+    steps.advance(3)
+    assert len(steps.meter.steps) == 1
+
+
+def test_a_step_that_fails_leaves_nothing_measuring(tmp_path):
+    class Fails(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.state.global_step == 2:
+                raise RuntimeError("out of memory")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    steps, inside = Steps(Fails(gpt2(), arguments(tmp_path), train_dataset=texts()), discard=1, cycle=1), []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        steps.read(partial(forty_two, inside), 3)
+    assert inside == []
+    steps.advance(2)
+    assert len(steps.meter.steps) == 1
+
+
+def test_a_gpu_is_waited_for_before_and_after_its_work_is_added_up(monkeypatch):
+    order = []
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            order.append("profile")
+            return self
+
+        def __exit__(self, *_):
+            order.append("end")
+
+        def events(self):
+            kinds = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+            return [SimpleNamespace(device_type=kind, device_time=5e5) for kind in kinds]
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr("torch.profiler.profile", Profile)
+    with busy_seconds(torch.device("cuda")) as busy:
+        order.append("work")
+    assert order == ["wait", "profile", "work", "wait", "end"]
+    assert busy.value == 1.0
+    with busy_seconds(CPU) as busy:
+        pass
+    assert busy.value is None
 
 
 # ------------------------------------------------------------------------------------------------------ the measurement
@@ -249,8 +325,8 @@ def test_products_alone_are_those_of_every_layer_and_the_gradient_of_the_targets
 
 def test_products_that_are_given_a_type_count_as_others():
     x = torch.empty(3, 4, 5, device="meta", dtype=torch.bfloat16)
-    assert operations(lambda: torch.bmm(x, x.mT, out_dtype=torch.float32)) == 2 * 3 * 4 * 5 * 4
-    assert operations(lambda: torch.mm(x[0], x[0].T, out_dtype=torch.float32)) == 2 * 4 * 5 * 4
+    assert operations_of(torch.bmm, x, x.mT, out_dtype=torch.float32) == 2 * 3 * 4 * 5 * 4
+    assert operations_of(torch.mm, x[0], x[0].T, out_dtype=torch.float32) == 2 * 4 * 5 * 4
 
 
 def test_what_was_measured_is_kept_though_the_arithmetic_fails(tmp_path, monkeypatch, caplog):
@@ -290,11 +366,48 @@ def test_only_counted_steps_count_the_guides_forwards(how, tmp_path):
     always = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(), plan)
     assert always["guide_forwards"] == 1
     assert found["guide_forwards"] == (0.5 if "guidance_every" in how else 0)
-    operations = {name: row["arithmetic"]["operations"] for name, row in (("found", found), ("always", always))}
-    assert operations["always"]["grams"] > 0
-    if "guidance_every" in how:
-        assert operations["found"]["grams"] == pytest.approx(operations["always"]["grams"] / 2, rel=1e-3)
-        assert found["global_bytes"]["exact"] == always["global_bytes"]["exact"] / 2
+    count = {name: row["arithmetic"]["operations"] for name, row in (("found", found), ("always", always))}
+    share = found["guide_forwards"]
+    assert count["always"]["grams"] > 0
+    assert count["found"]["grams"] == pytest.approx(count["always"]["grams"] * share, rel=1e-3)
+    assert found["global_bytes"]["exact"] == always["global_bytes"]["exact"] * share
+    if not share:
+        assert found["arithmetic"]["products_seconds"] == 0
+
+
+def test_steps_of_two_kinds_are_not_measured_as_one(tmp_path):
+    guidance = GuidanceConfig(guidance_stop_step=3)
+    with pytest.raises(ValueError, match=r"steps 1 to 3 of each turn are counted, and guidance .* of two kinds"):
+        measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), guidance, Plan(steps=3))
+    every = GuidanceConfig(guidance_every=2, prealign_steps=2)
+    with pytest.raises(ValueError, match=r"\(guidance_stop_step=None, prealign_steps=2\)"):
+        measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), every, Plan(steps=4))
+
+
+def test_a_caches_look_at_the_first_rows_is_no_part_of_a_step(tmp_path, resnet):
+    cached = {"cache_guide": str(tmp_path / "cache"), "sketch": 4, "sample_id_column": "id"}
+    plan, rows = Plan(rounds=1, steps=1, paper=False, arithmetic=True), random_images(8, 32, 4)
+    found = measure_cost(
+        fcn(), resnet, rows, arguments(tmp_path), GuidanceConfig(guide_layers=["Conv2d"], **cached), plan
+    )
+    count = found["arithmetic"]["operations"]
+    assert found["guide_forwards"] == 0
+    assert count["grams"] == 2 * 4 * 4 * 4 * found["pairs"] + 2 * 2 * 4 * 4 * 4 * 3  # 4 rows, 4 numbers of each
+
+
+def test_accumulated_products_are_those_of_all_micro_batches_for_each_of_them(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(
+        "hf_guidance.cost.measuring.products_alone", lambda layers, device: found.update(of=layers) or 1
+    )
+    args = arguments(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    plan = Plan(rounds=1, steps=1, paper=False, arithmetic=True)
+    pairs = ["hidden_states.1~hidden_states.1", "hidden_states.2~hidden_states.1"]
+    for batch, samples, of_guide in (("accumulated", 8, 1), ("local", 4, 2)):
+        guidance = GuidanceConfig(layer_pairs=pairs, similarity_batch=batch)
+        measure_cost(gpt2(), llama(), texts(), args, guidance, plan)
+        assert {layer.samples for layer in found["of"]} == {samples}
+        assert sorted(layer.of_target for layer in found["of"]) == [False] * of_guide + [True] * 4
 
 
 def test_every_micro_step_runs_the_guide(tmp_path):
