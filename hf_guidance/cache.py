@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,14 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import convert_bytes
+from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from hf_guidance.batches import content_of, mix
 
 logger = logging.getLogger(__name__)
 
-META, ROWS, SCALES = "cache.json", "rows.bin", "scales.npz"
+META, ROWS, SCALES, LOCK = "cache.json", "rows.bin", "scales.npz", "create.lock"
+FORMAT = 2
 LOOKED_AT = 64  # values of an input, evenly spread, by which a sample is recognised
+FLATTEST = 2**-10  # spread of the first rows, relative to their size, below which it says nothing of the others'
+OTHER = 0.25  # relative distance from what is kept at which features are of another guide, and not rounded otherwise
 Features = dict[str, Tensor]
 
 
@@ -29,44 +34,53 @@ class GuideCache:
 
     A place counts only once the checksum of its features stands behind them, so that a run may be killed at any moment.
     Features are stored relative to the mean and spread that the first rows have, which no similarity depends on; they
-    are rounded before they are first used, so that a run is the same whether they are computed or read.
+    are rounded before they are first used, so that a run is the same whether they are computed or read. Those of the
+    first rows are kept at once: a guide that computes others of them is another guide, though its weights are the same.
 
     Args:
         folder: where it is kept; several runs with the same guide, layers, sketch and data may share it.
         first: the guide's features ``(n, width)`` of the first rows, by layer.
+        ids: of the first rows.
+        inputs: what the guide takes of them.
         rows: samples in the dataset.
         identity: what the features depend on (guide, precision, sketch), as JSON values.
         create: whether this process may create it (one of several).
 
     Raises:
-        ValueError: a folder that cannot be written, a full disk, or a cache of something else.
+        ValueError: a folder that cannot be written, a full disk, ids that are none, or a cache of something else.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         first: Features,
+        ids: Tensor,
+        inputs: Mapping[str, Any],
         rows: int,
         identity: Mapping[str, Any],
         create: bool = True,
     ) -> None:
         self.folder, self.rows = Path(folder), rows
         self.widths = {name: x.shape[1] for name, x in first.items()}
-        self.identity = {**identity, "layers": list(self.widths.items()), "rows": rows}
+        self.identity = {**identity, "layers": list(self.widths.items()), "rows": rows, "format": FORMAT}
         self.kind = np.dtype([("features", "<f2", (sum(self.widths.values()),)), ("input", "<i8"), ("check", "<u4")])
         try:
-            if create and not (self.folder / META).is_file():
-                self._create(first)
+            if create:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with WeakFileLock(self.folder / LOCK):  # another run may begin at the same time
+                    if not (self.folder / META).is_file():
+                        self._create(first)
             then = json.loads((self.folder / META).read_text(encoding="utf-8"))
             scales = np.load(self.folder / SCALES)
             self._file = np.memmap(self.folder / ROWS, self.kind, "r+", shape=(rows,)) if self._same(then) else None
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, json.JSONDecodeError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"cache_guide={str(folder)!r} cannot be used ({error}): it needs {convert_bytes(self.size)} in a "
                 "folder that this process may write. Choose another folder, free the disk, or lower sketch."
             ) from error
         self._mean, self._scale = (torch.from_numpy(scales[name]) for name in ("mean", "scale"))
         self._verified = np.zeros(rows, bool)  # by this process
+        self._check_first(first, ids, inputs)
 
     @property
     def size(self) -> int:
@@ -82,44 +96,76 @@ class GuideCache:
 
         Args:
             ids: of the samples, ``(n,)``, whole numbers from 0 to one less than `rows`.
-            inputs: the guide's, by which it is noticed when a sample is not what it was.
+            inputs: what the guide takes, by which it is noticed when a sample is not what it was.
 
         Raises:
-            ValueError: an id out of range, or a sample that differs from the one stored under its id.
+            ValueError: an id out of range, a sample that differs from the one stored under its id, or features that
+                float16 cannot hold.
         """
+        where = self._places(ids)
+        seen = row_checksums(inputs)
+        assert self._file is not None
+        found = self._file[where]
+        whole = self._whole(where, found)
+        self._check_inputs(where[whole], found[whole], seen[whole])
+        if not whole.all():
+            missing, places = ~whole, where[~whole]  # what is kept stays as it is
+            new = np.zeros(len(places), self.kind)
+            new["features"], new["input"] = self._rounded(run(), where).numpy()[missing], seen[missing]
+            self._file["features"][places], self._file["input"][places] = new["features"], new["input"]
+            new["check"] = self._file["check"][places] = _checks(new)  # last: now the places count
+            found[missing] = new
+            self._verified[places] = True
+        every = torch.from_numpy(found["features"]).to(ids.device).float()
+        return dict(zip(self.widths, self._by_layer(every), strict=True))
+
+    # ----------------------------------------------------------------------------------------------------- inside
+
+    def _by_layer(self, every: Tensor) -> tuple[Tensor, ...]:
+        return every.split(list(self.widths.values()), dim=1)
+
+    def _places(self, ids: Tensor) -> Any:
         where = ids.cpu().numpy()
         if where.ndim != 1 or where.dtype.kind != "i" or where.min() < 0 or where.max() >= self.rows:
             raise ValueError(
                 f"the sample ids of a batch are {where.tolist()[:4]} …; expected a whole number from 0 to "
                 f"{self.rows - 1} for each, as dataset.add_column('id', range(len(dataset))) gives."
             )
-        seen = row_checksums(inputs)
-        assert self._file is not None
-        found = self._file[where]
-        if not self._whole(where, found):
-            new = self._rounded(run())
-            found = np.zeros(len(where), self.kind)
-            found["features"], found["input"] = new.numpy(), seen
-            self._file["features"][where], self._file["input"][where] = found["features"], seen
-            self._file["check"][where] = _checks(found)  # last: now the places count
-            self._verified[where] = True
-        elif (other := where[found["input"] != seen]).size:
+        return where
+
+    def _check_inputs(self, where: Any, found: Any, seen: Any) -> None:
+        if (other := where[found["input"] != seen]).size:
             raise ValueError(
                 f"sample {other[0]} is not what it was when the guide's features of it were stored in {self.folder}: "
-                "cache_guide needs inputs that are the same in every epoch. Leave augmentation out, or the cache; or "
-                "choose another folder, if the preprocessing or the data have changed."
+                "cache_guide needs inputs that are the same in every epoch, and an id of its own for each sample. "
+                "Leave augmentation out, or the cache; or choose another folder, if the preprocessing or the data have "
+                "changed."
             )
-        every = torch.from_numpy(found["features"]).to(ids.device).float()
-        return dict(zip(self.widths, every.split(list(self.widths.values()), dim=1), strict=True))
 
-    # ----------------------------------------------------------------------------------------------------- inside
+    def _check_first(self, first: Features, ids: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Compare what is kept of the first rows with what the guide computes of them now; keep it where nothing is."""
+        where, seen = self._places(ids), row_checksums(inputs)
+        assert self._file is not None
+        kept = self._file[where]
+        whole = self._whole(where, kept)
+        self._check_inputs(where[whole], kept[whole], seen[whole])
+        then, now = torch.from_numpy(kept["features"])[whole].float(), self._rounded(first, where)[whole].float()
+        for name, x, y in zip(self.widths, *map(self._by_layer, (then, now)), strict=True):
+            if x.square().mean() > 0.25 and not (x - y).norm() <= OTHER * x.norm():
+                raise ValueError(
+                    f"{self.folder} holds other features of layer {name!r} than this guide computes of the first rows "
+                    f"(they differ by {(x - y).norm() / x.norm():.0%}), though its weights are the same: another "
+                    "activation or option, or its images in another memory_format. Give another cache_guide folder, "
+                    "or remove that one."
+                )
+        self.features(ids, inputs, lambda: first)
 
     def _create(self, first: Features) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         every = torch.cat([x.float() for x in first.values()], 1).cpu()
+        if not every.isfinite().all():
+            raise ValueError("the guide's features of the first rows are not finite: there is nothing to be kept.")
         mean = every.mean(0)
-        spread = [(x - x.mean(0)).square().mean().sqrt() for x in every.split(list(self.widths.values()), dim=1)]
-        scale = torch.cat([s.clamp(min=1e-30).expand(w) for s, w in zip(spread, self.widths.values(), strict=True)])
+        scale = torch.cat([_scale(x).expand(x.shape[1]) for x in self._by_layer(every)])
         with open(self.folder / ROWS, "wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, self.size)  # a full disk shows now
@@ -139,21 +185,30 @@ class GuideCache:
             )
         return True
 
-    def _whole(self, where: Any, found: Any) -> bool:
-        """Whether all places of a batch count; their checksums are looked at once in a process."""
-        if not found["check"].all():
-            return False
-        new = ~self._verified[where]
-        if new.any():
-            good = _checks(found[new]) == found["check"][new]
-            self._verified[where[new][good]] = True
-            return bool(good.all())
-        return True
+    def _whole(self, where: Any, found: Any) -> Any:
+        """Which places of a batch count; their checksums are looked at once in a process."""
+        new = ~self._verified[where] & (found["check"] != 0)
+        self._verified[where[new]] = _checks(found[new]) == found["check"][new]
+        return self._verified[where]
 
-    def _rounded(self, features: Features) -> Tensor:
+    def _rounded(self, features: Features, where: Any) -> Tensor:
         every = torch.cat([features[name].float() for name in self.widths], 1).cpu()
-        limit = torch.finfo(torch.float16).max
-        return ((every - self._mean) / self._scale).clamp(-limit, limit).half()
+        every = (every - self._mean) / self._scale
+        rounded = every.half()
+        if (lost := (rounded.isinf() & every.isfinite()).any(1)).any():
+            raise ValueError(
+                f"the guide's features of sample {where[lost.numpy()][0]} are {every[lost].abs().max():.0e} times as "
+                "far from the mean as those of the first rows are, and a cache keeps them as float16, up to 65504. "
+                "Shuffle the data, if their first rows are unlike the others, or train without cache_guide."
+            )
+        return rounded
+
+
+def _scale(first: Tensor) -> Tensor:
+    """What a layer's features ``(n, width)`` are divided by: their spread, unless these rows are as good as one."""
+    spread, size = (first - first.mean(0)).square().mean().sqrt(), first.square().mean().sqrt()
+    scale = torch.maximum(spread, FLATTEST * size)
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def _in_words(name: str) -> str:
@@ -161,11 +216,16 @@ def _in_words(name: str) -> str:
 
 
 def row_checksums(inputs: Mapping[str, Any]) -> Any:
-    """A number for each row of the guide's inputs ``(n, …)``, int64, from a few of its values."""
-    content = content_of(inputs).flatten(1)
-    some = content[:, torch.linspace(0, content.shape[1] - 1, min(LOOKED_AT, content.shape[1])).long()]
-    some = some.float().contiguous().view(torch.int32) if some.is_floating_point() else some
-    return mix(some.long() + mix(torch.arange(some.shape[1], device=some.device) + 1)).sum(1).cpu().numpy()
+    """A number for each row of the guide's inputs ``(n, …)``, int64, from a few of the values of each."""
+    rows, sums = len(content_of(inputs)), torch.zeros((), dtype=torch.int64)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+            content = value.reshape(rows, -1)
+            some = content[:, torch.linspace(0, content.shape[1] - 1, min(LOOKED_AT, content.shape[1])).long()]
+            some = some.float().contiguous().view(torch.int32) if some.is_floating_point() else some
+            places = torch.arange(some.shape[1], device=some.device) + 1 + zlib.crc32(name.encode())
+            sums = sums + mix(some.long() + mix(places)).sum(1).cpu()
+    return sums.numpy()
 
 
 def _checks(rows: Any) -> Any:

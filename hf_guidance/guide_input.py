@@ -67,6 +67,12 @@ def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[
     return [batch[main]], named
 
 
+def seen_by(guide: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the inputs that the guide's forward takes."""
+    args, kwargs = forward_arguments(guide, inputs)
+    return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
+
+
 def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str, Any]:
     """The target's side of a batch: all but the guide's own columns and that of the sample ids."""
     return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}

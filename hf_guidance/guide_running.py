@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_guidance.cache import GuideCache
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features import AllRead, LayerReader, Reduce
-from hf_guidance.guide_input import forward_arguments
+from hf_guidance.guide_input import forward_arguments, seen_by
 from hf_guidance.kernels import flat
 from hf_guidance.mapping import LAST
 from hf_guidance.samples import Samples
@@ -58,7 +58,8 @@ class GuideRunning:
             return self.read(inputs, samples.gram)
         if self.cache is None:
             raise ValueError("cache_guide is set: call open_cache once before the first step; a GuidanceTrainer does.")
-        features = self.cache.features(self._ids(batch), inputs, lambda: self.read(inputs, self._sketched))
+        seen = seen_by(self.guide, inputs)
+        features = self.cache.features(self._ids(batch), seen, lambda: self.read(inputs, self._sketched))
         keep = self.reader.keep
         return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
 
@@ -83,7 +84,7 @@ class GuideRunning:
         """See `GuidanceLoss.open_cache`."""
         assert self.config.cache_guide is not None
         assert self.sketch is not None
-        self._ids(batch)
+        ids = self._ids(batch)
         if Samples(inputs).masks:
             raise ValueError(
                 "cache_guide keeps as many numbers of every sample, and these rows have an attention_mask or decoder "
@@ -101,7 +102,8 @@ class GuideRunning:
         if match := LAST.fullmatch(self.config.layer_mapping):
             features = dict(list(features.items())[-int(match[1]) :])
         identity = {**identity, "sketch": self.sketch.size, "precision": precision[0]}
-        self.cache = GuideCache(self.config.cache_guide, features, rows, identity, create)
+        seen = seen_by(self.guide, inputs)
+        self.cache = GuideCache(self.config.cache_guide, features, ids, seen, rows, identity, create)
 
     def _sketched(self, name: str, features: Tensor) -> Tensor:
         assert self.sketch is not None

@@ -14,7 +14,7 @@ import torch
 
 from hf_guidance.cache import row_checksums
 from hf_guidance.frozen import calibrate_batch_norm
-from hf_guidance.guide_input import generator_for, guide_batch
+from hf_guidance.guide_input import generator_for, guide_batch, seen_by
 from hf_guidance.identity import fingerprint
 
 
@@ -48,7 +48,8 @@ def open_cache(trainer: Any) -> None:
             f"cache_guide: the training data has {len(trainer.train_dataset)} rows, fewer than one batch of "
             f"{trainer.args.per_device_train_batch_size}."
         )
-    once, twice = (row_checksums(guide_batch(batch, trainer.model)) for batch in (first, again))
+    inputs = (guide_batch(batch, trainer.model) for batch in (first, again))
+    once, twice = (row_checksums(seen_by(trainer.guide, each)) for each in inputs)
     if (once != twice).any():
         raise ValueError(
             "cache_guide needs inputs that are the same in every epoch, and the first rows differ when they are read "
