@@ -186,9 +186,11 @@ class GuidanceLoss:
         else:
             self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
         if self.sketch and not padded and self.sketch.widest <= self.sketch.size:
+            cache = self.config.cache_guide
             raise ValueError(
                 f"sketch is {self.sketch.size}, but the widest layer that is compared has {self.sketch.widest} "
                 "features: there is nothing to sketch. Lower it, or leave it out to compare exactly."
+                + (f" Either way remove {cache}, which was made with it." if cache else "")
             )
         self.target_reader.keep = {target for target, _ in self.pairs}
         self.guide_reader.keep = {guide for _, guide in self.pairs}

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Arguments:
     rounds: int = field(default=5, metadata={"help": "Turns of each variant."})
     steps: int = field(default=3, metadata={"help": "Counted steps a turn."})
     discard: int = field(default=1, metadata={"help": "Steps before them."})
-    batches: int = field(default=4, metadata={"help": "Batches of data, over and over."})
+    batches: int = field(default=4, metadata={"help": "Batches of data, over and over; whole steps of them."})
     skip_paper: bool = field(default=False, metadata={"help": "Leave the paper's formulation out."})
     arithmetic: Optional[bool] = field(
         default=None, metadata={"help": "Count operations and measure the device's rate; on a GPU if left out."}
@@ -104,7 +105,8 @@ def measure(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
     guide = load_guide(recipe.guide, untrained=True, seed=args.seed)
     networks = Networks(recipe.target, recipe.guide, recipe.depth, recipe.guide_image_size, recipe.length)
     set_seed(args.seed)
-    target, rows = networks.build(setting, guide, recipe.batches, args.seed)
+    micro = args.gradient_accumulation_steps
+    target, rows = networks.build(setting, guide, math.ceil(recipe.batches / micro) * micro, args.seed)
     row = {"name": setting.name, "goal": goal_of(recipe, args, guidance, setting), **dataclasses.asdict(setting)}
     if guidance.cache_guide:  # each row's own
         guidance = dataclasses.replace(guidance, cache_guide=f"{guidance.cache_guide}/{setting.name.replace('/', '-')}")

@@ -240,6 +240,12 @@ def test_a_cache_of_other_batch_norm_statistics_is_refused(tmp_path: Path) -> No
         trainer(tmp_path / "b", tmp_path / "cache", NormNet(), guidance=calibrated).train()
 
 
+def test_a_cache_for_which_there_is_nothing_to_sketch_is_in_the_way_and_that_is_said(tmp_path: Path) -> None:
+    words = r"the widest layer that is compared has \d+ features: .* Either way remove .*/cache, which was made with it"
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path / "a", tmp_path / "cache", guidance={"sketch": 1000}).train()
+
+
 def test_its_size_is_what_it_says(tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "cache", {"a": torch.randn(4, 10), "b": torch.randn(4, 6)}, rows=1000)
     assert (tmp_path / "cache" / "rows.bin").stat().st_size == cache.size == 1000 * (16 * 2 + 8 + 4)

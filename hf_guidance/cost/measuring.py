@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
@@ -27,6 +26,7 @@ from hf_guidance.cost.meters import StepMeter, busy_seconds, matmul_rate, operat
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.loss import GuidanceLoss
+from hf_guidance.tasks.random_rows import RandomRows
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Plan:
 def measure_cost(
     target: PreTrainedModel,
     guide: nn.Module,
-    rows: Dataset[Any],
+    rows: RandomRows,
     args: TrainingArguments,
     guidance: GuidanceConfig,
     plan: Plan,
@@ -82,10 +82,14 @@ def measure_cost(
         process would send to each other one for a global batch, exact and sketched (None where nothing is that wide).
 
     Raises:
-        ValueError: counted steps of which some are guided and others are not, but for `guidance_every`.
+        ValueError: counted steps of which some are guided and others are not, but for `guidance_every`, or rows that
+            are not whole steps.
     """
     cycle = guidance.guidance_every
     counted = math.ceil(plan.steps / cycle) * cycle
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if len(rows) % a_step:
+        raise ValueError(f"there are {len(rows)} rows, and a step takes {a_step}: give a multiple of these.")
     trainers = make_trainers(target, guide, rows, args, guidance, paper=plan.paper)
     variants: dict[str, Any] = {name: Steps(trainer, plan.discard, cycle) for name, trainer in trainers.items()}
     guided: Any = trainers["guided"]
@@ -95,8 +99,9 @@ def measure_cost(
     steps: StepMeter = variants["guided"].meter
     runs: list[bool] = []  # of the guide within guided steps, and whether these are counted; a cache runs it before
     handle = guide.register_forward_pre_hook(lambda *_: runs.append(steps.counted) if steps.in_step else None)
-    for variant in variants.values():  # allocators, caches and optimizer states; a cache of the guide fills
-        variant.advance(plan.discard + max(len(alone.batches), cycle))
+    enough = max(len(alone.batches), counted, BUSY_STEPS * cycle)  # a cache of the guide fills, on the same batches
+    for variant in variants.values():  # and allocators, the processor's caches, optimizer states
+        variant.advance(plan.discard + enough)
         variant.meter.steps, variant.meter.forwards = [], []
     runs.clear()
     for _ in range(plan.rounds):

@@ -63,6 +63,14 @@ def test_each_row_has_a_cache_of_its_own(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"8-32-8", "4-32-8"}
 
 
+def test_steps_of_several_batches_are_whole(tmp_path, monkeypatch):
+    report = run_here(monkeypatch, tmp_path / "out", batches=1, gradient_accumulation_steps=3, skip_paper=True)
+    assert report["rows"][0]["guide_forwards"] == 3
+    assert report["rows"][0]["guided"]["samples_per_second"] == pytest.approx(
+        24 / report["rows"][0]["guided"]["median"]
+    )
+
+
 def test_batch_sizes_are_measured_one_by_one_and_drawn(tmp_path, monkeypatch):
     options = {"rows": [], "image_size": 32, "width": 8, "batch_sizes": [4, 8], "skip_paper": True}
     report = run_here(monkeypatch, tmp_path / "out", plot=True, measure="ridge", **options)
