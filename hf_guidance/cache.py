@@ -231,4 +231,4 @@ def row_checksums(inputs: Mapping[str, Any]) -> Any:
 def _checks(rows: Any) -> Any:
     """A checksum of each row's features and input, never 0."""
     pairs = zip(rows["features"], rows["input"], strict=True)
-    return np.array([zlib.crc32(x.tobytes(), int(i) & 0xFFFFFFFF) or 1 for x, i in pairs], dtype=np.uint32)
+    return np.array([zlib.crc32(i.tobytes(), zlib.crc32(x.tobytes())) or 1 for x, i in pairs], dtype=np.uint32)

@@ -90,12 +90,13 @@ def test_places_without_their_checksum_are_computed_again(tmp_path: Path) -> Non
     rows = np.memmap(path, kind, "r+")
     good = rows.copy()
     rows["features"][3, :5] = 7  # torn by a crash: the features are not those of the checksum
+    rows["input"][2] ^= 2**40  # or that of its input is not
     rows["check"][6] = 0  # or the checksum was not reached
     rows.flush()
     guide = llama()
     runs = counted(guide)
     trainer(tmp_path / "b", tmp_path / "cache", guide).train()
-    assert len(runs) == 2, "for the first rows, which 3 is among, and for the batch that 6 is in"
+    assert len(runs) == 2, "for the first rows, which 2 and 3 are among, and for the batch that 6 is in"
     assert np.array_equal(np.memmap(path, kind, "r"), good)
 
 

@@ -26,7 +26,9 @@ from hf_guidance.cost.meters import StepMeter, busy_seconds, matmul_rate, operat
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.loss import GuidanceLoss
+from hf_guidance.similarity import get_measure
 from hf_guidance.tasks.random_rows import RandomRows
+from hf_guidance.thin import MOST as MOST_FEATURES
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ def measure_cost(
             variant.advance(plan.discard + counted)
     found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
     found["guide_forwards"] = sum(runs) / (plan.rounds * counted)
+    found["batches_of_a_step"] = args.gradient_accumulation_steps
     found |= summary(found)
     found["memory"] = _memory(variants, alone, cycle)
     found["pairs"] = len(guided.guidance_loss.pairs or [])
@@ -125,7 +128,8 @@ def measure_cost(
             arithmetic = _arithmetic(variants, args, cycle, runs)
             found["arithmetic"] = arithmetic
             compared = _compared_in_step(compared_features(*networks), args, guidance)
-            arithmetic["products_seconds"] = share * products_alone(compared, args.device)
+            thin = get_measure(guidance.measure).centred_slope and all(map(_is_thin, compared))
+            arithmetic["products_seconds"] = None if thin else share * products_alone(compared, args.device)
         except Exception:
             found.pop("arithmetic", None)
             logger.exception("The arithmetic could not be counted; what was measured is kept.")
@@ -160,6 +164,11 @@ def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance:
     return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # the guide's once
 
 
+def _is_thin(layer: Compared) -> bool:
+    """Whether a step makes no n × n matrix of it, if it makes none of any."""
+    return layer.features <= MOST_FEATURES * layer.samples
+
+
 def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:
     batch = args.per_device_train_batch_size * (args.gradient_accumulation_steps if meter.forwards else 1)
     found: dict[str, Any] = _middle_and_least(meter.steps) | {"all": meter.steps}
@@ -178,13 +187,15 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         found: ``plain``, ``guide``, ``guided`` and, if measured, ``paper`` → ``median`` and ``minimum`` of their
-            seconds, those of plain and guided with ``forward``; ``guide_forwards``: runs of the guide a guided step.
+            seconds, those of plain and guided with ``forward``; ``guide_forwards``: runs of the guide a guided step;
+            ``batches_of_a_step``: those of the paper's.
     """
     plain, guided, runs = found["plain"], found["guided"], found["guide_forwards"]
     guide = {kind: runs * found["guide"][kind] for kind in KINDS}
     floor = {kind: plain[kind] + guide[kind] for kind in KINDS}
     more = {kind: guided["forward"][kind] - plain["forward"][kind] for kind in KINDS}
-    whole = {kind: plain[kind] + found["guide"][kind] for kind in KINDS}  # the paper's runs the guide at every step
+    every = found["batches_of_a_step"]  # for each of which the paper's runs the guide
+    whole = {kind: plain[kind] + every * found["guide"][kind] for kind in KINDS}
     ratios = {
         "overhead": {kind: guided[kind] / floor[kind] for kind in KINDS},
         "guided_over_plain": {kind: guided[kind] / plain[kind] for kind in KINDS},

@@ -98,9 +98,10 @@ def _memory(row: dict[str, Any]) -> list[str]:
 def _arithmetic(row: dict[str, Any]) -> list[str]:
     found, split = row["arithmetic"], row["split"]
     measured = [row["floor"]["median"], split["grams_and_measures"] + split["extra_backward"]]
-    seconds = [found["floor_seconds"], found["grams_seconds"], *measured, found["products_seconds"]]
-    least = 1 + found["products_seconds"] / row["floor"]["median"]
-    return [row["name"], *(f"{value:.4f}" for value in seconds), f"{least:.3f}"]
+    seconds = [f"{value:.4f}" for value in (found["floor_seconds"], found["grams_seconds"], *measured)]
+    products = found["products_seconds"]
+    alone = ["–", "–"] if products is None else [f"{products:.4f}", f"{1 + products / row['floor']['median']:.3f}"]
+    return [row["name"], *seconds, *alone]
 
 
 def plot_overhead(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:

@@ -416,7 +416,20 @@ def test_a_caches_look_at_the_first_rows_is_no_part_of_a_step(tmp_path, resnet):
     )
     count = found["arithmetic"]["operations"]
     assert found["guide_forwards"] == 0
+    assert found["arithmetic"]["products_seconds"] > 0
     assert count["grams"] == 2 * 4 * 4 * 4 * found["pairs"] + 2 * 2 * 4 * 4 * 4 * 3  # 4 rows, 4 numbers of each
+
+
+def test_products_of_thin_layers_are_not_those_of_n_by_n_matrices(tmp_path, resnet):
+    plan, rows = Plan(rounds=1, steps=1, paper=False, arithmetic=True), random_images(20, 32, 4)
+    args, guidance = (
+        arguments(tmp_path, per_device_train_batch_size=20),
+        GuidanceConfig(guide_layers=["Conv2d"], sketch=4),
+    )
+    found = measure_cost(fcn(), resnet, rows, args, guidance, plan)
+    assert found["arithmetic"]["products_seconds"] is None
+    table = cost_tables([{**found, "name": "20/32/8", "goal": None, "batch_size": 20}])
+    assert table.splitlines()[-1].endswith("| –              | –                 |")
 
 
 def test_accumulated_products_are_those_of_all_micro_batches_for_each_of_them(tmp_path, monkeypatch):
@@ -451,10 +464,12 @@ def test_a_cached_guides_split_has_no_guide_and_the_papers_floor_still_has():
     found = {name: {"median": value, "minimum": value} for name, value in seconds.items()}
     found["plain"]["forward"] = {"median": 0.25, "minimum": 0.25}
     found["guided"]["forward"] = {"median": 0.5, "minimum": 0.5}
-    result = summary({**found, "guide_forwards": 0.0})
+    result = summary({**found, "guide_forwards": 0.0, "batches_of_a_step": 1})
     assert result["split"] == {"guide_forward": 0.0, "grams_and_measures": 0.25, "extra_backward": 0.25}
     assert (result["overhead"]["median"], result["paper_overhead"]["median"]) == (1.5, 2.0)
     assert result["paper_over_plain"]["minimum"] == 8.0
+    twice = summary({**found, "guide_forwards": 2.0, "batches_of_a_step": 2})
+    assert (twice["overhead"]["median"], twice["paper_overhead"]["median"]) == (1.5 / 7, 8 / 7)
 
 
 def test_tables_and_figure(measured, tmp_path):
