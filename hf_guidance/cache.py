@@ -91,12 +91,13 @@ class GuideCache:
         parts = f"{self.rows} samples, {len(self.widths)} layers, {sum(self.widths.values())} numbers each in float16"
         return f"{convert_bytes(self.size)} in {self.folder} ({parts})"
 
-    def features(self, ids: Tensor, inputs: Mapping[str, Any], run: Callable[[], Features]) -> Features:
-        """The guide's features of a batch: read, or else computed by `run` and kept.
+    def features(self, ids: Tensor, inputs: Mapping[str, Any], run: Callable[[Tensor], Features]) -> Features:
+        """The guide's features of a batch: read, or else computed and kept.
 
         Args:
             ids: of the samples, ``(n,)``, whole numbers from 0 to one less than `rows`.
             inputs: what the guide takes, by which it is noticed when a sample is not what it was.
+            run: the guide, on the rows of the batch that are named.
 
         Raises:
             ValueError: an id out of range, a sample that differs from the one stored under its id, or features that
@@ -111,7 +112,8 @@ class GuideCache:
         if not whole.all():
             missing, places = ~whole, where[~whole]  # what is kept stays as it is
             new = np.zeros(len(places), self.kind)
-            new["features"], new["input"] = self._rounded(run(), where).numpy()[missing], seen[missing]
+            features = run(torch.from_numpy(missing.nonzero()[0]).to(ids.device))
+            new["features"], new["input"] = self._rounded(features, places).numpy(), seen[missing]
             self._file["features"][places], self._file["input"][places] = new["features"], new["input"]
             new["check"] = self._file["check"][places] = _checks(new)  # last: now the places count
             found[missing] = new
@@ -158,7 +160,7 @@ class GuideCache:
                     "activation or option, or its images in another memory_format. Give another cache_guide folder, "
                     "or remove that one."
                 )
-        self.features(ids, inputs, lambda: first)
+        self.features(ids, inputs, lambda rows: {name: x[rows] for name, x in first.items()})
 
     def _create(self, first: Features) -> None:
         every = torch.cat([x.float() for x in first.values()], 1).cpu()

@@ -77,8 +77,8 @@ class GuidanceConfig:
     )
     cache_guide: Optional[str] = _knob(
         None,
-        "Folder for the guide's sketched features of every sample: the guide runs in the first epoch only, and its "
-        "input must be the same in each.",
+        "Folder for the guide's sketched features of every sample: the guide sees each once, and its input must be the "
+        "same in every epoch.",
     )
     sample_id_column: Optional[str] = _knob(
         None, "With cache_guide: the column that numbers the samples, from 0 to one less than there are."

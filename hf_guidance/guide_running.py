@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_guidance.batches import content_of
 from hf_guidance.cache import GuideCache
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features import AllRead, LayerReader, Reduce
@@ -58,8 +59,8 @@ class GuideRunning:
             return self.read(inputs, samples.gram)
         if self.cache is None:
             raise ValueError("cache_guide is set: call open_cache once before the first step; a GuidanceTrainer does.")
-        seen = seen_by(self.guide, inputs)
-        features = self.cache.features(self._ids(batch), seen, lambda: self.read(inputs, self._sketched))
+        ids, seen = self._ids(batch), seen_by(self.guide, inputs)
+        features = self.cache.features(ids, seen, lambda rows: self.read(_of_rows(inputs, rows), self._sketched))
         keep = self.reader.keep
         return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
 
@@ -117,6 +118,12 @@ class GuideRunning:
                 f"dataset.add_column({column!r}, range(len(dataset))), and let the collator pass it on as a tensor."
             )
         return batch[column]
+
+
+def _of_rows(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    count = len(content_of(inputs))
+    of_samples = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == count}
+    return {k: v[rows.to(v.device)] if k in of_samples else v for k, v in inputs.items()}
 
 
 def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:

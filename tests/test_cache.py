@@ -70,6 +70,19 @@ def test_the_guide_runs_in_the_first_epoch_alone_and_training_is_that_without_a_
     assert ours == pytest.approx(theirs, abs=5e-3)
 
 
+@pytest.mark.parametrize("settings", [{"guidance": {"guidance_every": 2}}, {"per_device_train_batch_size": 3}], ids=str)
+def test_the_guide_is_shown_each_sample_once(tmp_path: Path, settings: dict[str, Any]) -> None:
+    guide, rows = llama(), 0
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal rows
+        rows += len(kwargs["input_ids"])
+
+    guide.register_forward_pre_hook(count, with_kwargs=True)
+    trainer(tmp_path / "a", tmp_path / "cache", guide, max_steps=80, **settings).train()
+    assert rows == ROWS
+
+
 def test_a_run_with_a_full_cache_is_bit_for_bit_the_one_that_filled_it(tmp_path: Path) -> None:
     first = trainer(tmp_path / "a", tmp_path / "cache")
     first.train()
@@ -276,9 +289,9 @@ def test_features_that_float16_cannot_hold_are_refused_and_those_that_are_not_fi
     ids, inputs, other = torch.arange(4, 8), {"x": torch.randn(4, 3)}, torch.randn(4, 10)
     other[2, 3] = 1e6
     with pytest.raises(ValueError, match=r"features of sample 6 are 1e\+06 times as far .* Shuffle the data"):
-        cache.features(ids, inputs, lambda: {"a": other})
+        cache.features(ids, inputs, lambda rows: {"a": other[rows]})
     other[2, 3] = torch.nan
-    found = cache.features(ids, inputs, lambda: {"a": other})["a"]
+    found = cache.features(ids, inputs, lambda rows: {"a": other[rows]})["a"]
     assert found.isnan().nonzero().tolist() == [[2, 3]]
     with pytest.raises(ValueError, match="features of the first rows are not finite"):
         cache_of(tmp_path / "another", {"a": other})

@@ -141,16 +141,17 @@ def _guided_share(loss: GuidanceLoss, steps: range) -> float:
     """The share of the counted steps that are guided, as many of them every so often.
 
     Raises:
-        ValueError: where there are more at the beginning than at the end.
+        ValueError: where there are more at the beginning or at the end.
     """
     loss.total_steps, config = steps.stop, loss.config
     guided = [bool(loss.weights(step).guidance) for step in steps]
     cycles = {sum(guided[i : i + config.guidance_every]) for i in range(0, len(steps), config.guidance_every)}
     if len(cycles) > 1:
         raise ValueError(
-            f"steps {steps.start} to {steps.stop - 1} of each turn are counted, and guidance weighs nothing in the "
-            f"last of them (guidance_stop_step={config.guidance_stop_step}, prealign_steps={config.prealign_steps}): "
-            "their times would be of two kinds. Leave these out, or choose other --discard and --steps."
+            f"steps {steps.start} to {steps.stop - 1} of each turn are counted, and they are not guided alike "
+            f"(guidance_stop_step={config.guidance_stop_step}, prealign_steps={config.prealign_steps}, guidance_every="
+            f"{config.guidance_every}): their times would be of two kinds. Leave the first two out, or choose other "
+            "--discard and --steps."
         )
     return sum(guided) / len(steps)
 
