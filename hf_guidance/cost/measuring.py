@@ -224,7 +224,7 @@ def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[
 
 
 def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: list[bool]) -> dict[str, Any] | None:
-    """Of each variant how long a GPU works on a step, and the overhead of that.
+    """Of each variant how long a GPU works on a step and on fetching its batch, and the overhead of that.
 
     Args:
         runs: grows by each run of the guide in a guided trainer's step: whether that is counted.
@@ -235,7 +235,7 @@ def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: list
     steps = math.ceil(BUSY_STEPS / cycle) * cycle
     found: dict[str, Any] = {}
     for name, variant in variants.items():
-        found[name] = sum(variant.read(partial(busy_seconds, device), steps)) / steps
+        found[name] = sum(variant.read(partial(busy_seconds, device), steps, fetching=True)) / steps
     return found | {"overhead": found["guided"] / (found["plain"] + sum(runs) / steps * found["guide"])}
 
 

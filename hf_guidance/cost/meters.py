@@ -129,14 +129,16 @@ class StepMeter(TrainerCallback):
     def __post_init__(self) -> None:
         self._marks: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
         self._probe: Probe | None = None
+        self._fetching = False
         self._inside = ExitStack()  # what was entered at the start of the step under way
         self._readings: list[Reading] = []
         self.in_step = self.counted = False  # whether this step is
 
     @contextmanager
-    def reading(self, probe: Probe) -> Iterator[list[Reading]]:
-        """Inside, counted steps are not timed, but each is read by the probe."""
-        self._probe, self._readings = probe, []
+    def reading(self, probe: Probe, fetching: bool = False) -> Iterator[list[Reading]]:
+        """Inside, counted steps are not timed, but each is read by the probe; with all that comes between the step
+        before and its own end, if that is asked for."""
+        self._probe, self._fetching, self._readings = probe, fetching, []
         try:
             yield self._readings
         finally:
@@ -146,8 +148,8 @@ class StepMeter(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.in_step, self.counted = True, state.global_step >= self.discard
         self._forwards: list[tuple[Any, Any]] = []
-        if self._probe and self.counted:
-            self._readings.append(self._inside.enter_context(self._probe()))
+        if self.counted and not self._fetching:
+            self._enter()
         self._began = self.clock.now()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -156,6 +158,12 @@ class StepMeter(TrainerCallback):
         self._inside.close()
         if self.counted and not self._probe:
             self._marks.append((self._began, ended, self._forwards))
+        if self._fetching and self.discard <= state.global_step < state.max_steps:
+            self._enter()
+
+    def _enter(self) -> None:
+        if self._probe:
+            self._readings.append(self._inside.enter_context(self._probe()))
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `run` returns; its time is that of a forward of the step under way."""

@@ -35,9 +35,9 @@ class Steps:
         self._train(steps)
         self.meter.collect(self.cycle)
 
-    def read(self, probe: Probe, steps: int) -> list[float | None]:
-        """What a probe tells of each of so many counted steps."""
-        with self.meter.reading(probe) as readings:
+    def read(self, probe: Probe, steps: int, fetching: bool = False) -> list[float | None]:
+        """What a probe tells of each of so many counted steps, and of the fetching of their batches."""
+        with self.meter.reading(probe, fetching) as readings:
             self._train(self.meter.discard + steps)
         return [reading.value for reading in readings]
 
@@ -75,8 +75,8 @@ class GuideForwards:
             found.append((began, clock.now()))
         self.meter.steps += [clock.between(*pair) for pair in found[self.meter.discard :]]
 
-    def read(self, probe: Probe, steps: int) -> list[float | None]:
-        """What a probe tells of each of so many forwards."""
+    def read(self, probe: Probe, steps: int, fetching: bool = False) -> list[float | None]:
+        """What a probe tells of each of so many forwards, whose batches have been fetched."""
         found = []
         for number in range(steps):
             with probe() as reading:

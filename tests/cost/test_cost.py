@@ -187,6 +187,25 @@ def test_counted_steps_are_read_one_by_one_and_then_timed_again(tmp_path):
     assert len(steps.meter.steps) == 1
 
 
+def test_a_reading_may_begin_where_the_step_before_ended(tmp_path):
+    class Fetches(Trainer):
+        def get_batch_samples(self, *args, **kwargs):
+            order.append(f"fetch in {len(inside)}")
+            return super().get_batch_samples(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            order.append(f"step in {len(inside)}")
+            return super().compute_loss(*args, **kwargs)
+
+    order, inside = [], []
+    steps = Steps(Fetches(gpt2(), arguments(tmp_path), train_dataset=texts()), discard=1, cycle=1)
+    assert steps.read(partial(forty_two, inside), 2, fetching=True) == [42, 42]
+    assert (order[:6], inside) == (["fetch in 0", "step in 0", *["fetch in 1", "step in 1"] * 2], [])
+    order.clear()
+    assert steps.read(partial(forty_two, inside), 1) == [42]
+    assert order[:4] == ["fetch in 0", "step in 0", "fetch in 0", "step in 1"]
+
+
 def test_a_step_that_fails_leaves_nothing_measuring(tmp_path):
     class Fails(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
