@@ -65,7 +65,7 @@ class GuideCache:
         self.identity = {**identity, "layers": list(self.widths.items()), "rows": rows, "format": FORMAT}
         self.kind = np.dtype([("features", "<f2", (sum(self.widths.values()),)), ("input", "<i8"), ("check", "<u4")])
         try:
-            if create:
+            if create and not (self.folder / META).is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with WeakFileLock(self.folder / LOCK):  # another run may begin at the same time
                     if not (self.folder / META).is_file():

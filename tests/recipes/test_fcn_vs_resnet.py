@@ -161,7 +161,7 @@ def test_each_guided_run_has_a_cache_of_its_own_which_a_run_anew_only_reads(tmp_
     reports = [run_here(monkeypatch, tmp_path / name, **options) for name in ("first", "again")]
     assert "The guide's features will take" in capsys.readouterr().out
     folder = tmp_path / "features" / "seed-0" / "untrained_guide"
-    assert {path.name for path in folder.iterdir()} == {"cache.json", "rows.bin", "scales.npz"}
+    assert {path.name for path in folder.iterdir()} == {"cache.json", "rows.bin", "scales.npz", "create.lock"}
     similarities = [[run["similarity"] for run in report["runs"] if run["guide"]] for report in reports]
     assert similarities[0] == similarities[1]
     assert str(tmp_path) not in json.dumps(reports[0]["runs"])
