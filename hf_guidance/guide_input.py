@@ -113,7 +113,12 @@ def shuffle_rows(batch: Mapping[str, Any], generator: torch.Generator) -> dict[s
     rows = torch.randperm(len(tensors[0]), generator=generator)
     source = torch.empty_like(rows)
     source[rows] = rows.roll(1)
-    return {k: v[source.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+    return take_rows(batch, source)
+
+
+def take_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The batch with these of its rows, by their numbers."""
+    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_guidance.batches import content_of
 from hf_guidance.cache import GuideCache
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features import AllRead, LayerReader, Reduce
-from hf_guidance.guide_input import forward_arguments, seen_by
+from hf_guidance.guide_input import forward_arguments, seen_by, take_rows
 from hf_guidance.kernels import flat
 from hf_guidance.mapping import LAST
 from hf_guidance.samples import Samples
@@ -60,7 +59,7 @@ class GuideRunning:
         if self.cache is None:
             raise ValueError("cache_guide is set: call open_cache once before the first step; a GuidanceTrainer does.")
         ids, seen = self._ids(batch), seen_by(self.guide, inputs)
-        features = self.cache.features(ids, seen, lambda rows: self.read(_of_rows(inputs, rows), self._sketched))
+        features = self.cache.features(ids, seen, lambda rows: self.read(take_rows(inputs, rows), self._sketched))
         keep = self.reader.keep
         return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
 
@@ -118,12 +117,6 @@ class GuideRunning:
                 f"dataset.add_column({column!r}, range(len(dataset))), and let the collator pass it on as a tensor."
             )
         return batch[column]
-
-
-def _of_rows(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    count = len(content_of(inputs))
-    of_samples = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == count}
-    return {k: v[rows.to(v.device)] if k in of_samples else v for k, v in inputs.items()}
 
 
 def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
