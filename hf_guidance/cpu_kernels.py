@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -49,13 +50,22 @@ def for_numpy(x: Tensor) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, products of numpy run on the calling thread alone."""
-    blas = _blas()
-    if all(library.num_threads == 1 for library in blas.lib_controllers):
+    """Inside, products of numpy run on the calling thread alone. To ask for it takes as long as a small matrix does,
+    but for those who are inside already: enter it once for many."""
+    if getattr(_inside, "one_thread", False):
         yield
-    else:
-        with blas.limit(limits=1):
+        return
+    blas = _blas()
+    alone = all(library.num_threads == 1 for library in blas.lib_controllers)
+    with nullcontext() if alone else blas.limit(limits=1):
+        _inside.one_thread = True
+        try:
             yield
+        finally:
+            _inside.one_thread = False
+
+
+_inside = threading.local()
 
 
 @functools.cache

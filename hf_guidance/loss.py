@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.cpu_kernels import for_numpy, one_thread
 from hf_guidance.features import LayerReader, not_recomputed
 from hf_guidance.frozen import check_apart, freeze
 from hf_guidance.guide_input import (
@@ -124,9 +125,10 @@ class GuidanceLoss:
         if too_few and not config.shard_guide:  # which the other ranks cannot run without this one
             yield watched
             return
-        guide_samples, guide_grams = self._run_guide(batch, samples, key)
-        with self.target_reader.reading(not_recomputed(samples.gram)) as target_grams:
-            yield watched
+        with one_thread() if for_numpy(samples.content) else nullcontext():  # once for all layers
+            guide_samples, guide_grams = self._run_guide(batch, samples, key)
+            with self.target_reader.reading(not_recomputed(samples.gram)) as target_grams:
+                yield watched
         self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
 
     def samples_of(

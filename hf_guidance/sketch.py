@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_guidance.cpu_kernels import for_numpy
 from hf_guidance.kernels import without_second_derivative
 
-SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
+SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice,
+SMALL_SKETCH = 2**16  # if what becomes of them is no more than this, and the calls many
 NARROW = 2**14  # features of a sample, of which that holds for batches of 16 and more
 TABLES = 256  # of signs, that are kept: padded rows have another width in every batch
 
@@ -55,11 +56,12 @@ class Sketch:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {width} {self.size}".encode()))
         signs = torch.randint(2, (width,), generator=generator).to(device, torch.float32) * 2 - 1
         shifts = torch.randint(self.size, (-(-width // self.size),), generator=generator).to(device)
-        table = _Table(signs, shifts, None, _pieces(width, self.size, shifts.tolist()))
+        table = _Table(signs, shifts, _pieces(width, self.size, shifts.tolist()))
         if width % self.size or width > NARROW:
             return table
         blocks = torch.arange(width, device=device) // self.size * self.size
-        return table._replace(order=(blocks + _sums(table, self.size)).argsort())
+        order = (blocks + _sums(table, self.size)).argsort()
+        return table._replace(order=order, signs_in_order=signs[order])
 
 
 class _Table(NamedTuple):
@@ -68,14 +70,16 @@ class _Table(NamedTuple):
     Args:
         signs: of each, float32.
         shifts: of each block.
-        order: of the features, by block and then by sum; None for wide layers, and where the last block is shorter.
         pieces: (first, end, first sum) of the runs of features that go to neighbouring sums.
+        order: of the features, by block and then by sum; None for wide layers, and where the last block is shorter.
+        signs_in_order: the same signs.
     """
 
     signs: Tensor
     shifts: Tensor
-    order: Tensor | None
     pieces: list[tuple[int, int, int]]
+    order: Tensor | None = None
+    signs_in_order: Tensor | None = None
 
 
 class _CountSketch(torch.autograd.Function):
@@ -84,12 +88,12 @@ class _CountSketch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, table: _Table) -> Tensor:
         ctx.table, ctx.size = table, size
-        signs = table.signs.to(x)
         if x.device.type != "cpu":  # where many small steps cost more than moving the features twice
-            return x.new_zeros(len(x), size).index_add_(1, _sums(table, size), x * signs)
-        if table.order is not None and x.element_size() * x.numel() <= SMALL:
-            return (x.index_select(1, table.order) * signs[table.order]).view(len(x), -1, size).sum(1)
-        sums = x.new_empty(len(x), size)
+            return x.new_zeros(len(x), size).index_add_(1, _sums(table, size), x * table.signs.to(x))
+        small = x.nbytes <= SMALL and x.element_size() * len(x) * size <= SMALL_SKETCH
+        if small and table.order is not None:
+            return (x.index_select(1, table.order) * table.signs_in_order).view(len(x), -1, size).sum(1)
+        signs, sums = table.signs.to(x), x.new_empty(len(x), size)
         for begin, end, to in table.pieces:
             if begin < size:  # the first block, which is as wide as the sums
                 torch.mul(x[:, begin:end], signs[begin:end], out=sums[:, to : to + end - begin])

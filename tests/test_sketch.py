@@ -60,6 +60,12 @@ def test_it_is_linear_and_its_gradient_is_its_transpose(width: int) -> None:
     assert torch.autograd.gradcheck(lambda features: sketch("a", features), (x[:2].requires_grad_(),))
 
 
+def test_a_sample_has_the_same_sketch_in_a_batch_of_any_size() -> None:
+    x, sketch = torch.randn(600, 320), Sketch(64)
+    few = torch.cat([sketch("a", rows) for rows in x.split(50)])  # which are moved one by one
+    torch.testing.assert_close(sketch("a", x), few)
+
+
 def test_layers_that_are_not_wider_stay_and_all_others_have_signs_of_their_own() -> None:
     x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
     assert Sketch(200)("a", x) is x
