@@ -129,7 +129,7 @@ class GuidanceLoss:
             guide_samples, guide_grams = self._run_guide(batch, samples, key)
             with self.target_reader.reading(not_recomputed(samples.gram)) as target_grams:
                 yield watched
-        self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
+            self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
 
     def samples_of(
         self, batch: Mapping[str, Any], like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0

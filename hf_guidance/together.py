@@ -1,4 +1,5 @@
-"""Gram matrices of many small layers at once: on a GPU it takes longer to start the work on one than to do it."""
+"""Gram matrices of many small layers at once: to start the work on one takes longer than to do it, which on a GPU is so
+of most layers and on a CPU of very small or sketched ones."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from hf_guidance.kernels import (
 
 SMALL = 2**22  # bytes in float32 of a layer's features and of its Gram matrix, up to which both are kept for the others
 SMALL_CONSTANT = 2**20  # the same where nothing but this would keep the features
+SMALL_ON_CPU = 2**16  # the same on a CPU
 SMALL_THIN = 2**20  # of a Gram matrix where features could stand for it
 MOST = 2**27  # bytes that are copied, or made, together
 
@@ -72,8 +74,9 @@ def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False, thin: bool
 
 
 def starts_slowly(x: Tensor) -> bool:
-    """Whether these are where work is only started from here."""
-    return x.device.type != "cpu"
+    """Whether it takes longer to start work on features ``(n, d)`` than to do it, if they are not too many: where it is
+    only started from here, and where there is little of it."""
+    return x.device.type != "cpu" or 4 * len(x) * max(x.shape) <= SMALL_ON_CPU
 
 
 def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:

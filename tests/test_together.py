@@ -205,10 +205,13 @@ def test_every_measure_takes_them(slow_starts):
 
 
 def test_layers_are_left_for_later_where_that_is_cheaper(monkeypatch, tensor_cores):
-    small = torch.randn(8, 20)
-    assert later(small, small.dtype) is None  # on a CPU
+    small, larger = torch.randn(8, 20), torch.randn(8, together.SMALL_ON_CPU // 32 + 1)
+    for x in (small, larger):  # on a CPU
+        assert (later(x, x.dtype) is None) == (x is larger)
+    assert later(torch.randn(math.isqrt(together.SMALL_ON_CPU // 4) + 1, 2), torch.float32) is None
     monkeypatch.setattr(together, "starts_slowly", lambda x: True)
-    assert later(small, small.dtype).values is small
+    for x in (small, larger):
+        assert later(x, x.dtype).values is x
     wide = torch.randn(8, together.SMALL // 32 + 1)
     assert later(wide, wide.dtype) is None
     half = wide.bfloat16()
