@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from hf_guidance import gpu_kernels
 from hf_guidance.cpu_kernels import features_on_cpu, for_numpy, kernel_on_cpu, outer
@@ -173,8 +174,9 @@ class CentredKernel(torch.autograd.Function):
 
 
 def expect_centred(kernel: Tensor) -> None:
-    """Say of a result of `gram` that the gradient of all its uses is symmetric and centred: it is taken as it is."""
-    if isinstance(kernel.grad_fn, CentredKernel._backward_cls):
+    """Say of a result of `gram` that the gradient of all its uses is symmetric and centred, or of a `Thin` that it is
+    centred: it is taken as it is."""
+    if isinstance(kernel.grad_fn, BackwardCFunction):
         setattr(kernel.grad_fn, EXPECTED, True)
 
 

@@ -92,7 +92,7 @@ class _CountSketch(torch.autograd.Function):
             return x.new_zeros(len(x), size).index_add_(1, _sums(table, size), x * table.signs.to(x))
         small = x.nbytes <= SMALL and x.element_size() * len(x) * size <= SMALL_SKETCH
         if small and table.order is not None:
-            return (x.index_select(1, table.order) * table.signs_in_order).view(len(x), -1, size).sum(1)
+            return x.index_select(1, table.order).mul_(table.signs_in_order).view(len(x), -1, size).sum(1)
         signs, sums = table.signs.to(x), x.new_empty(len(x), size)
         for begin, end, to in table.pieces:
             if begin < size:  # the first block, which is as wide as the sums

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_guidance.cpu_kernels import for_numpy, one_thread
-from hf_guidance.kernels import ROUNDINGS, centred_features, exact_float32, without_second_derivative
+from hf_guidance.kernels import EXPECTED, ROUNDINGS, centred_features, exact_float32, without_second_derivative
 from hf_guidance.mapping import Pair
 
 MOST = 0.4  # features a sample; then 7 n d² operations for a pair are fewer than 3 n² d
@@ -43,7 +44,8 @@ class Thin(torch.autograd.Function):
     @staticmethod
     @without_second_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient - gradient.mean(0)) * ctx.factor, None
+        centred = gradient if getattr(ctx, EXPECTED, False) else gradient - gradient.mean(0)
+        return centred * ctx.factor, None
 
 
 class _Outer(torch.autograd.Function):
@@ -102,7 +104,8 @@ def cosines(
 
 
 def _inverse_norm(square: Any, tiny: float) -> Any:
-    norm = (square * square).sum() ** 0.5
-    if isinstance(norm, Tensor):
+    if isinstance(square, Tensor):
+        norm = torch.linalg.vector_norm(square)
         return torch.where(norm <= tiny, 0, 1 / norm)
-    return 0 if norm <= tiny else 1 / norm  # NaN comes through
+    size = float(np.vdot(square, square)) ** 0.5
+    return 0.0 if size <= tiny else 1 / size  # NaN comes through
