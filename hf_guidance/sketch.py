@@ -61,7 +61,7 @@ class Sketch:
             return table
         blocks = torch.arange(width, device=device) // self.size * self.size
         order = (blocks + _sums(table, self.size)).argsort()
-        return table._replace(order=order, signs_in_order=signs[order])
+        return table._replace(moves=(order, signs[order]))
 
 
 class _Table(NamedTuple):
@@ -71,15 +71,14 @@ class _Table(NamedTuple):
         signs: of each, float32.
         shifts: of each block.
         pieces: (first, end, first sum) of the runs of features that go to neighbouring sums.
-        order: of the features, by block and then by sum; None for wide layers, and where the last block is shorter.
-        signs_in_order: the same signs.
+        moves: order of the features, by block and then by sum, and their signs in it; None for wide layers, and where
+            the last block is shorter.
     """
 
     signs: Tensor
     shifts: Tensor
     pieces: list[tuple[int, int, int]]
-    order: Tensor | None = None
-    signs_in_order: Tensor | None = None
+    moves: tuple[Tensor, Tensor] | None = None
 
 
 class _CountSketch(torch.autograd.Function):
@@ -91,8 +90,9 @@ class _CountSketch(torch.autograd.Function):
         if x.device.type != "cpu":  # where many small steps cost more than moving the features twice
             return x.new_zeros(len(x), size).index_add_(1, _sums(table, size), x * table.signs.to(x))
         small = x.nbytes <= SMALL and x.element_size() * len(x) * size <= SMALL_SKETCH
-        if small and table.order is not None:
-            return x.index_select(1, table.order).mul_(table.signs_in_order).view(len(x), -1, size).sum(1)
+        if small and table.moves:
+            order, signs_in_order = table.moves
+            return x.index_select(1, order).mul_(signs_in_order).view(len(x), -1, size).sum(1)
         signs, sums = table.signs.to(x), x.new_empty(len(x), size)
         for begin, end, to in table.pieces:
             if begin < size:  # the first block, which is as wide as the sums

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.cost.communication import Compared, bytes_of_global_batch, compared_features
 from hf_guidance.cost.meters import StepMeter, busy_seconds, matmul_rate, operations, peak_memory, products_alone
+from hf_guidance.cost.ratios import middle_and_least, overhead_of_rounds, summary
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.loss import GuidanceLoss
@@ -32,7 +32,6 @@ from hf_guidance.thin import MOST as MOST_FEATURES
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("median", "minimum")
 BUSY_STEPS = 2  # that a GPU's work is added up over
 SKETCH = 1024  # that an exact comparison's bytes are set beside
 
@@ -79,8 +78,8 @@ def measure_cost(
 
     Returns:
         Of each variant seconds a step (median, minimum, all of them), samples a second and peak bytes; the split, the
-        floor, overhead and the other ratios, the latter from medians and from minima; see `summary`. On a GPU, how long
-        it is at work in a step. Bytes that a
+        floor, overhead and the other ratios, the latter from medians and from minima, see `summary`; the overhead of
+        each round, see `overhead_of_rounds`. On a GPU, how long it is at work in a step. Bytes that a
         process would send to each other one for a global batch, exact and sketched (None where nothing is that wide).
 
     Raises:
@@ -112,7 +111,7 @@ def measure_cost(
     found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
     found["guide_forwards"] = sum(runs) / (plan.rounds * counted)
     found["batches_of_a_step"] = args.gradient_accumulation_steps
-    found |= summary(found)
+    found |= summary(found) | {"overhead_of_rounds": overhead_of_rounds(found, plan.rounds)}
     found["memory"] = _memory(variants, alone, cycle)
     found["pairs"] = len(guided.guidance_loss.pairs or [])
     size = guidance.sketch or SKETCH
@@ -172,44 +171,11 @@ def _is_thin(layer: Compared) -> bool:
 
 def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:
     batch = args.per_device_train_batch_size * (args.gradient_accumulation_steps if meter.forwards else 1)
-    found: dict[str, Any] = _middle_and_least(meter.steps) | {"all": meter.steps}
+    found: dict[str, Any] = middle_and_least(meter.steps) | {"all": meter.steps}
     found["samples_per_second"] = batch / found["median"]
     if meter.forwards:
-        found["forward"] = _middle_and_least(meter.forwards)
+        found["forward"] = middle_and_least(meter.forwards)
     return found
-
-
-def _middle_and_least(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "minimum": min(values)}
-
-
-def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Split, floor and ratios from the seconds of the variants.
-
-    Args:
-        found: ``plain``, ``guide``, ``guided`` and, if measured, ``paper`` → ``median`` and ``minimum`` of their
-            seconds, those of plain and guided with ``forward``; ``guide_forwards``: runs of the guide a guided step;
-            ``batches_of_a_step``: those of the paper's.
-    """
-    plain, guided, runs = found["plain"], found["guided"], found["guide_forwards"]
-    guide = {kind: runs * found["guide"][kind] for kind in KINDS}
-    floor = {kind: plain[kind] + guide[kind] for kind in KINDS}
-    more = {kind: guided["forward"][kind] - plain["forward"][kind] for kind in KINDS}
-    every = found["batches_of_a_step"]  # for each of which the paper's runs the guide
-    whole = {kind: plain[kind] + every * found["guide"][kind] for kind in KINDS}
-    ratios = {
-        "overhead": {kind: guided[kind] / floor[kind] for kind in KINDS},
-        "guided_over_plain": {kind: guided[kind] / plain[kind] for kind in KINDS},
-    }
-    if paper := found.get("paper"):
-        ratios["paper_overhead"] = {kind: paper[kind] / whole[kind] for kind in KINDS}
-        ratios["paper_over_plain"] = {kind: paper[kind] / plain[kind] for kind in KINDS}
-    split = {
-        "guide_forward": guide["median"],
-        "grams_and_measures": more["median"] - guide["median"],
-        "extra_backward": guided["median"] - plain["median"] - more["median"],
-    }
-    return {"floor": floor, "split": split, **ratios}
 
 
 def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[str, Any]:

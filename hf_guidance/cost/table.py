@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_guidance.analysis.report import aligned
+from hf_guidance.cost.ratios import KINDS
 
 MEBI = 2**20
 PROCESSES = (2, 8, 64)
@@ -20,7 +21,8 @@ def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
         rows: of `measure_cost`, each with a ``name`` and the ``goal`` of its overhead or None.
     """
     tables = [
-        "Seconds a step (median); overhead = guided / (plain + guide forward), from medians and from minima:",
+        "Seconds a step (median); overhead = guided / (plain + guide forward), from medians, from minima, and the mean "
+        "of the rounds'\nwith its standard error:",
         aligned([_time_header(rows), *(_times(row) for row in rows)]),
         "Samples a second, and peak memory in MiB; the bound is 1.05 (plain + guide's weights + its largest layer):",
         aligned([_memory_header(rows), *(_memory(row) for row in rows)]),
@@ -64,7 +66,7 @@ def _has_paper(rows: Sequence[dict[str, Any]]) -> bool:
 
 def _time_header(rows: Sequence[dict[str, Any]]) -> list[str]:
     header = ["setting", "plain", "guide forward", "Grams and measures", "extra backward", "guided"]
-    header += ["overhead", "of minima", "guided / plain"]
+    header += ["overhead", "of minima", "of rounds", "guided / plain"]
     header += ["paper's overhead", "paper's / plain"] if _has_paper(rows) else []
     return header + (["goal"] if any(row["goal"] for row in rows) else [])
 
@@ -72,11 +74,17 @@ def _time_header(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _times(row: dict[str, Any]) -> list[str]:
     split = row["split"]
     seconds = [row["plain"]["median"], *split.values(), row["guided"]["median"]]
-    ratios = [row["overhead"]["median"], row["overhead"]["minimum"], row["guided_over_plain"]["median"]]
+    overhead = [*(f"{row['overhead'][kind]:.3f}" for kind in KINDS), _of_rounds(row["overhead_of_rounds"])]
+    ratios = [row["guided_over_plain"]["median"]]
     if "paper" in row:
         ratios += [row["paper_overhead"]["median"], row["paper_over_plain"]["median"]]
     goal = [f"≤ {row['goal']:.2f}"] if row["goal"] else []
-    return [row["name"], *(f"{value:.4f}" for value in seconds), *(f"{value:.3f}" for value in ratios), *goal]
+    return [row["name"], *(f"{x:.4f}" for x in seconds), *overhead, *(f"{x:.3f}" for x in ratios), *goal]
+
+
+def _of_rounds(overhead: dict[str, Any]) -> str:
+    error = overhead["standard_error"]
+    return f"{overhead['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _memory_header(rows: Sequence[dict[str, Any]]) -> list[str]:

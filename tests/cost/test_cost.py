@@ -17,7 +17,7 @@ from transformers import Trainer
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guide
 from hf_guidance.clock import Clock
 from hf_guidance.cost.communication import Compared, bytes_of_global_batch, compared_features
-from hf_guidance.cost.measuring import Plan, measure_cost, summary
+from hf_guidance.cost.measuring import Plan, measure_cost
 from hf_guidance.cost.meters import (
     Reading,
     StepMeter,
@@ -29,6 +29,7 @@ from hf_guidance.cost.meters import (
 )
 from hf_guidance.cost.paper_formulation import PaperTrainer
 from hf_guidance.cost.paper_formulation import cka as paper_cka
+from hf_guidance.cost.ratios import overhead_of_rounds, summary
 from hf_guidance.cost.settings import Networks, Setting, parse_rows
 from hf_guidance.cost.table import cost_tables, plot_overhead
 from hf_guidance.cost.variants import Steps
@@ -346,6 +347,7 @@ def test_products_alone_are_those_of_every_layer_and_the_gradient_of_the_targets
             return ended - began
 
     monkeypatch.setattr("hf_guidance.cost.meters.Clock", Counted)
+    monkeypatch.setattr("hf_guidance.together.starts_slowly", lambda x: False)
     layers = [Compared(4, width, torch.float32, width == 8) for width in (6, 8, 6)]
     assert products_alone(layers, CPU) == 2 + 2
     assert products_alone([Compared(4, 6, torch.bfloat16, True)], CPU) == 2  # in float32, as a CPU makes them
@@ -491,12 +493,26 @@ def test_a_cached_guides_split_has_no_guide_and_the_papers_floor_still_has():
     assert (twice["overhead"]["median"], twice["paper_overhead"]["median"]) == (1.5 / 7, 8 / 7)
 
 
+def test_overhead_of_rounds_is_of_what_ran_beside_each_other():
+    seconds = {"plain": [1.0, 1.0, 2.0, 4.0], "guide": [2.0, 2.0, 5.0, 5.0], "guided": [3.0, 3.6, 8.0, 9.6]}
+    found = {name: {"all": values} for name, values in seconds.items()} | {"guide_forwards": 1.0}
+    of_rounds = overhead_of_rounds(found, rounds=2)
+    assert of_rounds["all"] == [pytest.approx(1.1), pytest.approx(1.1)]
+    assert (of_rounds["mean"], of_rounds["standard_error"]) == (pytest.approx(1.1), pytest.approx(0, abs=1e-9))
+    every = overhead_of_rounds({**found, "guide_forwards": 0.0}, rounds=4)
+    assert every["all"] == pytest.approx([3, 3.6, 4, 2.4])
+    assert every["standard_error"] == pytest.approx((0.25**2 + 0.35**2 + 0.75**2 + 0.85**2) ** 0.5 / 12**0.5)
+    assert overhead_of_rounds(found, rounds=1)["standard_error"] is None
+
+
 def test_tables_and_figure(measured, tmp_path):
     row = {"name": "4/32/8", "batch_size": 4, "goal": 1.08, **measured}
     text = cost_tables([row])
     assert text.count("| 4/32/8 ") == 4
     assert re.search(r"\| 4/32/8 +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\|\n", text)
     assert f" {measured['overhead']['median']:.3f} " in text
+    of_rounds = measured["overhead_of_rounds"]
+    assert f" {of_rounds['mean']:.3f} ± {of_rounds['standard_error']:.3f} " in text
     assert " ≤ 1.08 " in text
     assert f" {measured['memory']['peak']['guided'] / 2**20:.0f} " in text
     without = {key: value for key, value in row.items() if key not in ("paper", "arithmetic", "paper_overhead")}

@@ -1,0 +1,61 @@
+"""What measured seconds are beside each other."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+KINDS = ("median", "minimum")
+
+
+def middle_and_least(values: list[float]) -> dict[str, float]:
+    """Median and minimum."""
+    return {"median": statistics.median(values), "minimum": min(values)}
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Split, floor and ratios from the seconds of the variants.
+
+    Args:
+        found: ``plain``, ``guide``, ``guided`` and, if measured, ``paper`` → ``median`` and ``minimum`` of their
+            seconds, those of plain and guided with ``forward``; ``guide_forwards``: runs of the guide a guided step;
+            ``batches_of_a_step``: those of the paper's.
+    """
+    plain, guided, runs = found["plain"], found["guided"], found["guide_forwards"]
+    guide = {kind: runs * found["guide"][kind] for kind in KINDS}
+    floor = {kind: plain[kind] + guide[kind] for kind in KINDS}
+    more = {kind: guided["forward"][kind] - plain["forward"][kind] for kind in KINDS}
+    every = found["batches_of_a_step"]  # for each of which the paper's runs the guide
+    whole = {kind: plain[kind] + every * found["guide"][kind] for kind in KINDS}
+    ratios = {
+        "overhead": {kind: guided[kind] / floor[kind] for kind in KINDS},
+        "guided_over_plain": {kind: guided[kind] / plain[kind] for kind in KINDS},
+    }
+    if paper := found.get("paper"):
+        ratios["paper_overhead"] = {kind: paper[kind] / whole[kind] for kind in KINDS}
+        ratios["paper_over_plain"] = {kind: paper[kind] / plain[kind] for kind in KINDS}
+    split = {
+        "guide_forward": guide["median"],
+        "grams_and_measures": more["median"] - guide["median"],
+        "extra_backward": guided["median"] - plain["median"] - more["median"],
+    }
+    return {"floor": floor, "split": split, **ratios}
+
+
+def overhead_of_rounds(found: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Overhead of each round, and mean and standard error of these (None of one round): in a round the variants run one
+    after the other, so that a processor whose speed changes more slowly is as fast for all of them.
+
+    Args:
+        found: as of `summary`, with ``all`` seconds of plain, guide and guided, as many of every round.
+    """
+
+    def of_round(name: str, number: int) -> float:
+        seconds = found[name]["all"]
+        count = len(seconds) // rounds
+        return statistics.fmean(seconds[number * count : (number + 1) * count])
+
+    floors = [of_round("plain", i) + found["guide_forwards"] * of_round("guide", i) for i in range(rounds)]
+    every = [of_round("guided", i) / floor for i, floor in enumerate(floors)]
+    error = statistics.stdev(every) / rounds**0.5 if rounds > 1 else None
+    return {"mean": statistics.fmean(every), "standard_error": error, "all": every}
