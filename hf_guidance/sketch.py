@@ -11,8 +11,8 @@ from torch import Tensor
 from hf_guidance.cpu_kernels import for_numpy
 from hf_guidance.kernels import without_second_derivative
 
-SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice,
-SMALL_SKETCH = 2**16  # if what becomes of them is no more than this, and the calls many
+SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
+SMALL_SKETCH = 2**16  # bytes of their sketch, up to which that is so: for a larger one each of the calls does more
 NARROW = 2**14  # features of a sample, of which that holds for batches of 16 and more
 TABLES = 256  # of signs, that are kept: padded rows have another width in every batch
 
