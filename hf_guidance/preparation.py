@@ -55,11 +55,12 @@ def open_cache(trainer: Any) -> None:
             "cache_guide needs inputs that are the same in every epoch, and the first rows differ when they are read "
             "twice: leave augmentation out, or the cache."
         )
+    said = trainer.guidance_loss.running.cache is not None  # by an earlier `train`
     who = {"architecture": type(trainer.guide).__name__, "fingerprint": fingerprint(trainer.guide)}  # as calibrated
     with trainer.args.main_process_first(local=False):
         create = trainer.is_world_process_zero()
         trainer.guidance_loss.open_cache(trainer._prepare_inputs(first), len(trainer.train_dataset), who, create)
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and not said:
         print(f"The guide's features will take {trainer.guidance_loss.running.cache}.")
 
 

@@ -68,6 +68,8 @@ def test_the_guide_runs_in_the_first_epoch_alone_and_training_is_that_without_a_
         torch.testing.assert_close(weights(cached)[name], value, rtol=0, atol=2e-3)  # float16 instead of float32
     ours, theirs = ([log["guidance/loss"] for log in run.state.log_history if "loss" in log] for run in (cached, plain))
     assert ours == pytest.approx(theirs, abs=5e-3)
+    cached.train()
+    assert "The guide's features" not in capsys.readouterr().out  # it has been said
 
 
 @pytest.mark.parametrize("settings", [{"guidance": {"guidance_every": 2}}, {"per_device_train_batch_size": 3}], ids=str)
