@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -50,27 +49,24 @@ def for_numpy(x: Tensor) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, products of numpy run on the calling thread alone. To ask for it takes as long as a small matrix does,
-    but for those who are inside already: enter it once for many."""
-    if getattr(_inside, "one_thread", False):
+    """Inside, products of numpy run on the calling thread alone.
+
+    (`ThreadpoolController.limit` does as much, and takes as long as a small matrix does. Like it, this has no effect
+    on OpenBLAS in another thread than the first that asked.)
+    """
+    held = [(library, threads) for library in _blas() if (threads := library.get_num_threads()) not in (None, 1)]
+    for library, _ in held:
+        library.set_num_threads(1)
+    try:
         yield
-        return
-    blas = _blas()
-    alone = all(library.num_threads == 1 for library in blas.lib_controllers)
-    with nullcontext() if alone else blas.limit(limits=1):
-        _inside.one_thread = True
-        try:
-            yield
-        finally:
-            _inside.one_thread = False
-
-
-_inside = threading.local()
+    finally:
+        for library, threads in held:
+            library.set_num_threads(threads)
 
 
 @functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
+def _blas() -> list[Any]:
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
 @one_thread()

@@ -17,6 +17,7 @@ from hf_guidance.gpu_kernels import for_tensor_cores
 
 ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
 SUM_ROUNDING = 2**-18  # of a sum of products in float32, squared numbers as they are; measured below a fourth of it
+DOT_BLOCK = 2**16  # products that a CPU may add up in one go
 EXPECTED = "gradient_is_centred"
 
 
@@ -69,7 +70,23 @@ def unit(kernel: Tensor) -> Tensor:
 
 def inverse_norms(kernels: Sequence[Tensor]) -> Tensor:
     """One over the Frobenius norm of each; 0 for a matrix that is zero up to rounding."""
-    return inverse_of(torch.stack([torch.linalg.vector_norm(kernel) for kernel in kernels]), len(kernels[0]))
+    return inverse_of(torch.stack([norms(kernel) for kernel in kernels]), len(kernels[0]))
+
+
+def norms(matrices: Tensor) -> Tensor:
+    """Frobenius norms of ``(…, n, m)``; on a CPU by way of the rows', for it adds all up in one go, and the sum of a
+    million squares is off in the fifth digit then."""
+    if matrices.device.type != "cpu":
+        return torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=-1), dim=-1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of two matrices' entries; on a CPU of one block after the other, for the same reason."""
+    a, b = a.flatten(), b.flatten()
+    if a.device.type != "cpu" or len(a) <= DOT_BLOCK:
+        return torch.dot(a, b)
+    return torch.stack([torch.dot(*parts) for parts in zip(a.split(DOT_BLOCK), b.split(DOT_BLOCK), strict=True)]).sum()
 
 
 def inverse_of(norms: Tensor, n: int) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.cpu_kernels import for_numpy, one_thread
 from hf_guidance.features import LayerReader, not_recomputed
 from hf_guidance.frozen import check_apart, freeze
 from hf_guidance.guide_input import (
@@ -103,7 +102,8 @@ class GuidanceLoss:
     ) -> Iterator[Watched]:
         """Run the guide on a batch, then watch the one forward of the target inside the ``with`` block.
 
-        Where guidance weighs nothing at this step, the guide is not run and the target not watched.
+        Where guidance weighs nothing at this step, the guide is not run and the target not watched. What the target
+        returned is compared when the block ends: change nothing of it in place before.
 
         Args:
             batch: the inputs of the target, with ``guide_*`` columns where the guide needs its own.
@@ -125,11 +125,10 @@ class GuidanceLoss:
         if too_few and not config.shard_guide:  # which the other ranks cannot run without this one
             yield watched
             return
-        with one_thread() if for_numpy(samples.content) else nullcontext():  # once for all layers
-            guide_samples, guide_grams = self._run_guide(batch, samples, key)
-            with self.target_reader.reading(not_recomputed(samples.gram)) as target_grams:
-                yield watched
-            self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
+        guide_samples, guide_grams = self._run_guide(batch, samples, key)
+        with self.target_reader.reading(not_recomputed(samples.gram)) as target_grams:
+            yield watched
+        self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
 
     def samples_of(
         self, batch: Mapping[str, Any], like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import exact_float32, expect_centred, inverse_norms, inverse_of, without_second_derivative
+from hf_guidance.kernels import (
+    dot,
+    exact_float32,
+    expect_centred,
+    inverse_norms,
+    inverse_of,
+    norms,
+    without_second_derivative,
+)
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity import Measure
 from hf_guidance.thin import cosines, is_thin, whole
@@ -140,7 +148,7 @@ def _cosines(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> Compared:
         inverse = inverse_norms([*kernels.values(), *others.values()]).unbind()
         of_kernel = dict(zip(kernels, inverse, strict=False))
         of_other = dict(zip(others, inverse[len(kernels) :], strict=True))
-        dots = torch.stack([torch.dot(kernels[t].flatten(), others[g].flatten()) for t, g in pairs])
+        dots = torch.stack([dot(kernels[t], others[g]) for t, g in pairs])
         ours, theirs = torch.stack([of_kernel[t] for t, _ in pairs]), torch.stack([of_other[g] for _, g in pairs])
         cosines, shares = dots * ours * theirs, (dots * ours.square()).unbind()
         slopes: dict[str, Slope] = {}
@@ -161,7 +169,7 @@ def _cosines_together(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> C
     with_slope = [layer for layer, kernel in kernels.items() if kernel.requires_grad and torch.is_grad_enabled()]
     with torch.no_grad():
         ours, theirs = torch.stack([kernels[t] for t, _ in pairs]), torch.stack([others[g] for _, g in pairs])
-        of_ours, of_theirs = (inverse_of(torch.linalg.vector_norm(x, dim=(1, 2)), x.shape[1]) for x in (ours, theirs))
+        of_ours, of_theirs = (inverse_of(norms(x), x.shape[1]) for x in (ours, theirs))
         dots = torch.linalg.vecdot(ours.flatten(1), theirs.flatten(1))
         cosines, factors = dots * of_ours * of_theirs, (of_ours * of_theirs)[:, None, None]
         slopes: dict[str, Slope] = {}

@@ -96,19 +96,21 @@ class Samples:
             features = features[rows, positions]
         elif kind is not None:
             mask, length = self._valid(self.masks[kind]).to(features.device), self.lengths[kind]
-        keep_copy = features is given and not HIDDEN.fullmatch(name)  # hidden states are the user's to keep
+        is_given = features is given
         if self.sketch and mask is None:
             unsketched = flat(features)
             features = self.sketch(name, unsketched)
-            keep_copy = keep_copy and features is unsketched
+            is_given = is_given and features is unsketched
         if self.ranks:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)
-            keep_copy = False
+            is_given = False
+        keep_copy = is_given and not HIDDEN.fullmatch(name)  # hidden states are the user's to keep
         if mask is None:
             features = flat(features)
             thin = self.thin and few(features)
-            if self.together and (kept := later(features, precision, keep_copy, thin)):
+            to_copy = keep_copy or (is_given and features.device.type == "cpu")  # where they are small and it is cheap
+            if self.together and (kept := later(features, precision, to_copy, thin)):
                 return kept
             if thin:
                 return Thin.apply(features if features.dtype == torch.float64 else features.float(), precision)

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_guidance.cpu_kernels import for_numpy, one_thread
-from hf_guidance.kernels import EXPECTED, ROUNDINGS, centred_features, exact_float32, without_second_derivative
+from hf_guidance.kernels import (
+    EXPECTED,
+    ROUNDINGS,
+    centred_features,
+    exact_float32,
+    norms,
+    without_second_derivative,
+)
 from hf_guidance.mapping import Pair
 
 MOST = 0.4  # features a sample; then 7 n d² operations for a pair are fewer than 3 n² d
@@ -105,7 +111,7 @@ def cosines(
 
 def _inverse_norm(square: Any, tiny: float) -> Any:
     if isinstance(square, Tensor):
-        norm = torch.linalg.vector_norm(square)
+        norm = norms(square)
         return torch.where(norm <= tiny, 0, 1 / norm)
-    size = float(np.vdot(square, square)) ** 0.5
+    size = float((square * square).sum()) ** 0.5
     return 0.0 if size <= tiny else 1 / size  # NaN comes through

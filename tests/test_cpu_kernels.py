@@ -7,7 +7,7 @@ import torch
 from builders import gpt2, token_batch
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from hf_guidance import GuidanceLoss, cpu_kernels
+from hf_guidance import GuidanceLoss
 from hf_guidance.cpu_kernels import MOST_THREADS, for_numpy, one_thread
 from hf_guidance.kernels import gram
 from hf_guidance.similarity import linear_cka
@@ -34,23 +34,26 @@ def test_numpys_products_run_on_the_calling_thread_and_its_threads_come_back():
     assert set(before) == {2}
 
 
-def test_a_guided_step_takes_numpys_threads_once_and_gives_them_back(monkeypatch):
-    asked, ask = [], cpu_kernels._blas
-    monkeypatch.setattr(cpu_kernels, "_blas", lambda: asked.append(True) or ask())
-    guidance = GuidanceLoss(gpt2(layers=3), gpt2(layers=3))
-    batch = token_batch(4)
-    with threadpool_limits(2, user_api="blas"):
-        before = threads_of_numpy()
-        with pytest.raises(ZeroDivisionError), guidance.watch(batch):
-            raise ZeroDivisionError
-        assert threads_of_numpy() == before
-        asked.clear()
-        with guidance.watch(batch) as watched:
-            guidance.target(**watched.inputs)
-            assert set(threads_of_numpy()) == {1}
-        assert threads_of_numpy() == before
+def test_the_networks_forwards_have_all_of_the_threads():
+    seen = []
+    target, guide = gpt2(layers=3), gpt2(layers=3)
+    for network in (target, guide):
+        network.transformer.register_forward_pre_hook(lambda *_: seen.extend(threads_of_numpy()))
+    guidance = GuidanceLoss(target, guide)
+    with threadpool_limits(2, user_api="blas"), guidance.watch(token_batch(4)) as watched:
+        target(**watched.inputs)
+        seen.extend(threads_of_numpy())
     assert len(watched.similarities["linear_cka"]) == 3
-    assert asked == [True]
+    assert set(seen) == {2}
+
+
+def test_one_inside_another_leaves_the_threads_to_the_outer_one():
+    with threadpool_limits(2, user_api="blas"):
+        with one_thread():
+            with one_thread():
+                assert set(threads_of_numpy()) == {1}
+            assert set(threads_of_numpy()) == {1}
+        assert set(threads_of_numpy()) == {2}
 
 
 def test_a_gram_matrix_is_all_the_work_of_the_calling_thread():

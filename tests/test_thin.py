@@ -112,6 +112,21 @@ def test_a_guidance_loss_goes_either_way_to_the_same(batch, monkeypatch):
     assert set(watched.similarities) == {"linear_cka", "rsa"}
 
 
+@pytest.mark.parametrize(("n", "d"), [(2500, 1000), (2048, 1500)])  # by features, and by Gram matrices
+@pytest.mark.parametrize("name", ["linear_cka", "debiased_cka"])
+def test_sums_of_a_million_products_lose_no_digits(n, d, name):
+    torch.manual_seed(0)
+    x = torch.randn(n, d, requires_grad=True)
+    kernels = [Thin.apply(z, z.dtype) if few(z) else gram(z) for z in (x, x.detach())]
+    loss, _ = guidance_loss([("a", "x")], get_measure(name), {"a": kernels[0]}, {"x": kernels[1]})
+    assert abs(loss.item()) < 2e-6
+    loss.backward()
+    unlike = gram(torch.randn(n, d))
+    gradient, x.grad = x.grad, None
+    guidance_loss([("a", "x")], get_measure(name), {"a": gram(x)}, {"x": unlike})[0].backward()
+    assert gradient.norm() < 1e-4 * x.grad.norm()
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.9, 4.0, 15.5])  # energy of the mean to that of the signal
 @pytest.mark.parametrize("thin_guide", [True, False])
 def test_a_mean_leaves_the_gradient_of_wide_layers_right(ratio, thin_guide):

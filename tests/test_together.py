@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from builders import gpt2, token_batch
 from torch import nn
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, gpu_kernels, kernels, linear_cka, pairwise, together
@@ -239,6 +240,20 @@ def test_features_that_are_overwritten_are_copied_with_the_gradient_that_they_ha
         loss, _ = guidance_loss([("t", "g")], CKA, complete({"t": kept}), {"g": other})
         grads.append(torch.autograd.grad(loss, x)[0])
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("batch", [8, 200])  # all at once, and one by one
+def test_hidden_states_that_the_user_overwrites_are_compared_as_they_were(batch):
+    guidance = GuidanceLoss(*(gpt2(layers=2) for _ in range(2)), GuidanceConfig(log_measures=["rsa"]))
+    rows, found = token_batch(batch), []
+    for overwrite in (False, True):
+        with torch.no_grad(), guidance.watch(rows) as watched:
+            states = guidance.target(**watched.inputs).hidden_states
+            if overwrite:
+                for state in states:
+                    state[0] = 0
+        found.append(watched.similarities)
+    assert found[0] == found[1]
 
 
 def test_steps_are_as_many_for_fifty_layers_as_for_two(slow_starts):

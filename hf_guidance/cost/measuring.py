@@ -28,7 +28,8 @@ from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity import get_measure
 from hf_guidance.tasks.random_rows import RandomRows
-from hf_guidance.thin import MOST as MOST_FEATURES
+from hf_guidance.thin import few
+from hf_guidance.together import later
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,9 @@ def measure_cost(
             arithmetic = _arithmetic(variants, args, cycle, runs)
             found["arithmetic"] = arithmetic
             compared = _compared_in_step(compared_features(*networks), args, guidance)
-            thin = get_measure(guidance.measure).centred_slope and all(map(_is_thin, compared))
+            thin = get_measure(guidance.measure).centred_slope and all(
+                _is_thin(layer, args.device) for layer in compared
+            )
             arithmetic["products_seconds"] = None if thin else share * products_alone(compared, args.device)
         except Exception:
             found.pop("arithmetic", None)
@@ -164,9 +167,10 @@ def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance:
     return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # the guide's once
 
 
-def _is_thin(layer: Compared) -> bool:
-    """Whether a step makes no n × n matrix of it, if it makes none of any."""
-    return layer.features <= MOST_FEATURES * layer.samples
+def _is_thin(layer: Compared, device: torch.device) -> bool:
+    """Whether a step makes no n × n matrix of it, where it makes none of any other either."""
+    x = torch.empty(layer.samples, layer.features, device=device)
+    return few(x) and later(x, x.dtype, thin=True) is None
 
 
 def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:

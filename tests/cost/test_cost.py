@@ -441,16 +441,15 @@ def test_a_caches_look_at_the_first_rows_is_no_part_of_a_step(tmp_path, resnet):
     assert count["grams"] == 2 * 4 * 4 * 4 * found["pairs"] + 2 * 2 * 4 * 4 * 4 * 3  # 4 rows, 4 numbers of each
 
 
-def test_products_of_thin_layers_are_not_those_of_n_by_n_matrices(tmp_path, resnet):
-    plan, rows = Plan(rounds=1, steps=1, paper=False, arithmetic=True), random_images(20, 32, 4)
-    args, guidance = (
-        arguments(tmp_path, per_device_train_batch_size=20),
-        GuidanceConfig(guide_layers=["Conv2d"], sketch=4),
-    )
+@pytest.mark.parametrize(("batch", "thin"), [(20, False), (130, True)])  # small layers are compared all at once
+def test_products_of_thin_layers_are_not_those_of_n_by_n_matrices(tmp_path, resnet, batch, thin):
+    plan, rows = Plan(rounds=1, steps=1, paper=False, arithmetic=True), random_images(batch, 32, 4)
+    args = arguments(tmp_path, per_device_train_batch_size=batch)
+    guidance = GuidanceConfig(guide_layers=["Conv2d"], sketch=4)
     found = measure_cost(fcn(), resnet, rows, args, guidance, plan)
-    assert found["arithmetic"]["products_seconds"] is None
-    table = cost_tables([{**found, "name": "20/32/8", "goal": None, "batch_size": 20}])
-    assert table.splitlines()[-1].endswith("| –              | –                 |")
+    assert (found["arithmetic"]["products_seconds"] is None) == thin
+    table = cost_tables([{**found, "name": f"{batch}/32/8", "goal": None, "batch_size": batch}])
+    assert table.splitlines()[-1].endswith("| –              | –                 |") == thin
 
 
 def test_accumulated_products_are_those_of_all_micro_batches_for_each_of_them(tmp_path, monkeypatch):
