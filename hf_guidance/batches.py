@@ -34,5 +34,6 @@ def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def mix(value: Tensor) -> Tensor:
     """Scatter int64 values over all 64 bits (products wrap around)."""
     for factor in (-7046029254386353131, -4658895280553007687):
-        value = (value ^ (value >> 29)) * factor
+        value = value ^ (value >> 29)
+        value *= factor
     return value ^ (value >> 32)
