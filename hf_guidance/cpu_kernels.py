@@ -138,12 +138,14 @@ def _kernel_in_blocks(array: Any, mean: Any) -> Any:
     return kernel
 
 
-@one_thread()
 def features_on_cpu(array: Any) -> tuple[Any, float] | None:
-    """Features ``(n, d)``, centred and scaled as `kernels.centred_features` does, and the scale; None as above."""
+    """Features ``(n, d)``, centred and scaled as `kernels.centred_features` does, and the scale; None as above.
+
+    No library of products is asked, so that its threads need not be held.
+    """
     mean = np.add.reduce(array, 0) / len(array)
     centred = array - mean
-    energy, offset = float(np.vdot(centred, centred)) / len(array), float(np.vdot(mean, mean))
+    energy, offset = float(np.einsum("ij,ij->", centred, centred)) / len(array), float(np.einsum("i,i->", mean, mean))
     if not (FAINTEST < energy < math.inf and offset <= SAFE_OFFSET * energy):
         return None
     centred *= energy**-0.5

@@ -102,10 +102,10 @@ def cosines(
         part = h[g] @ (cross * (2 * ours[t] * theirs[g]))
         sums[t] = sums[t] + part if t in sums else part
     wanted = [t for t, kernel in targets.items() if kernel.requires_grad and torch.is_grad_enabled()]
-    slopes: dict[str, tuple[Tensor, Tensor]] = {}
+    slopes, one = dict[str, tuple[Tensor, Tensor]](), like.new_ones(())
     for t in wanted:
         slope = sums[t] - f[t] @ (squares[t] * (2 * shares[t] * ours[t] * ours[t]))
-        slopes[t] = torch.from_numpy(slope) if host else slope, like.new_ones(())
+        slopes[t] = torch.from_numpy(slope) if host else slope, one
     return (like.new_tensor(found) if host else torch.stack(found)), slopes
 
 
