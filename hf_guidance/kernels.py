@@ -230,16 +230,18 @@ def scaled_product(kernel: Tensor, precision: torch.dtype) -> tuple[Tensor, Tens
     return kernel.mul_(inverse[..., None, None]), inverse
 
 
-def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, float | Tensor]:
-    """Centred features ``(n, d)``, scaled so that the mean diagonal of their Gram matrix is 1, and the scale."""
-    if x.dtype == torch.float32 and for_numpy(x) and (found := features_on_cpu(x.numpy())):
+def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Any]:
+    """Centred features ``(n, d)``, or ``(layers, n, d)`` of several layers, scaled so that the mean diagonal of their
+    Gram matrix is 1, and what each layer's were multiplied by."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.ndim == 2 and x.dtype == torch.float32 and for_numpy(x) and (found := features_on_cpu(x.numpy())):
         return torch.from_numpy(found[0]), found[1]
-    mean = x.mean(0)
+    mean = x.mean(-2, keepdim=True)
     centred = x - mean
-    centred -= centred.mean(0)  # what rounding of the mean left behind
-    offset = _varying(mean, centred, precision).square().sum()
-    inverse = _scale(centred.square().sum() / len(x), offset, precision).rsqrt()
-    return centred * inverse, inverse
+    centred -= centred.mean(-2, keepdim=True)  # what rounding of the mean left behind
+    offset = _varying(mean, centred, precision).square().sum((-2, -1))
+    inverse = _scale(centred.square().sum((-2, -1)) / x.shape[-2], offset, precision).rsqrt()
+    return centred * inverse[..., None, None], inverse
 
 
 def center_in_place(kernel: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Samples:
             if self.together and (kept := later(features, precision, to_copy, thin)):
                 return kept
             if thin:
-                return Thin.apply(features if features.dtype == torch.float64 else features.float(), precision)
+                return Thin.apply(precision, features)[0]
         sketch = partial(self.sketch, name) if self.sketch else None
         return gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)
 

@@ -37,21 +37,38 @@ def is_thin(kernel: Tensor) -> bool:
 
 
 class Thin(torch.autograd.Function):
-    """Centred features ``(n, d)`` whose Gram matrix is that of `gram`; zero for a dead layer.
+    """Of layers of one shape ``(n, d)`` the centred features whose Gram matrices are those of `gram`; zero for a dead
+    layer.
 
     As there, the scale is a constant for the gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, precision: torch.dtype) -> Tensor:
-        centred, ctx.factor = centred_features(x, precision)
-        return centred
+    def forward(ctx: Any, precision: torch.dtype, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.stacked = in_one_stack(features[0])
+        if not ctx.stacked:
+            made = [centred_features(x, precision) for x in features]
+            ctx.factors = [factor for _, factor in made]
+            return tuple(centred for centred, _ in made)
+        centred, factors = centred_features(torch.stack(features), precision)
+        ctx.factors = factors[:, None, None]
+        return centred.unbind()
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        centred = gradient if getattr(ctx, EXPECTED, False) else gradient - gradient.mean(0)
-        return centred * ctx.factor, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        def of_features(gradient: Tensor, factor: float | Tensor) -> Tensor:
+            expected = getattr(ctx, EXPECTED, False)
+            return (gradient if expected else gradient - gradient.mean(-2, keepdim=True)) * factor
+
+        if ctx.stacked:
+            return None, *of_features(torch.stack(gradients), ctx.factors).unbind()
+        return None, *map(of_features, gradients, ctx.factors)
+
+
+def in_one_stack(features: Tensor) -> bool:
+    """Whether several layers are better copied into one tensor; a CPU's cache holds one of them, and not all."""
+    return features.device.type != "cpu"
 
 
 class _Outer(torch.autograd.Function):

@@ -1,10 +1,10 @@
-"""Gram matrices of many small layers at once: to start the work on one takes longer than to do it, which on a GPU is so
-of most layers and on a CPU of very small or sketched ones."""
+"""Gram matrices, or `Thin` features, of many small layers at once: to start the work on one takes longer than to do it,
+which on a GPU is so of most layers and on a CPU of very small or sketched ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from hf_guidance.kernels import (
     scaled_product,
     without_second_derivative,
 )
+from hf_guidance.thin import Thin
 
 SMALL = 2**22  # bytes in float32 of a layer's features and of its Gram matrix, up to which both are kept for the others
 SMALL_CONSTANT = 2**20  # the same where nothing but this would keep the features
 SMALL_ON_CPU = 2**16  # the same on a CPU
-SMALL_THIN = 2**20  # of a Gram matrix where features could stand for it
+SMALL_THIN = 2**20  # bytes of a Gram matrix, above which few features stand for it on a GPU, too
 MOST = 2**27  # bytes that are copied, or made, together
 
 
@@ -34,53 +35,58 @@ class Later:
 
     Args:
         precision: what the features were computed in.
+        thin: whether they are to stand for it instead.
     """
 
     values: Tensor
     precision: torch.dtype
     multiplied: bool = False
+    thin: bool = False
 
     @property
     def size(self) -> int:
         """Bytes in float32 of the features or the Gram matrix, whichever are more."""
-        return 4 * len(self.values) * max(self.values.shape)
+        return 4 * (self.values.numel() if self.thin else len(self.values) * max(self.values.shape))
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Alike for those that can be made together."""
-        return self.multiplied, self.precision, self.values.dtype, self.values.device, self.values.shape
+        return self.multiplied, self.thin, self.precision, self.values.dtype, self.values.device, self.values.shape
 
 
 Kernel = Tensor | Later
 
 
 def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False, thin: bool = False) -> Later | None:
-    """What to keep of features ``(n, d)`` until the network that they are of has run; None if their Gram matrix is
-    better made at once.
+    """What to keep of features ``(n, d)`` until the network that they are of has run; None if their Gram matrix, or
+    what stands for it, is better made at once.
 
     Args:
         keep_copy: as of `kernels.gram`.
         thin: whether these few features could stand for their Gram matrix, which is larger.
     """
     n = len(x)
-    if not starts_slowly(x) or (thin and 4 * n * n > SMALL_THIN):
+    thin = thin and not (4 * n * n <= SMALL_THIN and starts_slowly(x))
+    if not starts_slowly(x, thin):
         return None
     constant = not (x.requires_grad and torch.is_grad_enabled())
-    if constant and for_tensor_cores(x, in_region=True):
+    if constant and not thin and for_tensor_cores(x, in_region=True):
         return Later(gpu_kernels.outer(x.detach()), gpu_kernels.precision_of(x), multiplied=True)
-    if 4 * n * max(x.shape) > (SMALL_CONSTANT if constant else SMALL):
+    kept = Later(x, precision, thin=thin)
+    if kept.size > (SMALL_CONSTANT if constant else SMALL):
         return None
-    return Later(x.clone() if keep_copy else x, precision)  # the copy's gradient is x's as it is now
+    return replace(kept, values=x.clone()) if keep_copy else kept  # the copy's gradient is x's as it is now
 
 
-def starts_slowly(x: Tensor) -> bool:
-    """Whether it takes longer to start work on features ``(n, d)`` than to do it, if they are not too many: where it is
-    only started from here, and where there is little of it."""
-    return x.device.type != "cpu" or 4 * len(x) * max(x.shape) <= SMALL_ON_CPU
+def starts_slowly(x: Tensor, thin: bool = False) -> bool:
+    """Whether it takes longer to start work on features ``(n, d)``, or on these alone and no Gram matrix of them, than
+    to do it, if they are not too many: where it is only started from here, and where there is little of it."""
+    return x.device.type != "cpu" or 4 * (x.numel() if thin else len(x) * max(x.shape)) <= SMALL_ON_CPU
 
 
 def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
-    """All as Gram matrices, in their order; those that are yet to be made, in few steps for each kind."""
+    """All as Gram matrices, or what stands for them, in their order; those that are yet to be made, in few steps for
+    each kind."""
     kinds: dict[tuple[Any, ...], dict[str, Later]] = {}
     for name, kernel in kernels.items():
         if isinstance(kernel, Later):
@@ -93,10 +99,12 @@ def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
             group = names[start : start + most]
             values = [layers[name].values for name in group]
             if first.multiplied:
-                together = scaled_product(torch.stack(values), first.precision)[0]
+                together = scaled_product(torch.stack(values), first.precision)[0].unbind()
+            elif first.thin:
+                together = Thin.apply(first.precision, *values)
             else:
-                together = CentredKernels.apply(first.precision, *values)
-            made |= dict(zip(group, together.unbind(), strict=True))
+                together = CentredKernels.apply(first.precision, *values).unbind()
+            made |= dict(zip(group, together, strict=True))
     return {name: made[name] if isinstance(kernel, Later) else kernel for name, kernel in kernels.items()}
 
 

@@ -124,7 +124,7 @@ def test_a_sketch_of_more_numbers_than_any_layer_has_is_an_error() -> None:
 @pytest.mark.parametrize("size", [8, 10_000])  # of which the second leaves all layers as they are
 def test_a_module_that_is_overwritten_counts_as_it_was(size: int, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (together, pairwise):
-        monkeypatch.setattr(module, "starts_slowly", lambda x: slow)
+        monkeypatch.setattr(module, "starts_slowly", lambda x, thin=False: slow)
 
     def network(inplace: bool, seed: int) -> nn.Module:
         torch.manual_seed(seed)

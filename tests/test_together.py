@@ -7,7 +7,7 @@ import torch
 from builders import gpt2, token_batch
 from torch import nn
 
-from hf_guidance import GuidanceConfig, GuidanceLoss, gpu_kernels, kernels, linear_cka, pairwise, together
+from hf_guidance import GuidanceConfig, GuidanceLoss, gpu_kernels, kernels, linear_cka, pairwise, thin, together
 from hf_guidance.kernels import gram
 from hf_guidance.pairwise import guidance_loss
 from hf_guidance.similarity import MEASURES, get_measure
@@ -21,7 +21,8 @@ PAIRS = [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x")]  # layers that are shar
 def slow_starts(monkeypatch):
     """As if the CPU were a device that work is started on from elsewhere."""
     for module in (together, pairwise):
-        monkeypatch.setattr(module, "starts_slowly", lambda x: True)
+        monkeypatch.setattr(module, "starts_slowly", lambda x, thin=False: True)
+    monkeypatch.setattr(thin, "in_one_stack", lambda x: True)
 
 
 @pytest.fixture
@@ -38,22 +39,28 @@ def cka(x, y):
     return (kernel * other).sum() / (kernel.norm() * other.norm())
 
 
-def layers(dtype, n=12, offset=0.0):
+WIDE = {"a": 30, "b": 30, "c": 17, "x": 40, "y": 40}  # two of one shape, and one of its own
+FEW = {"a": 5, "b": 5, "c": 3, "x": 7, "y": 7}
+
+
+def layers(dtype, n=12, offset=0.0, widths=WIDE):
     torch.manual_seed(0)
-    widths = {"a": 30, "b": 30, "c": 17, "x": 40, "y": 40}  # two of one shape, and one of its own
     made = {name: (torch.randn(n, d) + offset).to(dtype) for name, d in widths.items()}
-    made["x"][:, :9] += made["a"][:, :9]
+    shared = min(9, widths["a"])
+    made["x"][:, :shared] += made["a"][:, :shared]
     return {name: x.requires_grad_(name in "abc") for name, x in made.items()}
 
 
-def of(made, names):
-    return complete({name: later(made[name], made[name].dtype) for name in names})
+def of(made, names, thin=False):
+    return complete({name: later(made[name], made[name].dtype, thin=thin) for name in names})
 
 
-def check_against_the_definition(dtype, close, close_gradient, offset=0.0):
-    made = layers(dtype, offset=offset)
+def check_against_the_definition(dtype, close, close_gradient, offset=0.0, few=False):
+    made = layers(dtype, n=200, offset=offset, widths=FEW) if few else layers(dtype, offset=offset)
     exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in made.items()}
-    loss, values = guidance_loss(PAIRS, CKA, of(made, "abc"), of(made, "xy"))
+    targets, guides = of(made, "abc", few), of(made, "xy", few)
+    assert all(map(thin.is_thin, (*targets.values(), *guides.values()))) == few
+    loss, values = guidance_loss(PAIRS, CKA, targets, guides)
     found = {(t, g): cka(exact[t], exact[g]) for t, g in PAIRS}
     expected = sum(1 - value for value in found.values())
     assert loss.item() == pytest.approx(expected.item(), abs=close)
@@ -172,9 +179,45 @@ def test_a_batch_without_samples_ends_in_none(slow_starts, tensor_cores):
 def test_few_features_stand_for_a_large_gram_matrix_here_too(slow_starts, tensor_cores):
     n = math.isqrt(together.SMALL_THIN // 4)
     for x in (torch.randn(n + 1, 20, requires_grad=True), torch.randn(n + 1, 20).bfloat16()):
-        assert later(x, x.dtype, thin=True) is None
-        assert later(x[:n], x.dtype, thin=True) is not None
-        assert later(x, x.dtype) is not None
+        assert later(x, x.dtype, thin=True).thin
+        assert not later(x[:n], x.dtype, thin=True).thin
+        assert not later(x, x.dtype).thin
+    assert later(torch.randn(together.SMALL_CONSTANT // 80 + 1, 20), torch.float32, thin=True) is None
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize(
+    ("dtype", "close", "gradient"), [(torch.float64, 1e-12, 3e-11), (torch.float32, 2e-5, 4e-4), ("half", 1e-4, 1e-2)]
+)
+def test_few_features_of_several_layers_are_those_of_the_definition(
+    stacked, offset, dtype, close, gradient, monkeypatch
+):
+    monkeypatch.setattr(thin, "in_one_stack", lambda x: stacked)
+    monkeypatch.setattr(together, "SMALL_THIN", 0)
+    check_against_the_definition(torch.bfloat16 if dtype == "half" else dtype, close, gradient, offset, few=True)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_dead_layer_and_one_that_is_not_finite_leave_the_others_as_they_are(stacked, monkeypatch):
+    monkeypatch.setattr(thin, "in_one_stack", lambda x: stacked)
+    monkeypatch.setattr(together, "SMALL_THIN", 0)
+    found = []
+    for broken in (False, True):
+        made = layers(torch.float32, n=200, widths={**FEW, "c": 5})
+        if broken:
+            made["b"].data.fill_(3.0)
+            made["c"].data[3] = math.nan
+        loss, values = guidance_loss(PAIRS, CKA, of(made, "abc", thin=True), of(made, "xy", thin=True))
+        loss.backward()
+        found.append((values, made))
+    (whole, ours), (values, theirs) = found
+    for pair in ("a~x", "a~y"):
+        torch.testing.assert_close(values[pair], whole[pair])
+    torch.testing.assert_close(theirs["a"].grad, ours["a"].grad)
+    assert values["b~y"] == 0
+    assert not theirs["b"].grad.any()
+    assert values["c~x"].isnan()
 
 
 def test_constant_features_are_kept_if_they_are_fewer(slow_starts):
@@ -210,7 +253,7 @@ def test_layers_are_left_for_later_where_that_is_cheaper(monkeypatch, tensor_cor
     for x in (small, larger):  # on a CPU
         assert (later(x, x.dtype) is None) == (x is larger)
     assert later(torch.randn(math.isqrt(together.SMALL_ON_CPU // 4) + 1, 2), torch.float32) is None
-    monkeypatch.setattr(together, "starts_slowly", lambda x: True)
+    monkeypatch.setattr(together, "starts_slowly", lambda x, thin=False: True)
     for x in (small, larger):
         assert later(x, x.dtype).values is x
     wide = torch.randn(8, together.SMALL // 32 + 1)
@@ -282,7 +325,7 @@ def test_a_guidance_loss_goes_either_way_to_the_same(axis, monkeypatch):
     found = []
     for slow in (False, True):
         for module in (together, pairwise):
-            monkeypatch.setattr(module, "starts_slowly", lambda x, slow=slow: slow)
+            monkeypatch.setattr(module, "starts_slowly", lambda x, thin=False, slow=slow: slow)
         with loss.watch({"input": torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(1))}) as watched:
             target(watched.inputs["input"])
         watched.loss.backward()
@@ -298,4 +341,5 @@ def test_what_is_kept_for_later_says_what_it_can_be_made_with():
     assert alike[0].kind == alike[1].kind
     others = [Later(x, torch.bfloat16), Later(x.double(), torch.float32), Later(x[:, :4], torch.float32)]
     others += [Later(x, torch.float32, multiplied=True), Later(x.to("meta"), torch.float32)]  # and on another device
-    assert len({layer.kind for layer in [*alike, *others]}) == 6
+    others += [Later(x, torch.float32, thin=True)]
+    assert len({layer.kind for layer in [*alike, *others]}) == 7

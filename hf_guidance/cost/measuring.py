@@ -170,7 +170,8 @@ def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance:
 def _is_thin(layer: Compared, device: torch.device) -> bool:
     """Whether a step makes no n × n matrix of it, where it makes none of any other either."""
     x = torch.empty(layer.samples, layer.features, device=device)
-    return few(x) and later(x, x.dtype, thin=True) is None
+    kept = later(x, x.dtype, thin=True)
+    return few(x) and (kept is None or kept.thin)
 
 
 def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:

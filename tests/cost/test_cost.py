@@ -347,11 +347,11 @@ def test_products_alone_are_those_of_every_layer_and_the_gradient_of_the_targets
             return ended - began
 
     monkeypatch.setattr("hf_guidance.cost.meters.Clock", Counted)
-    monkeypatch.setattr("hf_guidance.together.starts_slowly", lambda x: False)
+    monkeypatch.setattr("hf_guidance.together.starts_slowly", lambda x, thin=False: False)
     layers = [Compared(4, width, torch.float32, width == 8) for width in (6, 8, 6)]
     assert products_alone(layers, CPU) == 2 + 2
     assert products_alone([Compared(4, 6, torch.bfloat16, True)], CPU) == 2  # in float32, as a CPU makes them
-    monkeypatch.setattr("hf_guidance.together.starts_slowly", lambda x: True)
+    monkeypatch.setattr("hf_guidance.together.starts_slowly", lambda x, thin=False: True)
     assert products_alone(layers, CPU) == 1 + 2  # those of one shape are made together
 
 
