@@ -51,8 +51,8 @@ def for_numpy(x: Tensor) -> bool:
 def one_thread() -> Iterator[None]:
     """Inside, products of numpy run on the calling thread alone.
 
-    (`ThreadpoolController.limit` does as much, and takes as long as a small matrix does. Like it, this has no effect
-    on OpenBLAS in another thread than the first that asked.)
+    (`ThreadpoolController.limit` does as much, and takes as long as a small matrix does. Like it, this may have no
+    effect on OpenBLAS in another thread than the first that asked.)
     """
     held = [(library, threads) for library in _blas() if (threads := library.get_num_threads()) not in (None, 1)]
     for library, _ in held:
@@ -143,6 +143,8 @@ def features_on_cpu(array: Any) -> tuple[Any, float] | None:
 
     No library of products is asked, so that its threads need not be held.
     """
+    if not len(array):
+        return None
     mean = np.add.reduce(array, 0) / len(array)
     centred = array - mean
     energy, offset = float(np.einsum("ij,ij->", centred, centred)) / len(array), float(np.einsum("i,i->", mean, mean))

@@ -89,10 +89,10 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.dot(*parts) for parts in zip(a.split(DOT_BLOCK), b.split(DOT_BLOCK), strict=True)]).sum()
 
 
-def inverse_of(norms: Tensor, n: int) -> Tensor:
-    """The same of the norms of ``n × n`` matrices."""
-    zero = norms <= ROUNDINGS * torch.finfo(norms.dtype).eps * n
-    return torch.where(zero, torch.inf, norms).reciprocal()
+def inverse_of(sizes: Tensor, n: int) -> Tensor:
+    """One over each of the norms of ``n × n`` matrices, as `inverse_norms` has it."""
+    zero = sizes <= ROUNDINGS * torch.finfo(sizes.dtype).eps * n
+    return torch.where(zero, torch.inf, sizes).reciprocal()
 
 
 def gram(

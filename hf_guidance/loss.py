@@ -225,12 +225,13 @@ class GuidanceLoss:
             scale: factor of the gradient alone.
         """
         (samples, kernels), (guide_samples, guides) = target, guide
-        targets = complete(kernels)
-        if not targets:
+        if not kernels:
             raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
         if self.pairs is None:
             self._resolve_pairs(padded=bool(samples.masks))
         assert self.pairs is not None
+        in_pairs = dict.fromkeys(target for target, _ in self.pairs)  # at first all layers have been read
+        targets = complete({target: kernels[target] for target in in_pairs})
         self._check_aligned(samples, guide_samples, targets, guides)
         n = next(iter(targets.values())).shape[0]
         trained_on, *logged = self.measures

@@ -45,7 +45,7 @@ class Thin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, precision: torch.dtype, *features: Tensor) -> tuple[Tensor, ...]:
-        ctx.stacked = in_one_stack(features[0])
+        ctx.stacked = len(features) > 1 and in_one_stack(features[0])
         if not ctx.stacked:
             made = [centred_features(x, precision) for x in features]
             ctx.factors = [factor for _, factor in made]
@@ -119,7 +119,8 @@ def cosines(
         part = h[g] @ (cross * (2 * ours[t] * theirs[g]))
         sums[t] = sums[t] + part if t in sums else part
     wanted = [t for t, kernel in targets.items() if kernel.requires_grad and torch.is_grad_enabled()]
-    slopes, one = dict[str, tuple[Tensor, Tensor]](), like.new_ones(())
+    slopes: dict[str, tuple[Tensor, Tensor]] = {}
+    one = like.new_ones(())
     for t in wanted:
         slope = sums[t] - f[t] @ (squares[t] * (2 * shares[t] * ours[t] * ours[t]))
         slopes[t] = torch.from_numpy(slope) if host else slope, one

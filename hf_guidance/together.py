@@ -4,7 +4,7 @@ which on a GPU is so of most layers and on a CPU of very small or sketched ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,12 +30,13 @@ MOST = 2**27  # bytes that are copied, or made, together
 
 @dataclass(frozen=True)
 class Later:
-    """What a layer's Gram matrix will be made of: its features ``(n, d)``, or if they are constants and many, their
-    products ``(n, n)``.
+    """What a layer's Gram matrix, or what stands for it, will be made of: its features ``(n, d)``, or if they are
+    constants and many, their products ``(n, n)``.
 
     Args:
         precision: what the features were computed in.
-        thin: whether they are to stand for it instead.
+        multiplied: whether these are products.
+        thin: whether the features are to stand for the matrix.
     """
 
     values: Tensor
@@ -45,7 +46,7 @@ class Later:
 
     @property
     def size(self) -> int:
-        """Bytes in float32 of the features or the Gram matrix, whichever are more."""
+        """Bytes in float32 of the features or the Gram matrix, whichever are more; of thin ones there is no matrix."""
         return 4 * (self.values.numel() if self.thin else len(self.values) * max(self.values.shape))
 
     @property
@@ -67,20 +68,24 @@ def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False, thin: bool
     """
     n = len(x)
     thin = thin and not (4 * n * n <= SMALL_THIN and starts_slowly(x))
-    if not starts_slowly(x, thin):
+    copied_in_vain = thin and keep_copy and x.device.type == "cpu"  # as of one layer it takes no longer, without a copy
+    if not starts_slowly(x, thin) or copied_in_vain:
         return None
     constant = not (x.requires_grad and torch.is_grad_enabled())
     if constant and not thin and for_tensor_cores(x, in_region=True):
         return Later(gpu_kernels.outer(x.detach()), gpu_kernels.precision_of(x), multiplied=True)
-    kept = Later(x, precision, thin=thin)
-    if kept.size > (SMALL_CONSTANT if constant else SMALL):
+    if Later(x, precision, thin=thin).size > (SMALL_CONSTANT if constant else SMALL):
         return None
-    return replace(kept, values=x.clone()) if keep_copy else kept  # the copy's gradient is x's as it is now
+    return Later(x.clone() if keep_copy else x, precision, thin=thin)  # the copy's gradient is x's as it is now
 
 
 def starts_slowly(x: Tensor, thin: bool = False) -> bool:
-    """Whether it takes longer to start work on features ``(n, d)``, or on these alone and no Gram matrix of them, than
-    to do it, if they are not too many: where it is only started from here, and where there is little of it."""
+    """Whether it takes longer to start work on features ``(n, d)`` than to do it, if they are not too many: where it is
+    only started from here, and where there is little of it.
+
+    Args:
+        thin: whether that work is on the features alone, and on no Gram matrix of them.
+    """
     return x.device.type != "cpu" or 4 * (x.numel() if thin else len(x) * max(x.shape)) <= SMALL_ON_CPU
 
 

@@ -10,7 +10,9 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 from hf_guidance import GuidanceLoss
 from hf_guidance.cpu_kernels import MOST_THREADS, for_numpy, one_thread
 from hf_guidance.kernels import gram
-from hf_guidance.similarity import linear_cka
+from hf_guidance.pairwise import guidance_loss
+from hf_guidance.similarity import get_measure, linear_cka
+from hf_guidance.thin import Thin
 
 
 def threads_of_numpy():
@@ -56,15 +58,30 @@ def test_one_inside_another_leaves_the_threads_to_the_outer_one():
         assert set(threads_of_numpy()) == {2}
 
 
-def test_a_gram_matrix_is_all_the_work_of_the_calling_thread():
-    x = torch.randn(256, 4096)
-    with threadpool_limits(2, user_api="blas"):
-        gram(x)
-        time.sleep(0.3)  # a thread that is new waits busily at first
-        began = time.process_time(), time.thread_time()
-        for _ in range(20):
-            gram(x)
-        process, thread = time.process_time() - began[0], time.thread_time() - began[1]
+def _grams():
+    gram(torch.randn(256, 4096))
+
+
+def _features():
+    x, y = torch.randn(2000, 500, requires_grad=True), torch.randn(2000, 500)
+    kernels = Thin.apply(x.dtype, x, y)
+    guidance_loss([("t", "g")], get_measure("linear_cka"), {"t": kernels[0]}, {"g": kernels[1].detach()})
+
+
+@pytest.mark.parametrize("work", [_grams, _features])
+def test_a_similarity_is_all_the_work_of_the_calling_thread(work):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(2, user_api="blas"):
+            work()
+            time.sleep(0.3)  # a thread that is new waits busily at first
+            began = time.process_time(), time.thread_time()
+            for _ in range(20):
+                work()
+            process, thread = time.process_time() - began[0], time.thread_time() - began[1]
+    finally:
+        torch.set_num_threads(threads)
     assert process < 1.2 * thread  # of two threads, the other works or waits busily as long
 
 

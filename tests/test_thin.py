@@ -58,11 +58,16 @@ def test_loss_and_gradients_are_those_of_the_definition(thin, offset, dtype, clo
 
 
 def test_other_measures_take_them_as_gram_matrices():
-    made = layers()
     for name in ("debiased_cka", "ridge"):
-        _, values = guidance_loss(PAIRS, get_measure(name), *sides(made, "abcxy"))
-        for t, g in PAIRS:
-            assert values[f"{t}~{g}"].item() == pytest.approx(get_measure(name)(made[t], made[g]).item(), abs=1e-9)
+        made, plain, measure = layers(), layers(), get_measure(name)
+        loss, values = guidance_loss(PAIRS, measure, *sides(made, "abcxy"))
+        found = {(t, g): measure(plain[t], plain[g]) for t, g in PAIRS}
+        for (t, g), value in found.items():
+            assert values[f"{t}~{g}"].item() == pytest.approx(value.item(), abs=1e-9)
+        loss.backward()
+        sum(1 - value for value in found.values()).backward()
+        for layer in "abc":
+            torch.testing.assert_close(made[layer].grad, plain[layer].grad, rtol=1e-9, atol=1e-12)
 
 
 def test_a_dead_layer_has_similarity_and_gradient_zero_and_nan_comes_through():
@@ -101,7 +106,7 @@ def test_a_guidance_loss_goes_either_way_to_the_same(batch, monkeypatch):
     watching = GuidanceLoss(target, guide, config)
     with watching.watch({"input": rows["inputs"]}) as watched:
         target(rows["inputs"])
-    assert len(seen) == (2 if batch == 200 else 0)  # of the target's layers, and of the guide's
+    assert len(seen) == (4 if batch == 200 else 0)
     watched.loss.backward()
     found = [p.grad.clone() for p in target.parameters()]
     target.zero_grad()

@@ -285,6 +285,35 @@ def test_features_that_are_overwritten_are_copied_with_the_gradient_that_they_ha
     torch.testing.assert_close(*grads)
 
 
+class BesideTheWay(nn.Module):
+    """Of four layers of one shape a guide of two leaves two out, of which one is not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 12)
+        self.side, self.masked = nn.Linear(12, 12), nn.Identity()
+
+    def forward(self, input):
+        first = self.first(input).tanh()
+        self.masked(self.side(first).masked_fill(torch.arange(12) > 2, -math.inf))
+        return self.last(first)
+
+
+@pytest.mark.parametrize("batch", [20, 200])  # by Gram matrices, and by features
+def test_a_layer_in_no_pair_takes_no_part_in_the_first_step_either(batch):
+    target, guide = BesideTheWay(), nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12))
+    config = GuidanceConfig(target_layers=["first", "side", "masked", "last"], guide_layers=["Linear"])
+    guidance, rows = GuidanceLoss(target, guide, config), torch.randn(batch, 6)
+    with guidance.watch({"input": rows}) as watched:
+        target(rows)
+    assert "masked" not in {name for name, _ in guidance.pairs}
+    watched.loss.backward()
+    for name, weights in target.named_parameters():
+        layer = name.split(".")[0]
+        assert (weights.grad is not None) == (layer in {pair[0] for pair in guidance.pairs})
+        assert weights.grad is None or weights.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("batch", [8, 200])  # all at once, and one by one
 def test_hidden_states_that_the_user_overwrites_are_compared_as_they_were(batch):
     guidance = GuidanceLoss(*(gpt2(layers=2) for _ in range(2)), GuidanceConfig(log_measures=["rsa"]))

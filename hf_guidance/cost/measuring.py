@@ -26,6 +26,7 @@ from hf_guidance.cost.ratios import middle_and_least, overhead_of_rounds, summar
 from hf_guidance.cost.variants import GuideForwards, Steps, make_trainers
 from hf_guidance.gpu_kernels import for_tensor_cores
 from hf_guidance.loss import GuidanceLoss
+from hf_guidance.samples import Samples
 from hf_guidance.similarity import get_measure
 from hf_guidance.tasks.random_rows import RandomRows
 from hf_guidance.thin import few
@@ -128,9 +129,8 @@ def measure_cost(
             arithmetic = _arithmetic(variants, args, cycle, runs)
             found["arithmetic"] = arithmetic
             compared = _compared_in_step(compared_features(*networks), args, guidance)
-            thin = get_measure(guidance.measure).centred_slope and all(
-                _is_thin(layer, args.device) for layer in compared
-            )
+            by_features = get_measure(guidance.measure).centred_slope and not _padded(alone.batches[0], guidance)
+            thin = by_features and all(_is_thin(layer, args.device) for layer in compared)
             arithmetic["products_seconds"] = None if thin else share * products_alone(compared, args.device)
         except Exception:
             found.pop("arithmetic", None)
@@ -167,9 +167,14 @@ def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance:
     return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # the guide's once
 
 
+def _padded(batch: dict[str, Any], guidance: GuidanceConfig) -> bool:
+    """Whether a mask says which positions of a sample count, whose Gram matrices are made by themselves."""
+    return guidance.sample_axis == "sequence" and bool(Samples(batch).masks)
+
+
 def _is_thin(layer: Compared, device: torch.device) -> bool:
     """Whether a step makes no n × n matrix of it, where it makes none of any other either."""
-    x = torch.empty(layer.samples, layer.features, device=device)
+    x = torch.empty(1, device=device).expand(layer.samples, layer.features)
     kept = later(x, x.dtype, thin=True)
     return few(x) and (kept is None or kept.thin)
 

@@ -17,7 +17,7 @@ from transformers import Trainer
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer, load_guide
 from hf_guidance.clock import Clock
 from hf_guidance.cost.communication import Compared, bytes_of_global_batch, compared_features
-from hf_guidance.cost.measuring import Plan, measure_cost
+from hf_guidance.cost.measuring import Plan, _padded, measure_cost
 from hf_guidance.cost.meters import (
     Reading,
     StepMeter,
@@ -439,6 +439,13 @@ def test_a_caches_look_at_the_first_rows_is_no_part_of_a_step(tmp_path, resnet):
     assert found["guide_forwards"] == 0
     assert found["arithmetic"]["products_seconds"] > 0
     assert count["grams"] == 2 * 4 * 4 * 4 * found["pairs"] + 2 * 2 * 4 * 4 * 4 * 3  # 4 rows, 4 numbers of each
+
+
+def test_padded_rows_are_compared_by_gram_matrices_whatever_the_width():
+    rows = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    assert _padded(rows, GuidanceConfig())
+    assert not _padded(rows, GuidanceConfig(sample_axis="token"))
+    assert not _padded({"input_ids": rows["input_ids"]}, GuidanceConfig())
 
 
 @pytest.mark.parametrize(("batch", "thin"), [(20, False), (130, True)])  # small layers are compared all at once
