@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,10 +14,9 @@ from torch.autograd.function import BackwardCFunction
 from hf_guidance import gpu_kernels
 from hf_guidance.cpu_kernels import features_on_cpu, for_numpy, kernel_on_cpu, outer
 from hf_guidance.gpu_kernels import for_tensor_cores
+from hf_guidance.matrices import center, center_in_place
 
-ROUNDINGS = 16  # Gram entries below so many roundings of their mean diagonal carry no signal
 SUM_ROUNDING = 2**-18  # of a sum of products in float32, squared numbers as they are; measured below a fourth of it
-DOT_BLOCK = 2**16  # products that a CPU may add up in one go
 EXPECTED = "gradient_is_centred"
 
 
@@ -42,57 +41,6 @@ def without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any
 def exact_float32(device: torch.device) -> AbstractContextManager[None]:
     """Switch autocast and TF32 off: a Gram matrix rounded to 8 or 10 bits is another statistic."""
     return gpu_kernels.float32_products("ieee", device)
-
-
-def center(kernel: Tensor) -> Tensor:
-    """Subtract row and column means of a symmetric matrix: ``H K H`` with ``H = I − 11ᵀ/n``."""
-    mean = kernel.mean(0)
-    return kernel - mean[:, None] - (mean - mean.mean())[None, :]
-
-
-def u_center(kernel: Tensor) -> Tensor:
-    """U-centre a kernel matrix, so that inner products of two of them are unbiased (up to scale) estimates of HSIC.
-
-    Source: Székely & Rizzo 2014, "Partial distance correlation with methods for dissimilarities", eq. 2.2.
-    """
-    n = kernel.shape[0]
-    hollow = kernel - torch.diag(kernel.diagonal())
-    mean = hollow.sum(1) / (n - 2)
-    mean = mean - mean.sum() / (2 * (n - 1))
-    centred = hollow - mean[:, None] - mean[None, :]
-    return centred - torch.diag(centred.diagonal())
-
-
-def unit(kernel: Tensor) -> Tensor:
-    """Scale a matrix to Frobenius norm 1; one that is zero up to rounding becomes zero, without a gradient."""
-    return kernel * inverse_norms([kernel])[0]
-
-
-def inverse_norms(kernels: Sequence[Tensor]) -> Tensor:
-    """One over the Frobenius norm of each; 0 for a matrix that is zero up to rounding."""
-    return inverse_of(torch.stack([norms(kernel) for kernel in kernels]), len(kernels[0]))
-
-
-def norms(matrices: Tensor) -> Tensor:
-    """Frobenius norms of ``(…, n, m)``; on a CPU by way of the rows', for it adds all up in one go, and the sum of a
-    million squares is off in the fifth digit then."""
-    if matrices.device.type != "cpu":
-        return torch.linalg.vector_norm(matrices, dim=(-2, -1))
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=-1), dim=-1)
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the products of two matrices' entries; on a CPU of one block after the other, for the same reason."""
-    a, b = a.flatten(), b.flatten()
-    if a.device.type != "cpu" or len(a) <= DOT_BLOCK:
-        return torch.dot(a, b)
-    return torch.stack([torch.dot(*parts) for parts in zip(a.split(DOT_BLOCK), b.split(DOT_BLOCK), strict=True)]).sum()
-
-
-def inverse_of(sizes: Tensor, n: int) -> Tensor:
-    """One over each of the norms of ``n × n`` matrices, as `inverse_norms` has it."""
-    zero = sizes <= ROUNDINGS * torch.finfo(sizes.dtype).eps * n
-    return torch.where(zero, torch.inf, sizes).reciprocal()
 
 
 def gram(
@@ -242,12 +190,6 @@ def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Any]:
     offset = _varying(mean, centred, precision).square().sum((-2, -1))
     inverse = _scale(centred.square().sum((-2, -1)) / x.shape[-2], offset, precision).rsqrt()
     return centred * inverse[..., None, None], inverse
-
-
-def center_in_place(kernel: Tensor) -> Tensor:
-    """`center`, of a matrix or of several, without another one."""
-    mean = kernel.mean(-1, keepdim=True)
-    return kernel.sub_(mean).sub_(mean.mT - mean.mean(-2, keepdim=True))
 
 
 def _mean_diagonal(kernel: Tensor) -> Tensor:

@@ -9,16 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import (
-    dot,
-    exact_float32,
-    expect_centred,
-    inverse_norms,
-    inverse_of,
-    norms,
-    without_second_derivative,
-)
+from hf_guidance.kernels import exact_float32, expect_centred, without_second_derivative
 from hf_guidance.mapping import Pair, pair_name
+from hf_guidance.matrices import dot, inverse_norms, inverse_of, norms
 from hf_guidance.similarity import Measure
 from hf_guidance.thin import cosines, is_thin, whole
 from hf_guidance.together import MOST, ZerosWithSlopes, starts_slowly

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_guidance.kernels import ROUNDINGS, center, exact_float32, gram, u_center, unit
+from hf_guidance.kernels import exact_float32, gram
+from hf_guidance.matrices import ROUNDINGS, center, u_center, unit
 
 TINY = 1e-20  # inside square roots: far below any Gram entry of a living layer (their diagonal averages 1)
 ALL_INVARIANCES = frozenset({"orthogonal", "isotropic_scaling", "translation", "permutation"})

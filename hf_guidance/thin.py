@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 
 from hf_guidance.cpu_kernels import for_numpy, one_thread
-from hf_guidance.kernels import (
-    EXPECTED,
-    ROUNDINGS,
-    centred_features,
-    exact_float32,
-    norms,
-    without_second_derivative,
-)
+from hf_guidance.kernels import EXPECTED, centred_features, exact_float32, without_second_derivative
 from hf_guidance.mapping import Pair
+from hf_guidance.matrices import ROUNDINGS, norms
 
 MOST = 0.4  # features a sample; then 7 n d² operations for a pair are fewer than 3 n² d
 

@@ -12,13 +12,8 @@ from torch import Tensor
 
 from hf_guidance import gpu_kernels
 from hf_guidance.gpu_kernels import for_tensor_cores
-from hf_guidance.kernels import (
-    center_in_place,
-    exact_float32,
-    scaled_kernels,
-    scaled_product,
-    without_second_derivative,
-)
+from hf_guidance.kernels import exact_float32, scaled_kernels, scaled_product, without_second_derivative
+from hf_guidance.matrices import center_in_place
 from hf_guidance.thin import Thin
 
 SMALL = 2**22  # bytes in float32 of a layer's features and of its Gram matrix, up to which both are kept for the others

@@ -19,7 +19,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
     | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
-    | {"frozen", "batches"},
+    | {"frozen", "batches", "matrices"},
     {"identity"},
     {"watched", "samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
@@ -91,7 +91,7 @@ def test_targets_and_tasks_import_nothing_of_the_core(name: str) -> None:
     assert {top(other) for other in imported(MODULES[name])} <= {top(name)}
 
 
-@pytest.mark.parametrize("name", ["cpu_kernels", "kernels", "similarity", "pairwise", "thin", "sketch"])
+@pytest.mark.parametrize("name", ["cpu_kernels", "kernels", "matrices", "similarity", "pairwise", "thin", "sketch"])
 def test_the_mathematics_knows_nothing_of_hugging_face(name: str) -> None:
     tree = ast.parse(MODULES[name].read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import hf_guidance
 from hf_guidance import similarity
-from hf_guidance.kernels import gram, u_center, unit
+from hf_guidance.kernels import gram
+from hf_guidance.matrices import u_center, unit
 from hf_guidance.similarity import MEASURES, get_measure
 
 Array = np.ndarray

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, gpu_kernels, kernels, linear_cka, pairwise, thin, together
 from hf_guidance.kernels import gram
+from hf_guidance.matrices import center
 from hf_guidance.pairwise import guidance_loss
 from hf_guidance.similarity import MEASURES, get_measure
 from hf_guidance.together import Later, complete, later
@@ -88,7 +89,7 @@ def test_in_half_precision_only_the_gradients_are_rounded(slow_starts, tensor_co
 
 def test_a_matrix_in_two_halves_lets_no_mean_through():
     torch.manual_seed(0)
-    matrix = kernels.center(torch.randn(64, 64).abs())
+    matrix = center(torch.randn(64, 64).abs())
     x = (torch.randn(64, 5000) + 30).bfloat16()
     exact = matrix.double() @ x.double()
     rounded = matrix.bfloat16().double() @ x.double()
