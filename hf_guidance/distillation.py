@@ -19,7 +19,7 @@ def check_classes(source: str, labels: Sequence[str]) -> None:
     """Raise ValueError if a classifier on the Hub or in a folder has other classes than the data, or another order."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(source)
+    config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
     theirs = [str(config.id2label[i]) for i in range(config.num_labels)]
     if len(theirs) != len(labels):
         raise ValueError(

@@ -5,21 +5,31 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_guidance.frozen import freeze
-from hf_guidance.guide_configs import config_if_timm_exported, config_of, in_timm
+from hf_guidance.frozen import check_not_wrapped, freeze
+from hf_guidance.guide_configs import config_if_timm_exported, config_of
+from hf_guidance.guide_source import check_config, check_files, in_timm, read_config, without_pickles
 from hf_guidance.identity import IDENTITY, commit_of
 from hf_guidance.sharding import built_whole
 
 logger = logging.getLogger(__name__)
 
+POSSIBLE = (
+    "A guide is a local folder with a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' and "
+    "untrained=True."
+)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+NOT_GIVEN = {  # arguments of from_pretrained by which pickles would be read, or files of another repository
+    "use_safetensors": "use_safetensors is always on: pickled weights can run code when they are read.",
+    "weights_only": "weights_only is about pickled weights, and none are read.",
+    "adapter_kwargs": "A guide is one whole network: merge the adapter (merge_and_unload), and pass the module.",
+}
 
 
 def load_guide(
@@ -32,10 +42,13 @@ def load_guide(
     auto_class: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Load a pretrained network as a guide, or build one with random weights.
+    """Load a pretrained network as a guide, build one with random weights, or take a module as it is.
+
+    Of the source only JSON and safetensors are read: never a pickle, which can run code, nor another repository.
 
     Args:
-        source: Hub id, local folder, ``timm/<architecture>``, or a transformers config (which is always untrained).
+        source: Hub id, local folder, ``timm/<architecture>``, a transformers config (which is always untrained), or an
+            `nn.Module`, which is frozen in place.
         untrained: draw the weights at random, as the architecture's own code does, instead of loading them.
         seed: of an untrained guide, and of weights a checkpoint lacks (a pooler, say); the same seed and library
             versions give the same weights again.
@@ -44,25 +57,31 @@ def load_guide(
         auto_class: transformers' Auto class of a task whose head is wanted, as for distillation; `AutoModel`, which
             has none, if left out.
         **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …, but not
-            ``use_safetensors``: pickled weights, which can run code when they are read, are never loaded.
+            ``use_safetensors``, ``weights_only`` and ``adapter_kwargs``.
 
     Returns:
         The network, frozen, with its origin on it for checkpoints and model cards.
 
     Raises:
-        ValueError: a source that is neither a folder nor an id the Hub knows, or `**kwargs` for an untrained guide.
+        ValueError: a source that is none of these or that the Hub does not know, one that would be read from pickles or
+            from elsewhere, or options that the source has no use for.
     """
     from transformers import AutoModel, PreTrainedConfig
 
     import hf_guidance.targets  # noqa: F401  registers our own architectures with the Auto classes
 
+    for name in NOT_GIVEN.keys() & kwargs.keys():
+        raise ValueError(NOT_GIVEN[name])
+    if isinstance(source, nn.Module):
+        options = {"untrained": untrained, "seed": seed, "revision": revision, "auto_class": auto_class, **kwargs}
+        return _as_it_is(source, [name for name, value in options.items() if value])
+    if not isinstance(source, (str, os.PathLike, PreTrainedConfig)):
+        raise ValueError(f"Cannot load guide {source!r} ({type(source).__name__}). {POSSIBLE}")
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedConfig):
         name, untrained = source.model_type, True
     else:
         name = Path(source).resolve().name if os.path.isdir(source) else str(source)  # no path of this machine in cards
-    if "use_safetensors" in kwargs:
-        raise ValueError("use_safetensors is always on: pickled weights can run code when they are read.")
     if untrained and kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
     auto = auto_class or AutoModel
@@ -71,13 +90,20 @@ def load_guide(
             config = _or_explain(source, lambda: config_of(source, **hub))
             with _seeded(seed):
                 guide = _build(config, auto, trust_remote_code)
+            by_timm = guide.config.model_type == "timm_wrapper"  # whatever the cache has under that name
+            commit = None if by_timm else commit_of(source, revision)
         else:
-            guide = _or_explain(source, lambda: _load_pretrained(source, seed, auto, **hub, **kwargs))
-    origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None}
-    made = untrained and guide.config.model_type == "timm_wrapper"  # by timm, whatever the cache has under that name
-    commit = None if made else commit_of(source, revision, kwargs.get("cache_dir"))
-    setattr(guide, IDENTITY, origin | {"revision": commit})
+            guide, commit = _or_explain(source, lambda: _load_pretrained(source, seed, auto, **hub, **kwargs))
+    origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None, "revision": commit}
+    setattr(guide, IDENTITY, origin)
     return freeze(guide)
+
+
+def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
+    if options:
+        raise ValueError(f"{', '.join(options)}: a module is taken as a guide as it is; leave that out.")
+    check_not_wrapped(module, "guide")
+    return freeze(module)
 
 
 def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
@@ -85,10 +111,9 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError) as error:
         known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
-        weights = _about_weights(source) if "safetensors" in str(error) else ""
+        weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
         raise ValueError(
-            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{weights}{known} A guide is a local "
-            "folder with a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' and untrained=True."
+            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{weights}{known} {POSSIBLE}"
         ) from error
 
 
@@ -107,15 +132,23 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> nn.Module:
+def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> tuple[nn.Module, str | None]:
+    """The network, and the commit of the Hub that it is of."""
     from transformers.utils import logging as reports
 
-    config = config_if_timm_exported(source, **kwargs)
-    kwargs |= {} if config is None else {"config": config}
+    written = read_config(source, **kwargs)
+    if commit := commit_of(source, kwargs["revision"], kwargs.get("cache_dir"), kwargs.get("subfolder")):
+        kwargs["revision"] = commit  # so that what is loaded is what has been checked
+    check_files(source, written, **kwargs)
+    if "config" in kwargs:
+        check_config(kwargs["config"].to_dict(), kwargs)
+    elif config := config_if_timm_exported(source, written, **kwargs):
+        kwargs["config"] = config
+    own_code = nullcontext() if kwargs["trust_remote_code"] else without_pickles()
     verbosity = reports.get_verbosity()
     reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
     try:
-        with _seeded(seed):
+        with _seeded(seed), own_code:
             guide, report = auto_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
     finally:
         reports.set_verbosity(verbosity)
@@ -123,7 +156,7 @@ def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> 
         logger.warning(
             "Guide %s has no weights for %s; drawn with seed %d.", source, sorted(report["missing_keys"]), seed
         )
-    return guide
+    return guide, commit
 
 
 def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = False, **changes: Any) -> Any:

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any
+
+from hf_guidance.guide_source import PLACES, check_config, in_timm, only, read_config
 
 
 def config_of(source: Any, **kwargs: Any) -> Any:
-    """The config of a config, a name of timm's, a folder or a Hub id."""
+    """The config of a config, a name of timm's, a folder or a Hub id.
+
+    Raises:
+        ValueError: a config by which pickles would be read, or files of another repository.
+    """
     from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
     if isinstance(source, PreTrainedConfig):
+        check_config(source.to_dict())
         return _with_classes_once(copy.deepcopy(source))
     if str(source).startswith("timm/") and not os.path.isdir(source):
         architecture = str(source).removeprefix("timm/")
         if in_timm(architecture):
             return TimmWrapperConfig(architecture=architecture)
+    read_config(source, **kwargs)
     return _with_classes_once(AutoConfig.from_pretrained(source, **kwargs))
 
 
-def config_if_timm_exported(source: Any, **kwargs: Any) -> Any:
-    """The config of a network as timm exports it, which needs a change; None for any other, or with one given."""
-    from transformers import AutoConfig, PreTrainedConfig
+def config_if_timm_exported(source: Any, written: Mapping[str, Any], **kwargs: Any) -> Any:
+    """The config of a network as timm exports it, which needs a change; None for any other.
 
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
-    try:
-        written = PreTrainedConfig.get_config_dict(source, **hub)[0]
-    except OSError:  # which from_pretrained explains
+    Args:
+        source: Hub id or folder.
+        written: what its `config.json` says.
+        **kwargs: of `from_pretrained`.
+    """
+    from transformers import AutoConfig
+
+    if "num_classes" not in (written.get("model_args") or {}):
         return None
-    if "config" in kwargs or "num_classes" not in (written.get("model_args") or {}):
-        return None
-    return _with_classes_once(AutoConfig.from_pretrained(source, **hub))
+    return _with_classes_once(AutoConfig.from_pretrained(source, **only(PLACES, kwargs), trust_remote_code=False))
 
 
 def _with_classes_once(config: Any) -> Any:
@@ -52,10 +62,3 @@ def is_resnet(guide: str) -> bool:
     except OSError:  # which load_guide explains
         return False
     return "resnet" in str(config.get("architecture", config.get("model_type")))
-
-
-def in_timm(name: Any) -> bool:
-    """Whether timm has an architecture of that name."""
-    import timm
-
-    return bool(timm.is_model(str(name)))

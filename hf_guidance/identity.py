@@ -18,15 +18,18 @@ from hf_guidance.sharding import is_sharded, whole_state
 IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
 
 
-def commit_of(source: Any, revision: str | None = None, cache_dir: Any = None) -> str | None:
-    """The commit of the Hub that a network has just been loaded from; None for one from elsewhere.
+def commit_of(
+    source: Any, revision: str | None = None, cache_dir: Any = None, subfolder: str | None = None
+) -> str | None:
+    """The commit of the Hub that a config has just been read from; None for one from elsewhere.
 
     It is read from the Hub's cache on this machine: transformers keeps it on a network only in some versions.
     """
     if not isinstance(source, str) or os.path.isdir(source):
         return None
-    config = try_to_load_from_cache(source, "config.json", cache_dir=cache_dir, revision=revision)
-    return Path(config).parent.name if isinstance(config, str) else None
+    name = f"{subfolder}/config.json" if subfolder else "config.json"
+    config = try_to_load_from_cache(source, name, cache_dir=cache_dir, revision=revision)
+    return Path(config.removesuffix(name)).name if isinstance(config, str) else None
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from torch import nn
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
 from hf_guidance.guide import load_guide
+from hf_guidance.guide_size import size_of
+from hf_guidance.guide_source import check_config
 from hf_guidance.identity import fingerprint
 
 MOST_LABELS = 2**17  # each becomes a word of the config
-FLOAT = 4  # bytes
 LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number, or more layers
+LONGEST = 1000  # entries of a list
+WIDEST = 2**12  # pixels of an image, or places of a window
 MOST_PARAMETERS = 2**34  # more than anyone guides with
 # fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
 FETCHING = re.compile(r"implementation|checkpoint|pretrained|quantization|auto_map|cache|trust|url|file|hub")
 DEPTH = re.compile(r"depth|block(?!_size)|layer")  # a block_size is a length
+SIDE = re.compile(r"image|img|resolution|(?<!sliding_)window|patch_size")
 PLAIN = (None, False, True, "eager", "sdpa")
 LABELS = ("id2label", "label2id", "label_names", "pretrained_cfg")  # free text, of which no network is made
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -38,7 +41,8 @@ def load_guide_of(
 ) -> nn.Module:
     """The guide of a pushed or saved target: an untrained one from its seed, a trained one from where it is kept.
 
-    Nothing but numbers and names is read from the target's repository, and none of its code is run.
+    Nothing but numbers and names is read from the target's repository, and none of its code is run. A process of its
+    own finds how large an untrained guide is, before it is built: that takes some seconds.
 
     Args:
         target: Hub id or local folder of a target that was saved by a `GuidanceTrainer`.
@@ -94,27 +98,39 @@ def _check(guide: Any) -> None:
             raise ValueError(f"{name} is {str(guide.get(name))[:80]!r}")
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", guide["fingerprint"]):
         raise ValueError(f"fingerprint is {guide['fingerprint'][:80]!r}")
-    _check_config(guide["config"] or {})
+    _check_numbers(guide["config"] or {})
+    check_config(guide["config"] or {})
     if guide["seed"] is not None and not 0 <= guide["seed"] < 2**63:
         raise ValueError(f"seed is {guide['seed']}")
 
 
-def _check_config(config: dict[str, Any]) -> None:
+def _check_numbers(config: dict[str, Any], fetches: bool = False) -> None:
+    """Raise ValueError for a config of which something too large could be built, or something fetched.
+
+    Args:
+        config: the values, nested ones included.
+        fetches: whether they are those of a field by which something is fetched.
+    """
     for name, value in config.items():
         if name in LABELS:
             continue
-        values = _flat(value)
-        fetches = bool(FETCHING.search(name)) and not name.startswith("use_cache")
-        most = DEEPEST if DEPTH.search(name) else MOST_LABELS if name.endswith("labels") else LARGEST
+        values, refused = _flat(value), f"{name} is {str(value)[:80]!r}"
+        reads = fetches or (bool(FETCHING.search(name)) and not name.startswith("use_cache"))
+        numbers = [abs(entry) for entry in values if isinstance(entry, int) and not name.endswith("theta")]
+        deep = bool(DEPTH.search(name)) and sum(numbers) > DEEPEST
+        if len(values) > LONGEST or deep or any(number > _most(name) for number in numbers):
+            raise ValueError(refused)
         for entry in values:
             if isinstance(entry, dict):
-                _check_config(entry)
-            elif (
-                (isinstance(entry, int) and abs(entry) > most)
-                or (isinstance(entry, str) and re.search(r"[/\\:]", entry))
-                or (fetches and (entry not in PLAIN or (entry is True and "pretrained" in name)))
+                _check_numbers(entry, reads)
+            elif (isinstance(entry, str) and re.search(r"[/\\:]", entry)) or (
+                reads and (entry not in PLAIN or (entry is True and "pretrained" in name))
             ):
-                raise ValueError(f"{name} is {str(value)[:80]!r}")
+                raise ValueError(refused)
+
+
+def _most(name: str) -> int:
+    return WIDEST if SIDE.search(name) else MOST_LABELS if name.endswith("labels") else LARGEST
 
 
 def _flat(value: Any) -> list[Any]:
@@ -122,21 +138,17 @@ def _flat(value: Any) -> list[Any]:
     return [entry for part in value for entry in _flat(part)] if isinstance(value, list) else [value]
 
 
-def _check_size(config: Any, stated: Any) -> None:
+def _check_size(config: dict[str, Any], stated: Any) -> None:
     """Raise ValueError if a network would be larger than it was said to be, before any memory is taken."""
-    from transformers import AutoModel
-
-    try:
-        with torch.device("meta"):
-            network = AutoModel.from_config(config)
-    except NotImplementedError:  # an architecture that computes with its weights while it is built
-        return
-    there = sum(parameter.numel() for parameter in network.parameters())
-    if there > MOST_PARAMETERS or (isinstance(stated, int) and there != stated):
-        raise ValueError(f"its config makes a network of {there:,} parameters, and it says {str(stated)[:30]}")
-    if FLOAT * there > (free := psutil.virtual_memory().available):
+    size, free = size_of(config), psutil.virtual_memory().available
+    if size.parameters > MOST_PARAMETERS or (isinstance(stated, int) and size.parameters != stated):
         raise ValueError(
-            f"its {there:,} parameters take {FLOAT * there / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free here"
+            f"its config makes a network of {size.parameters:,} parameters, and it says {str(stated)[:30]}"
+        )
+    if (needed := size.weights + size.largest) > free:
+        raise ValueError(
+            f"to build its {size.parameters:,} parameters and its buffers takes {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free here"
         )
 
 
@@ -150,9 +162,8 @@ def _rebuild(guide: dict[str, Any], target: str, token: str | bool | None) -> nn
         values = dict(guide["config"])
         kind = values.pop("model_type", "")
         try:
-            config = AutoConfig.for_model(kind, **values)
-            _check_size(config, guide.get("parameters"))
-            return load_guide(config, seed=guide["seed"] or 0)
+            _check_size(guide["config"], guide.get("parameters"))
+            return load_guide(AutoConfig.for_model(kind, **values), seed=guide["seed"] or 0)
         except Exception as error:  # a network's own code meets numbers here that nobody foresaw
             raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
     if guide["untrained"] is False and HUB_ID.fullmatch(source):

@@ -19,6 +19,7 @@ PACKAGE = Path(hf_guidance.__file__).parent
 LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
     | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
+    | {"guide_source", "guide_size"}
     | {"frozen", "batches", "matrices"},
     {"identity"},
     {"watched", "samples", "features", "guide", "guide_input", "flags"},

@@ -10,17 +10,14 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import PIL.Image
-import psutil
 import pytest
 import torch
 from cards import check_card, machine
 from hub import Hub
 from huggingface_hub.utils import filter_repo_objects
 
-from hf_guidance import GuidanceConfig, load_guide_of
 from hf_guidance.uploads import later
 
 SCRIPT = Path(__file__).parent / "scripts" / "push.py"
@@ -339,71 +336,8 @@ def test_a_token_that_may_only_read_is_found_before_training(bad_day):
     )
 
 
-HOSTILE = [
-    ({"guidance": {"measure": "/etc/passwd"}}, "Unknown measure '/etc/passwd'"),
-    ({"guidance": {"weight": 1}}, r"Unknown guidance fields \['weight'\]"),
-    ({"guidance": {"max_tokens": "many"}}, "max_tokens is 'many'"),
-    ({"guide": {"seed": "0; import os"}}, "seed is '0; import os'"),
-    ({"guide": {"seed": 10**30}}, "seed is 1"),
-    ({"guide": {"fingerprint": "sha256:" + "x" * 64}}, "fingerprint is 'sha256:xxx"),
-    ({"guide": {"untrained": False, "source": "/home/me/guide"}}, "was a local folder called '/home/me/guide'"),
-    ({"guide": {"source": None, "config": None}}, "was a module of the user's own"),
-    ({"guide": {"config": {"model_type": "gpt2", "n_layer": 10**9}}}, "n_layer is '1000000000'"),
-    ({"guidance": {"guidance_weight": 10**400}}, "guidance_weight is 1000"),
-    ({"guide": {"config": {"model_type": "gpt2", "n_head": 0}}}, "cannot be built from its config"),
-    ({"guide": {"config": {"model_type": "gpt2", "n_embd": -8, "n_head": 2}}}, "cannot be built from its config"),
-    ({"guide": {"config": {"model_type": "gpt2", "n_embd": 8.5, "n_head": 2}}}, "cannot be built from its config"),
-    ({"guide": {"config": {"model_type": "gpt2", "n_embd": [[1, 2]]}}}, "cannot be built from its config"),
-    ({"guide": {"config": {"model_type": "gpt2", "blocks": [[1, [2000]]]}}}, r"blocks is '\[\[1, \[2000"),
-    ({"guide": {"config": {"model_type": "gpt2", "depth": 1001}}}, "depth is '1001'"),
-    ({"guide": {"config": {"model_type": "../evil"}}}, r"model_type is '\.\./evil'"),
-    ({"guide": {"config": {"model_type": "evil"}}}, "cannot be built from its config"),
-    ({"guide": {"config": {"model_type": "gpt2", "text_config": {"n_layer": 10**9}}}}, "n_layer is '1000000000'"),
-    (
-        {"guide": {"config": {"model_type": "gpt2", "n_embd": 3 * 2**18, "n_layer": 900}}},
-        "network of [0-9,]{15,} param",
-    ),
-    (  # 12 · 4096² · 70 = 14e9 parameters
-        {"guide": {"config": {"model_type": "gpt2", "n_embd": 2**12, "n_head": 32, "n_layer": 70}}},
-        r"parameters take 5\d\.\d GiB, and \d+\.\d GiB are free",
-    ),
-    ({"guide": {"config": {"model_type": "gpt2", "num_labels": 2**24}}}, "num_labels is '16777216'"),
-    # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
-    ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, and it says 5"),
-    ({"guide": {"config": {"model_type": "gpt2", "attn_implementation": "evil/kernel"}}}, "attn_implementation is"),
-    (
-        {"guide": {"config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "weights.pth"}}}},
-        "checkpoint_path is 'weights.pth'",
-    ),
-    ({"guide": {"config": {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/net"}}}, "architecture is 'hf-"),
-    ({"guide": {"config": {"model_type": "detr", "use_pretrained_backbone": True}}}, "use_pretrained_backbone is"),
-]
-
-
-@pytest.mark.parametrize(("change", "words"), HOSTILE)
-def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch):
-    guide = {"source": "gpt2", "untrained": True, "seed": 0, "revision": None, "fingerprint": "sha256:" + "0" * 64}
-    config = {"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    content = {"guidance": GuidanceConfig().to_dict(), "guide": guide | {"config": config}}
-    content = {section: values | change.get(section, {}) for section, values in content.items()}
-    (tmp_path / "guidance_config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**35))
-    with pytest.raises(ValueError, match=words):
-        load_guide_of(tmp_path)
-
-
 def test_the_command_to_push_later_quotes_its_folder_and_keeps_the_revision(tmp_path):
     words = shlex.split(later("me/net", tmp_path / "my run; ls", "trial"))
     assert words[:7] == ["hf", "upload", "me/net", str(tmp_path / "my run; ls"), ".", "--revision", "trial"]
     files = ["guide/model.safetensors", "runs/Nov01_host/events", "trainer_state.json", "a/rows.bin", "config.json"]
     assert list(filter_repo_objects(files, ignore_patterns=words[8::2])) == ["config.json"]
-
-
-def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"has no guidance_config\.json: it is not a target that"):
-        load_guide_of(tmp_path)
-    test_config = {"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    guide = {"source": "gpt2", "untrained": True, "seed": 0, "revision": None, "fingerprint": "sha256:" + "0" * 64}
-    GuidanceConfig().save(tmp_path, guide | {"config": test_config, "versions": {"torch": "1.0"}})
-    with pytest.raises(ValueError, match=r"is sha256:0000.* rebuilt is sha256:.*made with \{'torch': '1\.0'\}"):
-        load_guide_of(tmp_path)

@@ -105,7 +105,7 @@ class Networks:
         if self.target.startswith("timm/") and not os.path.isdir(self.target):
             return AutoModelForImageClassification
         try:
-            kind = AutoConfig.from_pretrained(self.target).model_type
+            kind = AutoConfig.from_pretrained(self.target, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"target {self.target!r} is none of {', '.join(VISION_TARGETS)}, and cannot be loaded: "

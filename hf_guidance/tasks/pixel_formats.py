@@ -34,10 +34,10 @@ def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None 
             defaults: Any = timm.get_pretrained_cfg(architecture)
             return PixelFormat(given or (defaults.input_size[-1] if defaults and defaults.fixed_input_size else size))
     if not trained:
-        own = _side(getattr(AutoConfig.from_pretrained(source), "image_size", None))
+        own = _side(getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "image_size", None))
         return PixelFormat(given or own or size)
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(source)
+        processor: Any = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"the guide {source} comes without an image processor (preprocessor_config.json), so that the size and "

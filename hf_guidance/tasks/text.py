@@ -57,7 +57,10 @@ def language_modeling(
         raise ValueError(f"max_eval_blocks must be at least 1, got {max_eval_blocks}")
     splits = load_splits(dataset, dataset_config, streaming) if text_files is None else read_files(text_files)
     train, source = splits["train"], dataset if text_files is None else ", ".join(text_files)
-    vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_byte_pairs(lines(train), vocab_size)
+    if tokenizer:
+        vocabulary = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    else:
+        vocabulary = train_byte_pairs(lines(train), vocab_size)
     return Task(
         name="language_modeling",
         description=f"Predict the next token of {source}.",

@@ -1,0 +1,151 @@
+"""The place a guide is loaded from: one repository or folder, of which only JSON and safetensors are read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+ADAPTER = "adapter_config.json"
+SAFE = (".safetensors", ".safetensors.index.json")
+# the arguments of `from_pretrained` that say where files are
+PLACES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "proxies", "force_download")
+ONE_PLACE = "and a guide comes from one place alone"
+
+
+def in_timm(name: Any) -> bool:
+    """Whether timm has an architecture of that name."""
+    import timm
+
+    return bool(timm.is_model(str(name)))
+
+
+def read_config(source: Any, **kwargs: Any) -> dict[str, Any]:
+    """Read a source's `config.json`, before anything is made of it.
+
+    Args:
+        source: Hub id or folder.
+        **kwargs: of `from_pretrained`.
+
+    Raises:
+        OSError: there is none, or it is not reached.
+        ValueError: the source is an adapter, or its config asks for pickles or for something from elsewhere.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **only((*PLACES, "gguf_file"), kwargs))[0]
+    except OSError:
+        _check_no_adapter(source, **only(PLACES, kwargs))
+        raise
+    check_config(config, kwargs)
+    return config
+
+
+def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:
+    """Raise ValueError for a config by which pickles would be read, or files of another repository.
+
+    Args:
+        config: as in `config.json`, nested configs included.
+        given: arguments of `from_pretrained`, which overrule the config.
+    """
+    for name, value in ((str(name), value) for name, value in config.items()):  # a label's name may be a number
+        for nested in value if isinstance(value, list) else [value]:
+            if isinstance(nested, Mapping):
+                check_config(nested, given)
+        if name == "transformers_weights" and value is not None and not str(value).endswith(SAFE):
+            raise ValueError(f"its config names the weights {value!r}; only safetensors are read.")
+        if name == "backbone" and isinstance(value, str) and not in_timm(value):
+            raise ValueError(
+                f"its config takes the backbone {value!r} from elsewhere, {ONE_PLACE}. Load the network yourself and "
+                "pass the module."
+            )
+        if name.endswith("_implementation") and "/" in str(value) and name not in (given or {}):
+            raise ValueError(
+                f"its config takes {name} {value!r} from elsewhere, {ONE_PLACE}. Pass another, {name}='eager' say."
+            )
+    if config.get("model_type") == "timm_wrapper" or "model_args" in config:
+        _check_timm(config)
+
+
+def _check_timm(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless timm would build an architecture of its own, from arguments of the network alone."""
+    import timm
+
+    architecture = config.get("architecture")
+    if architecture is not None and not in_timm(architecture):
+        raise ValueError(
+            f"its config names the architecture {architecture!r}, which is not in this version of timm, {ONE_PLACE}."
+        )
+    reserved = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+    if found := sorted(reserved & set(config.get("model_args") or {})):
+        raise ValueError(
+            f"its config gives timm the model_args {', '.join(found)}, by which other files are read; only those of "
+            "the network itself are possible."
+        )
+
+
+def check_files(source: Any, config: Mapping[str, Any], **kwargs: Any) -> None:
+    """Raise ValueError for an adapter, or an index of weights that names anything but safetensors beside it.
+
+    Args:
+        source: Hub id or folder.
+        config: as `read_config` has read it.
+        **kwargs: of `from_pretrained`.
+    """
+    places, variant = only(PLACES, kwargs), kwargs.get("variant")
+    _check_no_adapter(source, **places)
+    index = config.get("transformers_weights") or f"model.safetensors.index{f'.{variant}' if variant else ''}.json"
+    if not index.endswith(".json") or not (path := _cached(source, index, **places)):
+        return
+    for shard in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
+        place = PurePosixPath(shard)
+        if place.suffix != ".safetensors" or place.is_absolute() or ".." in place.parts or "\\" in shard:
+            raise ValueError(f"its {index} names {shard!r}; weights must be safetensors beside it.")
+
+
+def _check_no_adapter(source: Any, subfolder: str | None = None, **places: Any) -> None:
+    for where in {"", subfolder or ""}:
+        if path := _cached(source, ADAPTER, subfolder=where, **places):
+            base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ValueError(
+                f"it is an adapter of {base!r}, which would come from elsewhere, {ONE_PLACE}. Load it with PEFT, merge "
+                "it (merge_and_unload), and pass the module."
+            )
+
+
+def _cached(source: Any, name: str, **places: Any) -> Path | None:
+    """Path of a source's file on this machine, fetched if need be; None where the source has none."""
+    from transformers.utils import cached_file
+
+    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    path = cached_file(str(source), name, **quiet, **places)
+    return None if path is None else Path(path)
+
+
+def only(names: tuple[str, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keyword arguments that have one of these names."""
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+@contextmanager
+def without_pickles() -> Iterator[None]:
+    """Refuse `torch.load` inside, in this thread: some networks' own code reads a pickle beside their weights."""
+    load, thread = torch.load, threading.get_ident()
+
+    def refuse(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise ValueError(f"it reads {Path(str(file)).name!r}, a pickle; only safetensors are read.")
+        return load(file, *args, **kwargs)
+
+    torch.load = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = load
