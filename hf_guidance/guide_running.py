@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_guidance.cache import GuideCache
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features import AllRead, LayerReader, Reduce
-from hf_guidance.guide_input import forward_arguments, seen_by, take_rows
+from hf_guidance.guide_input import accepted_columns, forward_arguments, seen_by, take_rows
 from hf_guidance.kernels import flat
 from hf_guidance.mapping import LAST
 from hf_guidance.samples import Samples
@@ -126,6 +126,8 @@ def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
         ValueError: an encoder-decoder without decoder inputs, or images of a size that the guide does not take.
     """
     args, kwargs = forward_arguments(guide, inputs)
+    if "use_cache" in accepted_columns(guide):  # with one, transformers takes packed documents for a single one
+        kwargs["use_cache"] = False
     parameter = next(guide.parameters(), None)
     if parameter is not None and parameter.device.type != "meta":
         args = [value.to(parameter.device) for value in args]

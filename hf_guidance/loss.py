@@ -123,6 +123,7 @@ class GuidanceLoss:
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
         too_few = config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples
         if too_few and not config.shard_guide:  # which the other ranks cannot run without this one
+            watched.why_unguided = self._too_few(samples.count)
             yield watched
             return
         guide_samples, guide_grams = self._run_guide(batch, samples, key)
@@ -207,6 +208,18 @@ class GuidanceLoss:
                     "the same positions. Use sample_axis='sequence'."
                 )
 
+    def _too_few(self, samples: int) -> str:
+        """Say why a batch is not guided, and the way out."""
+        way_out = "raise per_device_train_batch_size"
+        if self.config.sample_axis == "token":
+            kind = "valid tokens"
+        elif samples == 1:
+            kind, way_out = "row", f"{way_out}, or set sample_axis='token' if documents are packed into one row"
+        else:
+            kind, way_out = "rows", f"{way_out}, or dataloader_drop_last=True if it is an epoch's last batch"
+        needed = f"{self.measures[0].name} needs at least {self.measures[0].min_samples} samples"
+        return f"{needed}, and the batch has {samples} {kind}: {way_out}"
+
     def compare(
         self,
         watched: Watched,
@@ -236,6 +249,7 @@ class GuidanceLoss:
         n = next(iter(targets.values())).shape[0]
         trained_on, *logged = self.measures
         if n < trained_on.min_samples:
+            watched.why_unguided = self._too_few(n)
             return
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
         watched.loss, values = guidance_loss(self.pairs, trained_on, targets, guides, mean=mean, scale=scale)

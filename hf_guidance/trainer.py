@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from hf_guidance.guide_input import (
     accepted_columns,
     without_guide,
 )
+from hf_guidance.guided_steps import GuidedSteps
 from hf_guidance.identity import identity
 from hf_guidance.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.preparation import calibrate, open_cache
 from hf_guidance.publishing import PublishingMixin
 from hf_guidance.resuming import ResumingMixin, check_goes_on, checkpoint_to_resume
+from hf_guidance.schedule import Weights
 from hf_guidance.sharding import check_whole, is_sharded, whole_state
 from hf_guidance.watched import Watched
 
@@ -64,6 +67,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         if guide is None:
             return
         check_trainer(self)
+        self._guided = GuidedSteps(partial(check_trainer, self), self._weights)
+        self.add_callback(self._guided)
         check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
         freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
@@ -89,6 +94,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             autocast = self.accelerator.autocast
             self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
         return self._loss
+
+    def _weights(self, step: int) -> Weights:
+        self.guidance_loss.total_steps = self.state.max_steps
+        return self.guidance_loss.weights(step)
 
     def compute_loss(
         self,
@@ -146,7 +155,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         has_to_be_finite |= {f"{self.guidance.measure} of {pair}": value for pair, value in compared.items()}
         self._finite.look(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
         sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
-        sums.add("guidance/weight", watched.weights.guidance)
+        sums.add("guidance/weight", 0.0 if watched.loss is None else watched.weights.guidance)
+        self._guided.note(watched, self.state.global_step)
         if watched.loss is None:
             if watched.weights.guidance:
                 sums.add("guidance/skipped_batches", 1.0, 0)
@@ -190,9 +200,20 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         if self.guide is not None and self.guidance.save_guide:
             self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
         try:
-            return super().train(checkpoint, *args, **kwargs)
+            found = super().train(checkpoint, *args, **kwargs)
         finally:
             self._batches, self._window = [], None
+        if self.guide is not None and self.guidance.guidance_weight:
+            folder = str(self.args.output_dir)
+            self._guided.check_any(self.state, partial(self.save_model, folder, _internal_call=True), folder)
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', which takes one step more when it goes on from the checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _calibrates(self) -> bool:
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0

@@ -20,12 +20,14 @@ class Watched:
             `similarity_batch="global"` its gradient is for a wrapper that averages gradients over the ranks.
         similarities: measure → pair → similarity, detached; the measure trained on comes first.
         weights: of guidance and task at this step.
+        why_unguided: where there is no loss though guidance has a weight: the reason and the way out, in words.
     """
 
     inputs: dict[str, Any]
     weights: Weights
     loss: Tensor | None = None
     similarities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    why_unguided: str = ""
 
     def total(self, task_loss: Tensor) -> Tensor:
         """The loss to train on: the two terms, each with its weight at this step."""

@@ -27,7 +27,8 @@ LAYERS: list[set[str]] = [
     {"guide_running"},
     {"loss", "logs", "card_facts", "data_facts", "card_guidance", "card_results", "model_card"},
     {"analysis", "accumulation"},
-    {"uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"},
+    {"uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"}
+    | {"guided_steps"},
     {"trainer", "distillation"},
     {"cost", "comparison", "run_settings", "record", "record_facts", "recipe_cards"},
     {"recipe"},

@@ -485,7 +485,9 @@ def test_the_guides_columns_reach_the_guide_and_never_the_target(tmp_path: Path)
     guide.register_forward_pre_hook(lambda m, args, kwargs: theirs.append(kwargs), with_kwargs=True)
     trainer = make_trainer(tmp_path, target, guide, train_dataset=dataset, eval_dataset=dataset, max_steps=2)
     trainer.train()
-    assert [set(kwargs) - {"output_hidden_states"} for kwargs in theirs] == [{"input_ids", "attention_mask"}] * 2
+    assert [set(kwargs) - {"output_hidden_states", "use_cache"} for kwargs in theirs] == [
+        {"input_ids", "attention_mask"}
+    ] * 2
     assert all(torch.equal(g["input_ids"], t["input_ids"] + 5) for t, g in zip(ours, theirs, strict=True))
     trainer.evaluate()
     for data in (dataset, dataset.remove_columns("labels")):

@@ -158,6 +158,19 @@ def test_ctrl_c_leaves_what_was_done_and_the_same_command_goes_on_to_the_same_re
         )
 
 
+def test_a_run_whose_result_is_gone_goes_on_from_its_last_step_to_the_same_result(copy_paste, tmp_path, monkeypatch):
+    folder, names = tmp_path / "out", ("alone", "untrained_guide")
+    shutil.copytree(copy_paste[0], folder)
+    for name in names:
+        (folder / "seed-0" / name / "result.json").unlink()
+    resumed = {run["run"]: run for run in run_here(monkeypatch, folder)["runs"]}
+    for unbroken in copy_paste[2]["runs"]:
+        now = resumed[unbroken["run"]]
+        for kept in ("steps", "validation", "training", "similarity"):
+            assert now[kept] == unbroken[kept], (unbroken["run"], kept)
+        assert now["test"]["loss"] == unbroken["test"]["loss"]
+
+
 def test_a_guide_trained_anew_is_not_mixed_with_what_the_old_one_guided(copy_paste, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     shutil.copytree(copy_paste[0], folder)
