@@ -147,6 +147,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._finite.look(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
         sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
         sums.add("guidance/weight", watched.weights.guidance)
+        if watched.skipped_pairs:
+            sums.add("guidance/skipped_pairs", watched.skipped_pairs, 0)
         if watched.loss is None:
             if watched.weights.guidance:
                 sums.add("guidance/skipped_batches", 1.0, 0)
