@@ -46,7 +46,7 @@ class LayerDrop:
         self._around = {name: stack for name in modules if (stack := stack_around(base, name))}
         for owner, layers in (*self._stacks.values(), *self._around.values()):
             module = base.get_submodule(owner)
-            self.settings |= settings_of(module)
+            self.settings |= settings_of(base, module)
             seen_in = module if owner else network  # PEFT calls the forward of its base model past the hooks of it
             self._handles.append(seen_in.register_forward_pre_hook(partial(self._note, owner)))
             for layer in layers:

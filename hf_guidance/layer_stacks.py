@@ -16,9 +16,10 @@ def rate_of(module: nn.Module) -> float:
     return max(_fields(module).values(), default=0.0) if own is None else own
 
 
-def settings_of(module: nn.Module) -> dict[str, float]:
-    """Name what makes a module skip layers by its config's fields, with their values."""
-    own, fields = _own_rate(module), {name: value for name, value in _fields(module).items() if value}
+def settings_of(base: nn.Module, module: nn.Module) -> dict[str, float]:
+    """Name what makes a module skip layers, with values, by the fields of its config, else of the whole network's."""
+    own, found = _own_rate(module), _fields(module) or _fields(base)
+    fields = {name: value for name, value in found.items() if value}
     if own is None or not own:
         return fields if own is None else {}
     alike = [name for name, value in fields.items() if value == own]
@@ -53,7 +54,7 @@ def stack_of(base: nn.Module, kind: str) -> Stack | None:
     skipping = next((module for module in inside if rate_of(module)), None)
     if skipping is None:
         return None
-    settings = settings_of(skipping)
+    settings = settings_of(base, skipping)
     raise ValueError(
         f"the target ({type(base).__name__}) skips layers in training ({in_words(settings)}), and it cannot be told "
         f"which modules give its {kind}: {remedy(settings)}, or name modules with target_layers."
@@ -86,7 +87,7 @@ def _fields(module: nn.Module) -> dict[str, float]:
 
 
 def _roots(base: nn.Module, kind: str) -> list[str]:
-    """Where in a network to look for the layers: of an encoder-decoder in one part, else anywhere, then in a decoder."""
+    """Where to look for layers: of an encoder-decoder in the one or the other, else anywhere and then in a decoder."""
     if kind == "encoder_hidden_states":
         encoder = _part(base, "get_encoder")
         return [encoder] if encoder else []
