@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer
+from hf_guidance.accumulation import Accumulated
 from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.features import LayerReader
 from hf_guidance.watched import Watched
@@ -231,6 +233,19 @@ def test_without_layerdrop_in_what_is_read_nothing_is_hooked() -> None:
         assert not reader.layer_drop.settings
 
 
+def test_a_copy_of_a_read_network_works_on_its_own(skip: Callable[..., None]) -> None:
+    model = wav2vec2()
+    reader = LayerReader(model, ["hidden_states"], "target")
+    twin = copy.deepcopy(model)
+    skip(1)
+    with reader.reading(lambda _, features: features) as read:
+        skip(0)
+        twin(**audio())
+        skip(1)
+        model(**audio())
+    assert list(read) == ["hidden_states.1", "hidden_states.3"]
+
+
 def test_a_reader_that_is_removed_leaves_no_hook() -> None:
     model = wav2vec2()
     LayerReader(model, ["hidden_states", "encoder.layers.*.attention"], "target").remove()
@@ -334,11 +349,14 @@ def test_pairs_that_are_named_are_left_out_alike(pairs: list[str], skip: Callabl
 
 
 def test_a_step_that_skips_the_only_trainable_layers_is_no_error(skip: Callable[..., None]) -> None:
-    target = wav2vec2()
-    target.requires_grad_(False).encoder.layers[2].requires_grad_(True)
+    target = biogpt()
+    target.requires_grad_(False).layers[2].requires_grad_(True)
+    loss = GuidanceLoss(target, llama(vocabulary=20))
     skip(2)
-    watched, _ = guided(GuidanceLoss(target, wav2vec2(seed=1)))
+    with loss.watch(TOKENS) as watched:
+        target(**watched.inputs)
     assert watched.loss > 0
+    assert not watched.loss.requires_grad
 
 
 def test_activation_checkpointing_does_not_change_what_ran(skip: Callable[..., None]) -> None:
@@ -446,6 +464,11 @@ def test_a_similarity_over_several_batches_is_refused(make: Callable[[], Any], s
     )
     with pytest.raises(ValueError, match=words):
         GuidanceLoss(make(), llama(), GuidanceConfig(similarity_batch=batch))
+
+
+def test_micro_batches_taken_as_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"similarity_batch='accumulated' .* LayerDrop"):
+        Accumulated(GuidanceLoss(wav2vec2(), wav2vec2(seed=1)), [audio(), audio(seed=1)])
 
 
 def test_a_similarity_over_several_batches_of_layers_that_are_never_skipped_is_not_refused() -> None:
