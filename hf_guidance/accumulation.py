@@ -37,6 +37,9 @@ class Accumulated:
         rank: whose micro-batches they are.
         leave_out: columns that the target is not run on.
 
+    Raises:
+        ValueError: a target with LayerDrop, which skips other layers in each micro-batch.
+
     Source: the replay of gradients is Gao et al. 2021 (arXiv 2101.06983), who do so for contrastive losses.
 
     Example:
@@ -56,6 +59,7 @@ class Accumulated:
         rank: int = 0,
         leave_out: Collection[str] = (),
     ) -> None:
+        loss.target_reader.layer_drop.check_similarity_batch("accumulated")
         self.loss, self.batches, self.weights = loss, batches, loss.weights(step)
         self._leave_out = leave_out
         self._states: list[list[Tensor]] = []

@@ -133,15 +133,17 @@ def sizes_of(config: Facts) -> Facts:
 
 
 def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
-    """Similarity of every pair in its first and its last log, each a mean over the steps since the log before."""
+    """Similarity of every pair in the first and the last log, each a mean over the steps since the log before.
+
+    None where LayerDrop skipped the pair's target layer in all of these steps.
+    """
     if not points:
         return None
     first, last = points[0], points[-1]
     before = max((point["step"] for point in points if point["step"] < last["step"]), default=0)
     rows = [
-        {"target": t, "guide": g, "first": first[f"{t}~{g}"], "last": last[f"{t}~{g}"]}
-        for t, g in (name.split("~") for name in first if name != "step")
-        if f"{t}~{g}" in last
+        {"target": t, "guide": g, "first": first.get(f"{t}~{g}"), "last": last.get(f"{t}~{g}")}
+        for t, g in (name.split("~") for name in dict.fromkeys(n for point in points for n in point) if name != "step")
     ]
     return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
 

@@ -148,10 +148,11 @@ def pairs(facts: Facts) -> str:
     first, last = _span(0, found["first"]), _span(found["before_last"], found["last"])
     header = ["target layer", "guide layer", f"similarity in training, {first}", last]
     rows = [
-        [p["target"], p["guide"], shown(p["first"], 3), shown(p["last"], 3)]
+        [p["target"], p["guide"], *("–" if p[when] is None else shown(p[when], 3) for when in ("first", "last"))]
         for p in sorted(found["rows"], key=_in_order)
     ]
-    return table(header, rows)
+    note = "\n\n–: LayerDrop skipped the target layer in all of these steps." if any("–" in row for row in rows) else ""
+    return table(header, rows) + note
 
 
 def _in_order(row: Facts) -> list[tuple[int, str]]:

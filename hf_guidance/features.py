@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_guidance.layer_drop import LayerDrop
+
 # whose first hidden state is a layer's; that of other networks is the embeddings
 STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
@@ -28,6 +30,7 @@ class LayerReader:
 
     It works by hooks on the network itself, so that whoever calls it (Trainer, DDP, a loop of your own) calls it as
     ever; outside `reading` the hooks do nothing: not in evaluation, nor when activation checkpointing repeats a block.
+    Of a network with LayerDrop a forward shows the layers that it does not skip, each by the name that it always has.
 
     Args:
         model: any `nn.Module`; PEFT models are read by the names of their base model.
@@ -37,7 +40,8 @@ class LayerReader:
         role: ``target`` or ``guide``, for messages.
 
     Raises:
-        ValueError: a layer the network does not have, or hidden states of a network that returns none.
+        ValueError: a layer the network does not have, or hidden states of a network that returns none, or whose
+            LayerDrop leaves open which is whose.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], role: str) -> None:
@@ -48,13 +52,16 @@ class LayerReader:
         self._reduce: Reduce | None = None
         self._read: dict[str, Any] = {}
         self._seen: list[str] = []
+        self._counted: dict[str, None] = {}  # the hidden states of a forward, skipped ones included
         self._order: list[str] = []
         modules: dict[str, nn.Module] = {}
+        base = base_model_of(model)
         for layer in layers:
             if match := HIDDEN.fullmatch(layer):
                 self._hidden.append((match[1], int(match[2]) if match[2] else None))
             else:
-                modules.update(find_modules(base_model_of(model), layer, role))
+                modules.update(find_modules(base, layer, role))
+        self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], modules)
         if self._hidden:
             self._check_returns_hidden_states()
             self._handles = [
@@ -69,26 +76,33 @@ class LayerReader:
     @contextmanager
     def reading(self, reduce: Reduce) -> Iterator[dict[str, Any]]:
         """While open, the layers of each forward go through `reduce(name, output)` into the yielded dict."""
-        self._reduce, self._read = reduce, {}
+        self._reduce, self._read, self._counted = reduce, {}, {}
+        self.layer_drop.start()
         try:
             yield self._read
         finally:
+            self.layer_drop.stop()
             self._seen = list(self._read)
             self._reduce, self._read = None, {}  # nothing of a forward stays on the network: it can be copied and saved
 
     def names(self) -> list[str]:
-        """The layers in order, modules as named and hidden states as counted in the last forward.
+        """The layers in order, modules as named and hidden states as counted in the last forward, with skipped ones.
 
         Raises:
             ValueError: a named module did not run, or a hidden state is not among those returned.
         """
-        missing = [name for name in self._order if name not in self._seen]
+        self.check_skipped([name for name in self._order if name not in self._seen])
+        return [*self._counted, *self._order]
+
+    def check_skipped(self, missing: Sequence[str]) -> None:
+        """Raise ValueError if the last forward left out these layers for another reason than LayerDrop."""
+        missing = [name for name in missing if not self.layer_drop.has_skipped(name)]
         if missing:
             raise ValueError(f"{self.role} layers {missing} did not run in the {self.role}'s forward; leave them out.")
-        return [name for name in self._seen if name not in self._order] + self._order
 
     def remove(self) -> None:
         """Take the hooks off the network."""
+        self.layer_drop.remove()
         for handle in self._handles:
             handle.remove()
 
@@ -117,20 +131,25 @@ class LayerReader:
             return
         for kind, index in self._hidden:
             states = _states(output, kind)
+            if states is not None:
+                states = self.layer_drop.in_full(kind, states)
             if not states:
                 hint = ", as a tuple has no names: set config.return_dict=True" if isinstance(output, tuple) else ""
                 raise ValueError(
                     f"the {self.role} ({type(module).__name__}) returned no {kind}{hint}. If it has layers at all, "
                     f"name them with {self.role}_layers."
                 )
-            if index is not None and (index >= len(states) or states[index] is None):
+            skipped = self.layer_drop.has_skipped
+            counted = [i for i, state in enumerate(states) if state is not None or skipped(f"{kind}.{i}")]
+            if index is not None and index not in counted:  # models that honour a selection leave the others out
                 raise ValueError(
                     f"{self.role} layer '{kind}.{index}' not found; the {self.role} returned {kind}.0 … "
                     f"{kind}.{len(states) - 1}."
                 )
             first = 0 if STARTS_WITH_A_LAYER.search(type(base_model_of(self.model)).__name__) else 1
-            for i in range(first, len(states)) if index is None else [index]:
-                if states[i] is not None:  # models that honour a selection leave the others out
+            for i in [i for i in counted if i >= first] if index is None else [index]:
+                self._counted[f"{kind}.{i}"] = None
+                if states[i] is not None:
                     self._store(f"{kind}.{i}", states[i])
 
     def _check_returns_hidden_states(self) -> None:

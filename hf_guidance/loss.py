@@ -23,6 +23,7 @@ from hf_guidance.guide_input import (
     without_guide,
 )
 from hf_guidance.guide_running import GuideRunning, forward
+from hf_guidance.layer_stacks import in_words
 from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
 from hf_guidance.pairwise import Grams, guidance_loss, similarities
 from hf_guidance.ranks import Ranks
@@ -48,7 +49,7 @@ class GuidanceLoss:
 
     Raises:
         ValueError: layers that do not exist, a guide that shares parameters with the target, a global batch without a
-            process group, and, on the first batch, vocabularies or samples that do not line up.
+            process group or with LayerDrop, and, on the first batch, vocabularies or samples that do not line up.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -75,12 +76,13 @@ class GuidanceLoss:
             shard(guide)
         names = [self.config.measure, *self.config.log_measures]
         self.measures: list[Measure] = [get_measure(name) for name in dict.fromkeys(names)]
-        self.ranks = Ranks() if self.config.similarity_batch == "global" else None
         self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch)
         self.pairs: list[Pair] | None = None  # known once the hidden states have been counted
         explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
+        self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
+        self.ranks = Ranks() if self.config.similarity_batch == "global" else None
         self.running = GuideRunning(self.guide_reader, self.config, self.sketch, autocast)
 
     def weights(self, step: int) -> Weights:
@@ -181,13 +183,19 @@ class GuidanceLoss:
         sizes = [size for size in (vocabulary_size(self.target), vocabulary_size(self.guide)) if size]
         return min(sizes, default=None)
 
-    def _resolve_pairs(self, padded: bool) -> None:
+    def _pairs_that_ran(self, kernels: Mapping[str, Kernel]) -> list[Pair]:
+        assert self.pairs is not None
+        self.target_reader.check_skipped([target for target, _ in self.pairs if target not in kernels])
+        return [pair for pair in self.pairs if pair[0] in kernels]
+
+    def _resolve_pairs(self, kernels: Mapping[str, Kernel], padded: bool) -> None:
         targets, guides = self.target_reader.names(), self.running.names()
         if self.config.layer_pairs is not None:
             self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
         else:
             self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
-        if self.sketch and not padded and self.sketch.widest <= self.sketch.size:
+        all_seen = all(target in kernels for target, _ in self.pairs)
+        if self.sketch and all_seen and not padded and self.sketch.widest <= self.sketch.size:
             cache = self.config.cache_guide
             raise ValueError(
                 f"sketch is {self.sketch.size}, but the widest layer that is compared has {self.sketch.widest} "
@@ -198,7 +206,7 @@ class GuidanceLoss:
         self.guide_reader.keep = {guide for _, guide in self.pairs}
 
     def _check_aligned(self, samples: Samples, guide_samples: Samples, targets: Grams, guides: Grams) -> None:
-        for target, guide in self.pairs or []:
+        for target, guide in (pair for pair in self.pairs or [] if pair[0] in targets):
             ours = samples.positions.get(target), targets[target].shape[0]
             theirs = guide_samples.positions.get(guide), guides[guide].shape[0]
             if ours != theirs:
@@ -238,12 +246,19 @@ class GuidanceLoss:
             scale: factor of the gradient alone.
         """
         (samples, kernels), (guide_samples, guides) = target, guide
-        if not kernels:
+        if not (kernels or self.target_reader.layer_drop.has_run()):
             raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
         if self.pairs is None:
-            self._resolve_pairs(padded=bool(samples.masks))
-        assert self.pairs is not None
-        in_pairs = dict.fromkeys(target for target, _ in self.pairs)  # at first all layers have been read
+            self._resolve_pairs(kernels, padded=bool(samples.masks))
+        pairs = self._pairs_that_ran(kernels)
+        watched.skipped_pairs = len(self.pairs or []) - len(pairs)
+        if not pairs:
+            drop = in_words(self.target_reader.layer_drop.settings)
+            watched.why_unguided = (
+                f"LayerDrop skipped the target layers of all pairs ({drop}): lower it, or compare more"
+            )
+            return
+        in_pairs = dict.fromkeys(target for target, _ in pairs)  # at first all layers have been read
         targets = complete({target: kernels[target] for target in in_pairs})
         self._check_aligned(samples, guide_samples, targets, guides)
         n = next(iter(targets.values())).shape[0]
@@ -252,12 +267,12 @@ class GuidanceLoss:
             watched.why_unguided = self._too_few(n)
             return
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
-        watched.loss, values = guidance_loss(self.pairs, trained_on, targets, guides, mean=mean, scale=scale)
+        watched.loss, values = guidance_loss(pairs, trained_on, targets, guides, mean=mean, scale=scale)
         watched.similarities[trained_on.name] = values
         for measure in logged if log else ():
             if n >= measure.min_samples:
-                watched.similarities[measure.name] = similarities(self.pairs, measure, targets, guides)
-        if torch.is_grad_enabled() and not watched.loss.requires_grad:
+                watched.similarities[measure.name] = similarities(pairs, measure, targets, guides)
+        if torch.is_grad_enabled() and not (watched.loss.requires_grad or watched.skipped_pairs):
             raise ValueError(
                 f"none of the target layers {sorted(targets)} carries a gradient: they are frozen, or run under "
                 "reentrant activation checkpointing (set use_reentrant=False)."

@@ -157,6 +157,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
         sums.add("guidance/weight", 0.0 if watched.loss is None else watched.weights.guidance)
         self._guided.note(watched, self.state.global_step)
+        if watched.skipped_pairs:
+            sums.add("guidance/skipped_pairs", watched.skipped_pairs, 0)
         if watched.loss is None:
             if watched.weights.guidance:
                 sums.add("guidance/skipped_batches", 1.0, 0)

@@ -26,6 +26,16 @@ def test_similarities_are_means_over_the_steps_since_the_log_before_and_finite()
     assert "not finite (the run diverged)" in text
 
 
+def test_a_pair_whose_layer_was_skipped_in_a_log_has_a_row_all_the_same():
+    points = [{"step": 1, "a~b": 0.25}, {"step": 2, "a~b": 0.5, "c~d": 0.625}, {"step": 3, "c~d": 0.75}]
+    text = card_guidance.pairs({"pairs": pairs_facts(points)})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["a", "b", "0.250", "–"] in rows
+    assert ["c", "d", "–", "0.750"] in rows
+    assert "LayerDrop skipped" in text
+    assert "LayerDrop" not in card_guidance.pairs({"pairs": pairs_facts(points[:2][1:])})
+
+
 def test_a_guide_behind_the_wrapper_of_timm_is_called_by_its_own_name():
     guide = {"architecture": "TimmWrapperModel", "parameters": 5, "untrained": True, "seed": 0}
     guide["timm"] = timms_name({"model_type": "timm_wrapper", "architecture": "resnet18"})

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     | {"guide_source", "guide_size"}
     | {"frozen", "batches", "matrices"},
     {"identity"},
-    {"watched", "samples", "features", "guide", "guide_input", "flags"},
+    {"watched", "samples", "features", "guide", "guide_input", "flags", "layer_drop", "layer_stacks"},
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "data_facts", "card_guidance", "card_results", "model_card"},

@@ -131,7 +131,8 @@ def _by_step(runs: Sequence[dict[str, Any]], points: str, name: str) -> dict[int
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for point in run[points]:
-            by_step.setdefault(point["step"], []).append(point[name])
+            if name in point:  # a pair may be in some logs only, with LayerDrop
+                by_step.setdefault(point["step"], []).append(point[name])
     return {step: by_step[step] for step in sorted(by_step) if len(by_step[step]) == len(runs)}
 
 
@@ -139,7 +140,7 @@ def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> Non
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
 
-    pairs = [key for key in runs[0]["similarity"][0] if key != "step"]
+    pairs = list(dict.fromkeys(key for run in runs for point in run["similarity"] for key in point if key != "step"))
     for number, pair in enumerate(pairs):
         by_step = _by_step(runs, "similarity", pair)
         steps = list(by_step)

@@ -88,5 +88,9 @@ def test_a_single_run_is_drawn_from_its_log(drawn, tmp_path):
     )
     assert (pairs.get_ylabel(), list(pairs.lines[0].get_ydata())) == ("linear CKA", pytest.approx([0.1, 0.2, 0.3]))
     assert len(drawn(log[:1])) == 2  # no validation
+    del log[1]["guidance/similarity/a~b"]
+    log[1]["guidance/similarity/c~d"] = 0.5
+    pairs = drawn(log, measure="linear_cka")[2]
+    assert [list(line.get_xdata()) for line in pairs.lines] == [[1, 3], [2]]
     assert not plot_run([{"step": 3, "train_runtime": 1.0}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,126 @@
+"""Where a network has its layers, and which of them LayerDrop may skip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+Stack = tuple[str, list[str]]  # names of a module that may skip some of its layers, and of these layers in order
+
+
+def rate_of(module: nn.Module) -> float:
+    """How often a module skips a layer in training: its own ``layerdrop``, else the largest that its config has."""
+    own = _own_rate(module)
+    return max(_fields(module).values(), default=0.0) if own is None else own
+
+
+def settings_of(base: nn.Module, module: nn.Module) -> dict[str, float]:
+    """Name what makes a module skip layers, with values, by the fields of its config, else of the whole network's."""
+    own, found = _own_rate(module), _fields(module) or _fields(base)
+    fields = {name: value for name, value in found.items() if value}
+    if own is None or not own:
+        return fields if own is None else {}
+    alike = [name for name, value in fields.items() if value == own]
+    side = [name for name in alike if name.removesuffix("_layerdrop") in type(module).__name__.lower()]
+    return dict.fromkeys(side or alike or [f"{type(module).__name__}.layerdrop"], own)
+
+
+def in_words(settings: Mapping[str, float]) -> str:
+    """Write settings as they are written in code."""
+    return ", ".join(f"{name}={value:g}" for name, value in settings.items())
+
+
+def remedy(settings: Iterable[str]) -> str:
+    """Say how LayerDrop is turned off. Many modules look at their config only when they are built."""
+    return f"build the target with {in_words(dict.fromkeys(settings, 0))}"
+
+
+def stack_of(base: nn.Module, kind: str) -> Stack | None:
+    """Find the layers whose outputs the hidden states of this kind are; None if none of them is ever skipped.
+
+    Raises:
+        ValueError: some may be skipped, and it cannot be told which modules they are.
+    """
+    roots = _roots(base, kind)
+    candidates = [find(base, root) for find in (_captured, _collected) for root in roots]
+    if found := next((names for names in candidates if len(names) == 1), None):
+        owner = found[0].rpartition(".")[0]
+        if not rate_of(base.get_submodule(owner)):
+            return None
+        return owner, [f"{found[0]}.{name}" for name, _ in base.get_submodule(found[0]).named_children()]
+    inside = [module for root in roots or [""] for module in base.get_submodule(root).modules()]
+    skipping = next((module for module in inside if rate_of(module)), None)
+    if skipping is None:
+        return None
+    settings = settings_of(base, skipping)
+    raise ValueError(
+        f"the target ({type(base).__name__}) skips layers in training ({in_words(settings)}), and it cannot be told "
+        f"which modules give its {kind}: {remedy(settings)}, or name modules with target_layers."
+    )
+
+
+def stack_around(base: nn.Module, name: str) -> Stack | None:
+    """Find the layer that a module is, or is in, and that may be skipped; None if it is in none."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        owner = ".".join(parts[: i - 1])
+        in_list = isinstance(base.get_submodule(".".join(parts[:i])), nn.ModuleList)
+        if in_list and rate_of(base.get_submodule(owner)):
+            return owner, [".".join(parts[: i + 1])]
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ in detail
+
+
+def _own_rate(module: nn.Module) -> float | None:
+    own = getattr(module, "layerdrop", None)
+    return float(own) if isinstance(own, (int, float)) else None
+
+
+def _fields(module: nn.Module) -> dict[str, float]:
+    config = getattr(module, "config", None)
+    fields = vars(config) if hasattr(config, "__dict__") else {}
+    return {name: float(v) for name, v in fields.items() if "layerdrop" in name and isinstance(v, (int, float))}
+
+
+def _roots(base: nn.Module, kind: str) -> list[str]:
+    """Where to look for layers: of an encoder-decoder in the one or the other, else anywhere and then in a decoder."""
+    if kind == "encoder_hidden_states":
+        encoder = _part(base, "get_encoder")
+        return [encoder] if encoder else []
+    decoder = _part(base, "get_decoder")
+    is_encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return [decoder] if is_encoder_decoder else ["", decoder]
+
+
+def _part(base: nn.Module, getter: str) -> str:
+    part: Any = getattr(base, getter, lambda: base)()
+    return next((name for name, module in base.named_modules() if module is part), "")
+
+
+def _lists(base: nn.Module, root: str) -> dict[str, nn.ModuleList]:
+    inside = base.get_submodule(root).named_modules(prefix=root)
+    return {name: module for name, module in inside if isinstance(module, nn.ModuleList) and len(module)}
+
+
+def _captured(base: nn.Module, root: str) -> list[str]:
+    """Lists of modules whose outputs transformers captures by hooks."""
+    classes: tuple[type, ...] = ()
+    for module in base.get_submodule(root).modules():
+        specs = (getattr(module, "_can_record_outputs", None) or {}).get("hidden_states", [])
+        found = [getattr(spec, "target_class", spec) for spec in (specs if isinstance(specs, list) else [specs])]
+        classes += tuple(kind for kind in found if isinstance(kind, type))
+    return [name for name, layers in _lists(base, root).items() if all(isinstance(m, classes) for m in layers)]
+
+
+def _collected(base: nn.Module, root: str) -> list[str]:
+    """Lists of layers whose outputs a module that may skip some of them collects by itself."""
+    named = [name.rpartition(".") for name in _lists(base, root)]
+    return [
+        f"{owner}{dot}{name}"
+        for owner, dot, name in named
+        if name == "layers" and _own_rate(base.get_submodule(owner)) is not None
+    ]
