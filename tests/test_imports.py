@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
     | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
     | {"frozen", "batches", "matrices"},
-    {"identity"},
+    {"identity", "command"},
     {"watched", "samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
     {"guide_running"},
