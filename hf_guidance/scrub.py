@@ -71,4 +71,16 @@ def scrub_state(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("best_model_checkpoint"):
         content["best_model_checkpoint"] = os.path.basename(content["best_model_checkpoint"])
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, as_json(content))
+
+
+def as_json(content: Any) -> str:
+    """Format a JSON value as it stands in a file."""
+    return json.dumps(content, indent=2) + "\n"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew in its place, so that no other link to the old one changes."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -20,13 +20,13 @@ LAYERS: list[set[str]] = [
     {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
     | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
     | {"frozen", "batches", "matrices"},
-    {"identity", "command"},
+    {"identity", "command", "scrub_settings"},
     {"watched", "samples", "features", "guide", "guide_input", "flags"},
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "data_facts", "card_guidance", "card_results", "model_card"},
     {"analysis", "accumulation"},
-    {"uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"},
+    {"staging", "uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"},
     {"trainer", "distillation"},
     {"cost", "comparison", "run_settings", "record", "record_facts", "recipe_cards"},
     {"recipe"},

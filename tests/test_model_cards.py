@@ -145,7 +145,7 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
     asked = []
 
     def upload(self, **options):
-        asked.append(options)
+        asked.append(options | {"files": [path.name for path in options["folder_path"].iterdir()]})
         if len(asked) == 2:
             raise OSError("no Hub today")
         return SimpleNamespace(repo_url=f"https://hub.test/{options['repo_id']}")
@@ -153,11 +153,18 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     runs = [{"seed": 0, "run": name, "card": {"repository": f"me/{name}"}} for name in ("one", "two")]
     places = [tmp_path / "seed-0" / run["run"] for run in runs]
+    (tmp_path / "outside").write_text("PRIVATE")
+    for place in places:
+        place.mkdir(parents=True)
+        for name in ("README.md", "settings.json", "model.safetensors"):
+            (place / name).write_text(name)
+        (place / "curves.png").symlink_to(tmp_path / "outside")
     push_cards({"runs": runs}, places, "hf_x", "trial")
-    assert [(call["repo_id"], call["folder_path"], call["revision"]) for call in asked] == [
-        ("me/one", places[0], "trial"),
-        ("me/two", places[1], "trial"),
+    assert [(call["repo_id"], call["files"], call["revision"]) for call in asked] == [
+        ("me/one", ["README.md"], "trial"),
+        ("me/two", ["README.md"], "trial"),
     ]
+    assert not (places[0] / "_push").exists()
     assert capsys.readouterr().out == "pushed: https://hub.test/me/one, branch trial\n"
-    assert f"(no Hub today). To push it: hf upload me/two {places[1]} . --revision trial" in caplog.text
+    assert f"(no Hub today). To push it: hf upload me/two {places[1]}/_push . --revision trial" in caplog.text
     assert "hf_x" not in caplog.text
