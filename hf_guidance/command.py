@@ -27,7 +27,13 @@ PRECISIONS = ("no", "fp16", "bf16", "fp8")
 PRIVATE = re.compile(r"run_name|project|trackio_.*|optim_args|.*_kwargs|(accelerator|parallelism|liger_kernel)_config")
 SECRET = {"token", "secret", "key", "password"}
 REPORTS = {"all", "none", *INTEGRATION_TO_CALLBACK}
-POSSIBLE = CHOICES | {"measure": MEASURES, "log_measures": MEASURES, "report_to": REPORTS}
+POSSIBLE = {
+    **CHOICES,
+    "measure": MEASURES,
+    "log_measures": MEASURES,
+    "report_to": REPORTS,
+    "include_for_metrics": ("inputs", "loss"),
+}
 PUBLIC = "hub_model_id"  # stands in the card anyway, though it begins with the user's name
 
 TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
@@ -37,8 +43,8 @@ TEXT = re.compile(r"(?!~)[\w.,+~*-]+(?:/[\w.,+~*-]+){0,3}", re.ASCII)
 LONGEST = 100
 # of the tokens of Hugging Face, OpenAI, GitHub, GitLab, AWS, Slack, Google, npm and PyPI, JWTs and UUIDs
 CREDENTIAL = re.compile(
-    r"(?<![a-z0-9])(?:hf_(?!guidance)|api_org_|sk-|sk_|gh[a-z]_|github_pat_|glpat-|akia|asia|xox[a-z]-|aiza|ya29|eyj"
-    r"|npm_|pypi-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
+    r"(?<![a-z0-9])(?:hf_(?!guidance)|api_org_|sk[-_][\w-]{8}|gh[a-z]_|github_pat_|glpat-|a[ks]ia[a-z0-9]{9}|xox[a-z]-|aiza"
+    r"|ya29|eyj|npm_|pypi-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
     re.IGNORECASE,
 )
 RANDOM = 16  # letters and digits without a sign between them, from which on they may be a random word
@@ -120,7 +126,7 @@ def _published(words: list[str], known: dict[str, argparse.Action]) -> tuple[lis
 def _taken(action: argparse.Action, values: list[str]) -> list[str] | None:
     """The values that a flag takes, as they may be published; None if one of them is to be left out."""
     bare = action.nargs in (0, "?") or action.type is string_to_bool  # a recipe takes any bool without a value
-    if action.nargs == 0 and values:
+    if action.nargs == 0:
         values = []
     elif action.nargs != "+":
         values = values[:1]

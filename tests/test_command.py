@@ -112,7 +112,9 @@ db.url=⟨postgres⟩://x
 --guide_layers=⟨0123456789abcdef0123⟩
 --layer_pairs h.0~⟨AbCdEfGhIjKlMnOpQr⟩
 --label_names labels ⟨glpat-abcdef⟩
---include_for_metrics ⟨eyJhbGciOi.eyJzdWIi.c2ln⟩
+--label_names ⟨eyJhbGciOi.eyJzdWIi.c2ln⟩
+--include_for_metrics loss ⟨hunter2⟩
+--metric_for_best_model ⟨sk-proj-abcdefgh⟩
 --tags a ⟨hunter2⟩
 --metric_for_best_model ⟨123e4567-e89b-12d3-a456-426614174000⟩
 --hub_revision ⟨AIzaSyA-abc⟩
@@ -197,7 +199,7 @@ python train.py --layer_pairs 'hidden_states.1~h.0' 'h.11.attn~layers.5' --guide
 python train.py --cache_guide cache/guide --sketch 1024 --sample_id_column id --include_num_input_tokens_seen
 accelerate launch recipes/r.py --use_cpu --seeds 0 1 2 --learning_rates 1e-3 3e-3 --runs alone untrained_guide
 python r.py --guide timm/resnet18.a1_in1k --text_files outputs/shakespeare.txt --longer_baseline --learning_rates=1e-3
-python r.py --guide HuggingFaceTB/SmolLM2-135M --tokenizer EleutherAI/pythia-70m
+python r.py --dataset asia/sk_SK --guide HuggingFaceTB/SmolLM2-135M --tokenizer EleutherAI/pythia-70m
 """.strip().splitlines()
 
 
