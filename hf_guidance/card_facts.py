@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_token
+from transformers import TrainingArguments
 
 from hf_guidance.clock import TrainingClock
+from hf_guidance.command import published_command
+from hf_guidance.config import GuidanceConfig
 from hf_guidance.data_facts import HUB_ID, example_of, known, processing_facts, rows_facts
 from hf_guidance.history import History, metrics_of, similarity_curves
 from hf_guidance.runtime import command_line, environment
-from hf_guidance.scrub import scrub_command
 
 Facts = dict[str, Any]
 VERSIONS = ("python", "torch", "transformers", "accelerate")
@@ -61,7 +62,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
         "emissions": _emissions(trainer),
         "data": rows_facts(trainer.train_dataset) | processing_facts(trainer.processing_class),
         "example": example_of(trainer.processing_class),
-        "command": _command(args),
+        **({} if "command" in given else command_facts(command_line(), TrainingArguments, GuidanceConfig)),
         "versions": {k: v for k, v in environment().items() if k in VERSIONS},
     }
     facts |= {name: facts[name] | (given.pop(name, None) or {}) for name in ("target", "data")}
@@ -91,12 +92,10 @@ def given_facts(
     }
 
 
-def _command(args: Any) -> str | None:
-    """How this process was started, without what anybody could log in with, wherever it stands."""
-    words = command_line()
-    for secret in (args.hub_token, get_token()) if words else ():
-        words = [word.replace(secret, "<token>") if secret else word for word in words or ()]
-    return scrub_command(words) if words else None
+def command_facts(words: list[str] | None, *parsers: type) -> Facts:
+    """Tell how a run was started, as far as anybody may read it, and whether that is only a part."""
+    command, cut = published_command(words, parsers) if words else ("", False)
+    return {"command": command, "command_is_cut": cut or None} if command else {}
 
 
 def _target(model: Any) -> Facts:

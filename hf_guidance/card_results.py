@@ -18,6 +18,7 @@ CITATION = """@inproceedings{subramaniam2025guidance,
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2025}
 }"""
+CUT = "Arguments other than the known training settings are left out."
 WIDTH = 60  # of a line of the command, after which the next flag starts another
 
 
@@ -76,7 +77,7 @@ def versions(facts: Facts) -> str:
 
 
 def command(facts: Facts) -> str:
-    """The exact command, broken between its flags so that a page shows all of it."""
+    """The command, broken between its flags so that a page shows all of it."""
     if not facts.get("command"):
         return ""
     lines = [""]
@@ -85,7 +86,8 @@ def command(facts: Facts) -> str:
         if word.startswith("--") and len(lines[-1]) > WIDTH:
             lines.append("   ")
         lines[-1] += f" {word}" if lines[-1] else word
-    return code("sh", " \\\n".join(lines))
+    text = code("sh", " \\\n".join(lines))
+    return f"{text}\n\n{CUT}" if facts.get("command_is_cut") else text
 
 
 def citation(facts: Facts) -> str:

@@ -19,11 +19,11 @@ from hf_guidance.history import validation_curve
 from hf_guidance.layer_maps import KeptMap, LayerMaps, can_map, maps_of
 from hf_guidance.model_card import render
 from hf_guidance.scrub import scrub_arguments
+from hf_guidance.staging import CARD, CURVES, MAPS, without_links
 from hf_guidance.uploads import ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
-CURVES, MAPS = "curves.png", "similarity.png"
 MAPS_SHOW = "Similarity of all layers on rows to validate with, without dropout"
 
 
@@ -65,11 +65,13 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             language, license, tags, model_name, dataset, dataset_tags, finetuned_from: as of
                 `Trainer.create_model_card`.
         """
+        folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero():
+            without_links(folder, (CARD, CURVES, MAPS))  # what is written through one is outside
         if self.guide is None and not self.card_facts:
             return super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return None
-        folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         given = given_facts(**kwargs)
         given |= {name: value for name, value in self.card_facts.items() if not given.get(name)}
@@ -82,7 +84,7 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         facts["figures"] = [
             {"file": name, "caption": caption} for name, draw, caption in figures if self._drew(draw, folder / name)
         ]
-        (folder / "README.md").write_text(render(facts), encoding="utf-8")
+        (folder / CARD).write_text(render(facts), encoding="utf-8")
         return None
 
     def _look_before(self, resumed: bool) -> None:

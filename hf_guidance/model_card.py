@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_guidance import card_guidance, card_results
 from hf_guidance.markdown import code, escape
-from hf_guidance.scrub import scrub, scrub_command
+from hf_guidance.scrub import scrub
 
 # class of the target → (Auto class, the Hub's name of the task)
 USES = {
@@ -38,7 +38,7 @@ def render(facts: Facts) -> str:
     command = facts.get("command")
     facts = scrub(facts)
     if command:  # which is words, and no prose
-        facts["command"] = scrub_command(shlex.split(command))
+        facts["command"] = shlex.join(map(scrub, shlex.split(command)))
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = environment.from_string(
         files("hf_guidance").joinpath("templates/model_card.md.jinja").read_text("utf-8")

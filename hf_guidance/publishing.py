@@ -1,9 +1,8 @@
-"""What leaves the machine: pushes to the Hub with card and code, and without token or path."""
+"""Pushes to the Hub: the model as saving it writes it, its card and figures, without token or path."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from hf_guidance.card_writing import CardMixin
+from hf_guidance.staging import CARD, STAGING, complete, files_in, make_empty, put, remove, stage
 from hf_guidance.uploads import (
     ARGUMENTS,
-    FOR_RESUMING,
     NO_HUB,
-    STATE,
     check_may_write,
     later,
-    left_out,
+    of_model,
     one_line,
+    push_staged,
     refused,
+    stage_checkpoint,
     start_pushing,
 )
 
@@ -32,6 +32,10 @@ class PublishingMixin(CardMixin):
     """The part of `GuidanceMixin` that pushes: the whole model at every save, and a command when it cannot."""
 
     push_in_progress: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._saved: dict[Path, list[str]] = {}  # folder → what the last save wrote into it
+        super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As transformers', which says nothing of a token that may not write until training is over.
@@ -70,22 +74,23 @@ class PublishingMixin(CardMixin):
             self.push_in_progress.wait_until_done()  # it still reads the files that are written below
         self.callback_handler.on_push_begin(args, self.state, self.control)
         output, checkpoint = Path(str(args.output_dir)), Path(checkpoint_folder)
-        state = shutil.ignore_patterns(*FOR_RESUMING, STATE, ARGUMENTS)
-        shutil.copytree(checkpoint, output, ignore=state, dirs_exist_ok=True)
+        model = of_model(self._saved.get(checkpoint, ()))
+        for name in model:  # as copies: what is saved there later must not change the checkpoint
+            put(checkpoint / name, output / name, link=False)
         self._try_to_write_a_card()
+        staged, message = make_empty(output / STAGING), f"Training in progress, step {self.state.global_step}"
+        stage(model, checkpoint, staged)
+        complete(staged, output)
+        options = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        pushes = [(staged, options | {"commit_message": message})]
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        place = places.get(HubStrategy(args.hub_strategy))
-        jobs: list[Any] = start_pushing(
-            output,
-            f"Training in progress, step {self.state.global_step}",
-            self._left_out(),
-            resumable=(checkpoint, place) if place else None,
-            repo_id=self.hub_model_id,
-            token=args.hub_token,
-            revision=args.hub_revision,
-        )
+        if place := places.get(HubStrategy(args.hub_strategy)):
+            whole = make_empty(output / f"_{checkpoint.name}")  # its own, as the run goes on and its state names paths
+            stage_checkpoint(checkpoint, model, whole)
+            pushes.append((whole, options | {"commit_message": f"{message}, checkpoint", "path_in_repo": place}))
+        jobs: Any = start_pushing(*pushes)
         self._say_what_failed()
-        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
+        self.push_in_progress = PushInProgress(jobs)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -97,11 +102,47 @@ class PublishingMixin(CardMixin):
             if job.done() and not job.cancelled() and (error := job.exception()) is not None:
                 logger.warning("A push during training failed (%s); the last one brings all.", one_line(error))
 
-    def _left_out(self) -> list[str]:
-        cache = self.guidance.cache_guide if self.guide is not None else None
-        return left_out(Path(str(self.args.output_dir)), cache)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'; which files it wrote is kept in mind, as these alone are pushed."""
+        if not self.args.should_save:
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        folder = Path(output_dir or str(self.args.output_dir))
+        before = files_in(folder)
+        super().save_model(output_dir, _internal_call=_internal_call)
+        self._saved = {folder: [name for name, stamp in files_in(folder).items() if before.get(name) != stamp]}
+        return None
 
-    def _push_the_last(
+    def _stage_model(self) -> Path:
+        """Save the model into an empty folder, so that nothing else is in it, and from there into the output folder."""
+        output = Path(str(self.args.output_dir))
+        staged, together = output / STAGING, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.should_save:
+            make_empty(staged)
+        if together:  # then every process may write a part
+            self.accelerator.wait_for_everyone()
+        self.save_model(str(staged), _internal_call=True)
+        if together:
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for name in files_in(staged):
+                put(staged / name, output / name)
+            (staged / ARGUMENTS).unlink(missing_ok=True)
+        if self.args.should_save and not self.is_world_process_zero():  # of another node, which pushes nothing
+            remove(staged)
+        return staged
+
+    def _complete(self, staged: Path, private: bool | None, token: str | None, **card: Any) -> None:
+        """Make the repository if there is none yet, write the card, and take both ready for the push."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        tags = card.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
+        name = card.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, **card, **({"tags": tags} if tags else {}))
+        complete(staged, Path(str(self.args.output_dir)))
+
+    def push_to_hub(
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -110,46 +151,33 @@ class PublishingMixin(CardMixin):
         private: bool | None = None,
         **card: Any,
     ) -> Any:
-        token = token or self.args.hub_token
-        self._finish_current_push()  # it reads the files that are written below
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        of_model, tags = getattr(self.model, "model_tags", None) or [], card.pop("tags", None) or []
-        tags = [tags] if isinstance(tags, str) else list(tags)
-        tags += [tag for tag in of_model if tag not in tags]
-        name = card.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
-        self.create_model_card(model_name=name, **card, **({"tags": tags} if tags else {}))
-        upload: Any = HfApi().upload_folder
-        return upload(
-            repo_id=str(self.hub_model_id),
-            folder_path=str(self.args.output_dir),
-            commit_message=commit_message,
-            token=token,
-            ignore_patterns=self._left_out(),
-            revision=revision or self.args.hub_revision,
-            run_as_future=not blocking,
-        )
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', without what does not belong to the model.
+        """As transformers', of the files that saving the model writes, the card and its figures, and nothing else.
 
         Raises:
             ConnectionError: the push failed; everything is on disk, and the message has the command to push it later.
         """
+        output, token = Path(str(self.args.output_dir)), token or self.args.hub_token
+        revision = revision or self.args.hub_revision
+        self._finish_current_push()  # it reads the files that are written below
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        staged = self._stage_model()
+        if not self.is_world_process_zero():
+            return None
         try:
-            return self._push_the_last(*args, **kwargs)
+            self._complete(staged, private, token, **card)
+            options = {"commit_message": commit_message, "token": token, "revision": revision}
+            options["repo_id"] = str(self.hub_model_id)
+            if blocking:
+                return push_staged(staged, **options)
+            jobs: Any = start_pushing((staged, options))
+            self.push_in_progress = PushInProgress(jobs)  # for the next one to wait for
+            return jobs[0]
         except Exception as error:
-            folder = Path(str(self.args.output_dir))
-            if not (folder / "README.md").is_file():
+            if not (output / CARD).is_file():
                 self._try_to_write_a_card()
-            repository = self.hub_model_id or self.args.hub_model_id or folder.name
-            revision = kwargs.get("revision") or self.args.hub_revision
-            command = later(str(repository), folder, revision, self._left_out())
+            complete(staged, output)  # whatever failed before
+            repository = self.hub_model_id or self.args.hub_model_id or output.name
             raise ConnectionError(
                 f"The push to {repository} failed ({type(error).__name__}: {one_line(error)}). Nothing is lost: all "
-                f"of it is in {folder}. To push it later: {command}"
+                f"of it is in {output}. To push it later: {later(str(repository), staged, revision)}"
             ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, markdown_table
+from hf_guidance.card_facts import command_facts
 from hf_guidance.checks import check_machine
 from hf_guidance.comparison import RESULT, Run, best_learning_rate, carry_out, check
 from hf_guidance.config import GuidanceConfig
@@ -27,7 +27,6 @@ from hf_guidance.record_facts import LICENSE
 from hf_guidance.resuming import last_whole_checkpoint
 from hf_guidance.run_settings import write_json
 from hf_guidance.runtime import environment, usable_cpus
-from hf_guidance.scrub import scrub_command, without_tokens
 from hf_guidance.tasks import Task
 
 PRESETS = ("small", "paper")
@@ -181,7 +180,8 @@ def compare(
         raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
     name = Path(sys.argv[0]).name
     command = ["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]
-    facts: dict[str, Any] = {"command": scrub_command(command), "license": LICENSE}
+    started = command_facts(command, type(recipe), TrainingArguments, GuidanceConfig)
+    facts: dict[str, Any] = started | {"license": LICENSE}
     facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
     for run in comparison.runs(recipe.seeds[0]):
         check(run, task, args, guidance, folder)
@@ -203,7 +203,7 @@ def compare(
         results += [carry(_longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
     return {
         "recipe": Path(name).stem,
-        "command": shlex.join(without_tokens(command)),
+        **started,
         "environment": environment(),
         "task": {
             "name": task.name,

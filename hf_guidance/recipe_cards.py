@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +19,8 @@ from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.report import comparison_rows, differences, markdown_table
 from hf_guidance.model_card import render
 from hf_guidance.record_facts import facts_of_record
-from hf_guidance.uploads import later
+from hf_guidance.staging import CARD, STAGING, make_empty, put, stage, without_links
+from hf_guidance.uploads import later, push_staged
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def write_cards(report: Report, folder: Path) -> list[Path]:
         if "card" in run and place.is_dir():
             for name in FIGURES:
                 if (folder / name).is_file():
-                    shutil.copy(folder / name, place / name)
+                    put(folder / name, place / name, link=False)
+            without_links(place, (CARD, *FIGURES))
             figures = [name for name in FIGURES if (place / name).is_file()]
             (place / "README.md").write_text(card_of(run, report, figures), encoding="utf-8")
             written.append(place)
@@ -145,24 +146,19 @@ def _belongs(row: str, run: dict[str, Any]) -> bool:
 def push_cards(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
     """Upload cards and figures to where the runs were pushed, and print where that is; what fails is said, and nothing
     is lost."""
-    from huggingface_hub import HfApi
-
     cards = {f"seed-{run['seed']}/{run['run']}": run.get("card", {}) for run in report["runs"]}
     for place in places:
         repository = cards[f"{place.parent.name}/{place.name}"].get("repository")
+        if not repository:
+            continue
+        staged = make_empty(place / STAGING)
+        stage((CARD, *FIGURES), place, staged)
         try:
-            if repository:
-                commit = HfApi().upload_folder(
-                    repo_id=repository,
-                    folder_path=place,
-                    allow_patterns=["README.md", *FIGURES],
-                    commit_message="Card with the runs it is compared with",
-                    token=token,
-                    revision=revision,
-                )
-                print(f"pushed: {commit.repo_url}" + (f", branch {revision}" if revision else ""))
+            title = "Card with the runs it is compared with"
+            commit = push_staged(staged, repo_id=repository, commit_message=title, token=token, revision=revision)
+            print(f"pushed: {commit.repo_url}" + (f", branch {revision}" if revision else ""))
         except Exception as error:
-            command = later(str(repository), place, revision)
+            command = later(str(repository), staged, revision)
             logger.error("The card of %s was not pushed (%s). To push it: %s", repository, error, command)
 
 

@@ -10,7 +10,6 @@ import hf_guidance.targets as own_networks
 from hf_guidance.card_facts import VERSIONS, pairs_facts, sizes_of, timms_name, training_facts
 from hf_guidance.data_facts import EXAMPLES, known, task_facts
 from hf_guidance.history import SPEED
-from hf_guidance.scrub import scrub_command
 
 Facts = dict[str, Any]
 LICENSE = "apache-2.0"
@@ -46,10 +45,11 @@ def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
         "cost": {"hardware": run["environment"]["device"]},
         "data": task_facts(task["name"], task["description"], settings["data"]),
         "example": EXAMPLES.get(task["name"]),
-        "command": scrub_command(shlex.split(report["command"])),
+        "command": report["command"],  # of known settings only, since it was written
+        "command_is_cut": report.get("command_is_cut"),
         "versions": {name: run["environment"][name] for name in VERSIONS},
     }
-    own = {name: fact for name, fact in (run.get("card") or {}).items() if name != "command"}
+    own = {name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")}
     return known(merged(facts, own))  # the command that made the report may have gone on with earlier ones' runs
 
 

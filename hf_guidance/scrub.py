@@ -8,24 +8,10 @@ import json
 import os
 import platform
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
-# --hub_token, --hub-token and what argparse takes for it, --hub_tok; --wandb_api_key, --secret; hydra's +hub_token=
-TOKEN_FLAG = re.compile(
-    r"(?:--?|\+{1,2})?[\w.-]*(?:(?<!bos[_-])(?<!eos[_-])(?<!pad[_-])(?<!unk[_-])(?<!sep[_-])(?<!cls[_-])(?<!mask[_-])token"
-    r"|secret[\w-]*|passw(?:or)?d|passphrase|(?:api|access|private)[_-]?key|credentials?|auth(?:orization)?)"
-    r"|--hub[_-]t(?:o(?:k(?:en?)?)?)?",
-    re.IGNORECASE,
-)
-LOGIN = re.compile(r"(?<=://)[^\s/]+@")  # user and password in an address
-# "hub_token": "abc" within a word, and ?token=abc in an address
-WITHIN = re.compile(
-    r"""([\w-]*(?:token|secret|passw(?:or)?d|api_?key)[\w-]*["']?\s*[:=]\s*["']?)[^"'&,;}\s]+""", re.IGNORECASE
-)
-ATTACHED = re.compile(r"(-[\w-]*:?)(/.*)")  # -o/home/me/out
 SECRET = re.compile(r"token|secret|password|api_?key")
 PART = r"[^\s/\\\"'`|<>]+(?: [^\s/\\\"'`|<>]+){0,2}"  # of a path, spaces and all, before a slash
 LAST = r"(?=[^\s/\\\"'`|<>])"
@@ -50,44 +36,14 @@ def scrub(value: Any) -> Any:
 
 def _own_names() -> re.Pattern[str]:
     """The user's name and the machine's, as words of their own."""
-    names = [os.environ.get("USER", ""), Path.home().name, platform.node()]
-    words = "|".join(re.escape(name) for name in names if len(name) >= LEAST and name not in ANYBODY)
+    words = "|".join(re.escape(name) for name in own_names() if len(name) >= LEAST)
     return re.compile(rf"(?<![\w-])(?:{words})(?![\w-])") if words else re.compile(r"(?!)")
 
 
-def without_tokens(words: list[str]) -> list[str]:
-    """A command line without the flags that hold a token."""
-    clean: list[str] = []
-    for word in words:
-        if clean and clean[-1].startswith("-") and TOKEN_FLAG.fullmatch(clean[-1]) and not word.startswith("-"):
-            clean.pop()  # the flag, and its value with it
-        elif not ("=" in word and TOKEN_FLAG.fullmatch(word.partition("=")[0])):
-            node = re.escape(platform.node() or "localhost")
-            here = re.compile(rf"(?:(?<=://)|(?<==)|^){node}(?=[:/]|$)")  # however short a name
-            word = LOGIN.sub("", TOKEN.sub("<token>", word))
-            word = WITHIN.sub(r"\1<token>", word) if re.search(r"[?&{\s]", word) else word
-            clean.append(here.sub("localhost", word))
-    return clean
-
-
-def scrub_command(words: list[str]) -> str:
-    """A command line without tokens, its absolute paths cut down to their last part."""
-    clean = []
-    for word in without_tokens(words):
-        flag, sign, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if not sign and (parts := ATTACHED.fullmatch(word)):
-            flag, value = parts.groups()
-        elif word.startswith("-") and not sign:
-            flag, value = word, ""
-        clean.append(flag + sign + ",".join(map(_last_part, value.split(","))))
-    return shlex.join(clean)
-
-
-def _last_part(value: str) -> str:
-    """Of an absolute path; of the folder of the user, whose name is theirs, nothing."""
-    if not Path(value).is_absolute():
-        return str(scrub(value))
-    return "." if Path(value) == Path.home() else Path(value).name
+def own_names() -> set[str]:
+    """The user's name and the machine's, with its domain and without."""
+    node = platform.node()
+    return {os.environ.get("USER", ""), Path.home().name, node, node.partition(".")[0]} - {"", *ANYBODY}
 
 
 def scrub_arguments(args: Any) -> Any:
@@ -115,4 +71,16 @@ def scrub_state(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("best_model_checkpoint"):
         content["best_model_checkpoint"] = os.path.basename(content["best_model_checkpoint"])
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, as_json(content))
+
+
+def as_json(content: Any) -> str:
+    """Format a JSON value as it stands in a file."""
+    return json.dumps(content, indent=2) + "\n"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew in its place, so that no other link to the old one changes."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,32 +1,33 @@
-"""The uploads to the Hub: what stays behind, whether the token may write, and how to push later."""
+"""The uploads to the Hub: what goes up, whether the token may write, and how to push later."""
 
 from __future__ import annotations
 
 import inspect
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # of the library that the client speaks through, and its own
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_guidance.card_facts import EMISSIONS
+from hf_guidance.resuming import ORIGIN, STATE
 from hf_guidance.scrub import scrub_state
+from hf_guidance.scrub_settings import scrub_settings
+from hf_guidance.staging import CARD, files_in, stage
 
-NO_HUB = (HTTPError, ConnectionError)  # it refuses, or is not reached; the second when HF_HUB_OFFLINE says so
 ARGUMENTS = "training_args.bin"
-STATE = "trainer_state.json"
+NO_HUB = (HTTPError, ConnectionError)  # it refuses, or is not reached; the second when HF_HUB_OFFLINE says so
 # in a checkpoint, for going on with the training, and no part of the model
-FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", "latest", "zero_to_fp32.py")
-# beside the model: a pickle, the place and the name of the machine, paths, the guide, a cache of its features
-NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ARGUMENTS, EMISSIONS, STATE, "runs/*", "guide/*", "*rows.bin"]
-# and what others may have left there: hidden files, logs, pickled weights
-NOT_PUSHED += [".*", "*.log", "*tfevents*", "wandb/*", "mlruns/*", "pytorch_model*.bin", "*.pkl", "*.pickle", "*.ckpt"]
+FOR_RESUMING = (
+    *("optimizer.pt", "optimizer.bin", "optimizer_[0-9]*", "scheduler.pt", "scaler.pt", STATE, ORIGIN),
+    *("rng_state.pth", "rng_state_[0-9]*.pth", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_[0-9]*"),
+    *("global_step[0-9]*", "latest", "zero_to_fp32.py"),
+)
 
 
 def check_may_write(repository: str, token: str | None) -> None:
@@ -74,53 +75,45 @@ def refused(repository: str, error: Exception, trained: bool = False) -> OSError
     )
 
 
-def left_out(output: Path, cache: str | None) -> list[str]:
-    """Patterns of the files in the output folder that no push takes along.
+def of_model(names: Iterable[str]) -> list[str]:
+    """Those of the files that saving wrote which belong to the model: not the arguments, and nothing for resuming."""
+    return [name for name in names if name != ARGUMENTS and not for_resuming(name)]
+
+
+def for_resuming(name: str) -> bool:
+    """Whether a checkpoint has a file, or the folder it lies in, for going on with the training."""
+    return any(fnmatch(name.split("/")[0], pattern) for pattern in FOR_RESUMING)
+
+
+def stage_checkpoint(checkpoint: Path, model: Sequence[str], staged: Path) -> None:
+    """Put what is needed to go on with a training into an empty folder: the model, and the files for resuming."""
+    names = [name for name in files_in(checkpoint) if (name in model and name != CARD) or for_resuming(name)]
+    stage(names, checkpoint, staged)
+    scrub_state(staged / STATE)
+    scrub_settings(staged, checkpoint.parent)
+
+
+def push_staged(staged: Path, **options: Any) -> Any:
+    """Upload a staged folder, which is removed when all of it has arrived.
 
     Args:
-        cache: where the guide's features are kept, wherever that is.
+        **options: of `HfApi.upload_folder`.
     """
-    if cache is None or not (place := Path(cache).resolve()).is_relative_to(output.resolve()):
-        return list(NOT_PUSHED)
-    inside = place.relative_to(output.resolve()).as_posix()
-    return list(NOT_PUSHED) if inside == "." else [*NOT_PUSHED, f"{inside}/*"]
+    pushed = HfApi().upload_folder(folder_path=staged, **options)
+    shutil.rmtree(staged, ignore_errors=True)
+    return pushed
 
 
-def start_pushing(
-    output: Path, message: str, ignore: Sequence[str], *, resumable: tuple[Path, str] | None = None, **options: Any
-) -> list[Future[Any]]:
-    """Begin to push the model, and after it what is needed to go on with its training.
-
-    Args:
-        output: the folder of the model.
-        message: of the commit.
-        ignore: patterns of files in it that stay.
-        resumable: a checkpoint's folder and its place in the repository.
-        **options: of `HfApi.upload_folder`: ``repo_id``, ``token``, ``revision``.
-
-    Returns:
-        The uploads that have begun.
-    """
-    api, options = HfApi(), options | {"run_as_future": True}
-    jobs: list[Future[Any]] = [
-        api.upload_folder(folder_path=output, commit_message=message, ignore_patterns=list(ignore), **options)
-    ]
-    if resumable is not None:
-        checkpoint, place = resumable
-        whole = output / f"_{checkpoint.name}"  # a copy, as the run goes on and its state names paths
-        shutil.copytree(checkpoint, whole, ignore=shutil.ignore_patterns(ARGUMENTS), dirs_exist_ok=True)
-        scrub_state(whole / STATE)
-        title = f"{message}, checkpoint"
-        jobs.append(api.upload_folder(folder_path=whole, path_in_repo=place, commit_message=title, **options))
-        jobs[-1].add_done_callback(lambda _: shutil.rmtree(whole, ignore_errors=True))
-    return jobs
+def start_pushing(*staged: tuple[Path, dict[str, Any]]) -> list[Future[Any]]:
+    """Begin to push staged folders, one after the other, each with options of its own; the uploads that have begun."""
+    api = HfApi()
+    return [api.run_as_future(push_staged, folder, **options) for folder, options in staged]
 
 
-def later(repository: str, folder: Path, revision: str | None = None, left_out: Sequence[str] = NOT_PUSHED) -> str:
-    """The command that pushes a saved model."""
-    words = ["hf", "upload", repository, str(folder.resolve()), "."]  # from wherever that is typed
-    words += ["--revision", revision] if revision else []
-    return shlex.join(words + [word for pattern in left_out for word in ("--exclude", pattern)])
+def later(repository: str, staged: Path, revision: str | None = None) -> str:
+    """The command that pushes a staged folder."""
+    words = ["hf", "upload", repository, str(staged.resolve()), "."]  # from wherever that is typed
+    return shlex.join(words + (["--revision", revision] if revision else []))
 
 
 def one_line(error: Exception) -> str:

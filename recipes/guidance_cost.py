@@ -32,6 +32,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from hf_guidance import GuidanceConfig, load_guide
+from hf_guidance.card_facts import command_facts
 from hf_guidance.cost.measuring import Plan, measure_cost
 from hf_guidance.cost.settings import Networks, Setting, parse_rows
 from hf_guidance.cost.table import cost_tables, plot_overhead
@@ -39,7 +40,6 @@ from hf_guidance.flags import parse
 from hf_guidance.guide_configs import is_resnet
 from hf_guidance.run_settings import check_writable, write_json
 from hf_guidance.runtime import environment
-from hf_guidance.scrub import scrub_command
 
 GOALS = {"64/64/512": 1.08, "128/64/1024": 1.08, "256/32/256": 1.15, "64/112/1024": 1.05}  # one thread, float32
 REFUSED = {"--max_steps", "--num_train_epochs", "--resume_from_checkpoint"}
@@ -135,7 +135,7 @@ def main() -> None:
     command = ["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     folders = {name: getattr(recipe, name) for name in ("target", "guide") if Path(getattr(recipe, name)).is_dir()}
     report: dict[str, Any] = {
-        "command": scrub_command(command),
+        **command_facts(command, Arguments, TrainingArguments, GuidanceConfig),
         "seed": args.seed,
         "environment": environment(),
         "arguments": dataclasses.asdict(recipe) | {name: Path(path).name for name, path in folders.items()},

@@ -21,13 +21,13 @@ LAYERS: list[set[str]] = [
     | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
     | {"guide_source", "guide_size"}
     | {"frozen", "batches", "matrices"},
-    {"identity"},
+    {"identity", "command", "scrub_settings"},
     {"watched", "samples", "features", "guide", "guide_input", "flags", "layer_drop", "layer_stacks"},
     {"pushed", "cache"},
     {"guide_running"},
     {"loss", "logs", "card_facts", "data_facts", "card_guidance", "card_results", "model_card"},
     {"analysis", "accumulation"},
-    {"uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"}
+    {"staging", "uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"}
     | {"guided_steps"},
     {"trainer", "distillation"},
     {"cost", "comparison", "run_settings", "record", "record_facts", "recipe_cards"},

@@ -1,5 +1,6 @@
 """The cards of the committed results are what `make cards` makes of them, and say what the results say."""
 
+import importlib
 import json
 import os
 import re
@@ -16,8 +17,11 @@ import PIL.Image
 import pytest
 from cards import check_card
 from huggingface_hub import HfApi
+from transformers import TrainingArguments
 
+from hf_guidance import GuidanceConfig
 from hf_guidance.analysis.saving import DIGEST
+from hf_guidance.command import published_command
 from hf_guidance.recipe_cards import draw, first_guided, model_card_of, push_cards, write_model_cards
 from hf_guidance.record_facts import facts_of_record
 
@@ -50,6 +54,13 @@ def test_a_committed_card_is_what_make_cards_makes_and_has_its_figures(name, run
         ends = [end.replace("_", r"\_") for end in pair.split("~")]
         first, last = (f"{run['similarity'][i][pair]:.3f}" for i in (0, -1))
         assert re.search(rf"^\| {re.escape(ends[0])} +\| {re.escape(ends[1])} +\| {first} +\| {last} +\|$", body, re.M)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_command_of_a_committed_result_is_published_word_for_word(name, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    parsers = (importlib.import_module(REPORTS[name]["recipe"]).Arguments, TrainingArguments, GuidanceConfig)
+    assert published_command(shlex.split(REPORTS[name]["command"]), parsers) == (REPORTS[name]["command"], False)
 
 
 def test_there_is_a_card_for_every_guided_run_and_none_besides():
@@ -117,15 +128,16 @@ def test_what_a_run_kept_for_its_card_adds_to_what_the_record_says():
 
 def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
     name, run = RUNS[0][0], {key: value for key, value in RUNS[0][1].items() if key != "card"}  # with it comes its own
-    words = ["--output_dir", "/home/me/out", "--text_files=/home/me/a b.txt", "--hub_token", "hf_x", "--hub_token=hf_y"]
+    words = ["--output_dir", "/home/me/out", "--text_files", "/home/me/a b.txt", "--hub_token", "hf_" + 34 * "a"]
     words += ["--use_cpu", "--dataset", "file:///data/me/images"]
     report = REPORTS[name] | {"command": shlex.join(["accelerate", "launch", "recipes/r.py", *words])}
+    report["command_is_cut"] = True
     report["task"] = report["task"] | {"description": "Read /home/me/secret/a.txt and `hf_" + 34 * "a" + "`."}
     text = model_card_of(run, report, name)
     check_card(text)
-    shown = re.search(r"```sh\n(.*?)\n```", text, re.DOTALL)[1]
-    command = "accelerate launch recipes/r.py --output_dir out '--text_files=a b.txt' --use_cpu --dataset images"
-    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(command)
+    shown = re.search(r"```sh\n(.*?)\n```\n\nArguments other than the known .* are left out\.", text, re.DOTALL)[1]
+    command = "accelerate launch recipes/r.py --output_dir out --text_files 'a b.txt' --hub_token '<token>' --use_cpu"
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(f"{command} --dataset images")
     assert r"Read a.txt and \`&lt;token&gt;\`." in text
 
 
@@ -133,7 +145,7 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
     asked = []
 
     def upload(self, **options):
-        asked.append(options)
+        asked.append(options | {"files": [path.name for path in options["folder_path"].iterdir()]})
         if len(asked) == 2:
             raise OSError("no Hub today")
         return SimpleNamespace(repo_url=f"https://hub.test/{options['repo_id']}")
@@ -141,11 +153,18 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     runs = [{"seed": 0, "run": name, "card": {"repository": f"me/{name}"}} for name in ("one", "two")]
     places = [tmp_path / "seed-0" / run["run"] for run in runs]
+    (tmp_path / "outside").write_text("PRIVATE")
+    for place in places:
+        place.mkdir(parents=True)
+        for name in ("README.md", "settings.json", "model.safetensors"):
+            (place / name).write_text(name)
+        (place / "curves.png").symlink_to(tmp_path / "outside")
     push_cards({"runs": runs}, places, "hf_x", "trial")
-    assert [(call["repo_id"], call["folder_path"], call["revision"]) for call in asked] == [
-        ("me/one", places[0], "trial"),
-        ("me/two", places[1], "trial"),
+    assert [(call["repo_id"], call["files"], call["revision"]) for call in asked] == [
+        ("me/one", ["README.md"], "trial"),
+        ("me/two", ["README.md"], "trial"),
     ]
+    assert not (places[0] / "_push").exists()
     assert capsys.readouterr().out == "pushed: https://hub.test/me/one, branch trial\n"
-    assert f"(no Hub today). To push it: hf upload me/two {places[1]} . --revision trial" in caplog.text
+    assert f"(no Hub today). To push it: hf upload me/two {places[1]}/_push . --revision trial" in caplog.text
     assert "hf_x" not in caplog.text

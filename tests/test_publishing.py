@@ -16,7 +16,6 @@ import pytest
 import torch
 from cards import check_card, machine
 from hub import Hub
-from huggingface_hub.utils import filter_repo_objects
 
 from hf_guidance.uploads import later
 
@@ -79,6 +78,42 @@ def test_the_last_push_and_the_pushes_of_checkpoints_carry_the_whole_model(pushe
     resumable = {n.removeprefix("last-checkpoint/") for n in hub.store.files(KEY) if n.startswith("last-checkpoint/")}
     assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors"} <= resumable
     assert hub.store.repos[KEY]["commits"][titles["End of training"]]["model.safetensors"]["lfs"]
+
+
+def test_nothing_else_that_lies_in_the_output_folder_is_pushed_and_no_link_is_followed(pushed):
+    hub, _, folder = pushed
+    for commit in hub.store.repos[KEY]["log"]:
+        files = hub.store.files(KEY, commit["id"])
+        assert not [name for name, content in files.items() if b"PRIVATE" in content]
+        assert {name for name in files if "/" not in name} - {".gitattributes"} <= MODEL
+        extra = {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "rng_state.json"}
+        own = {n.removeprefix("last-checkpoint/") for n in files if "/" in n}
+        assert own in (set(), MODEL - {"README.md", "curves.png", "similarity.png"} | extra)
+    assert {path.name for path in (folder / "outside").iterdir()} == {"own.txt"}
+    assert (folder / "outside/own.txt").read_text() == "PRIVATE"
+    assert not [path.name for path in (folder / "out").glob("_*")], "what has arrived is removed"
+    for name in MODEL | {"checkpoint-4/config.json"}:
+        assert not (folder / "out" / name).is_symlink()
+        assert (folder / "out" / name).is_file()
+
+
+def test_settings_go_up_without_paths_and_tokens_which_is_said_and_the_vocabulary_as_it_is(pushed):
+    hub, _, folder = pushed
+    printed = (folder / "printed").read_text()
+    for prefix in ("", "last-checkpoint/"):
+        config, note = (
+            json.loads(hub.store.files(KEY)[f"{prefix}{name}"]) for name in ("config.json", "generation_config.json")
+        )
+        assert config["data_folder"] == "data"
+        assert "api_key" not in config
+        assert note["note"] == "made by <token> in out"
+        words = json.loads(hub.store.files(KEY)[f"{prefix}tokenizer.json"])["added_tokens"]
+        assert {"/usr/bin", "</s>", "hf_" + 20 * "a"} <= {word["content"] for word in words}
+    assert re.search(r"config\.json is pushed without .*, in: (data_folder, api_key|api_key, data_folder)\.", printed)
+    assert "generation_config.json is pushed without" in printed
+    kept = json.loads((folder / "out/config.json").read_text())
+    assert (kept["data_folder"], kept["api_key"]) == (f"{folder}/out/data", "abc")
+    assert json.loads((folder / "out/checkpoint-4/config.json").read_text()) == kept
 
 
 def test_nothing_of_the_machine_or_the_token_is_pushed(pushed):
@@ -233,7 +268,7 @@ def test_every_pushed_card_is_whole_and_escapes_what_it_is_given(pushed, toured)
         for figure in ("curves.png", "similarity.png"):
             assert store.files(f"model/tester/{name}")[figure].startswith(b"\x89PNG")
         assert re.search(r"^\| a step with guidance +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)
-        assert "## How to reproduce it\n\n```sh\npython push.py " in body
+        assert "## How to reproduce it\n\n```sh\npython push.py\n```\n\nArguments other than the known " in body
     assert "x: y" in metadata["tags"]
     assert metadata["pipeline_tag"] == "image-classification"
     assert r"a\|b&lt;script&gt;" in body
@@ -301,7 +336,9 @@ def test_a_push_that_fails_at_the_end_loses_nothing_and_its_command_works_later(
     assert said[fault].startswith(f"The push to tester/{fault} failed")
     assert {path.name for path in (folder / "out" / fault).iterdir()} >= MODEL
     command = said[fault].split("To push it later: ")[1]
-    assert command.startswith(f"hf upload tester/{fault} ")
+    staged = folder / "out" / fault / "_push"
+    assert command == f"hf upload tester/{fault} {staged} ."
+    assert {path.name for path in staged.iterdir()} == MODEL
     done = subprocess.run(
         [str(Path(sys.executable).parent / "hf"), *shlex.split(command)[1:]],
         env=os.environ | hub.environment(folder / "home"),
@@ -310,7 +347,7 @@ def test_a_push_that_fails_at_the_end_loses_nothing_and_its_command_works_later(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert set(hub.store.files(f"model/tester/{fault}")) >= MODEL
+    assert set(hub.store.files(f"model/tester/{fault}")) - {".gitattributes"} == MODEL
 
 
 def test_a_push_interrupted_half_way_is_completed_by_the_next_one(bad_day):
@@ -338,6 +375,4 @@ def test_a_token_that_may_only_read_is_found_before_training(bad_day):
 
 def test_the_command_to_push_later_quotes_its_folder_and_keeps_the_revision(tmp_path):
     words = shlex.split(later("me/net", tmp_path / "my run; ls", "trial"))
-    assert words[:7] == ["hf", "upload", "me/net", str(tmp_path / "my run; ls"), ".", "--revision", "trial"]
-    files = ["guide/model.safetensors", "runs/Nov01_host/events", "trainer_state.json", "a/rows.bin", "config.json"]
-    assert list(filter_repo_objects(files, ignore_patterns=words[8::2])) == ["config.json"]
+    assert words == ["hf", "upload", "me/net", str(tmp_path / "my run; ls"), ".", "--revision", "trial"]

@@ -157,8 +157,30 @@ def rows(folder):
     return {"whole": list(whole), "stream": list(stream), "facts": rows_facts(whole)}
 
 
+JUNK = ["nohup.out", "slurm-12.out", "id_rsa", "secret.json", "core.123", "optimizer.pt", "trackio/x.db"]
+JUNK += ["other.safetensors", "old/config.json", "checkpoint-2/nohup.out", "checkpoint-2/optimizer_key.txt"]
+
+
+def litter(folder):
+    """Leaves in a folder what may lie in any: files of others, and links to what is outside."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    for path in [*(folder / name for name in JUNK), outside / "own.txt"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("PRIVATE")
+    (folder / "checkpoint-2/global_step").symlink_to(outside)
+    for name in ("notes.txt", "vocab.json", "checkpoint-2/merges.txt", "README.md", "tokenizer.json"):
+        (folder / name).symlink_to(outside / "own.txt")
+    for name in ("data", "_push", "_checkpoint-2"):
+        (folder / name).symlink_to(outside)
+
+
 def push(folder, strategy="every_save", token=None):
+    litter(Path(folder))
     own = trainer(folder, hub_strategy=strategy, hub_token=token)
+    own.processing_class.add_tokens(["/usr/bin", "</s>", "hf_" + 20 * "a"])
+    own.model.config.data_folder, own.model.config.api_key = f"{folder}/data", "abc"
+    own.model.generation_config.note = f"made by hf_{34 * 'b'} in {folder}"
     own.train()
     own.evaluate()
     own.push_to_hub(license="mit")
