@@ -190,7 +190,10 @@ def test_options_of_the_forward():
     full = model(**inputs, output_hidden_states=True)
     assert len(full.hidden_states) == 4
     assert model(**inputs).hidden_states is None
-    assert torch.equal(model(**inputs, logits_to_keep=2).logits, full.logits[:, -2:])
+    last = model(
+        **inputs, logits_to_keep=2
+    ).logits  # a product of fewer rows, which some processors round in another way
+    torch.testing.assert_close(last, full.logits[:, -2:], atol=1e-6, rtol=0)
     assert isinstance(model(**inputs, return_dict=False), tuple)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     embedded = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
