@@ -14,8 +14,8 @@ from torch import nn
 
 from hf_guidance.frozen import check_not_wrapped, freeze
 from hf_guidance.guide_configs import config_if_timm_exported, config_of
-from hf_guidance.guide_source import check_config, check_files, in_timm, read_config, without_pickles
-from hf_guidance.identity import IDENTITY, commit_of
+from hf_guidance.guide_source import check_config, check_files, commit_of, in_timm, read_config, without_pickles
+from hf_guidance.identity import IDENTITY
 from hf_guidance.sharding import built_whole
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from hf_guidance.guide_source import PLACES, check_config, in_timm, only, read_config
+from hf_guidance.guide_source import PLACES, check_config, commit_of, in_timm, only, read_config
 
 
 def config_of(source: Any, **kwargs: Any) -> Any:
@@ -26,6 +26,8 @@ def config_of(source: Any, **kwargs: Any) -> Any:
         if in_timm(architecture):
             return TimmWrapperConfig(architecture=architecture)
     read_config(source, **kwargs)
+    if commit := commit_of(source, kwargs.get("revision")):
+        kwargs["revision"] = commit  # so that what is read again is what has been checked
     return _with_classes_once(AutoConfig.from_pretrained(source, **kwargs))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 ADAPTER = "adapter_config.json"
 SAFE = (".safetensors", ".safetensors.index.json")
@@ -46,6 +48,20 @@ def read_config(source: Any, **kwargs: Any) -> dict[str, Any]:
         raise
     check_config(config, kwargs)
     return config
+
+
+def commit_of(
+    source: Any, revision: str | None = None, cache_dir: Any = None, subfolder: str | None = None
+) -> str | None:
+    """The commit of the Hub that a config has just been read from; None for one from elsewhere.
+
+    It is read from the Hub's cache on this machine: transformers keeps it on a network only in some versions.
+    """
+    if not isinstance(source, str) or os.path.isdir(source):
+        return None
+    name = f"{subfolder}/config.json" if subfolder else "config.json"
+    config = try_to_load_from_cache(source, name, cache_dir=cache_dir, revision=revision)
+    return Path(config.removesuffix(name)).name if isinstance(config, str) else None
 
 
 def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from hf_guidance.sharding import is_sharded, whole_state
 
 IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
-
-
-def commit_of(
-    source: Any, revision: str | None = None, cache_dir: Any = None, subfolder: str | None = None
-) -> str | None:
-    """The commit of the Hub that a config has just been read from; None for one from elsewhere.
-
-    It is read from the Hub's cache on this machine: transformers keeps it on a network only in some versions.
-    """
-    if not isinstance(source, str) or os.path.isdir(source):
-        return None
-    name = f"{subfolder}/config.json" if subfolder else "config.json"
-    config = try_to_load_from_cache(source, name, cache_dir=cache_dir, revision=revision)
-    return Path(config.removesuffix(name)).name if isinstance(config, str) else None
 
 
 def fingerprint(model: nn.Module) -> str:
