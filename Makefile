@@ -37,7 +37,7 @@ test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
 	$(BIN)/python -m pytest -m "not gpu and not network"
 
 cards: install ## write model_cards/ from recipes/results/
-	$(BIN)/python -m hf_guidance.recipe_cards recipes/results model_cards
+	$(BIN)/python -m hf_guidance.experiments.cards recipes/results model_cards
 
 check: install ## lint, formatting and types
 	$(BIN)/ruff check .

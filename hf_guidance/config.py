@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from hf_guidance.mapping import check_mapping, parse_pair
 from hf_guidance.schedule import check_schedule
-from hf_guidance.similarity import MEASURES, get_measure
+from hf_guidance.similarity.measures import MEASURES, get_measure
 
 CONFIG_NAME = "guidance_config.json"
 HIDDEN_STATES = "hidden_states"

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.features import LayerReader, not_recomputed
-from hf_guidance.frozen import check_apart, freeze
-from hf_guidance.guide_input import (
+from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.layer_stacks import in_words
+from hf_guidance.features.reader import LayerReader, not_recomputed
+from hf_guidance.features.samples import Samples
+from hf_guidance.guide.forward import GuideRunning, forward
+from hf_guidance.guide.freezing import check_apart, freeze
+from hf_guidance.guide.inputs import (
     check_vocabularies,
     generator_for,
     guide_batch,
@@ -22,18 +27,41 @@ from hf_guidance.guide_input import (
     with_decoder_inputs,
     without_guide,
 )
-from hf_guidance.guide_running import GuideRunning, forward
-from hf_guidance.layer_stacks import in_words
+from hf_guidance.guide.sharding import shard
 from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
-from hf_guidance.pairwise import Grams, guidance_loss, similarities
-from hf_guidance.ranks import Ranks
-from hf_guidance.samples import Samples
 from hf_guidance.schedule import Weights, make_schedule
-from hf_guidance.sharding import shard
-from hf_guidance.similarity import Measure, get_measure
-from hf_guidance.sketch import Sketch
-from hf_guidance.together import Kernel, complete
-from hf_guidance.watched import Watched
+from hf_guidance.similarity.measures import Measure, get_measure
+from hf_guidance.similarity.pair_loss import Grams, guidance_loss, similarities
+from hf_guidance.similarity.representation import Kernel, complete
+from hf_guidance.similarity.sketch import Sketch
+
+
+@dataclass
+class Watched:
+    """What came of one watched forward.
+
+    Attributes:
+        inputs: what the target is to be run on: the batch, or noise while pre-aligning on it.
+        loss: Σ or mean over the pairs of (1 − similarity), a scalar; None if the batch had too few samples, or
+            LayerDrop skipped the target layers of all pairs. With
+            `similarity_batch="global"` its gradient is for a wrapper that averages gradients over the ranks.
+        similarities: measure → pair → similarity, detached; the measure trained on comes first.
+        weights: of guidance and task at this step.
+        why_unguided: where there is no loss though guidance has a weight: the reason and the way out, in words.
+        skipped_pairs: how many pairs are left out because LayerDrop skipped their target layer.
+    """
+
+    inputs: dict[str, Any]
+    weights: Weights
+    loss: Tensor | None = None
+    similarities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    why_unguided: str = ""
+    skipped_pairs: int = 0
+
+    def total(self, task_loss: Tensor) -> Tensor:
+        """The loss to train on: the two terms, each with its weight at this step."""
+        total = task_loss if self.weights.task == 1 else self.weights.task * task_loss
+        return total if self.loss is None else total + self.weights.guidance * self.loss.to(total.device)
 
 
 class GuidanceLoss:

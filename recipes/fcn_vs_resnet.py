@@ -35,18 +35,18 @@ from typing import Any, Optional
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments
 
 from hf_guidance import load_guide
-from hf_guidance.comparison import Run
-from hf_guidance.distillation import DistillationTrainer, check_classes
-from hf_guidance.flags import check_choice
-from hf_guidance.guide import untrained_network
-from hf_guidance.guide_configs import is_resnet
-from hf_guidance.recipe import (
+from hf_guidance.experiments.command_line import check_choice
+from hf_guidance.experiments.distillation import DistillationTrainer, check_classes
+from hf_guidance.experiments.recipe import (
     Comparison,
     RecipeArguments,
     identify_folder,
     launch,
     training_defaults,
 )
+from hf_guidance.experiments.run import Run
+from hf_guidance.guide.configs import is_resnet
+from hf_guidance.guide.loading import untrained_network
 from hf_guidance.targets.vision import VISION_TARGETS, vision_target
 from hf_guidance.tasks import Task, image_classification
 from hf_guidance.tasks.image_decoding import AUGMENTATIONS, PixelFormat

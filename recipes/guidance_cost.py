@@ -32,14 +32,14 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from hf_guidance import GuidanceConfig, load_guide
-from hf_guidance.card_facts import command_facts
-from hf_guidance.cost.measuring import Plan, measure_cost
-from hf_guidance.cost.settings import Networks, Setting, parse_rows
-from hf_guidance.cost.table import cost_tables, plot_overhead
-from hf_guidance.flags import parse
-from hf_guidance.guide_configs import is_resnet
-from hf_guidance.run_settings import check_writable, write_json
-from hf_guidance.runtime import environment
+from hf_guidance.experiments.command_line import parse
+from hf_guidance.experiments.cost.measuring import Plan, measure_cost
+from hf_guidance.experiments.cost.settings import Networks, Setting, parse_rows
+from hf_guidance.experiments.cost.table import cost_tables, plot_overhead
+from hf_guidance.experiments.files import check_writable, write_json
+from hf_guidance.guide.configs import is_resnet
+from hf_guidance.trainer.environment import environment
+from hf_guidance.trainer.run_facts import command_facts
 
 GOALS = {"64/64/512": 1.08, "128/64/1024": 1.08, "256/32/256": 1.15, "64/112/1024": 1.05}  # one thread, float32
 REFUSED = {"--max_steps", "--num_train_epochs", "--resume_from_checkpoint"}

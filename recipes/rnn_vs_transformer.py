@@ -31,15 +31,15 @@ from transformers import (
 )
 
 from hf_guidance import load_guide
-from hf_guidance.comparison import Run
-from hf_guidance.flags import check_choice
-from hf_guidance.recipe import (
+from hf_guidance.experiments.command_line import check_choice
+from hf_guidance.experiments.recipe import (
     Comparison,
     RecipeArguments,
     identify_files,
     launch,
     training_defaults,
 )
+from hf_guidance.experiments.run import Run
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import Task, build_task
 from hf_guidance.tasks.blocks import SHUFFLE_BUFFER

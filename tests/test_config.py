@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_guidance import GuidanceConfig
 from hf_guidance.config import CHOICES
 from hf_guidance.schedule import SCHEDULES
-from hf_guidance.similarity import MEASURES
+from hf_guidance.similarity.measures import MEASURES
 
 FIELDS = {field.name: field for field in dataclasses.fields(GuidanceConfig)}
 

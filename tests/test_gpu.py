@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, debiased_cka, linear_cka
-from hf_guidance.kernels import gram
+from hf_guidance.similarity.grams import gram
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

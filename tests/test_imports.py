@@ -1,8 +1,9 @@
-"""Imports point down only, and what only a recipe needs is not imported with the package."""
+"""Imports point one way, from room to room and file to file; what only a recipe needs is not imported with the rest."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -15,27 +16,24 @@ import hf_guidance
 
 PACKAGE = Path(hf_guidance.__file__).parent
 
-# from the ground up; a module may import from its own layer and from those below
-LAYERS: list[set[str]] = [
-    {"runtime", "sharding", "kernels", "similarity", "mapping", "schedule", "config", "sketch", "ranks", "pairwise"}
-    | {"thin", "together", "cpu_kernels", "gpu_kernels", "clock", "scrub", "history", "markdown", "guide_configs"}
-    | {"guide_source", "guide_size"}
-    | {"frozen", "batches", "matrices"},
-    {"identity", "command", "scrub_settings"},
-    {"watched", "samples", "features", "guide", "guide_input", "flags", "layer_drop", "layer_stacks"},
-    {"pushed", "cache"},
-    {"guide_running"},
-    {"loss", "logs", "card_facts", "data_facts", "card_guidance", "card_results", "model_card"},
-    {"analysis", "accumulation"},
-    {"staging", "uploads", "layer_maps", "card_writing", "publishing", "preparation", "resuming", "failure", "checks"}
-    | {"guided_steps"},
-    {"trainer", "distillation"},
-    {"cost", "comparison", "run_settings", "record", "record_facts", "recipe_cards"},
-    {"recipe"},
-    {"__init__"},
-]
-BESIDE = {"targets", "tasks"}  # imported from anywhere, importing nothing of the core
+# From the ground up: a room, or a flat file, imports from its own and from those before it. `targets` and `tasks` stand
+# beside them: anybody may import from these, and they import nothing of the core.
+ROOMS = (
+    "mapping",
+    "schedule",
+    "similarity",
+    "config",
+    "features",
+    "guide",
+    "card",
+    "loss",
+    "analysis",
+    "trainer",
+    "experiments",
+)
+BESIDE = {"targets", "tasks"}
 OPTIONAL = ("datasets", "evaluate", "matplotlib", "sklearn")
+OF_HUGGING_FACE = {"transformers", "accelerate", "huggingface_hub", "timm", "datasets", "evaluate"}
 
 
 def module_name(path: Path) -> str:
@@ -49,56 +47,58 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def imported(path: Path) -> set[str]:
     """Modules of this package that a file imports, anywhere in it, as paths within the package."""
     inside = path.relative_to(PACKAGE.parent).parent.parts  # the package a relative import starts from
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(inside[: len(inside) - node.level + 1]) if node.level else ""
             whole = ".".join(part for part in (base, node.module) if part)
-            names = [whole, *(f"{whole}.{alias.name}" for alias in node.names)]
+            files = {f"{whole}.{alias.name}" for alias in node.names}
+            files = {name for name in files if name.removeprefix("hf_guidance.") in MODULES}
+            names = files if len(files) == len(node.names) else {whole, *files}
         else:
             continue
         found |= {name.removeprefix("hf_guidance.") for name in names if name.startswith("hf_guidance.")}
     return found & set(MODULES)
 
 
-def top(name: str) -> str:
+def room(name: str) -> str:
     return name.split(".")[0]
 
 
-def level(name: str) -> int:
-    return next(i for i, layer in enumerate(LAYERS) if top(name) in layer)
-
-
-def test_every_module_has_its_place() -> None:
-    known = set.union(BESIDE, *LAYERS)
-    assert {top(name) for name in MODULES} <= known, "give the new module a layer"
+def test_the_rooms_are_those_on_disk() -> None:
+    there = {room(name) for name in MODULES}
+    assert sorted((*ROOMS, *BESIDE)) == sorted(there - {"__init__", "__main__"})
 
 
 def test_the_imports_of_a_file_are_found() -> None:
-    assert {"loss", "sharding", "config"} <= imported(MODULES["trainer"])
+    assert {"loss", "guide.sharding", "config"} <= imported(MODULES["trainer.guidance_trainer"])
     assert imported(MODULES["targets.modeling_plain_rnn"]) == {"targets.configuration_plain_rnn"}
-    assert "targets" in imported(MODULES["guide"])  # inside a function
+    assert "targets" in imported(MODULES["guide.loading"])  # inside a function
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if top(name) not in BESIDE])
-def test_imports_point_down_only(name: str) -> None:
-    above = {other for other in imported(MODULES[name]) if top(other) not in BESIDE and level(other) > level(name)}
-    assert not above
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ROOMS])
+def test_imports_point_one_way(name: str) -> None:
+    above = ROOMS[ROOMS.index(room(name)) + 1 :]
+    assert not {other for other in imported(MODULES[name]) if room(other) in above}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if top(name) in BESIDE])
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graphlib.TopologicalSorter({name: imported(path) for name, path in MODULES.items()}).prepare()  # else it raises
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in BESIDE])
 def test_targets_and_tasks_import_nothing_of_the_core(name: str) -> None:
-    assert {top(other) for other in imported(MODULES[name])} <= {top(name)}
+    assert {room(other) for other in imported(MODULES[name])} <= {room(name)}
 
 
-@pytest.mark.parametrize("name", ["cpu_kernels", "kernels", "matrices", "similarity", "pairwise", "thin", "sketch"])
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ("mapping", "schedule", "similarity")])
 def test_the_mathematics_knows_nothing_of_hugging_face(name: str) -> None:
     tree = ast.parse(MODULES[name].read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {top(name) for name in names} & {"transformers", "accelerate", "huggingface_hub", "timm"}
+    assert not {room(name) for name in names} & OF_HUGGING_FACE
 
 
 WITHOUT_EXTRAS = f"""

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartModel, BertConfig, BertModel, MambaConfig, MambaModel, T5EncoderModel
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, gram
-from hf_guidance.pairwise import guidance_loss
-from hf_guidance.similarity import MEASURES
+from hf_guidance.loss import Watched
+from hf_guidance.similarity.measures import MEASURES
+from hf_guidance.similarity.pair_loss import guidance_loss
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
-from hf_guidance.watched import Watched
 
 Batch = dict[str, Tensor]
 

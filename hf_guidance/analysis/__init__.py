@@ -1,1 +1,1 @@
-"""What people look at: tables of matched runs, curves, similarities over time."""
+"""What people look at: the history of a run as curves, and maps of the similarity of all layers, as figures."""

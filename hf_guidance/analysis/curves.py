@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
-from hf_guidance.analysis.saving import save
-from hf_guidance.history import History, similarity_curves, training_curve, validation_curve
+from hf_guidance.analysis.figures import save
+from hf_guidance.analysis.history import History, similarity_curves, training_curve, validation_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.analysis.saving import save
+from hf_guidance.analysis.figures import save
 from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
-from hf_guidance.frozen import BATCH_NORM, freeze
-from hf_guidance.loss import GuidanceLoss
+from hf_guidance.guide.freezing import BATCH_NORM, freeze
+from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.mapping import pair_name
-from hf_guidance.watched import Watched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,9 +25,9 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_guidance.guide import load_guide
-from hf_guidance.identity import fingerprint
-from hf_guidance.resuming import last_whole_checkpoint
+from hf_guidance.guide.identity import fingerprint
+from hf_guidance.guide.loading import load_guide
+from hf_guidance.trainer.checkpoints import last_whole_checkpoint
 
 TINY = {
     "max_steps": 4,
@@ -136,7 +136,7 @@ def test_another_network_guide_or_data_in_the_same_folder_is_refused(imagenet, t
 
 
 def test_a_result_is_kept_though_what_comes_after_it_fails(imagenet, tmp_path, monkeypatch):
-    import hf_guidance.comparison as comparison
+    import hf_guidance.experiments.comparison as comparison
 
     calls, look = [], comparison.LayerMaps.look
 

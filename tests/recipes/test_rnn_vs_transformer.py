@@ -115,8 +115,8 @@ def test_guided_runs_log_the_similarity_of_every_pair_at_every_logging_step(copy
 def test_the_trained_guide_is_the_network_of_the_reference_run(copy_paste):
     from safetensors.torch import load_file
 
-    from hf_guidance.guide import load_guide
-    from hf_guidance.identity import fingerprint
+    from hf_guidance.guide.identity import fingerprint
+    from hf_guidance.guide.loading import load_guide
 
     folder, _, report, _ = copy_paste
     trained = next(run for run in report["runs"] if run["run"] == "trained_guide")

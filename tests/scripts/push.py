@@ -11,7 +11,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide, load_guide_of
-from hf_guidance.identity import fingerprint
+from hf_guidance.guide.identity import fingerprint
 from hf_guidance.targets import FCNConfig, FCNForImageClassification, RNNConfig, RNNForCausalLM
 from hf_guidance.tasks.image_decoding import PixelFormat
 from hf_guidance.tasks.images import image_processor
@@ -149,7 +149,7 @@ def rows(folder):
     """Pushes a dataset, and reads it back at once and as a stream."""
     from datasets import Dataset, load_dataset
 
-    from hf_guidance.data_facts import rows_facts
+    from hf_guidance.card.facts import rows_facts
 
     Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 0]}).push_to_hub("tester/rows")
     whole = load_dataset("tester/rows", split="train")

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from hf_guidance import load_guide
-from hf_guidance.identity import IDENTITY
+from hf_guidance.guide.identity import IDENTITY
 
 unpickled, load = [], torch.load
 

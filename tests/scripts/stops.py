@@ -27,7 +27,7 @@ from builders import NormNet, gpt2, llama, llama_config, token_rows
 from trainers import make_trainer, same
 
 from hf_guidance import load_guide
-from hf_guidance.resuming import fault_of, last_whole_checkpoint
+from hf_guidance.trainer.checkpoints import fault_of, last_whole_checkpoint
 
 STEPS = 12
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]

@@ -23,7 +23,7 @@ from trainers import make_trainer, weights
 from transformers import TrainerState
 
 from hf_guidance import GuidanceLoss
-from hf_guidance.identity import fingerprint
+from hf_guidance.guide.identity import fingerprint
 
 GLOO = {"ddp_find_unused_parameters": False}
 

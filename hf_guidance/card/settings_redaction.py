@@ -1,0 +1,104 @@
+"""Taking tokens and paths of this machine out of the JSON files with settings that are pushed with a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import ntpath
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_guidance.card.redaction import as_json, replace_text
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "*config*.json"  # config, generation_config, tokenizer_config, adapter_config, preprocessor_config, …
+SECRET = re.compile(
+    r"token|(?:.*_)?(?:(?:hub|hf|auth|access|api|refresh|bearer|session|wandb|git(?:hub|lab)?)_token|api_?key|passw(?:or)?d"
+    r"|passphrase|(?:client_|secret_)?secret|(?:access|secret|private)_key(?:_id)?|credentials?)"
+)
+# words of a vocabulary or names of classes, among which any text may be
+VOCABULARY = re.compile(r".*_tokens?|.*_tokens_decoder|.*special_tokens?(?:_.*)?|.*chat_template.*|id2label|label2id")
+# Hugging Face's, OpenAI's, GitHub's, GitLab's, AWS's, Slack's and Google's, JWTs and private keys
+CREDENTIAL = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_(?:oauth_)?[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[a-z]_[A-Za-z0-9]{16,}"
+    r"|github_pat_\w{16,}|glpat-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|-----BEGIN[^\0]*)"
+)
+PART = r"""[^()\[\]{}|*?<>"'\n]*"""  # of a path; where a blank is in it, another slash has to be
+PATH = re.compile(rf"(?=\S*$|.*\S[/\\]+\S)(?:file:/|~[\w.-]*[/\\]|/(?!/)|[A-Za-z]:[/\\]|\\\\\w){PART}")
+
+
+def scrub_settings(folder: Path, output: Path) -> None:
+    """Rewrite the settings files and the cards in a folder without tokens and paths of this machine; warn of each.
+
+    Args:
+        folder: of files to push; none that is linked to one of them changes.
+        output: a folder whose path is cut out wherever it stands, as are those of the user and of the process.
+    """
+    places = re.compile("|".join(_places(output)))
+    for path in sorted([*folder.rglob(SETTINGS), *folder.rglob("README.md")]):
+        text, found = path.read_text(encoding="utf-8"), list[str]()
+        if path.suffix == ".json":
+            clean = as_json(_clean(json.loads(text), "", places, found))
+        else:  # a card that transformers or PEFT wrote has the path of the base model
+            clean = _cut(text, "text", places, found)
+        if found:
+            replace_text(path, clean)
+            logger.warning(
+                "%s is pushed without what looks like a token or a path of this machine, in: %s. That in %s keeps it.",
+                path.relative_to(folder).as_posix(),
+                ", ".join(dict.fromkeys(found)),
+                output,
+            )
+
+
+def _places(output: Path) -> Iterator[str]:
+    """Patterns of paths in the folders that belong to this machine."""
+    for place in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()), output.absolute(), output.resolve()):
+        if place.name:
+            yield rf"""(?:file://)?{re.escape(str(place))}(?![\w-])(?:[/\\][^\s/\\"'`|<>:;,]+)*"""
+
+
+def _clean(value: Any, name: str, places: re.Pattern[str], found: list[str]) -> Any:
+    """A JSON value without tokens and paths; the names of the fields that had one are added to those found."""
+    if isinstance(value, dict):
+        kept = {}
+        for key, entry in value.items():
+            field = f"{name}.{key}" if name else key
+            spelt = key.lower().replace("-", "_")
+            if SECRET.fullmatch(spelt):
+                if entry in (None, "") or isinstance(entry, bool):
+                    kept[key] = entry
+                else:
+                    found.append(field)
+            elif VOCABULARY.fullmatch(spelt):
+                kept[key] = entry
+            else:
+                kept[_clean(key, field, places, found)] = _clean(entry, field, places, found)
+        return kept
+    if isinstance(value, list):
+        return [_clean(entry, name, places, found) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if PATH.fullmatch(value) and _last_part(value) != value:
+        found.append(name)
+        value = _last_part(value)
+    return _cut(value, name, places, found)
+
+
+def _cut(text: str, name: str, places: re.Pattern[str], found: list[str]) -> str:
+    """A longer text without tokens and paths; its name is added to those found if it had one."""
+    clean = places.sub(lambda at: _last_part(at[0]), CREDENTIAL.sub("<token>", text))
+    if clean != text:
+        found.append(name)
+    return clean
+
+
+def _last_part(path: str) -> str:
+    """Of a path; of the folder of the user, whose name is theirs, nothing."""
+    path = path.removeprefix("file://").rstrip("/\\") or path
+    return "." if Path(path) == Path.home() else ntpath.basename(path) or path

@@ -1,0 +1,167 @@
+"""The cards of a recipe's guided runs: what each run knows of itself, and the runs it is matched with.
+
+    python -m hf_guidance.experiments.cards recipes/results model_cards
+
+writes a card for every guided run of every results file (``make cards``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.heat_maps import plot_similarity_maps
+from hf_guidance.card.rendering import render
+from hf_guidance.experiments.record_facts import facts_of_record
+from hf_guidance.experiments.report import comparison_rows, differences, markdown_table
+from hf_guidance.trainer.staging import CARD, STAGING, make_empty, put, stage, without_links
+from hf_guidance.trainer.uploads import later, push_staged
+
+logger = logging.getLogger(__name__)
+
+FIGURES = {
+    "curves.png": "This run: task loss, validation, and similarity of every pair over time",
+    "comparison.png": "Validation curves, losses, and similarities of all pairs over time",
+    "similarity.png": "Similarity of every target layer with every guide layer, before and after training, of rows to "
+    "validate with, without dropout",
+}
+Report = dict[str, Any]
+
+
+def write_cards(report: Report, folder: Path) -> list[Path]:
+    """Write README.md and figures into the folder of each guided run; the folders written."""
+    written = []
+    for run in report["runs"]:
+        place = folder / f"seed-{run['seed']}" / run["run"]
+        if "card" in run and place.is_dir():
+            for name in FIGURES:
+                if (folder / name).is_file():
+                    put(folder / name, place / name, link=False)
+            without_links(place, (CARD, *FIGURES))
+            figures = [name for name in FIGURES if (place / name).is_file()]
+            (place / "README.md").write_text(card_of(run, report, figures), encoding="utf-8")
+            written.append(place)
+    return written
+
+
+def write_model_cards(results: Path, folder: Path) -> list[Path]:
+    """Write the card of every kind of guided run of every results file, of its first seed, with the figures of its own.
+
+    Returns:
+        The folders written, ``<folder>/<name of the results>/<run>``.
+    """
+    written = []
+    for path in sorted(results.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for run in first_guided(report):
+            place = folder / path.stem / run["run"]
+            place.mkdir(parents=True, exist_ok=True)
+            draw(run, report, place)
+            (place / "README.md").write_text(model_card_of(run, report, path.stem), encoding="utf-8")
+            written.append(place)
+    return written
+
+
+def first_guided(report: Report) -> list[dict[str, Any]]:
+    """The guided runs of a report, of each kind that of the first seed."""
+    return list({run["run"]: run for run in reversed(report["runs"]) if run["guide"]}.values())[::-1]
+
+
+def model_card_of(run: dict[str, Any], report: Report, title: str) -> str:
+    """The card of a committed result as markdown."""
+    figures = ["comparison.png", *(["similarity.png"] if run.get("similarity_maps") else [])]
+    return card_of(run, report, figures, name=f"{title}-{run['run']}")
+
+
+def draw(run: dict[str, Any], report: Report, place: Path) -> None:
+    """The figures of a committed result, into a folder."""
+    metric, percent = report["task"]["metric"], report["task"]["percent"]
+    runs = [r for r in report["runs"] if _belongs(r["run"], run) and r["run"] != "alone_longer"]
+    plot_comparison(runs, metric, place / "comparison.png", percent=percent, log=not percent)
+    plot_similarity_maps([run], place / "similarity.png")
+
+
+def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: Any) -> str:
+    """The card of one run as markdown, with the comparison it is part of."""
+    metric, percent = report["task"]["metric"], report["task"]["percent"]
+    rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run)]
+    facts = facts_of_record(run, report)
+    facts |= {
+        "cost": _cost(run, report, facts["cost"]),
+        "figures": [{"file": name, "caption": FIGURES[name]} for name in figures],
+        "comparison": {
+            "text": _in_words(run, report),
+            "table": markdown_table(rows, metric, percent),
+            "seeds": len({r["seed"] for r in report["runs"]}),
+        },
+    }
+    return render(facts | given)
+
+
+def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[str, str]:
+    """What the run says of itself, after what the comparison knows: the time of its steps beside the unguided ones."""
+    kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "of the device"
+    alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
+    step = next((name for name in known if name.startswith("a step")), "a step with guidance")  # or on average
+    cost = {step: f"{run['seconds'] / run['steps']:.3g} s {kind}"}
+    if alone:
+        cost["a step without"] = f"{statistics.fmean(alone):.3g} s {kind}"
+    cost["all steps"] = f"{run['seconds']:.0f} s {kind}, evaluations left out"
+    for guide in report["runs"]:
+        if (guide["run"], guide["seed"]) == (run["guide"]["source"], run["seed"]):
+            cost["all steps of the guide's own training"] = f"{guide['seconds']:.0f} s {kind}"
+    return cost | known
+
+
+def _in_words(run: dict[str, Any], report: Report) -> str:
+    text = "Matched runs: same seeds, same initial weights, same data order"
+    text += "; the learning rate is the best one without guidance." if report["learning_rate_search"] else "."
+    several = len({other["seed"] for other in report["runs"]}) > 1
+    text += " Mean ± standard deviation over the seeds, at the last step." if several else " Figures of the last step."
+    gains = differences(report["runs"], run["run"])
+    if not gains:
+        return text
+    metric, unit = report["task"]["metric"], " points" if report["task"]["percent"] else ""
+    factor = 100 if report["task"]["percent"] else 1
+    each = ", ".join(_signed(gain * factor) for gain in gains.values())
+    text += f" This run minus the one alone, validation {metric}: {each}{unit} on seed"
+    text += f"{'s' if len(gains) > 1 else ''} {', '.join(map(str, gains))}"
+    return text + (f"; on average {_signed(statistics.fmean(gains.values()) * factor)}." if len(gains) > 1 else ".")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _belongs(row: str, run: dict[str, Any]) -> bool:
+    """Whether a row of the table is about this run: itself, the unguided ones, and that of its own guide."""
+    return row == run["run"] or row.startswith("alone") or row == run["guide"]["source"]
+
+
+def push_cards(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
+    """Upload cards and figures to where the runs were pushed, and print where that is; what fails is said, and nothing
+    is lost."""
+    cards = {f"seed-{run['seed']}/{run['run']}": run.get("card", {}) for run in report["runs"]}
+    for place in places:
+        repository = cards[f"{place.parent.name}/{place.name}"].get("repository")
+        if not repository:
+            continue
+        staged = make_empty(place / STAGING)
+        stage((CARD, *FIGURES), place, staged)
+        try:
+            title = "Card with the runs it is compared with"
+            commit = push_staged(staged, repo_id=repository, commit_message=title, token=token, revision=revision)
+            print(f"pushed: {commit.repo_url}" + (f", branch {revision}" if revision else ""))
+        except Exception as error:
+            command = later(str(repository), staged, revision)
+            logger.error("The card of %s was not pushed (%s). To push it: %s", repository, error, command)
+
+
+if __name__ == "__main__":
+    for written_folder in write_model_cards(*map(Path, sys.argv[1:])):
+        print(written_folder)

@@ -1,0 +1,227 @@
+"""Matched runs: same seed, same initial weights, same data order, so that nothing but the guidance differs.
+
+Every run keeps its checkpoints and, once done, its `result.json`; the same command skips what is done and goes on with
+what is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments, set_seed
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.run import SETTINGS, Run, check_same_settings, first_rows, record_of, settings_of
+from hf_guidance.guide.identity import check_same_guide, identity
+from hf_guidance.guide.sharding import built_whole
+from hf_guidance.loss import GuidanceLoss
+from hf_guidance.similarity.measures import get_measure
+from hf_guidance.trainer.checkpoints import last_whole_checkpoint
+from hf_guidance.trainer.checks import check_settings
+from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
+from hf_guidance.trainer.layer_maps import LayerMaps, can_map
+from hf_guidance.trainer.run_facts import run_facts
+from hf_guidance.trainer.uploads import check_hub
+
+if TYPE_CHECKING:
+    from hf_guidance.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+FEW = 8  # rows that settings are checked with
+
+
+def check(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig, folder: Path) -> None:
+    """What a guided run could fail at, found before anything is trained.
+
+    Raises:
+        ValueError: its settings, layers or data do not go together.
+        PermissionError, ConnectionError: it is to be pushed, and the Hub does not let it be.
+    """
+    _check_guidance(run, task, args, guidance)
+    place = _place(run, folder)
+    own = _arguments(run, args, place)
+    if own.push_to_hub and PartialState().is_main_process and not (place / RESULT).is_file():
+        check_hub(own)
+
+
+def _place(run: Run, folder: Path) -> Path:
+    return folder / f"seed-{run.seed}" / run.name
+
+
+def _check_guidance(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig) -> None:
+    config = dataclasses.replace(guidance, **run.guidance)
+    make = run.like if run.needs else run.guide
+    if make is None or not config.guidance_weight:
+        return
+    if run.trainer is None:
+        deepspeed = args.deepspeed is not None
+        check_settings(args, config, deepspeed=deepspeed, sharded=deepspeed or bool(args.fsdp))
+    set_seed(run.seed)
+    config = config.alone()
+    size = max(FEW, get_measure(config.measure).min_samples)
+    with built_whole():
+        loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
+    with torch.no_grad(), loss.watch(first_rows(run.task or task, size), step=0) as watched:
+        loss.target(**watched.inputs)
+    loss.close()
+
+
+def carry_out(
+    run: Run,
+    task: Task,
+    args: TrainingArguments,
+    guidance: GuidanceConfig,
+    folder: Path,
+    data: dict[str, Any],
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, evaluate, test and save one run under `folder`, or read what an earlier call left there.
+
+    Args:
+        data: what the task was built from; a run begun with other data is not gone on with.
+        facts: for the cards of guided runs.
+
+    Returns:
+        The content of its `result.json`: settings, final metrics, curves, similarities over time, seconds.
+
+    Raises:
+        ValueError: the folder holds a run of other settings, finished or not, or of another guide.
+    """
+    place = _place(run, folder)
+    args, guidance = _arguments(run, args, place), dataclasses.replace(guidance, **run.guidance)
+    set_seed(run.seed)
+    model, task = run.model(), run.task or task
+    if run.guide and guidance.cache_guide:
+        guidance = dataclasses.replace(guidance, cache_guide=os.path.join(guidance.cache_guide, *place.parts[-2:]))
+        task = dataclasses.replace(task, train_dataset=_numbered(task.train_dataset, str(guidance.sample_id_column)))
+    settings = settings_of(model, args, guidance if run.guide else None, data)
+    check_same_settings(place, settings)
+    if (place / RESULT).is_file():
+        return _read(place / RESULT, run)
+    make = run.trainer or partial(
+        GuidanceTrainer, guide=run.guide() if run.guide else None, guidance=guidance if run.guide else None
+    )
+    trainer: Any = make(
+        model=model,
+        args=args,
+        train_dataset=task.train_dataset,
+        eval_dataset=task.eval_dataset,
+        data_collator=task.data_collator,
+        processing_class=task.processing_class,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
+        callbacks=[TrainingClock()],
+    )
+    if run.guide:
+        trainer.card_facts = {**(facts or {}), "target": {"untrained": True, "seed": run.seed}}
+    if trainer.is_world_process_zero():
+        write_json(place / SETTINGS, settings)
+        print(f"{'/'.join(place.parts[-2:])}: {args.max_steps} steps", flush=True)
+    maps = _maps(trainer, task) if run.guide else None
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
+    last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
+    if not any("eval_loss" in log for log in last):
+        trainer.evaluate()  # so that every run has a value at its last step
+    test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
+    trainer.save_model(str(place), _internal_call=True)
+    result = record_of(run, trainer, settings, test, task.metric)
+    if trainer.is_world_process_zero():
+        write_json(place / RESULT, result)  # before anything that could fail
+    if maps:
+        maps.look(trainer, "after")
+        result["similarity_maps"] = maps.maps
+    if trainer.is_world_process_zero() and run.guide:
+        result["card"] = run_facts(trainer, **trainer.card_facts)
+        write_json(place / RESULT, result)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return result
+
+
+def _maps(trainer: Any, task: Task) -> LayerMaps | None:
+    """Of the network before training, on the first validation rows; its card will have both."""
+    size = trainer.args.per_device_train_batch_size
+    if not can_map(trainer) or min(size, len(task.eval_dataset)) < get_measure(trainer.guidance.measure).min_samples:
+        return None
+    trainer.layer_maps = LayerMaps(first_rows(task, size))
+    trainer.layer_maps.look(trainer, "before")
+    return trainer.layer_maps
+
+
+def _numbered(rows: Any, column: str) -> Any:
+    """The rows with a column of ids, as `cache_guide` needs them."""
+    if hasattr(rows, "with_ids"):
+        return rows.with_ids(column)
+    if not hasattr(rows, "add_column"):
+        raise ValueError("cache_guide needs rows that are numbered, and these data are a stream: leave it out.")
+    return rows.add_column(column, list(range(len(rows))))
+
+
+def _read(path: Path, run: Run) -> dict[str, Any]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if run.guide is not None:
+        check_same_guide(identity(run.guide()), result["guide"], str(path.parent))
+    return result
+
+
+def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArguments:
+    args = copy.copy(args)
+    args.output_dir, args.seed = str(place), run.seed
+    args.run_name = f"{place.parent.parent.name}-{run.name}-seed{run.seed}"
+    if args.push_to_hub:  # the guided targets are what is published
+        args.push_to_hub = run.guide is not None
+        base = args.hub_model_id or place.parent.parent.name
+        args.hub_model_id = f"{base}-{run.name.replace('_', '-')}-seed{run.seed}"
+    for name, value in run.training.items():
+        setattr(args, name, value)
+    return args
+
+
+def best_learning_rate(
+    runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], dict[str, Any]], higher_is_better: bool
+) -> tuple[float, list[dict[str, Any]]]:
+    """Train the unguided runs at each rate; the best on validation data, averaged over the seeds, and every result.
+
+    A rate at which a run's loss stops being finite is the worst.
+
+    Raises:
+        FloatingPointError: at every rate.
+    """
+    worst = -math.inf if higher_is_better else math.inf
+    means: dict[float, float] = {}
+    results: list[dict[str, Any]] = []
+    for rate in dict.fromkeys(rates):
+        found = [_tried(run, rate, carry) for run in runs]
+        values = [math.nan if result["validation"] is None else result["validation"] for result in found]
+        means[rate] = mean if math.isfinite(mean := statistics.fmean(values)) else worst
+        results += found
+    best = (max if higher_is_better else min)(means, key=means.__getitem__)
+    if means[best] == worst:
+        raise FloatingPointError(f"the loss does not stay finite at any of the rates {list(means)}: try lower ones.")
+    return best, results
+
+
+def _tried(run: Run, rate: float, carry: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    name = f"{run.name}-lr{rate:g}"
+    try:
+        return carry(dataclasses.replace(run, name=name, training={**run.training, "learning_rate": rate}))
+    except FloatingPointError as error:
+        logger.warning("%s counts as the worst: %s", name, error)
+        return {"run": name, "seed": run.seed, "settings": {"learning_rate": rate}, "validation": None}

@@ -1,0 +1,241 @@
+"""What guidance costs: time and memory of the real trainers' steps, measured in turns.
+
+*floor* = plain step + forward of the whole guide without gradients, in the precision, layout and compile mode that it
+has in the guided step, as often as a step runs it (never, for a cached guide: then the floor is the plain step);
+*overhead* = guided step / floor. What the guided step takes above the plain one is split by its forwards:
+
+    guided − plain = guide forward + Grams and measures + extra backward
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.experiments.cost.communication import Compared, bytes_of_global_batch, compared_features
+from hf_guidance.experiments.cost.meters import (
+    StepMeter,
+    busy_seconds,
+    matmul_rate,
+    operations,
+    peak_memory,
+    products_alone,
+)
+from hf_guidance.experiments.cost.random_rows import RandomRows
+from hf_guidance.experiments.cost.ratios import middle_and_least, overhead_of_rounds, summary
+from hf_guidance.experiments.cost.variants import GuideForwards, Steps, make_trainers
+from hf_guidance.features.samples import Samples
+from hf_guidance.loss import GuidanceLoss
+from hf_guidance.similarity.half_precision import for_tensor_cores
+from hf_guidance.similarity.measures import get_measure
+from hf_guidance.similarity.narrow import few
+from hf_guidance.similarity.representation import later
+
+logger = logging.getLogger(__name__)
+
+BUSY_STEPS = 2  # that a GPU's work is added up over
+SKETCH = 1024  # that an exact comparison's bytes are set beside
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often is measured.
+
+    Args:
+        rounds: turns that each variant gets.
+        steps: counted steps a turn.
+        discard: steps before them, in which caches and the allocator come back to the variant.
+        paper: measure the paper's formulation too.
+        arithmetic: count floating point operations and measure the device's rate too.
+    """
+
+    rounds: int = 5
+    steps: int = 3
+    discard: int = 1
+    paper: bool = True
+    arithmetic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("steps", 1), ("discard", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+
+def measure_cost(
+    target: PreTrainedModel,
+    guide: nn.Module,
+    rows: RandomRows,
+    args: TrainingArguments,
+    guidance: GuidanceConfig,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Measure a plain step, the guide's forward, the guided step and the paper's formulation in turns.
+
+    Args:
+        target: is copied for each variant, so that all begin alike.
+        guide: the one guide of all.
+        rows: some batches, over and over; a column that `guidance` names for the samples' ids is added for the guided
+            trainer alone.
+
+    Returns:
+        Of each variant seconds a step (median, minimum, all of them), samples a second and peak bytes; the split, the
+        floor, overhead and the other ratios, the latter from medians and from minima, see `summary`; the overhead of
+        each round, see `overhead_of_rounds`. On a GPU, how long it is at work in a step. Bytes that a
+        process would send to each other one for a global batch, exact and sketched (None where nothing is that wide).
+
+    Raises:
+        ValueError: counted steps of which some are guided and others are not, but for `guidance_every`, or rows that
+            are not whole steps.
+    """
+    cycle = guidance.guidance_every
+    counted = math.ceil(plan.steps / cycle) * cycle
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if len(rows) % a_step:
+        raise ValueError(f"there are {len(rows)} rows, and a step takes {a_step}: give a multiple of these.")
+    trainers = make_trainers(target, guide, rows, args, guidance, paper=plan.paper)
+    variants: dict[str, Any] = {name: Steps(trainer, plan.discard, cycle) for name, trainer in trainers.items()}
+    guided: Any = trainers["guided"]
+    share = _guided_share(guided.guidance_loss, range(plan.discard, plan.discard + counted))
+    alone = GuideForwards(guided, plan.discard)
+    variants = {"plain": variants.pop("plain"), "guide": alone, **variants}
+    steps: StepMeter = variants["guided"].meter
+    runs: list[bool] = []  # of the guide within guided steps, and whether these are counted; a cache runs it before
+    handle = guide.register_forward_pre_hook(lambda *_: runs.append(steps.counted) if steps.in_step else None)
+    enough = max(len(alone.batches), counted, BUSY_STEPS * cycle)  # a cache of the guide fills, on the same batches
+    for variant in variants.values():  # and allocators, the processor's caches, optimizer states
+        variant.advance(plan.discard + enough)
+        variant.meter.steps, variant.meter.forwards = [], []
+    runs.clear()
+    for _ in range(plan.rounds):
+        for variant in variants.values():
+            variant.advance(plan.discard + counted)
+    found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
+    found["guide_forwards"] = sum(runs) / (plan.rounds * counted)
+    found["batches_of_a_step"] = args.gradient_accumulation_steps
+    found |= summary(found) | {"overhead_of_rounds": overhead_of_rounds(found, plan.rounds)}
+    found["memory"] = _memory(variants, alone, cycle)
+    found["pairs"] = len(guided.guidance_loss.pairs or [])
+    size = guidance.sketch or SKETCH
+    networks = guided.model, guided.guide, guidance, guided.accelerator.autocast, alone.batches[0]
+    comparisons = share * args.gradient_accumulation_steps  # a step
+    sent = {"exact": bytes_of_global_batch(*networks, None), "sketched": bytes_of_global_batch(*networks, size)}
+    of_step = {kind: None if count is None else round(comparisons * count) for kind, count in sent.items()}
+    found["global_bytes"] = {"sketch": size, **of_step}
+    if busy := _busy(variants, args.device, cycle, runs):
+        found["busy"] = busy
+    if plan.arithmetic:
+        try:
+            arithmetic = _arithmetic(variants, args, cycle, runs)
+            found["arithmetic"] = arithmetic
+            compared = _compared_in_step(compared_features(*networks), args, guidance)
+            by_features = get_measure(guidance.measure).centred_slope and not _padded(alone.batches[0], guidance)
+            thin = by_features and all(_is_thin(layer, args.device) for layer in compared)
+            arithmetic["products_seconds"] = None if thin else share * products_alone(compared, args.device)
+        except Exception:
+            found.pop("arithmetic", None)
+            logger.exception("The arithmetic could not be counted; what was measured is kept.")
+    handle.remove()
+    return found
+
+
+def _guided_share(loss: GuidanceLoss, steps: range) -> float:
+    """The share of the counted steps that are guided, as many of them every so often.
+
+    Raises:
+        ValueError: where there are more at the beginning or at the end.
+    """
+    loss.total_steps, config = steps.stop, loss.config
+    guided = [bool(loss.weights(step).guidance) for step in steps]
+    cycles = {sum(guided[i : i + config.guidance_every]) for i in range(0, len(steps), config.guidance_every)}
+    if len(cycles) > 1:
+        raise ValueError(
+            f"steps {steps.start} to {steps.stop - 1} of each turn are counted, and they are not guided alike "
+            f"(guidance_stop_step={config.guidance_stop_step}, prealign_steps={config.prealign_steps}, guidance_every="
+            f"{config.guidance_every}): their times would be of two kinds. Leave the first two out, or choose other "
+            "--discard and --steps."
+        )
+    return sum(guided) / len(steps)
+
+
+def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance: GuidanceConfig) -> list[Compared]:
+    """The layers of each comparison in a guided step, from those of one micro-batch."""
+    times = args.gradient_accumulation_steps
+    if guidance.similarity_batch != "accumulated":
+        return layers * times
+    whole = [layer._replace(samples=times * layer.samples) for layer in layers]
+    return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # the guide's once
+
+
+def _padded(batch: dict[str, Any], guidance: GuidanceConfig) -> bool:
+    """Whether a mask says which positions of a sample count, whose Gram matrices are made by themselves."""
+    return guidance.sample_axis == "sequence" and bool(Samples(batch).masks)
+
+
+def _is_thin(layer: Compared, device: torch.device) -> bool:
+    """Whether a step makes no n × n matrix of it, where it makes none of any other either."""
+    x = torch.empty(1, device=device).expand(layer.samples, layer.features)
+    kept = later(x, x.dtype, thin=True)
+    return few(x) and (kept is None or kept.thin)
+
+
+def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:
+    batch = args.per_device_train_batch_size * (args.gradient_accumulation_steps if meter.forwards else 1)
+    found: dict[str, Any] = middle_and_least(meter.steps) | {"all": meter.steps}
+    found["samples_per_second"] = batch / found["median"]
+    if meter.forwards:
+        found["forward"] = middle_and_least(meter.forwards)
+    return found
+
+
+def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[str, Any]:
+    """Peak bytes of each variant, and what the guided step may take: see the keys."""
+    peaks: dict[str, Any] = {}
+    for name, variant in variants.items():
+        extra = variant.read(partial(peak_memory, alone.meter.clock.device), steps)
+        peaks[name] = None if None in extra else variant.resident() + max(extra)
+    guide, layer = alone.resident(), alone.largest_layer()
+    bound = None if peaks["plain"] is None else round(1.05 * (peaks["plain"] + guide + layer))
+    return {"peak": peaks, "guide_weights": guide, "largest_guide_layer": layer, "plain_guide_layer_5_percent": bound}
+
+
+def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: list[bool]) -> dict[str, Any] | None:
+    """Of each variant how long a GPU works on a step and on fetching its batch, and the overhead of that.
+
+    Args:
+        runs: grows by each run of the guide in a guided trainer's step: whether that is counted.
+    """
+    if device.type != "cuda":
+        return None
+    runs.clear()
+    steps = math.ceil(BUSY_STEPS / cycle) * cycle
+    found: dict[str, Any] = {}
+    for name, variant in variants.items():
+        found[name] = sum(variant.read(partial(busy_seconds, device), steps, fetching=True)) / steps
+    return found | {"overhead": found["guided"] / (found["plain"] + sum(runs) / steps * found["guide"])}
+
+
+def _arithmetic(variants: dict[str, Any], args: TrainingArguments, cycle: int, runs: list[bool]) -> dict[str, Any]:
+    """What products and convolutions alone would take at the rate the device multiplies large matrices with.
+
+    Args:
+        runs: as of `_busy`.
+    """
+    runs.clear()
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    of_grams = dtype if for_tensor_cores(torch.empty(0, dtype=dtype, device=args.device)) else torch.float32
+    rates = {"step": matmul_rate(args.device, dtype), "grams": matmul_rate(args.device, of_grams)}
+    kinds = ("plain", "guide", "guided")
+    count = {name: round(sum(variants[name].read(operations, cycle)) / cycle) for name in kinds}
+    of_guide = round(sum(runs) / cycle * count["guide"])
+    grams = max(0, count["guided"] - count["plain"] - of_guide)
+    floor = (count["plain"] + of_guide) / rates["step"]
+    seconds = {"floor_seconds": floor, "grams_seconds": grams / rates["grams"]}
+    return {"operations": {**count, "grams": grams}, "operations_per_second": rates, "dtype": str(dtype), **seconds}

@@ -1,0 +1,82 @@
+"""The paper's formulation of guidance, written straight from its description: a yardstick of what a step must not cost.
+
+Each step runs the target twice, once for its activations and once for the task loss; hooks keep all activations of
+both networks; every pair of layers takes three HSICs, each of two Gram matrices that it centres by products with
+``H = I − 11ᵀ/n``: six Gram matrices and twelve n × n products a pair. Nothing is shared between pairs. The value is
+that of `GuidanceLoss` with linear CKA on the sequence axis, without padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.reader import LayerReader
+from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_guide
+from hf_guidance.mapping import Pair, pair_layers, parse_pair
+
+
+def hsic(x: Tensor, y: Tensor) -> Tensor:
+    """Biased HSIC ``tr(KHLH) / (n − 1)²`` of linear kernels of features ``(n, d_x)`` and ``(n, d_y)``."""
+    n = len(x)
+    h = torch.eye(n, dtype=x.dtype, device=x.device) - 1 / n
+    k, l = x @ x.T, y @ y.T  # noqa: E741
+    return ((h @ k @ h) * (h @ l @ h)).sum() / (n - 1) ** 2
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
+    """Linear CKA, ``HSIC(x, y) / √(HSIC(x, x) HSIC(y, y))``."""
+    return hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
+
+
+class PaperTrainer(Trainer):
+    """A Trainer whose loss is the paper's: task loss plus Σ over the pairs of (1 − CKA).
+
+    Args:
+        guide: the frozen network.
+        guidance: which layers are compared, and the sum's weight; whatever its measure and sample axis are, this is
+            linear CKA with one sample a row.
+        *args, **kwargs: the Trainer's own.
+
+    Source: Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035), and its released code.
+    """
+
+    def __init__(self, *args: Any, guide: nn.Module, guidance: GuidanceConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.guide, self.guidance = guide.to(self.args.device), guidance
+        self._explicit = [parse_pair(text) for text in guidance.layer_pairs or []]
+        ours = [target for target, _ in self._explicit] or guidance.target_layers
+        theirs = [name for _, name in self._explicit] or guidance.guide_layers
+        self._target_reader = LayerReader(self.accelerator.unwrap_model(self.model), ours, "target")
+        self._guide_reader = LayerReader(guide, theirs, "guide")
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        guidance = self.paper_loss(model, inputs) if model.training else 0.0
+        found = super().compute_loss(model, without_guide(inputs), *args, **kwargs)
+        weighted = self.guidance.guidance_weight * guidance
+        return (found[0] + weighted, *found[1:]) if isinstance(found, tuple) else found + weighted
+
+    def paper_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Σ over the pairs of (1 − CKA), from a forward of each network of its own."""
+        with torch.no_grad(), self.accelerator.autocast(), self._guide_reader.reading(_keep) as theirs:
+            positional, named = forward_arguments(self.guide, guide_batch(inputs, model))
+            self.guide(*positional, **named)
+        with self._target_reader.reading(_keep) as ours:
+            model(**without_guide(inputs))
+        return torch.stack([1 - cka(_rows(ours[t]), _rows(theirs[g])) for t, g in self._pairs()]).sum()
+
+    def _pairs(self) -> list[Pair]:
+        names = self._target_reader.names(), self._guide_reader.names()
+        return self._explicit or pair_layers(*names, self.guidance.layer_mapping)
+
+
+def _keep(name: str, activations: Tensor) -> Tensor:
+    return activations
+
+
+def _rows(activations: Tensor) -> Tensor:
+    return activations.flatten(1).to(torch.promote_types(activations.dtype, torch.float32))

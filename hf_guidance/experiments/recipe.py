@@ -1,0 +1,242 @@
+"""What every recipe does: flags and presets, the baseline's learning rate, matched runs, a table and a figure."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.heat_maps import plot_similarity_maps
+from hf_guidance.card.facts import EXAMPLES, task_facts
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.experiments.cards import push_cards, write_cards
+from hf_guidance.experiments.command_line import check_choice, parse
+from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
+from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.record_facts import LICENSE
+from hf_guidance.experiments.report import comparison_rows, markdown_table
+from hf_guidance.experiments.run import Run
+from hf_guidance.tasks import Task
+from hf_guidance.trainer.checkpoints import last_whole_checkpoint
+from hf_guidance.trainer.checks import check_machine
+from hf_guidance.trainer.environment import environment, usable_cpus
+from hf_guidance.trainer.run_facts import command_facts
+
+PRESETS = ("small", "paper")
+LONGER = "alone_longer"
+REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
+INSTEAD = "--seeds and --max_steps, and the same command after a stop goes on by itself"
+
+
+@dataclass
+class RecipeArguments:
+    """What is compared; each recipe adds its own fields."""
+
+    preset: str = field(
+        default="small", metadata={"help": "small (two CPU cores) or paper (the paper's sizes, a GPU)."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs for each."})
+    runs: Optional[list[str]] = field(default=None, metadata={"help": "Which of the matched runs; see above."})
+    learning_rates: Optional[list[float]] = field(
+        default=None,
+        metadata={"help": "Train the target alone at each of these; all runs take the best on validation data."},
+    )
+    longer_baseline: bool = field(
+        default=False, metadata={"help": "Train the target alone longer too: twice the steps, and equal training time."}
+    )
+    eval_size: Optional[int] = field(default=None, metadata={"help": "Rows to validate, and rows to test, with."})
+    guide_learning_rate: Optional[float] = field(default=None, metadata={"help": "For training the guide itself."})
+    guide_max_steps: Optional[int] = field(default=None, metadata={"help": "For training the guide itself."})
+
+    def guide_training(self) -> dict[str, Any]:
+        """`TrainingArguments` fields that were given for the guide's own training."""
+        own = {"learning_rate": self.guide_learning_rate, "max_steps": self.guide_max_steps}
+        return {name: value for name, value in own.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a recipe compares, once its flags are known.
+
+    Args:
+        task: the data.
+        data: what they were made from, as it is to stand in the results.
+        target: makes the network that the runs have in common.
+        runs: the matched runs of a seed, each after those that it needs.
+        train_dataset: of a seed, where its order or augmentation is not the sampler's; else the task's.
+        summary: printed beneath the table, if it has anything to say; called on every process.
+    """
+
+    task: Task
+    data: dict[str, Any]
+    target: Callable[[], PreTrainedModel]
+    runs: Callable[[int], list[Run]]
+    train_dataset: Callable[[int], Any] | None = None
+    summary: Callable[[], str] = lambda: ""
+
+
+A = TypeVar("A", bound=RecipeArguments)
+
+
+def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
+    """`TrainingArguments` of a preset: twenty validations and forty logs a run, a constant learning rate."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 2 * batch,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",  # a longer run then passes through the shorter one's states
+        "eval_strategy": "steps",
+        "eval_steps": max(1, steps // 20),
+        "logging_steps": max(1, steps // 40),
+        "save_steps": max(1, steps // 4),
+        "save_total_limit": 1,
+        "report_to": ["none"],
+        "ddp_find_unused_parameters": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
+    }
+
+
+def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
+    """Name and digest of each file: the same data wherever they lie, other data if they change."""
+    return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
+
+
+def identify_folder(folder: str) -> str:
+    """A digest of the names and sizes of all files in a folder."""
+    found = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob("*") if p.is_file())
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def launch(
+    description: str,
+    arguments: type[A],
+    defaults: Callable[[A], dict[str, Any]],
+    build: Callable[[A, TrainingArguments], Comparison],
+) -> None:
+    """Run a recipe from its command line: the main function of each.
+
+    Args:
+        description: for ``--help``.
+        arguments: the recipe's own flags.
+        defaults: from them to defaults of `TrainingArguments` and `GuidanceConfig` fields, ``output_dir`` among them.
+        build: from them and the training arguments to what is compared.
+    """
+    recipe, args, guidance = _parse(description, arguments, defaults)
+    check_machine(args)
+    if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
+        torch.set_num_threads(max(1, usable_cpus() // args.world_size))
+    folder = Path(str(args.output_dir))
+    try:
+        comparison = build(recipe, args)
+        report = compare(recipe, args, guidance, comparison)
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was done is in {folder}; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    except ConnectionError as error:  # of a stream, after its retries
+        unfinished = [p for p in folder.glob("seed-*/*") if not (p / RESULT).is_file()]
+        whole = [Path(last).name for place in unfinished if (last := last_whole_checkpoint(place))]
+        sys.exit(f"{error}\nThe same command goes on from {whole[-1] if whole else 'where it was'}; see {folder}.")
+    summary = comparison.summary()
+    if PartialState().is_main_process:
+        publish(report, folder, args)
+        print(summary, end="")
+    PartialState().wait_for_everyone()  # a rank that leaves early takes what the others still need with it
+    PartialState().destroy_process_group()
+
+
+def _parse(
+    description: str, arguments: type[A], defaults: Callable[[A], dict[str, Any]]
+) -> tuple[A, TrainingArguments, GuidanceConfig]:
+    def checked(recipe: A) -> dict[str, Any]:
+        check_choice("preset", recipe.preset, PRESETS)
+        return defaults(recipe)
+
+    parsed = parse(description, arguments, checked, refused=REFUSED, instead=INSTEAD)
+    if parsed[1].eval_strategy == "no" or parsed[0].eval_size == 0:
+        raise ValueError("--eval_strategy no, --eval_size 0: runs are compared by their validation; leave it on.")
+    if parsed[1].max_steps < 1:
+        raise ValueError(
+            f"--max_steps is {parsed[1].max_steps}; it must be at least 1: matched runs are compared step by step, and "
+            "a stream has no end."
+        )
+    return parsed
+
+
+def compare(
+    recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
+) -> dict[str, Any]:
+    """Carry out every run; what is already done is read, what was interrupted goes on."""
+    task, folder = comparison.task, Path(str(args.output_dir))
+    alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
+    if recipe.longer_baseline and "alone" not in {run.name for run in comparison.runs(recipe.seeds[0])}:
+        raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
+    name = Path(sys.argv[0]).name
+    command = ["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]
+    started = command_facts(command, type(recipe), TrainingArguments, GuidanceConfig)
+    facts: dict[str, Any] = started | {"license": LICENSE}
+    facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
+    for run in comparison.runs(recipe.seeds[0]):
+        check(run, task, args, guidance, folder)
+
+    def carry(run: Run) -> dict[str, Any]:
+        own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
+        return carry_out(run, own, args, guidance, folder, comparison.data, facts)
+
+    search: list[dict[str, Any]] = []
+    if recipe.learning_rates:
+        args.learning_rate, search = best_learning_rate(alone, recipe.learning_rates, carry, task.higher_is_better)
+    found = {r["seed"]: r | {"run": "alone"} for r in search if r["settings"]["learning_rate"] == args.learning_rate}
+    results = [
+        found[seed] if found and run.name == "alone" else carry(run)
+        for seed in recipe.seeds
+        for run in comparison.runs(seed)
+    ]
+    if recipe.longer_baseline:
+        results += [carry(_longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
+    return {
+        "recipe": Path(name).stem,
+        **started,
+        "environment": environment(),
+        "task": {
+            "name": task.name,
+            "description": task.description,
+            "metric": task.metric,
+            "percent": task.percent,
+        },
+        "learning_rate_search": [{k: r[k] for k in ("run", "seed", "validation")} for r in search],
+        "runs": results,
+    }
+
+
+def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
+    """The unguided run for twice the steps, or somewhat more than the time of the slowest guided run of its seed."""
+    own = [r for r in results if r["seed"] == run.seed]
+    guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
+    times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
+    more = int(steps * max(2.0, 1.25 * times) + 1)
+    return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
+
+
+def publish(report: dict[str, Any], folder: Path, args: TrainingArguments) -> None:
+    """Table, results.json, figures, cards, the numbers first: what fails later must not lose them."""
+    metric, percent = report["task"]["metric"], report["task"]["percent"]
+    report["table"] = comparison_rows(report["runs"], metric=metric)
+    write_json(folder / "results.json", report)
+    print("\n" + markdown_table(report["table"], metric, percent) + "\n")
+    plot_comparison(report["runs"], metric, folder / "comparison.png", percent=percent, log=not percent)
+    written = [f"{folder}/results.json", f"{folder}/comparison.png"]
+    if plot_similarity_maps(report["runs"], folder / "similarity.png"):
+        written.append(f"{folder}/similarity.png")
+    cards = write_cards(report, folder)
+    print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
+    if args.push_to_hub:
+        push_cards(report, cards, args.hub_token, args.hub_revision)

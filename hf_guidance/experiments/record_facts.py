@@ -1,0 +1,78 @@
+"""What a model card says of a run, from what a recipe's results keep of it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import hf_guidance.targets as own_networks
+from hf_guidance.analysis.history import SPEED
+from hf_guidance.card.facts import EXAMPLES, known, task_facts
+from hf_guidance.trainer.run_facts import VERSIONS, pairs_facts, sizes_of, timms_name, training_facts
+
+Facts = dict[str, Any]
+LICENSE = "apache-2.0"
+
+
+def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
+    """Facts of one guided run of a recipe, for `model_card.render`; those kept in its ``card`` add to them.
+
+    Args:
+        run: of the report's runs.
+        report: the content of ``results.json``.
+    """
+    settings, task = run["settings"], report["task"]
+    network = settings.get("network") or {}
+    test = {name: value for name, value in run["test"].items() if name not in SPEED}
+    facts: Facts = {
+        "name": f"{task['name']}-{run['run']}",
+        "license": LICENSE,
+        "folder": _folder(run, report),
+        "target": {
+            "architecture": run["target"],
+            "parameters": run["parameters"],
+            "sizes": sizes_of(network),
+            "untrained": True,
+            "seed": run["seed"],
+            "own_code": hasattr(own_networks, run["target"]),
+        },
+        "guide": _guide(run),
+        "guidance": settings["guidance"],
+        "pairs": pairs_facts(run["similarity"]),
+        "results": {"split": "test", "values": test},
+        "training": training_facts(settings, run["steps"], run["seed"]),
+        "cost": {"hardware": run["environment"]["device"]},
+        "data": task_facts(task["name"], task["description"], settings["data"]),
+        "example": EXAMPLES.get(task["name"]),
+        "command": report["command"],  # of known settings only, since it was written
+        "command_is_cut": report.get("command_is_cut"),
+        "versions": {name: run["environment"][name] for name in VERSIONS},
+    }
+    own = {name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")}
+    return known(merged(facts, own))  # the command that made the report may have gone on with earlier ones' runs
+
+
+def _guide(run: dict[str, Any]) -> Facts:
+    norm = run["settings"]["guidance"]["guide_batch_norm"] != "eval"
+    config = run["guide"].get("config") or {}
+    timms = known({"timm": timms_name(config)})
+    return run["guide"] | {"sizes": sizes_of(config), "batch_norm": norm} | timms
+
+
+def _folder(run: dict[str, Any], report: dict[str, Any]) -> str | None:
+    """Where the command leaves the network, if the command says so."""
+    words = shlex.split(report["command"])
+    if "--output_dir" not in words[:-1] or Path(words[words.index("--output_dir") + 1]).is_absolute():
+        return None
+    return f"{words[words.index('--output_dir') + 1]}/seed-{run['seed']}/{run['run']}"
+
+
+def merged(facts: Facts, more: Facts) -> Facts:
+    """Facts with more of them, section by section; what both have is taken from the latter."""
+    return {
+        name: facts[name] | more[name]
+        if isinstance(facts.get(name), dict) and isinstance(more.get(name), dict)
+        else more.get(name, facts.get(name))
+        for name in [*facts, *(name for name in more if name not in facts)]
+    }

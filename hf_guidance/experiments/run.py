@@ -1,0 +1,139 @@
+"""One training of one network: what it is made with, kept beside it so that no other is taken for it; its record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_guidance.analysis.history import similarity_curves, training_curve, validation_curve
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.environment import environment
+
+if TYPE_CHECKING:
+    from hf_guidance.tasks import Task
+
+SETTINGS = "settings.json"
+# TrainingArguments that leave weights and curves as they are: where files go, what is printed, how data are loaded
+HARMLESS = re.compile(
+    r"output_dir|run_name|seed|report_to|disable_tqdm|(log|logging|save|hub|push|ddp|trackio|_n_gpu).*|project"
+    r"|dataloader_(?!drop_last).*"
+    r"|do_(train|eval|predict)|load_best_model_at_end|remove_unused_columns|resume_from_checkpoint|ignore_data_skip"
+    r"|local_rank|debug|skip_memory_metrics|torch_empty_cache_steps|eval_(delay|on_start|accumulation_steps|do_.*)|include_.*"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of one network.
+
+    Args:
+        name: of its folder and of its row in the table.
+        seed: of initial weights, data order and dropout.
+        model: makes the network; called right after seeding.
+        guide: makes its guide; None for a run without guidance.
+        training: `TrainingArguments` fields that differ from the other runs'.
+        guidance: `GuidanceConfig` fields that differ.
+        task: instead of the comparison's, where its data differ.
+        needs: name of the run of the same seed whose network its guide is, if it is one's.
+        like: makes a guide of the same layers, to check settings with before that run is done.
+        trainer: makes the trainer of everything but guide and guidance; None for a `GuidanceTrainer` with both.
+    """
+
+    name: str
+    seed: int
+    model: Callable[[], PreTrainedModel]
+    guide: Callable[[], nn.Module] | None = None
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    task: Task | None = None
+    needs: str | None = None
+    like: Callable[[], nn.Module] | None = None
+    trainer: Callable[..., Trainer] | None = None
+
+
+def settings_of(
+    model: PreTrainedModel, args: TrainingArguments, guidance: GuidanceConfig | None, data: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that a run's weights and curves depend on, as JSON values.
+
+    Args:
+        model: the target.
+        guidance: None for a run without a guide.
+        data: what the task was built from.
+    """
+    network = json.loads(model.config.to_json_string(use_diff=True))
+    network.pop("transformers_version", None)
+    training = {name: value for name, value in args.to_dict().items() if not HARMLESS.fullmatch(name)}
+    training |= {"world_size": args.world_size}
+    settings = training | {
+        "guidance": guidance.without_paths() if guidance else None,
+        "data": data,
+        "network": network,
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def check_same_settings(place: Path, now: dict[str, Any]) -> None:
+    """Raise ValueError if a folder holds a run of other settings, naming each that differs."""
+    if not (place / SETTINGS).is_file():
+        return
+    then = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+    if then.get("guidance"):  # what did not exist when it ran is at its default
+        then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
+    if changed := _changed(then, now):
+        raise ValueError(
+            f"{place} holds a run with other settings: {', '.join(changed)}. Give another --output_dir, or remove "
+            "that folder, and those of runs that used its network as their guide, to run it again."
+        )
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ, each as ``name was 1, is 2``; those of a group as group.name."""
+    words: list[str] = []
+    for name in sorted(then.keys() | now.keys()):
+        old, new = then.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            words += _changed({f"{name}.{k}": v for k, v in old.items()}, {f"{name}.{k}": v for k, v in new.items()})
+        else:
+            words.append(f"{name} was {reprlib.repr(old)}, is {reprlib.repr(new)}")
+    return words
+
+
+def first_rows(task: Task, size: int) -> dict[str, Any]:
+    rows = (task.eval_dataset[i] for i in range(min(size, len(task.eval_dataset))))
+    return dict(task.data_collator(list(rows)))
+
+
+def record_of(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
+    clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
+    seconds = {step: at for step, at in clock.marks}  # noqa: C416  JSON has made lists of the pairs
+    history = trainer.state.log_history
+    _, points = validation_curve(history, metric)
+    curve = [point | {"seconds": seconds.get(point["step"])} for point in points]
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        "steps": trainer.state.global_step,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "target": type(trainer.model).__name__,
+        "guide": trainer.guide_identity if run.guide else None,
+        "settings": settings,
+        "environment": environment(),
+        "validation": curve[-1]["value"],
+        "test": {k.removeprefix("test_"): v for k, v in test.items() if k.startswith("test_")},
+        "curve": curve,
+        "training": training_curve(history),
+        "similarity": similarity_curves(history),
+        "seconds": clock.seconds,
+    }

@@ -1,0 +1,248 @@
+"""What a network shows of itself during one forward: hidden states, or the outputs of named modules."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_guidance.features.layer_drop import LayerDrop
+
+# whose first hidden state is a layer's; that of other networks is the embeddings
+STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
+HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
+Reduce = Callable[[str, Any], Any]
+
+
+class AllRead(Exception):
+    """Raised out of a forward when the last of the layers that are needed has been read."""
+
+
+class LayerReader:
+    """Reads chosen layers of one network while it runs, reducing each at once so that nothing else is kept.
+
+    It works by hooks on the network itself, so that whoever calls it (Trainer, DDP, a loop of your own) calls it as
+    ever; outside `reading` the hooks do nothing: not in evaluation, nor when activation checkpointing repeats a block.
+    Of a network with LayerDrop a forward shows the layers that it does not skip, each by the name that it always has.
+
+    Args:
+        model: any `nn.Module`; PEFT models are read by the names of their base model.
+        layers: ``hidden_states`` (all but index 0, the embeddings; of an encoder-decoder the decoder's),
+            ``hidden_states.<i>``, ``encoder_hidden_states``, or modules by exact name, glob (``*`` stays within one
+            level, ``**`` does not) or type.
+        role: ``target`` or ``guide``, for messages.
+
+    Raises:
+        ValueError: a layer the network does not have, or hidden states of a network that returns none, or whose
+            LayerDrop leaves open which is whose.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], role: str) -> None:
+        self.model, self.role = model, role
+        self.keep: set[str] | None = None  # once the pairs are known: the layers that are in one
+        self.stop_early = False  # end a forward by `AllRead` once those are read
+        self._hidden: list[tuple[str, int | None]] = []
+        self._reduce: Reduce | None = None
+        self._read: dict[str, Any] = {}
+        self._seen: list[str] = []
+        self._counted: dict[str, None] = {}  # the hidden states of a forward, skipped ones included
+        self._order: list[str] = []
+        modules: dict[str, nn.Module] = {}
+        base = base_model_of(model)
+        for layer in layers:
+            if match := HIDDEN.fullmatch(layer):
+                self._hidden.append((match[1], int(match[2]) if match[2] else None))
+            else:
+                modules.update(find_modules(base, layer, role))
+        self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], modules)
+        if self._hidden:
+            self._check_returns_hidden_states()
+            self._handles = [
+                model.register_forward_pre_hook(self._ask_for_hidden_states, with_kwargs=True),
+                model.register_forward_hook(self._read_hidden_states),
+            ]
+        else:
+            self._handles = []
+        self._order = list(modules)
+        self._handles += [m.register_forward_hook(partial(self._read_module, name)) for name, m in modules.items()]
+
+    @contextmanager
+    def reading(self, reduce: Reduce) -> Iterator[dict[str, Any]]:
+        """While open, the layers of each forward go through `reduce(name, output)` into the yielded dict."""
+        self._reduce, self._read, self._counted = reduce, {}, {}
+        self.layer_drop.start()
+        try:
+            yield self._read
+        finally:
+            self.layer_drop.stop()
+            self._seen = list(self._read)
+            self._reduce, self._read = None, {}  # nothing of a forward stays on the network: it can be copied and saved
+
+    def names(self) -> list[str]:
+        """The layers in order, modules as named and hidden states as counted in the last forward, with skipped ones.
+
+        Raises:
+            ValueError: a named module did not run, or a hidden state is not among those returned.
+        """
+        self.check_skipped([name for name in self._order if name not in self._seen])
+        return [*self._counted, *self._order]
+
+    def check_skipped(self, missing: Sequence[str]) -> None:
+        """Raise ValueError if the last forward left out these layers for another reason than LayerDrop."""
+        missing = [name for name in missing if not self.layer_drop.has_skipped(name)]
+        if missing:
+            raise ValueError(f"{self.role} layers {missing} did not run in the {self.role}'s forward; leave them out.")
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        self.layer_drop.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    def _store(self, name: str, output: Any) -> None:
+        if self._reduce is None or (self.keep is not None and name not in self.keep):
+            return
+        if name in self._read:
+            raise ValueError(
+                f"{self.role} layer {name!r} ran more than once in one forward, so its output is not one thing. "
+                "Name another layer, or use hidden_states."
+            )
+        self._read[name] = self._reduce(name, first_tensor(output))
+        if self.stop_early and self.keep == self._read.keys():
+            raise AllRead
+
+    def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._store(name, output)
+
+    def _ask_for_hidden_states(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return None if self._reduce is None else (args, {**kwargs, "output_hidden_states": True})
+
+    def _read_hidden_states(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._reduce is None:
+            return
+        for kind, index in self._hidden:
+            states = _states(output, kind)
+            if states is not None:
+                states = self.layer_drop.in_full(kind, states)
+            if not states:
+                hint = ", as a tuple has no names: set config.return_dict=True" if isinstance(output, tuple) else ""
+                raise ValueError(
+                    f"the {self.role} ({type(module).__name__}) returned no {kind}{hint}. If it has layers at all, "
+                    f"name them with {self.role}_layers."
+                )
+            skipped = self.layer_drop.has_skipped
+            counted = [i for i, state in enumerate(states) if state is not None or skipped(f"{kind}.{i}")]
+            if index is not None and index not in counted:  # models that honour a selection leave the others out
+                raise ValueError(
+                    f"{self.role} layer '{kind}.{index}' not found; the {self.role} returned {kind}.0 … "
+                    f"{kind}.{len(states) - 1}."
+                )
+            first = 0 if STARTS_WITH_A_LAYER.search(type(base_model_of(self.model)).__name__) else 1
+            for i in [i for i in counted if i >= first] if index is None else [index]:
+                self._counted[f"{kind}.{i}"] = None
+                if states[i] is not None:
+                    self._store(f"{kind}.{i}", states[i])
+
+    def _check_returns_hidden_states(self) -> None:
+        from transformers import PreTrainedModel
+
+        if isinstance(base_model_of(self.model), PreTrainedModel):
+            return
+        if "output_hidden_states" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError(
+                f"the {self.role} ({type(self.model).__name__}) takes no output_hidden_states; name its layers with "
+                f"{self.role}_layers, by module name, glob or type. It has {describe_modules(self.model)}."
+            )
+
+
+def not_recomputed(reduce: Reduce) -> Reduce:
+    """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here.
+
+    Reentrant checkpointing is refused: its first forward has no gradients, and a layer inside would count for nothing.
+    """
+    with_gradients = torch.is_grad_enabled()
+
+    def reduce_unseen(name: str, features: Any) -> Any:
+        if with_gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "
+                "activation checkpointing: guidance could not reach it. Set use_reentrant=False, or name layers "
+                "outside (hidden_states)."
+            )
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+            return reduce(name, features)
+
+    return reduce_unseen
+
+
+def first_tensor(output: Any) -> Any:
+    """The features in a module's output: the tensor itself, or the first one of a tuple or model output."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, torch.nn.utils.rnn.PackedSequence):
+        raise ValueError("a packed sequence has no batch axis; choose a layer after it is unpacked.")
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return next((first_tensor(entry) for entry in output if entry is not None), None)
+    return output
+
+
+def _states(output: Any, kind: str) -> Sequence[Any] | None:
+    kinds = ("hidden_states", "decoder_hidden_states") if kind == "hidden_states" else (kind,)
+    found = (output.get(k) if isinstance(output, dict) else getattr(output, k, None) for k in kinds)
+    return next((states for states in found if states is not None), None)
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The network inside a PEFT model; any other network itself."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+# ------------------------------------------------------------------------------------------------- finding modules
+
+
+def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[str, nn.Module]:
+    """Modules by exact name, else by glob, else by type (or a base type), in the order of registration.
+
+    Raises:
+        ValueError: none matches; the message lists what there is.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if pattern in modules:
+        return {pattern: modules[pattern]}
+    expression = re.compile(_glob_to_regex(pattern))
+    if found := {name: module for name, module in modules.items() if expression.fullmatch(name)}:
+        return found
+    if found := {n: m for n, m in modules.items() if pattern in (c.__name__ for c in type(m).__mro__)}:
+        return found
+    close = difflib.get_close_matches(pattern, [*modules, *{type(m).__name__ for m in modules.values()}], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"{role} layer {pattern!r} not found; the {role} has {describe_modules(model)}.{hint}")
+
+
+def _glob_to_regex(pattern: str) -> str:
+    tokens = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return "".join(tokens.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", pattern))
+
+
+def describe_modules(model: nn.Module, most: int = 8) -> str:
+    """The shallowest modules in words, numbered siblings folded: ``wte (Embedding), 12 GPT2Block (h.0 … h.11)``."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, module in model.named_modules():
+        if name and not isinstance(module, nn.ModuleList):
+            groups.setdefault((re.sub(r"\d+", "#", name), type(module).__name__), []).append(name)
+    shallow = sorted(groups.items(), key=lambda group: group[0][0].count("."))[:most]
+    words = [f"{n[0]} ({kind})" if len(n) == 1 else f"{len(n)} {kind} ({n[0]} … {n[-1]})" for (_, kind), n in shallow]
+    more = f" and {len(groups) - most} more kinds" if len(groups) > most else ""
+    return (", ".join(words) or "no modules") + more

@@ -1,0 +1,149 @@
+"""The guide's side of a step: its forward, or what is stored of it, to Gram matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.reader import AllRead, LayerReader, Reduce
+from hf_guidance.features.samples import Samples
+from hf_guidance.guide.cache import GuideCache
+from hf_guidance.guide.inputs import accepted_columns, forward_arguments, seen_by, take_rows
+from hf_guidance.guide.sharding import is_sharded
+from hf_guidance.mapping import LAST
+from hf_guidance.similarity.grams import flat
+from hf_guidance.similarity.representation import Kernel
+from hf_guidance.similarity.sketch import Sketch
+
+WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)  # as transformers and timm say it
+
+
+class GuideRunning:
+    """Runs a guide once per batch, no further than it must, or reads what it showed of these samples before.
+
+    Args:
+        reader: of the guide's layers.
+        config: see `GuidanceConfig`.
+        sketch: of wide layers, if there is one.
+        autocast: makes the context of the forward.
+    """
+
+    def __init__(
+        self,
+        reader: LayerReader,
+        config: GuidanceConfig,
+        sketch: Sketch | None,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.reader, self.guide, self.config, self.sketch = reader, reader.model, config, sketch
+        self.autocast = autocast
+        self.cache: GuideCache | None = None
+
+    def names(self) -> list[str]:
+        """The guide's layers in order, once a batch has been seen."""
+        return self.reader.names() if self.cache is None else list(self.cache.widths)
+
+    def grams(self, inputs: Mapping[str, Any], batch: Mapping[str, Any], samples: Samples) -> dict[str, Kernel]:
+        """Gram matrix of each layer, or what it will be made of, on the guide's `inputs`.
+
+        Args:
+            batch: has the samples' ids, if they are needed.
+        """
+        if self.config.cache_guide is None:
+            return self.read(inputs, samples.gram)
+        if self.cache is None:
+            raise ValueError("cache_guide is set: call open_cache once before the first step; a GuidanceTrainer does.")
+        ids, seen = self._ids(batch), seen_by(self.guide, inputs)
+        features = self.cache.features(ids, seen, lambda rows: self.read(take_rows(inputs, rows), self._sketched))
+        keep = self.reader.keep
+        return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
+
+    def read(self, inputs: Mapping[str, Any], reduce: Reduce) -> dict[str, Any]:
+        """One forward, each layer reduced as soon as it is there; it ends with the last one that is in a pair."""
+        own_forward = getattr(self.guide.forward, "__func__", None) is type(self.guide).forward
+        placed = hasattr(self.guide, "hf_device_map")  # weights that are fetched for each forward, and put back
+        whole_forward = placed or is_sharded(self.guide)  # to put back what was gathered
+        self.reader.stop_early = own_forward and not whole_forward and self.cache is None
+        with self.autocast(), self.reader.reading(reduce) as read, suppress(AllRead):
+            forward(self.guide, inputs)
+        return read
+
+    def open_cache(
+        self,
+        inputs: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rows: int,
+        identity: Mapping[str, Any],
+        create: bool,
+    ) -> None:
+        """See `GuidanceLoss.open_cache`."""
+        assert self.config.cache_guide is not None
+        assert self.sketch is not None
+        ids = self._ids(batch)
+        if Samples(inputs).masks:
+            raise ValueError(
+                "cache_guide keeps as many numbers of every sample, and these rows have an attention_mask or decoder "
+                "inputs: the features of padded rows depend on their batch. Leave the mask out where all rows are of "
+                "one length, or train without the cache."
+            )
+        precision = []
+
+        def sketched(name: str, features: Tensor) -> Tensor:
+            precision.append(str(features.dtype))
+            return self._sketched(name, features)
+
+        read = self.read(inputs, sketched)
+        features = {name: read[name] for name in self.reader.names()}  # in the order in which layers are paired
+        if match := LAST.fullmatch(self.config.layer_mapping):
+            features = dict(list(features.items())[-int(match[1]) :])
+        identity = {**identity, "sketch": self.sketch.size, "precision": precision[0]}
+        seen = seen_by(self.guide, inputs)
+        self.cache = GuideCache(self.config.cache_guide, features, ids, seen, rows, identity, create)
+
+    def _sketched(self, name: str, features: Tensor) -> Tensor:
+        assert self.sketch is not None
+        return self.sketch(name, flat(features))
+
+    def _ids(self, batch: Mapping[str, Any]) -> Tensor:
+        column = str(self.config.sample_id_column)
+        if not isinstance(batch.get(column), Tensor):
+            raise ValueError(
+                f"the batch has {sorted(batch)} and no column of sample ids {column!r}: add one, "
+                f"dataset.add_column({column!r}, range(len(dataset))), and let the collator pass it on as a tensor."
+            )
+        return batch[column]
+
+
+def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run a guide on those of the inputs that it takes, moved to where it is.
+
+    Raises:
+        ValueError: an encoder-decoder without decoder inputs, or images of a size that the guide does not take.
+    """
+    args, kwargs = forward_arguments(guide, inputs)
+    if "use_cache" in accepted_columns(guide):  # with one, transformers takes packed documents for a single one
+        kwargs["use_cache"] = False
+    parameter = next(guide.parameters(), None)
+    if parameter is not None and parameter.device.type != "meta":
+        args = [value.to(parameter.device) for value in args]
+        kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    try:
+        return guide(*args, **kwargs)
+    except (ValueError, AssertionError) as error:
+        config = getattr(guide, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
+            raise ValueError(
+                f"the guide ({type(guide).__name__}) is an encoder-decoder and the batch has nothing for its "
+                "decoder: add guide_decoder_input_ids (beside guide_input_ids), or pass guide.get_encoder()."
+            ) from error
+        if WRONG_SIZE.match(str(error)) and isinstance(images := inputs.get("pixel_values"), Tensor):
+            raise ValueError(
+                f"the guide ({type(guide).__name__}) cannot take images of shape {tuple(images.shape)}: {error} "
+                "Give it images of its own in a column guide_pixel_values, or build it for this size."
+            ) from error
+        raise

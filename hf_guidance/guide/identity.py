@@ -1,0 +1,64 @@
+"""Telling one guide from another, in checkpoints, on resume, in model cards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from torch import nn
+
+from hf_guidance.guide.sharding import is_sharded, whole_state
+
+IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
+
+
+def fingerprint(model: nn.Module) -> str:
+    """``sha256:…`` over names, types, shapes and bytes of all parameters and saved buffers."""
+    state = model.state_dict()
+    if any(value.device.type == "meta" for value in state.values()):  # weights that a device map keeps elsewhere
+        state = get_state_dict_offloaded_model(model)
+    elif is_sharded(model):
+        state = whole_state(model)
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def identity(guide: nn.Module) -> dict[str, Any]:
+    """What tells this guide from any other: origin, architecture, size, versions and fingerprint of its weights."""
+    import transformers
+
+    origin = getattr(guide, IDENTITY, {"source": None, "untrained": None, "seed": None, "revision": None})
+    return origin | {
+        "architecture": type(guide).__name__,
+        "parameters": sum(parameter.numel() for parameter in guide.parameters()),
+        "fingerprint": fingerprint(guide),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "config": _config(guide) if origin["untrained"] else None,
+    }
+
+
+def _config(guide: nn.Module) -> dict[str, Any] | None:
+    """What the architecture of an untrained guide is rebuilt from; None for one that is not transformers' own."""
+    config: Any = getattr(guide, "config", None)
+    return json.loads(config.to_json_string(use_diff=True)) if hasattr(config, "to_json_string") else None
+
+
+def check_same_guide(now: dict[str, Any], then: dict[str, Any], where: str) -> None:
+    """Raise ValueError if a run would go on with another guide than it began with."""
+    if then.get("fingerprint") not in (None, now["fingerprint"]):
+        raise ValueError(
+            f"{where} was guided by {_in_words(then)}, but this trainer's guide is {_in_words(now)}. Resuming would "
+            "train towards another network: pass the same guide (same seed and library versions, or the weights kept "
+            "by save_guide=True), or start anew without resume_from_checkpoint."
+        )
+
+
+def _in_words(guide: dict[str, Any]) -> str:
+    kind = f"untrained, seed {guide.get('seed')}" if guide.get("untrained") else "with given weights"
+    return f"{guide.get('architecture')} ({guide.get('source') or 'live module'}, {kind}, {guide['fingerprint'][:19]}…)"

@@ -1,0 +1,140 @@
+"""What the guide is shown: the batch, its own columns, noise, or another row's input."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from hf_guidance.features.reader import base_model_of
+
+GUIDE_PREFIX = "guide_"
+GUIDE_PIXELS = "guide_pixel_values"
+MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
+LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """Randomness as a function of (seed, step, micro-step, rank, …), so that it need not be saved with a checkpoint."""
+    state = 0
+    for number in key:
+        state = (state * 6364136223846793005 + int(number) + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def accepted_columns(guide: nn.Module) -> list[str]:
+    """Names of what the guide's forward takes, labels left out."""
+    parameters = inspect.signature(base_model_of(guide).forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.kind not in variadic and p.name not in LABELS]
+
+
+def guide_batch(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
+    """The guide's side of a batch: its own columns (``guide_*``, prefix removed) if there are any, or all others."""
+    own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
+    return own or with_decoder_inputs(batch, target)
+
+
+def with_decoder_inputs(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
+    """The batch as an encoder-decoder target sees it: decoder inputs are the labels shifted, unless they are there."""
+    shift = getattr(base_model_of(target), "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None and "labels" in batch and "decoder_input_ids" not in batch:
+        return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
+    return dict(batch)
+
+
+def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """(args, kwargs) for the guide's forward: columns it takes by name, else its one input by position.
+
+    Raises:
+        ValueError: the guide takes none of the columns.
+    """
+    accepted = accepted_columns(guide)
+    named = {name: batch[name] for name in accepted if name in batch}
+    main = next((name for name in MAIN_INPUTS if name in batch), None)
+    has_main = main is None or main in named or accepted[0] in named
+    if has_main and any(isinstance(value, Tensor) for value in named.values()):
+        return [], named
+    if main is None or not accepted:
+        raise ValueError(
+            f"the guide ({type(guide).__name__}) takes {accepted}, and the batch has {sorted(batch)}: "
+            f"name the columns after its arguments, prefixed with '{GUIDE_PREFIX}' where they are for the guide alone."
+        )
+    return [batch[main]], named
+
+
+def seen_by(guide: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the inputs that the guide's forward takes."""
+    args, kwargs = forward_arguments(guide, inputs)
+    return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
+
+
+def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str, Any]:
+    """The target's side of a batch: all but the guide's own columns and that of the sample ids."""
+    return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
+
+
+def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
+    """The batch with its inputs replaced: random token ids, or noisy pixels in [0, 1]; masks and labels stay.
+
+    The guide's own images (``guide_pixel_values``) become the target's noise in their size, by nearest neighbours.
+
+    Raises:
+        ValueError: a batch without such inputs, or with other inputs for the guide alone beside them.
+
+    Source: Subramaniam et al. 2025, released code (``randn + 0.1 randn``, clamped).
+    """
+    own = sorted(name for name in batch if name.startswith(GUIDE_PREFIX))
+    if own and not (own == [GUIDE_PIXELS] and "pixel_values" in batch):
+        raise ValueError(f"both networks cannot see the same noise: the batch has {own} for the guide alone.")
+    if not any(name in batch for name in MAIN_INPUTS):
+        raise ValueError(f"noise replaces one of {', '.join(MAIN_INPUTS)}; the batch has {sorted(batch)}.")
+    noisy = dict(batch)
+    for name, value in batch.items():
+        if name.removeprefix("decoder_") == "input_ids":
+            high = vocabulary or int(value.max()) + 1
+            noisy[name] = torch.randint(high, value.shape, generator=generator).to(value)
+        elif name in ("pixel_values", "inputs_embeds"):
+            noise = torch.randn(value.shape, generator=generator) + 0.1 * torch.randn(value.shape, generator=generator)
+            noisy[name] = noise.clamp(0, 1).to(value)
+    if own:  # averaging would take the noise away
+        theirs = batch[GUIDE_PIXELS]
+        noisy[GUIDE_PIXELS] = interpolate(noisy["pixel_values"], theirs.shape[-2:], mode="nearest").to(theirs)
+    return noisy
+
+
+def shuffle_rows(batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """The batch with each row replaced by another one, at random and without fixed points."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    rows = torch.randperm(len(tensors[0]), generator=generator)
+    source = torch.empty_like(rows)
+    source[rows] = rows.roll(1)
+    return take_rows(batch, source)
+
+
+def take_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The batch with these of its rows, by their numbers."""
+    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Number of token ids a network takes; None where its config does not say."""
+    config: Any = getattr(base_model_of(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def check_vocabularies(target: nn.Module, guide: nn.Module, columns: Collection[str]) -> None:
+    """Raise ValueError if the guide would be fed the ids of another vocabulary than its own."""
+    sizes = vocabulary_size(target), vocabulary_size(guide)
+    if None in sizes or sizes[0] == sizes[1] or any(name.startswith(GUIDE_PREFIX) for name in columns):
+        return
+    raise ValueError(
+        f"the target's vocabulary has {sizes[0]} tokens and the guide's {sizes[1]}: the same ids mean other things to "
+        "them. Tokenise the text for the guide too and give the columns guide_input_ids and guide_attention_mask; or, "
+        "if one tokenizer serves both and only the embedding is padded, set guide_shares_tokenizer=True."
+    )

@@ -1,0 +1,190 @@
+"""The frozen network: loading it, or building an untrained one from a seed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_guidance.guide.configs import config_if_timm_exported, config_of
+from hf_guidance.guide.freezing import check_not_wrapped, freeze
+from hf_guidance.guide.identity import IDENTITY
+from hf_guidance.guide.sharding import built_whole
+from hf_guidance.guide.source import check_config, check_files, commit_of, in_timm, read_config, without_pickles
+
+logger = logging.getLogger(__name__)
+
+POSSIBLE = (
+    "A guide is a local folder with a config.json, a Hub id, a config, a live module, or 'timm/<architecture>' and "
+    "untrained=True."
+)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+NOT_GIVEN = {  # arguments of from_pretrained by which pickles would be read, or files of another repository
+    "use_safetensors": "use_safetensors is always on: pickled weights can run code when they are read.",
+    "weights_only": "weights_only is about pickled weights, and none are read.",
+    "adapter_kwargs": "A guide is one whole network: merge the adapter (merge_and_unload), and pass the module.",
+}
+
+
+def load_guide(
+    source: str | os.PathLike[str] | Any,
+    *,
+    untrained: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    auto_class: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a pretrained network as a guide, build one with random weights, or take a module as it is.
+
+    Of the source only JSON and safetensors are read: never a pickle, which can run code, nor another repository.
+
+    Args:
+        source: Hub id, local folder, ``timm/<architecture>``, a transformers config (which is always untrained), or an
+            `nn.Module`, which is frozen in place.
+        untrained: draw the weights at random, as the architecture's own code does, instead of loading them.
+        seed: of an untrained guide, and of weights a checkpoint lacks (a pooler, say); the same seed and library
+            versions give the same weights again.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code from the Hub; never on by default.
+        auto_class: transformers' Auto class of a task whose head is wanted, as for distillation; `AutoModel`, which
+            has none, if left out.
+        **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …, but not
+            ``use_safetensors``, ``weights_only`` and ``adapter_kwargs``.
+
+    Returns:
+        The network, frozen, with its origin on it for checkpoints and model cards.
+
+    Raises:
+        ValueError: a source that is none of these or that the Hub does not know, one that would be read from pickles or
+            from elsewhere, or options that the source has no use for.
+    """
+    from transformers import AutoModel, PreTrainedConfig
+
+    import hf_guidance.targets  # noqa: F401  registers our own architectures with the Auto classes
+
+    for name in NOT_GIVEN.keys() & kwargs.keys():
+        raise ValueError(NOT_GIVEN[name])
+    if isinstance(source, nn.Module):
+        options = {"untrained": untrained, "seed": seed, "revision": revision, "auto_class": auto_class, **kwargs}
+        return _as_it_is(source, [name for name, value in options.items() if value])
+    if not isinstance(source, (str, os.PathLike, PreTrainedConfig)):
+        raise ValueError(f"Cannot load guide {source!r} ({type(source).__name__}). {POSSIBLE}")
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(source, PreTrainedConfig):
+        name, untrained = source.model_type, True
+    else:
+        name = Path(source).resolve().name if os.path.isdir(source) else str(source)  # no path of this machine in cards
+    if untrained and kwargs:
+        raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
+    auto = auto_class or AutoModel
+    with built_whole():
+        if untrained:
+            config = _or_explain(source, lambda: config_of(source, **hub))
+            with _seeded(seed):
+                guide = _build(config, auto, trust_remote_code)
+            by_timm = guide.config.model_type == "timm_wrapper"  # whatever the cache has under that name
+            commit = None if by_timm else commit_of(source, revision)
+        else:
+            guide, commit = _or_explain(source, lambda: _load_pretrained(source, seed, auto, **hub, **kwargs))
+    origin = {"source": name, "untrained": untrained, "seed": seed if untrained else None, "revision": commit}
+    setattr(guide, IDENTITY, origin)
+    return freeze(guide)
+
+
+def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
+    if options:
+        raise ValueError(f"{', '.join(options)}: a module is taken as a guide as it is; leave that out.")
+    check_not_wrapped(module, "guide")
+    return freeze(module)
+
+
+def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
+        weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
+        raise ValueError(
+            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{weights}{known} {POSSIBLE}"
+        ) from error
+
+
+def _about_weights(source: Any) -> str:
+    """What to do about weights that are missing or pickled."""
+    if os.path.isdir(source) and not any(path.suffix in WEIGHTS for path in Path(source).iterdir()):
+        return " The folder has no weights: for random ones pass untrained=True (--untrained_guide)."
+    return " Weights must be safetensors: pickled ones are refused."
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, the random state of the CPU, where weights are drawn, is `seed`'s; after, as before; no other's moves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> tuple[nn.Module, str | None]:
+    """The network, and the commit of the Hub that it is of."""
+    from transformers.utils import logging as reports
+
+    written = read_config(source, **kwargs)
+    if commit := commit_of(source, kwargs["revision"], kwargs.get("cache_dir"), kwargs.get("subfolder")):
+        kwargs["revision"] = commit  # so that what is loaded is what has been checked
+    check_files(source, written, **kwargs)
+    if "config" in kwargs:
+        check_config(kwargs["config"].to_dict(), kwargs)
+    elif config := config_if_timm_exported(source, written, **kwargs):
+        kwargs["config"] = config
+    own_code = nullcontext() if kwargs["trust_remote_code"] else without_pickles()
+    verbosity = reports.get_verbosity()
+    reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
+    try:
+        with _seeded(seed), own_code:
+            guide, report = auto_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
+    finally:
+        reports.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        logger.warning(
+            "Guide %s has no weights for %s; drawn with seed %d.", source, sorted(report["missing_keys"]), seed
+        )
+    return guide, commit
+
+
+def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = False, **changes: Any) -> Any:
+    """A network of an architecture with random weights from torch's random state, to be trained.
+
+    Args:
+        source: as of `load_guide`.
+        auto_class: transformers' Auto class of the task, `AutoModelForImageClassification` say.
+        trust_remote_code: as of `load_guide`.
+        **changes: config fields that shall differ, ``num_labels`` say.
+    """
+    config = _or_explain(source, lambda: config_of(source, trust_remote_code=trust_remote_code))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return _build(config, auto_class, trust_remote_code)
+
+
+def _build(config: Any, auto_class: Any, trust_remote_code: bool) -> Any:
+    """A network with random weights, drawn as its own architecture's code draws them."""
+    state = torch.random.get_rng_state()
+    with torch.device("cpu"):
+        network = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    if config.model_type == "timm_wrapper":  # transformers overwrites timm's own initialisation with its generic one
+        import timm
+
+        classes = network.timm_model.num_classes
+        torch.random.set_rng_state(state)
+        with torch.device("cpu"):
+            own = timm.create_model(config.architecture, num_classes=classes, **(config.model_args or {}))
+        network.timm_model.load_state_dict(own.state_dict())
+    return network

@@ -1,0 +1,173 @@
+"""The guide that guided a pushed target, rebuilt from what the target's repository says of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import nn
+
+from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.guide.identity import fingerprint
+from hf_guidance.guide.loading import load_guide
+from hf_guidance.guide.size import size_of
+from hf_guidance.guide.source import check_config
+
+MOST_LABELS = 2**17  # each becomes a word of the config
+LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number, or more layers
+LONGEST = 1000  # entries of a list
+WIDEST = 2**12  # pixels of an image, or places of a window
+MOST_PARAMETERS = 2**34  # more than anyone guides with
+# fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
+FETCHING = re.compile(r"implementation|checkpoint|pretrained|quantization|auto_map|cache|trust|url|file|hub")
+DEPTH = re.compile(r"depth|block(?!_size)|layer")  # a block_size is a length
+SIDE = re.compile(r"image|img|resolution|(?<!sliding_)window|patch_size")
+PLAIN = (None, False, True, "eager", "sdpa")
+LABELS = ("id2label", "label2id", "label_names", "pretrained_cfg")  # free text, of which no network is made
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TYPES: dict[str, tuple[type, ...]] = {
+    "source": (str, type(None)),
+    "untrained": (bool, type(None)),
+    "seed": (int, type(None)),
+}
+TYPES |= {"revision": (str, type(None)), "fingerprint": (str,), "config": (dict, type(None))}
+
+
+def load_guide_of(
+    target: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> nn.Module:
+    """The guide of a pushed or saved target: an untrained one from its seed, a trained one from where it is kept.
+
+    Nothing but numbers and names is read from the target's repository, and none of its code is run. A process of its
+    own finds how large an untrained guide is, before it is built: that takes some seconds.
+
+    Args:
+        target: Hub id or local folder of a target that was saved by a `GuidanceTrainer`.
+        revision: branch, tag or commit of the target's repository.
+        token: for a private repository, of the target or of a trained guide.
+
+    Returns:
+        The guide, frozen, its weights the same to the bit as those that guided.
+
+    Raises:
+        ValueError: no guidance config is there, it is not one, or the guide cannot be had again: it was a module or
+            folder of the user's own, or these versions of the libraries draw other weights.
+    """
+    folder = _fetch(target, revision, token)
+    try:
+        _, guide = GuidanceConfig.load(folder)
+        _check(guide)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the {CONFIG_NAME} of {target} is not one of this package's: {error}") from error
+    rebuilt = _rebuild(guide, str(target), token)
+    if (found := fingerprint(rebuilt)) != guide["fingerprint"]:
+        raise ValueError(
+            f"the guide of {target} is {guide['fingerprint'][:19]}… and what was rebuilt is {found[:19]}…: it was made "
+            f"with {guide.get('versions')}, whose random weights or files were others."
+        )
+    return rebuilt
+
+
+def _fetch(target: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    if os.path.isdir(target):
+        if not (Path(target) / CONFIG_NAME).is_file():
+            raise ValueError(f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer saved.")
+        return Path(target)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(target), CONFIG_NAME, revision=revision, token=token)).parent
+    except EntryNotFoundError as error:
+        raise ValueError(f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer pushed.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"{target} is neither a folder nor a repository that this user may read (for a private one run `hf auth "
+            "login`, or pass token)."
+        ) from error
+
+
+def _check(guide: Any) -> None:
+    if not isinstance(guide, dict) or not guide:
+        raise ValueError("it names no guide")
+    for name, possible in TYPES.items():
+        if not isinstance(guide.get(name), possible) or (name == "seed" and isinstance(guide.get(name), bool)):
+            raise ValueError(f"{name} is {str(guide.get(name))[:80]!r}")
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", guide["fingerprint"]):
+        raise ValueError(f"fingerprint is {guide['fingerprint'][:80]!r}")
+    _check_numbers(guide["config"] or {})
+    check_config(guide["config"] or {})
+    if guide["seed"] is not None and not 0 <= guide["seed"] < 2**63:
+        raise ValueError(f"seed is {guide['seed']}")
+
+
+def _check_numbers(config: dict[str, Any], fetches: bool = False) -> None:
+    """Raise ValueError for a config of which something too large could be built, or something fetched.
+
+    Args:
+        config: the values, nested ones included.
+        fetches: whether they are those of a field by which something is fetched.
+    """
+    for name, value in config.items():
+        if name in LABELS:
+            continue
+        values, refused = _flat(value), f"{name} is {str(value)[:80]!r}"
+        reads = fetches or (bool(FETCHING.search(name)) and not name.startswith("use_cache"))
+        numbers = [abs(entry) for entry in values if isinstance(entry, int) and not name.endswith("theta")]
+        deep = bool(DEPTH.search(name)) and sum(numbers) > DEEPEST
+        if len(values) > LONGEST or deep or any(number > _most(name) for number in numbers):
+            raise ValueError(refused)
+        for entry in values:
+            if isinstance(entry, dict):
+                _check_numbers(entry, reads)
+            elif (isinstance(entry, str) and re.search(r"[/\\:]", entry)) or (
+                reads and (entry not in PLAIN or (entry is True and "pretrained" in name))
+            ):
+                raise ValueError(refused)
+
+
+def _most(name: str) -> int:
+    return WIDEST if SIDE.search(name) else MOST_LABELS if name.endswith("labels") else LARGEST
+
+
+def _flat(value: Any) -> list[Any]:
+    """The entries of a list and of all lists in it."""
+    return [entry for part in value for entry in _flat(part)] if isinstance(value, list) else [value]
+
+
+def _check_size(config: dict[str, Any], stated: Any) -> None:
+    """Raise ValueError if a network would be larger than it was said to be, before any memory is taken."""
+    size, free = size_of(config), psutil.virtual_memory().available
+    if size.parameters > MOST_PARAMETERS or (isinstance(stated, int) and size.parameters != stated):
+        raise ValueError(
+            f"its config makes a network of {size.parameters:,} parameters, and it says {str(stated)[:30]}"
+        )
+    if (needed := size.weights + size.largest) > free:
+        raise ValueError(
+            f"to build its {size.parameters:,} parameters and its buffers takes {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free here"
+        )
+
+
+def _rebuild(guide: dict[str, Any], target: str, token: str | bool | None) -> nn.Module:
+    from transformers import AutoConfig
+
+    import hf_guidance.targets  # noqa: F401  registers our own architectures
+
+    source = guide["source"] or ""
+    if guide["untrained"] and guide["config"]:
+        values = dict(guide["config"])
+        kind = values.pop("model_type", "")
+        try:
+            _check_size(guide["config"], guide.get("parameters"))
+            return load_guide(AutoConfig.for_model(kind, **values), seed=guide["seed"] or 0)
+        except Exception as error:  # a network's own code meets numbers here that nobody foresaw
+            raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
+    if guide["untrained"] is False and HUB_ID.fullmatch(source):
+        access: dict[str, Any] = {} if token is None else {"token": token}
+        return load_guide(source, revision=guide["revision"], **access)
+    where = f"a local folder called {source!r}" if source else "a module of the user's own"
+    raise ValueError(f"the guide of {target} was {where}, which is not kept with it; whoever trained it has it.")

@@ -1,0 +1,217 @@
+"""Gram matrices: what a layer is, once its n samples have been compared with each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from hf_guidance.similarity import half_precision
+from hf_guidance.similarity.half_precision import for_tensor_cores
+from hf_guidance.similarity.matrices import center, center_in_place
+from hf_guidance.similarity.numpy_products import features_on_cpu, for_numpy, kernel_on_cpu, outer
+
+SUM_ROUNDING = 2**-18  # of a sum of products in float32, squared numbers as they are; measured below a fourth of it
+EXPECTED = "gradient_is_centred"
+
+
+def without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `backward` of a Function that keeps less than a second derivative takes, which would be wrong in silence.
+
+    (torch's `once_differentiable` looks at the gradient alone, and lets the part through that goes by the features.)
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: similarities and guidance losses have no second derivative. Take it of the task's "
+                "loss alone, or write the similarity in plain torch."
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Switch autocast and TF32 off: a Gram matrix rounded to 8 or 10 bits is another statistic."""
+    return half_precision.float32_products("ieee", device)
+
+
+def gram(
+    features: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sketch: Callable[[Tensor], Tensor] | None = None,
+    precision: torch.dtype | None = None,
+    keep_copy: bool = False,
+    in_region: bool = False,
+) -> Tensor:
+    """Gram matrix of the centred features, scaled to a mean diagonal of 1; zero for a dead layer.
+
+    Args:
+        features: ``(n, …)``; everything after the sample axis is one feature axis.
+        mask: ``(n, length)``, true where valid, for features ``(n, length, …)``. A column's mean is then taken over its
+            valid entries and the invalid ones are set to it; what such a mean takes from the product of two samples on
+            average is given back, so that padding carries no signal of its own.
+        sketch: applied to the masked, centred features ``(n, d)``; without a mask, sketch them before.
+        precision: what the features were computed in, if they are in another now.
+        keep_copy: for features that are overwritten in place before the backward, as a module's output may be.
+        in_region: for features of a network that runs now; those in float32 are no finer than what an autocast around
+            it computes in, and a GPU multiplies them with 10 bits.
+
+    Returns:
+        ``(n, n)`` in float32 (float64 for float64 features). The scale is a constant for the gradient, which is exact
+        all the same for every measure here: none depends on it.
+    """
+    if features.ndim < 2 or (mask is not None and features.shape[:2] != mask.shape):
+        expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …), as the mask has it"
+        raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
+    precision = precision or features.dtype
+    as_it_is = features.dtype == torch.float64 or (mask is None and for_tensor_cores(features, in_region))
+    x = features if as_it_is else features.float()
+    if mask is None:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _scaled_kernel(flat(x.detach()), precision, in_region)[0]
+        return CentredKernel.apply(flat(x), precision, in_region, keep_copy and x is features)
+    with exact_float32(features.device):
+        kernel, offset = _masked_kernel(x, mask.bool(), precision, sketch or (lambda centred: centred))
+        kernel = center(kernel)  # also removes what rounding of the mean left behind
+        return kernel / _scale(kernel.diagonal().mean().detach(), offset.detach(), precision)
+
+
+def _scale(energy: Tensor, offset: Tensor, precision: torch.dtype) -> Tensor:
+    """The mean diagonal, that a Gram matrix is divided by; infinite for a dead layer, whose spread is rounding."""
+    energy, dead = _judged(energy, (2 * torch.finfo(precision).eps) ** 2 * offset)
+    return energy.masked_fill(dead, torch.inf)
+
+
+def _judged(energy: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's energy, NaN if it is infinite, which must come through as well; and whether the layer is dead: no more
+    than rounding, or too faint to be squared (activations below about 1e-20 in float32)."""
+    energy = energy.masked_fill(energy == torch.inf, torch.nan)
+    return energy, energy <= rounding.clamp(min=torch.finfo(energy.dtype).tiny)
+
+
+def flat(x: Tensor) -> Tensor:
+    """``(n, …)`` as ``(n, d)``, the features in whichever order they lie in memory, so that nothing is copied."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.flatten(1)
+
+
+class CentredKernel(torch.autograd.Function):
+    """The Gram matrix ``x̃ x̃ᵀ / scale`` of features ``(n, d)`` without a mask.
+
+    The gradient is one product, ``(G + Gᵀ) x̃``, where autograd makes two and goes through the centring as well; with
+    ``G`` centred it is as good with ``x`` in place of ``x̃``. A ``G`` that is known to be symmetric and centred
+    (`expect_centred`) is taken as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, precision: torch.dtype, in_region: bool, keep_copy: bool) -> Tensor:
+        kernel, ctx.factor, kept = _scaled_kernel(x, precision, in_region, keep=True)
+        ctx.has_mean = kept is x
+        ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept)
+        return kernel
+
+    @staticmethod
+    @without_second_derivative
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        if getattr(ctx, EXPECTED, False):
+            factor = 2 * ctx.factor
+            gradient = center(gradient) if ctx.has_mean else gradient  # of its rounding, which the mean would multiply
+        else:
+            gradient, factor = center_in_place(gradient + gradient.T), ctx.factor
+        if x.dtype in half_precision.HALF:
+            return half_precision.times(gradient * factor, x), None, None, None
+        plain = for_numpy(x) and not torch.is_autocast_enabled("cpu")  # where there is nothing to switch off
+        with nullcontext() if plain else exact_float32(x.device):
+            if isinstance(factor, float):
+                return torch.addmm(x.new_empty(()), gradient, x, beta=0, alpha=factor), None, None, None
+            return (gradient * factor) @ x, None, None, None
+
+
+def expect_centred(kernel: Tensor) -> None:
+    """Say of a result of `gram` that the gradient of all its uses is symmetric and centred, or of a `Thin` that it is
+    centred: it is taken as it is."""
+    if isinstance(kernel.grad_fn, BackwardCFunction):
+        setattr(kernel.grad_fn, EXPECTED, True)
+
+
+def _scaled_kernel(
+    x: Tensor, precision: torch.dtype, in_region: bool = False, keep: bool = False
+) -> tuple[Tensor, float | Tensor, Tensor]:
+    """``x̃ x̃ᵀ / scale``, and, to `keep` for the backward, the number and the features of which the gradient is made."""
+    if x.dtype == torch.float32 and for_numpy(x) and (found := kernel_on_cpu(x.numpy(), keep)):
+        kernel, factor, kept = found
+        return torch.from_numpy(kernel), factor, x if kept is None else torch.from_numpy(kept)
+    if for_tensor_cores(x, in_region):
+        return *scaled_product(half_precision.outer(x), half_precision.precision_of(x)), x
+    return scaled_kernels(x, precision)
+
+
+def scaled_kernels(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of features ``(n, d)``, or ``(layers, n, d)`` of several layers, in torch's calls alone."""
+    with exact_float32(x.device):
+        mean = x.mean(-2, keepdim=True)
+        centred = x - mean
+        kernel = center_in_place(outer(centred))  # again, for what rounding of the mean left behind
+        offset = _varying(mean, centred, precision).square().sum((-2, -1))
+        inverse = _scale(_mean_diagonal(kernel), offset, precision).reciprocal()
+        return kernel.mul_(inverse[..., None, None]), inverse, centred
+
+
+def scaled_product(kernel: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x xᵀ`` of features that have their mean yet, ``(n, n)`` or ``(layers, n, n)``, centred and scaled in place, and
+    what it was multiplied by. Zero where the spread is within the rounding of the mean, or of the products' sum."""
+    offset = kernel.mean((-2, -1))  # of all features, the constant ones too, so dead begins lower than in `_scale`
+    energy = _mean_diagonal(center_in_place(kernel))
+    energy, dead = _judged(energy, max(torch.finfo(precision).eps ** 2 / 2, SUM_ROUNDING) * offset)
+    inverse = energy.reciprocal().masked_fill(dead, 0)
+    return kernel.mul_(inverse[..., None, None]), inverse
+
+
+def centred_features(x: Tensor, precision: torch.dtype) -> tuple[Tensor, Any]:
+    """Centred features ``(n, d)``, or ``(layers, n, d)`` of several layers, scaled so that the mean diagonal of their
+    Gram matrix is 1, and what each layer's were multiplied by."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.ndim == 2 and x.dtype == torch.float32 and for_numpy(x) and (found := features_on_cpu(x.numpy())):
+        return torch.from_numpy(found[0]), found[1]
+    mean = x.mean(-2, keepdim=True)
+    centred = x - mean
+    centred -= centred.mean(-2, keepdim=True)  # what rounding of the mean left behind
+    offset = _varying(mean, centred, precision).square().sum((-2, -1))
+    inverse = _scale(centred.square().sum((-2, -1)) / x.shape[-2], offset, precision).rsqrt()
+    return centred * inverse[..., None, None], inverse
+
+
+def _mean_diagonal(kernel: Tensor) -> Tensor:
+    return kernel.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def _varying(mean: Tensor, centred: Tensor, precision: torch.dtype, axis: int = -2) -> Tensor:
+    """The mean, without features that are one constant: they hold no rounding, which matters at 8 to 11 bits."""
+    coarse = torch.finfo(precision).bits < 32
+    return torch.where((centred != 0).any(axis, keepdim=True), mean, 0) if coarse else mean
+
+
+def _masked_kernel(
+    x: Tensor, valid: Tensor, precision: torch.dtype, sketch: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same over the valid entries, and the mean over the samples of what was subtracted from them."""
+    x = x.reshape(*valid.shape, -1)
+    m = valid.sum(0).to(x)  # (length,)
+    mean = torch.where(valid[..., None], x, 0).sum(0) / m.clamp(min=1)[:, None]
+    centred = torch.where(valid[..., None], x - mean, 0)
+    # independent samples have E⟨x̃_i, x̃_j⟩ = −E[spread] / (m (m − 1)) at each position, for the mean is theirs; not 0
+    lost = centred.square().sum((0, 2)) / (m * (m - 1)).clamp(min=1)
+    flattened = sketch(centred.flatten(1))
+    kernel = flattened @ flattened.T + (valid * lost) @ valid.to(x).T
+    return kernel, (_varying(mean, centred, precision, axis=0).square().sum(-1) * m).sum() / len(x)

@@ -1,0 +1,140 @@
+"""What accelerate and Trainer would pass over in silence, or guidance cannot do with: said or refused at the start."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from accelerate.utils import str_to_bool
+from torch import nn
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.distributed import Ranks
+from hf_guidance.guide.freezing import check_not_wrapped
+from hf_guidance.guide.inputs import check_vocabularies
+from hf_guidance.similarity.measures import get_measure
+from hf_guidance.trainer.accumulation import check_accumulates
+
+logger = logging.getLogger(__name__)
+
+
+def check_machine(args: Any) -> None:
+    """Compare what a run asks for with what the machine gives it.
+
+    Args:
+        args: `TrainingArguments`.
+
+    Raises:
+        ValueError: FSDP without a GPU, where Trainer would run plain DDP, or several processes that do not know of
+            each other, each of which would train alone.
+
+    Warns of fp16 without a GPU, where Trainer runs float32.
+    """
+    if args.device.type != "cpu":
+        return
+    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        raise ValueError(
+            "FSDP was asked for, but this run is on the CPU, where Trainer would run plain DDP and shard nothing. Use "
+            "recipes/accelerate/cpu.yaml or another launch without FSDP, or a machine with GPUs."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise ValueError(
+            f"{started} processes were started, but this one trains in a world of {args.world_size}: there is no GPU, "
+            "and without --use_cpu (use_cpu=True) the processes do not meet, and each would train alone. Add it."
+        )
+    if args.fp16:
+        logger.warning("fp16 was asked for, but on the CPU Trainer runs float32. bf16 is possible here.")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise ValueError for a guided trainer under which guidance would not be what it says."""
+    deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
+    check_not_wrapped(trainer.model, "target")
+    check_settings(trainer.args, config, deepspeed=deepspeed, sharded=deepspeed or trainer.is_fsdp_enabled)
+    if _is_default(trainer.data_collator) and not config.guide_shares_tokenizer:
+        columns = getattr(trainer.train_dataset, "column_names", None)
+        if columns:
+            check_vocabularies(trainer.model, trainer.guide, columns)
+
+
+def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False, sharded: bool = False) -> None:
+    """Raise ValueError for settings of a guided run under which guidance would not be what it says.
+
+    Args:
+        args: `TrainingArguments`.
+        config: of the guidance.
+        deepspeed: whether DeepSpeed takes the steps.
+        sharded: whether the target's weights are spread over the processes.
+    """
+    check_machine(args)
+    if config.on_non_finite == "skip" and deepspeed:
+        raise ValueError(
+            "on_non_finite='skip' cannot be had with DeepSpeed, which takes its step at the end of the backward "
+            "pass. Leave it at 'stop'."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is taken "
+            "over. Use `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size changes the batch size, and a similarity depends on it. Set "
+            "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
+        )
+    if config.similarity_batch == "accumulated":
+        check_accumulates(args, sharded=sharded)
+    if config.similarity_batch == "global":
+        Ranks()  # says what is missing
+    rows, needed = rows_of_a_process(args), get_measure(config.measure).min_samples
+    times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
+    if config.sample_axis == "sequence" and rows * times.get(config.similarity_batch, 1) < needed:
+        split = f", split over {args.world_size} processes" if splits_batches(args) else ""
+        raise ValueError(
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}{split}, but {config.measure} needs at "
+            f"least {needed} samples a batch (accumulation enlarges it with similarity_batch='accumulated' only)."
+        )
+
+
+def rows_of_a_process(args: Any) -> int:
+    """How many rows a process has in a batch: with accelerate's `split_batches`, its part of one.
+
+    Raises:
+        ValueError: a batch that cannot be split evenly.
+    """
+    if not splits_batches(args):
+        return args.per_device_train_batch_size
+    rows, left = divmod(args.per_device_train_batch_size, args.world_size)
+    if left:
+        raise ValueError(
+            f"split_batches gives each of the {args.world_size} processes its part of a batch, and "
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}: choose a multiple of "
+            f"{args.world_size}, or leave split_batches out."
+        )
+    return rows
+
+
+def splits_batches(args: Any) -> bool:
+    """Whether a batch is shared out among several processes, instead of each having one of its own."""
+    return bool(getattr(args.accelerator_config, "split_batches", False)) and args.world_size > 1
+
+
+def _is_default(collator: Any) -> bool:
+    """Whether it is no collator of the user's, which can add ``guide_*`` columns to those of the dataset."""
+    modules = type(collator).__module__, getattr(collator, "__module__", "")
+    return any(module.startswith("transformers.") for module in modules)
+
+
+def check_types(guide: Any, guidance: Any) -> None:
+    """Raise ValueError for a guide or a config that is none, or one without the other."""
+    if guide is not None and not isinstance(guide, nn.Module):
+        raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
+    if guidance is not None and not isinstance(guidance, GuidanceConfig):
+        raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")
+    if guide is None and guidance is not None and guidance.guidance_weight:
+        raise ValueError(
+            f"guidance_weight is {guidance.guidance_weight}, but there is no guide: pass guide=load_guide(...), or "
+            "guidance_weight=0 to train without guidance."
+        )

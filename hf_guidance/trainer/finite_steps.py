@@ -1,0 +1,118 @@
+"""Training never goes on from a loss that is not finite: it stops and names the pair, or leaves the step out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+
+from hf_guidance.guide.sharding import whole
+from hf_guidance.trainer.logs import RunningMeans
+
+logger = logging.getLogger(__name__)
+
+GRADIENT = "norm of the gradient"
+MOST = 5  # of the values that are not finite, so many are named
+
+
+class FiniteSteps(TrainerCallback):
+    """Looks at what each optimizer step would follow, before it is taken, on all ranks together.
+
+    The values stay on the device until then: one reduction and one synchronisation per optimizer step. What a step
+    logs is kept back as long, so that a step that is left out is left out of the means too.
+
+    Args:
+        accelerator: the trainer's.
+        logs: where the means of a step that is taken go.
+        skip: leave the step out instead of stopping.
+
+    Attributes:
+        sums: what the micro-steps of the present optimizer step log.
+    """
+
+    def __init__(self, accelerator: Any, logs: RunningMeans, skip: bool) -> None:
+        self.accelerator, self.logs, self.skip, self.active = accelerator, logs, skip, False
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the present optimizer step."""
+        self.sums = RunningMeans()
+        self._seen: list[tuple[str, list[str], Tensor]] = []  # (where, names, their values)
+
+    def look(self, values: Mapping[str, Any], where: str) -> None:
+        """Remember what has to be finite: scalars, detached, by the names they have in an error."""
+        if values and self.active:
+            device = self.accelerator.device
+            scalars = [
+                torch.as_tensor(whole(value), device=device).float() for value in values.values()
+            ]  # FSDP2's norm
+            self._seen.append((where, list(values), torch.stack(scalars)))
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.active = True  # only where the trainer calls back is there anybody to look
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.active = False
+        self.reset()
+
+    def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.reset()
+        if self.skip and model is not None:  # running statistics move in the forward, before anything is known
+            moving = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+            self._buffers = [(buffer, buffer.clone()) for buffer in moving]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Raise FloatingPointError on every rank, or drop the gradients, if any rank has a value that is not finite."""
+        if not self._any_not_finite():
+            self.logs.take(self.sums)
+            return
+        found = gather_object([self._not_finite()])
+        words = [word for losses, _ in found for word in losses] or list(
+            dict.fromkeys(w for _, ws in found for w in ws)
+        )
+        names = "; ".join(words[:MOST]) + (f"; and {len(words) - MOST} more" if len(words) > MOST else "")
+        step = state.global_step + 1
+        if not self.skip:
+            raise FloatingPointError(
+                f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate, look "
+                "at the data, or leave such steps out with on_non_finite='skip'."
+            )
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+        optimizer.zero_grad()  # without gradients the optimizer leaves weights, moments and weight decay alone
+        if self.accelerator.is_main_process:
+            logger.warning("Optimizer step %d is left out, as it is not finite: %s.", step, names)
+            self.logs.add("guidance/skipped_steps", 1.0, 0)
+
+    def _what_was_done(self) -> str:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its step is part of the backward pass
+            return "DeepSpeed had taken it by then; the checkpoints are those of earlier steps."
+        return "It was not taken: the weights and the checkpoints are those of earlier steps."
+
+    def _any_not_finite(self) -> bool:
+        seen = [values for _, _, values in self._seen]
+        values = torch.cat(seen) if seen else torch.zeros(1, device=self.accelerator.device)
+        count = (~values.isfinite()).sum().float()
+        return self.accelerator.reduce(count, reduction="sum").item() > 0
+
+    def _not_finite(self) -> tuple[list[str], list[str]]:
+        """In words: losses and similarities, with their places, and what follows from those, the gradient."""
+        losses, gradients = [], []
+        rank = [f"rank {self.accelerator.process_index}"] if self.accelerator.num_processes > 1 else []
+        for where, names, values in self._seen:
+            place = ", ".join([*([where] if where else []), *rank])
+            for name, value in zip(names, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    words = f"the {name} is {value}"
+                    if name == GRADIENT:
+                        gradients.append(words)
+                    else:
+                        losses.append(f"{words} ({place})" if place else words)
+        return losses, gradients

@@ -1,0 +1,260 @@
+"""`GuidanceTrainer`: transformers' Trainer with a guidance loss; `GuidanceMixin` puts it on any other Trainer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.guide.freezing import calibrate_batch_norm, freeze
+from hf_guidance.guide.identity import identity
+from hf_guidance.guide.inputs import (
+    GUIDE_PREFIX,
+    accepted_columns,
+    without_guide,
+)
+from hf_guidance.guide.sharding import check_whole, is_sharded, whole_state
+from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.schedule import Weights
+from hf_guidance.trainer.accumulation import Accumulated
+from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume
+from hf_guidance.trainer.checks import check_trainer, check_types
+from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
+from hf_guidance.trainer.guided_steps import GuidedSteps
+from hf_guidance.trainer.hub_mixin import PublishingMixin
+from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
+from hf_guidance.trainer.preparation import calibrate, open_cache
+
+GUIDE_FOLDER = "guide"
+
+
+class GuidanceMixin(PublishingMixin, ResumingMixin):
+    """Put in front of a Trainer class, adds a guidance loss to its task loss; everything else stays as it is.
+
+    Args:
+        guide: the frozen network, from `load_guide` or any `nn.Module`; None trains as the class behind does.
+        guidance: see `GuidanceConfig`.
+        *args, **kwargs: the Trainer's own.
+
+    Raises:
+        ValueError: at construction, for settings under which guidance would not be what it says.
+    """
+
+    def __init__(
+        self, *args: Any, guide: nn.Module | None = None, guidance: GuidanceConfig | None = None, **kwargs: Any
+    ) -> None:
+        check_types(guide, guidance)
+        super().__init__(*args, **kwargs)
+        self.guide: Any = guide
+        self.guidance = guidance or GuidanceConfig()
+        self._loss: GuidanceLoss | None = None
+        self._sums = RunningMeans()
+        self._finite = FiniteSteps(self.accelerator, self._sums, self.guidance.on_non_finite == "skip")
+        self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
+        self._batches: list[dict[str, Any]] = []
+        self._window: Accumulated | None = None
+        self._in_window = 0  # micro-batches of it that have been trained on
+        self.add_callback(self._finite)
+        if guide is None:
+            return
+        check_trainer(self)
+        self._guided = GuidedSteps(partial(check_trainer, self), self._weights)
+        self.add_callback(self._guided)
+        check_whole(guide)
+        shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
+        freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
+        if self._calibrates():
+            calibrate_batch_norm(guide, ())  # forgets the statistics, which are then no part of the guide's identity
+        self.guide_identity = identity(guide)
+        if self.guidance.guidance_weight:
+            _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
+        for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
+            for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
+                self.remove_callback(callback)
+                self.add_callback(short)
+
+    # ---------------------------------------------------------------------------------------------------- the loss
+
+    @property
+    def guidance_loss(self) -> GuidanceLoss:
+        """The loss for the model now in training; made anew when `model_init` makes a new model."""
+        target = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._loss is None or self._loss.target is not target:
+            if self._loss is not None:
+                self._loss.close()
+            autocast = self.accelerator.autocast
+            self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
+        return self._loss
+
+    def _weights(self, step: int) -> Weights:
+        self.guidance_loss.total_steps = self.state.max_steps
+        return self.guidance_loss.weights(step)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Task loss plus weighted guidance loss while training; the task loss alone in evaluation."""
+        kwargs = {"num_items_in_batch": num_items_in_batch}
+        if self.guide is None or not self.guidance.guidance_weight or not model.training:
+            found = super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
+            if model.training:
+                self._finite.look({"task loss": (found[0] if return_outputs else found).detach()}, "")
+            return found
+        with self._watch(inputs) as watched:
+            task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
+        loss = self._add_guidance(task_loss, watched, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _watch(self, inputs: dict[str, Any]) -> AbstractContextManager[Watched]:
+        step, seen = self._micro_step
+        self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
+        self.guidance_loss.total_steps = self.state.max_steps
+        step, micro_step = self._micro_step
+        rank, log = self.accelerator.process_index, self._logs_at(step)
+        if self.guidance.similarity_batch == "accumulated":
+            if self._window is None:
+                batches = [self._prepare_inputs(batch) for batch in self._batches]
+                popped = ("labels",) if self.label_smoother is not None or self.compute_loss_func is not None else ()
+                self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank, leave_out=popped)
+            number, self._in_window = self._in_window, self._in_window + 1
+            return self._window.watch(number, log=log)
+        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; the micro-batches of the coming optimizer step are kept at hand."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._batches, self._window, self._in_window = found[0], None, 0  # not two windows at once
+        return found
+
+    def _logs_at(self, step: int) -> bool:
+        """Whether this is the last guided step before a log, so that what is only looked at is computed at no other."""
+        if self.args.logging_strategy != IntervalStrategy.STEPS or (self.args.logging_first_step and step == 0):
+            return True
+        every = max(1, self.state.logging_steps)
+        logged = (step // every + 1) * every - 1  # the next step that is logged
+        return step + self.guidance.guidance_every > logged
+
+    def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Any) -> Tensor:
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        task_is_scaled = self._loss_is_scaled(num_items)
+        sums, compared = self._finite.sums, watched.similarities.get(self.guidance.measure, {})
+        has_to_be_finite = {"task loss": task_loss.detach()}
+        has_to_be_finite |= {f"{self.guidance.measure} of {pair}": value for pair, value in compared.items()}
+        self._finite.look(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
+        sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
+        sums.add("guidance/weight", 0.0 if watched.loss is None else watched.weights.guidance)
+        self._guided.note(watched, self.state.global_step)
+        if watched.skipped_pairs:
+            sums.add("guidance/skipped_pairs", watched.skipped_pairs, 0)
+        if watched.loss is None:
+            if watched.weights.guidance:
+                sums.add("guidance/skipped_batches", 1.0, 0)
+            return watched.total(task_loss)
+        sums.add("guidance/loss", watched.loss.detach())
+        for measure, similarities in watched.similarities.items():
+            group = "similarity" if measure == self.guidance.measure else measure
+            for pair, value in similarities.items():
+                sums.add(f"guidance/{group}/{pair}", value)
+        if task_is_scaled:  # then Trainer divides nothing by the accumulation steps
+            watched.loss = watched.loss / steps
+        return watched.total(task_loss)
+
+    def _loss_is_scaled(self, num_items: Any) -> bool:
+        """Whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return declared
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaler = self.accelerator.scaler
+        if norm is not None and (scaler is None or scaler.get_scale() <= 1):  # else the scaler may mend it
+            self._finite.look({GRADIENT: norm}, "")
+        return norm
+
+    # ----------------------------------------------------------------------------------------- around the training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint:
+            identity_now = None if self.guide is None else self.guide_identity
+            check_goes_on(checkpoint, self.args, self.guidance, identity_now)
+        self._sums.clear()  # an interrupted call may have left some
+        self._micro_step = (-1, 0)
+        if self.guide is not None and self._calibrates():
+            calibrate(self)
+        if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
+            open_cache(self)
+        if self.guide is not None and self.guidance.save_guide:
+            self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
+        try:
+            found = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._batches, self._window = [], None
+        if self.guide is not None and self.guidance.guidance_weight:
+            folder = str(self.args.output_dir)
+            self._guided.check_any(self.state, partial(self.save_model, folder, _internal_call=True), folder)
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', which takes one step more when it goes on from the checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _calibrates(self) -> bool:
+        return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
+
+    def _save_guide(self, folder: Path) -> None:
+        state = whole_state(self.guide) if is_sharded(self.guide) else None  # by all ranks together
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(self.guide, "save_pretrained"):
+            self.guide.save_pretrained(folder, state_dict=state)
+        elif state is not None:
+            save_file(state, str(folder / "model.safetensors"))
+        else:
+            save_model(self.guide, str(folder / "model.safetensors"))
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
+
+    def _for_target(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return without_guide(inputs, self.guidance.sample_id_column)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if getattr(self, "guide", None) is not None:
+            ids = self.guidance.sample_id_column
+            own = [GUIDE_PREFIX + name for name in accepted_columns(self.guide)] + ([ids] if ids else [])
+            self._signature_columns += [name for name in own if name not in self._signature_columns]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.guide is not None and self.args.should_save:
+            self.guidance.save(output_dir or self.args.output_dir, self.guide_identity)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # a training log is written by every rank, at the same steps
+        if "loss" in logs and (self.guide is not None or self._finite.skip):
+            logs |= self._sums.drain(self.accelerator)
+        super().log(logs, start_time)
+
+
+class GuidanceTrainer(GuidanceMixin, Trainer):
+    """transformers' Trainer with a guidance loss; see `GuidanceMixin`."""

@@ -1,0 +1,183 @@
+"""Pushes to the Hub: the model as saving it writes it, its card and figures, without token or path."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
+
+from hf_guidance.trainer.card_mixin import CardMixin
+from hf_guidance.trainer.staging import CARD, STAGING, complete, files_in, make_empty, put, remove, stage
+from hf_guidance.trainer.uploads import (
+    ARGUMENTS,
+    NO_HUB,
+    check_may_write,
+    later,
+    of_model,
+    one_line,
+    push_staged,
+    refused,
+    stage_checkpoint,
+    start_pushing,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class PublishingMixin(CardMixin):
+    """The part of `GuidanceMixin` that pushes: the whole model at every save, and a command when it cannot."""
+
+    push_in_progress: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._saved: dict[Path, list[str]] = {}  # folder → what the last save wrote into it
+        super().__init__(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As transformers', which says nothing of a token that may not write until training is over.
+
+        Raises:
+            PermissionError: the Hub does not know the token, or it may only read.
+            ConnectionError: the Hub does not answer, or not as it should.
+        """
+        try:
+            super().init_hf_repo(token=token, private=private)
+        except NO_HUB as error:
+            name = str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
+            trained = hasattr(self, "state") and self.state.global_step > 0  # the first call is before there is any
+            raise refused(name, error, trained=trained) from error
+        if not self.is_world_process_zero() or self.hub_model_id is None:
+            return
+        token = token or self.args.hub_token
+        check_may_write(self.hub_model_id, token)
+        if self.args.hub_revision:
+            HfApi().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As transformers', with all that belongs to the model; a push that fails is said, and training goes on."""
+        try:
+            self._push_all_of(checkpoint_folder)
+        except Exception as error:
+            logger.warning("The push of %s failed (%s); training goes on.", checkpoint_folder, one_line(error))
+
+    def _push_all_of(self, checkpoint_folder: str) -> None:
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not args.hub_always_push:
+                return
+            self.push_in_progress.wait_until_done()  # it still reads the files that are written below
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        output, checkpoint = Path(str(args.output_dir)), Path(checkpoint_folder)
+        model = of_model(self._saved.get(checkpoint, ()))
+        for name in model:  # as copies: what is saved there later must not change the checkpoint
+            put(checkpoint / name, output / name, link=False)
+        self._try_to_write_a_card()
+        staged, message = make_empty(output / STAGING), f"Training in progress, step {self.state.global_step}"
+        stage(model, checkpoint, staged)
+        complete(staged, output)
+        options = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        pushes = [(staged, options | {"commit_message": message})]
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        if place := places.get(HubStrategy(args.hub_strategy)):
+            whole = make_empty(output / f"_{checkpoint.name}")  # its own, as the run goes on and its state names paths
+            stage_checkpoint(checkpoint, model, whole)
+            pushes.append((whole, options | {"commit_message": f"{message}, checkpoint", "path_in_repo": place}))
+        jobs: Any = start_pushing(*pushes)
+        self._say_what_failed()
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._say_what_failed()
+
+    def _say_what_failed(self) -> None:
+        current = getattr(self, "push_in_progress", None)
+        for job in current.jobs if current is not None else ():
+            if job.done() and not job.cancelled() and (error := job.exception()) is not None:
+                logger.warning("A push during training failed (%s); the last one brings all.", one_line(error))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'; which files it wrote is kept in mind, as these alone are pushed."""
+        if not self.args.should_save:
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        folder = Path(output_dir or str(self.args.output_dir))
+        before = files_in(folder)
+        super().save_model(output_dir, _internal_call=_internal_call)
+        self._saved = {folder: [name for name, stamp in files_in(folder).items() if before.get(name) != stamp]}
+        return None
+
+    def _stage_model(self) -> Path:
+        """Save the model into an empty folder, so that nothing else is in it, and from there into the output folder."""
+        output = Path(str(self.args.output_dir))
+        staged, together = output / STAGING, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.should_save:
+            make_empty(staged)
+        if together:  # then every process may write a part
+            self.accelerator.wait_for_everyone()
+        self.save_model(str(staged), _internal_call=True)
+        if together:
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for name in files_in(staged):
+                put(staged / name, output / name)
+            (staged / ARGUMENTS).unlink(missing_ok=True)
+        if self.args.should_save and not self.is_world_process_zero():  # of another node, which pushes nothing
+            remove(staged)
+        return staged
+
+    def _complete(self, staged: Path, private: bool | None, token: str | None, **card: Any) -> None:
+        """Make the repository if there is none yet, write the card, and take both ready for the push."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        tags = card.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
+        name = card.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, **card, **({"tags": tags} if tags else {}))
+        complete(staged, Path(str(self.args.output_dir)))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """As transformers', of the files that saving the model writes, the card and its figures, and nothing else.
+
+        Raises:
+            ConnectionError: the push failed; everything is on disk, and the message has the command to push it later.
+        """
+        output, token = Path(str(self.args.output_dir)), token or self.args.hub_token
+        revision = revision or self.args.hub_revision
+        self._finish_current_push()  # it reads the files that are written below
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        staged = self._stage_model()
+        if not self.is_world_process_zero():
+            return None
+        try:
+            self._complete(staged, private, token, **card)
+            options = {"commit_message": commit_message, "token": token, "revision": revision}
+            options["repo_id"] = str(self.hub_model_id)
+            if blocking:
+                return push_staged(staged, **options)
+            jobs: Any = start_pushing((staged, options))
+            self.push_in_progress = PushInProgress(jobs)  # for the next one to wait for
+            return jobs[0]
+        except Exception as error:
+            if not (output / CARD).is_file():
+                self._try_to_write_a_card()
+            complete(staged, output)  # whatever failed before
+            repository = self.hub_model_id or self.args.hub_model_id or output.name
+            raise ConnectionError(
+                f"The push to {repository} failed ({type(error).__name__}: {one_line(error)}). Nothing is lost: all "
+                f"of it is in {output}. To push it later: {later(str(repository), staged, revision)}"
+            ) from error

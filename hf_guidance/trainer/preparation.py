@@ -1,0 +1,108 @@
+"""What a guided run does with the first rows of its data before the first step."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_guidance.guide.cache import row_checksums
+from hf_guidance.guide.freezing import calibrate_batch_norm
+from hf_guidance.guide.identity import fingerprint
+from hf_guidance.guide.inputs import generator_for, guide_batch, seen_by
+
+
+def calibrate(trainer: Any) -> None:
+    """Estimate the guide's batch norm on the first batches of the training data, the same on every rank and resume."""
+    seen, count = 0, trainer.guidance.calibration_batches
+
+    def forwards() -> Iterator[Any]:
+        nonlocal seen
+        for batch in islice(first_batches(trainer, trainer.train_dataset), count):
+            with trainer.accelerator.autocast():
+                yield lambda batch=batch: trainer.guidance_loss.forward_guide(guide_batch(batch, trainer.model))
+            seen += 1
+
+    calibrate_batch_norm(trainer.guide, forwards())
+    if seen < count:
+        raise ValueError(f"calibration_batches is {count}, but the training data has {seen} full batches.")
+
+
+def open_cache(trainer: Any) -> None:
+    """Open or create the guide's cache, and say how large it will be.
+
+    Raises:
+        ValueError: data whose samples are not numbered or whose inputs change, or what `GuideCache` raises.
+    """
+    if not hasattr(trainer.train_dataset, "__len__"):
+        raise ValueError("cache_guide needs a dataset with a length and numbered samples; this one is a stream.")
+    first, again = (next(first_batches(trainer, trainer.train_dataset, reading), None) for reading in range(2))
+    if first is None or again is None:
+        raise ValueError(
+            f"cache_guide: the training data has {len(trainer.train_dataset)} rows, fewer than one batch of "
+            f"{trainer.args.per_device_train_batch_size}."
+        )
+    inputs = (guide_batch(batch, trainer.model) for batch in (first, again))
+    once, twice = (row_checksums(seen_by(trainer.guide, each)) for each in inputs)
+    if (once != twice).any():
+        raise ValueError(
+            "cache_guide needs inputs that are the same in every epoch, and the first rows differ when they are read "
+            "twice: leave augmentation out, or the cache."
+        )
+    said = trainer.guidance_loss.running.cache is not None  # by an earlier `train`
+    who = {"architecture": type(trainer.guide).__name__, "fingerprint": fingerprint(trainer.guide)}  # as calibrated
+    with trainer.args.main_process_first(local=False):
+        create = trainer.is_world_process_zero()
+        trainer.guidance_loss.open_cache(trainer._prepare_inputs(first), len(trainer.train_dataset), who, create)
+    if trainer.is_world_process_zero() and not said:
+        print(f"The guide's features will take {trainer.guidance_loss.running.cache}.")
+
+
+def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
+    """A trainer's data in order, in batches as they are trained on; no random state outside is moved.
+
+    What is random in reading them follows the run's seed and the number of the reading.
+    """
+    from torch.utils.data import DataLoader
+
+    collator = _without_its_state(trainer.data_collator)
+    if getattr(dataset, "column_names", None):
+        dataset = trainer._remove_unused_columns(dataset)
+    else:
+        collator = trainer._get_collator_with_removed_columns(collator)
+    size = trainer.args.per_device_train_batch_size
+    loader = DataLoader(dataset, size, shuffle=False, collate_fn=collator, drop_last=True)
+    with _randomness_of_its_own(generator_for(trainer.args.seed, 3 + reading).initial_seed()):
+        yield from loader
+
+
+def _without_its_state(collator: Any) -> Any:
+    """A copy of a collator whose counters and generators move without those of the collator itself."""
+    fresh = copy.copy(collator)
+    for name, value in getattr(fresh, "__dict__", {}).items():
+        if isinstance(value, torch.Generator):
+            setattr(fresh, name, value.clone_state())
+        elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState, dict, list, set)):
+            setattr(fresh, name, copy.deepcopy(value))
+    return fresh
+
+
+@contextmanager
+def _randomness_of_its_own(seed: int) -> Iterator[None]:
+    """Inside, torch, Python and numpy draw from a seed; outside, as if nothing had been drawn."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

@@ -1,0 +1,226 @@
+"""What a model card says of a run, gathered from the trainer: the user writes nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hf_guidance.analysis.history import History, metrics_of, similarity_curves
+from hf_guidance.card.command import published_command
+from hf_guidance.card.facts import HUB_ID, example_of, known, processing_facts, rows_facts
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.environment import command_line, environment
+
+Facts = dict[str, Any]
+VERSIONS = ("python", "torch", "transformers", "accelerate")
+SIZES = (
+    "hidden_size",
+    "n_embd",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "hidden_sizes",
+    "depths",
+    "vocab_size",
+    "image_size",
+)
+EMISSIONS = "emissions.csv"  # codecarbon's
+
+
+def run_facts(trainer: Any, **given: Any) -> Facts:
+    """Facts of a trainer's run as plain JSON values, for `model_card.render`.
+
+    Args:
+        trainer: a `GuidanceTrainer` that has trained.
+        **given: facts that the trainer cannot know (license, language, tags, data, comparison, figures), in
+            place of those it does; those of the ``target`` and the ``data`` beside.
+    """
+    guided = trainer.guide is not None and trainer.guidance.guidance_weight > 0
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    repository = trainer.hub_model_id if trainer.args.push_to_hub or trainer.hub_model_id else None
+    args, history = trainer.args, trainer.state.log_history
+    facts: Facts = {
+        "name": (repository or os.path.basename(os.path.abspath(args.output_dir))).split("/")[-1],
+        "repository": repository,
+        "target": _target(model),
+        "guide": _guide(trainer) if guided else None,
+        "guidance": trainer.guidance.without_paths() if guided else None,
+        "pairs": pairs_facts(similarity_curves(history)) if guided else None,
+        "results": _results(history, best_step(trainer)),
+        "training": training_facts(
+            args.to_dict() | {"world_size": args.world_size}, trainer.state.global_step, args.seed
+        ),
+        "cost": _cost(trainer),
+        "emissions": _emissions(trainer),
+        "data": rows_facts(trainer.train_dataset) | processing_facts(trainer.processing_class),
+        "example": example_of(trainer.processing_class),
+        **({} if "command" in given else command_facts(command_line(), TrainingArguments, GuidanceConfig)),
+        "versions": {k: v for k, v in environment().items() if k in VERSIONS},
+    }
+    facts |= {name: facts[name] | (given.pop(name, None) or {}) for name in ("target", "data")}
+    return known(facts | known(given))
+
+
+def given_facts(
+    language: Any = None,
+    license: str | None = None,
+    tags: Any = None,
+    model_name: str | None = None,
+    dataset: Any = None,
+    dataset_tags: Any = None,
+    finetuned_from: str | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """What a user gives to `Trainer.create_model_card`, as facts."""
+    first = dataset_tags if isinstance(dataset_tags, str) or not dataset_tags else dataset_tags[0]
+    name = dataset if isinstance(dataset, str) or not dataset else ", ".join(dataset)
+    return {
+        "language": language,
+        "license": license,
+        "name": model_name,
+        "tags": [tags] if isinstance(tags, str) else list(tags or ()),
+        "data": {key: value for key, value in {"name": name or first, "id": first}.items() if value},
+        "target": {"source": finetuned_from} if finetuned_from else {},
+    }
+
+
+def command_facts(words: list[str] | None, *parsers: type) -> Facts:
+    """Tell how a run was started, as far as anybody may read it, and whether that is only a part."""
+    command, cut = published_command(words, parsers) if words else ("", False)
+    return {"command": command, "command_is_cut": cut or None} if command else {}
+
+
+def _target(model: Any) -> Facts:
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", "") or ""
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sizes": sizes_of({name: getattr(config, name, None) for name in SIZES}),
+        "source": source if HUB_ID.fullmatch(source) and not os.path.exists(source) else None,
+        "own_code": bool(getattr(type(model), "_auto_class", None)),
+    }
+
+
+def _guide(trainer: Any) -> Facts:
+    from hf_guidance.guide.freezing import BATCH_NORM
+
+    guide, config = trainer.guide, getattr(trainer.guide, "config", None)
+    norm = any(isinstance(module, BATCH_NORM) for module in guide.modules())
+    sizes = sizes_of({name: getattr(config, name, None) for name in SIZES})
+    own: Facts = {name: getattr(config, name, None) for name in ("model_type", "architecture")}
+    timms = known({"timm": timms_name(own)})
+    return trainer.guide_identity | {"sizes": sizes, "batch_norm": norm} | timms
+
+
+def timms_name(config: Facts) -> str | None:
+    """The architecture behind transformers' wrapper of timm, which is one class for all of them."""
+    return config.get("architecture") if config.get("model_type") == "timm_wrapper" else None
+
+
+def sizes_of(config: Facts) -> Facts:
+    """The sizes among a network's config, in words."""
+    return {name.replace("_", " "): config[name] for name in SIZES if config.get(name) is not None}
+
+
+def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
+    """Similarity of every pair in the first and the last log, each a mean over the steps since the log before.
+
+    None where LayerDrop skipped the pair's target layer in all of these steps.
+    """
+    if not points:
+        return None
+    first, last = points[0], points[-1]
+    before = max((point["step"] for point in points if point["step"] < last["step"]), default=0)
+    rows = [
+        {"target": t, "guide": g, "first": first.get(f"{t}~{g}"), "last": last.get(f"{t}~{g}")}
+        for t, g in (name.split("~") for name in dict.fromkeys(n for point in points for n in point) if name != "step")
+    ]
+    return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
+
+
+def best_step(trainer: Any) -> int | None:
+    """The step of the best weights, where training is over and has gone back to them."""
+    state, args = trainer.state, trainer.args
+    over = any("train_runtime" in log for log in state.log_history)  # logged after the best weights are loaded
+    if not (args.load_best_model_at_end and state.best_model_checkpoint and over):
+        return None
+    return int(str(state.best_model_checkpoint).rstrip("/").rpartition("-")[2])
+
+
+def _results(history: History, best: int | None = None) -> Facts | None:
+    at_best = [log for log in history if log.get("step") == best and metrics_of(log, "eval")]
+    if at_best and not any(metrics_of(log, "test") for log in history):
+        return {"split": "validation", "values": metrics_of(at_best[-1], "eval"), "best_step": best}
+    for split, name in (("test", "test"), ("eval", "validation")):
+        if logs := [log for log in history if metrics_of(log, split)]:
+            last = [metrics_of(log, split) for log in logs if log.get("step") == logs[-1].get("step")]
+            return {"split": name, "values": {n: v for values in last for n, v in values.items()}}  # of several sets
+    return None
+
+
+def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
+    """What of a run's `TrainingArguments`, as JSON values, its card shows."""
+    half = "bfloat16" if settings["bf16"] else "float16" if settings["fp16"] else None
+    accumulated, decay, clip = (settings[n] for n in ("gradient_accumulation_steps", "weight_decay", "max_grad_norm"))
+    schedule = str(settings["lr_scheduler_type"]).replace("_", " ")
+    return {
+        "steps": steps,
+        "batch size": settings["per_device_train_batch_size"],
+        "accumulated over": f"{accumulated} batches" if accumulated > 1 else None,
+        "processes": settings["world_size"],
+        "learning rate": f"{settings['learning_rate']:g}, {schedule}",
+        "optimizer": str(settings["optim"]),
+        "weight decay": f"{decay:g}" if decay else None,
+        "gradients clipped at": f"{clip:g}" if clip else None,
+        "precision": f"{half} autocast, similarities in float32" if half else "float32",
+        "seed": seed,
+    }
+
+
+def _cost(trainer: Any) -> Facts:
+    seconds = next((log["train_runtime"] for log in trainer.state.log_history[::-1] if "train_runtime" in log), None)
+    cost: Facts = {"hardware": environment()["device"]}
+    clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
+    if clock.steps:
+        kind = "of the processor" if trainer.args.device.type == "cpu" else "of the device"
+        what = {None: "a step", True: "a step with guidance", False: "a step, guided or not, on average"}[
+            _always(trainer)
+        ]
+        cost[what] = f"{clock.seconds / clock.steps:.3g} s {kind}"
+    if seconds and not trainer.resumed:  # else it is that of the last part
+        cost["time from first to last step"] = f"{seconds:.{0 if seconds >= 10 else 1}f} s, evaluations included"
+    if torch.cuda.is_available():
+        cost["peak memory of the GPU"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+    else:
+        cost["peak memory of the process"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
+    if emissions := _emissions(trainer):
+        cost["emissions, by codecarbon"] = f"{emissions:.3g} g CO₂eq"
+    return cost
+
+
+def _always(trainer: Any) -> bool | None:
+    """Whether every step was guided; None where none was."""
+    config = trainer.guidance
+    if trainer.guide is None or not config.guidance_weight:
+        return None
+    stops = config.guidance_stop_step is not None and config.guidance_stop_step < trainer.state.global_step
+    return not stops and config.guidance_every == 1
+
+
+def _emissions(trainer: Any) -> float | None:
+    """Grams of CO₂ equivalents, where codecarbon watched this run."""
+    measured = Path(str(trainer.args.output_dir)) / EMISSIONS
+    callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    if "CodeCarbonCallback" not in callbacks or not measured.is_file():
+        return None
+    rows = list(csv.DictReader(measured.read_text(encoding="utf-8").splitlines()))  # one a run, this one's the last
+    return 1000 * float(rows[-1]["emissions"]) if rows else None

@@ -1,0 +1,170 @@
+"""The cards of the committed results are what `make cards` makes of them, and say what the results say."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import PIL.Image
+import pytest
+from cards import check_card
+from huggingface_hub import HfApi
+from transformers import TrainingArguments
+
+from hf_guidance import GuidanceConfig
+from hf_guidance.analysis.figures import DIGEST
+from hf_guidance.card.command import published_command
+from hf_guidance.experiments.cards import draw, first_guided, model_card_of, push_cards, write_model_cards
+from hf_guidance.experiments.record_facts import facts_of_record
+
+REPOSITORY = Path(__file__).parents[2]
+CARDS = REPOSITORY / "model_cards"
+REPORTS = {path.stem: json.loads(path.read_text()) for path in sorted((REPOSITORY / "recipes/results").glob("*.json"))}
+RUNS = [(name, run) for name, report in REPORTS.items() for run in first_guided(report)]
+
+
+@pytest.mark.parametrize(("name", "run"), RUNS, ids=[f"{name}-{run['run']}" for name, run in RUNS])
+def test_a_committed_card_is_what_make_cards_makes_and_has_its_figures(name, run, tmp_path):
+    place = CARDS / name / run["run"]
+    text = model_card_of(run, REPORTS[name], name)
+    assert (place / "README.md").read_text() == text, "run `make cards` and commit what it writes"
+    metadata, body = check_card(text)
+    figures = set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", body))
+    assert figures == {"comparison.png"} | ({"similarity.png"} if "similarity_maps" in run else set())
+    draw(run, REPORTS[name], tmp_path)
+    for figure in figures:
+        committed, now = (PIL.Image.open(folder / figure).text[DIGEST] for folder in (place, tmp_path))
+        assert committed == now, f"{figure} shows something else: run `make cards` and commit what it writes"
+    value = next(m["value"] for m in metadata["model-index"][0]["results"][0]["metrics"] if m["name"] == "loss")
+    assert value == run["test"]["loss"]
+    assert f"| {run['test']['loss']:.4f} " in body
+    assert f"{run['parameters']:,} parameters" in body
+    assert run["guide"]["fingerprint"] in body
+    own = "a step, guided or not, on average" if run["run"].endswith("_stopped") else "a step with guidance"
+    assert [row for row in re.findall(r"^\| (a step[^|]*?) +\|", body, re.M) if row != "a step without"] == [own]
+    for pair in run["similarity"][-1].keys() - {"step"}:
+        ends = [end.replace("_", r"\_") for end in pair.split("~")]
+        first, last = (f"{run['similarity'][i][pair]:.3f}" for i in (0, -1))
+        assert re.search(rf"^\| {re.escape(ends[0])} +\| {re.escape(ends[1])} +\| {first} +\| {last} +\|$", body, re.M)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_command_of_a_committed_result_is_published_word_for_word(name, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    parsers = (importlib.import_module(REPORTS[name]["recipe"]).Arguments, TrainingArguments, GuidanceConfig)
+    assert published_command(shlex.split(REPORTS[name]["command"]), parsers) == (REPORTS[name]["command"], False)
+
+
+def test_there_is_a_card_for_every_guided_run_and_none_besides():
+    there = {tuple(path.relative_to(CARDS).parts[:-1]) for path in CARDS.glob("*/*/README.md")}
+    assert there == {(name, run["run"]) for name, run in RUNS}
+
+
+def test_make_cards_writes_them_with_their_figures(tmp_path):
+    name, run = RUNS[0]
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / f"{name}.json").write_text(json.dumps(REPORTS[name] | {"runs": [run]}))
+    assert write_model_cards(results, tmp_path / "cards") == [tmp_path / "cards" / name / run["run"]]
+    assert {path.name for path in (tmp_path / "cards" / name / run["run"]).iterdir()} >= {"README.md", "comparison.png"}
+
+
+def test_a_card_is_rendered_in_less_than_a_second_and_without_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a card asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    name, run = RUNS[0]
+    began = time.process_time()
+    model_card_of(run, REPORTS[name], name)
+    assert time.process_time() - began < 1
+
+
+FROM_WHEEL = """
+import json, sys
+import hf_guidance
+from hf_guidance.experiments.cards import first_guided, model_card_of
+assert hf_guidance.__file__.startswith(sys.argv[1]), hf_guidance.__file__
+report = json.load(open(sys.argv[2], encoding="utf-8"))
+print(model_card_of(first_guided(report)[0], report, sys.argv[3]), end="")
+"""
+
+
+def test_a_card_is_the_same_from_a_built_wheel(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    name, run = RUNS[0]
+    words = [tmp_path / "installed", REPOSITORY / "recipes" / "results" / f"{name}.json", name]
+    made = subprocess.run(
+        [sys.executable, "-c", FROM_WHEEL, *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert made.stdout == model_card_of(run, REPORTS[name], name)
+
+
+def test_what_a_run_kept_for_its_card_adds_to_what_the_record_says():
+    name, run = RUNS[0]
+    card = {"cost": {"peak memory of the process": "900 MiB"}, "repository": "me/rnn", "target": {"seed": 0}}
+    facts = facts_of_record(run | {"card": card}, REPORTS[name])
+    assert facts["cost"] == {"hardware": run["environment"]["device"], "peak memory of the process": "900 MiB"}
+    assert facts["target"]["architecture"] == run["target"]
+    assert facts["repository"] == "me/rnn"
+
+
+def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
+    name, run = RUNS[0][0], {key: value for key, value in RUNS[0][1].items() if key != "card"}  # with it comes its own
+    words = ["--output_dir", "/home/me/out", "--text_files", "/home/me/a b.txt", "--hub_token", "hf_" + 34 * "a"]
+    words += ["--use_cpu", "--dataset", "file:///data/me/images"]
+    report = REPORTS[name] | {"command": shlex.join(["accelerate", "launch", "recipes/r.py", *words])}
+    report["command_is_cut"] = True
+    report["task"] = report["task"] | {"description": "Read /home/me/secret/a.txt and `hf_" + 34 * "a" + "`."}
+    text = model_card_of(run, report, name)
+    check_card(text)
+    shown = re.search(r"```sh\n(.*?)\n```\n\nArguments other than the known .* are left out\.", text, re.DOTALL)[1]
+    command = "accelerate launch recipes/r.py --output_dir out --text_files 'a b.txt' --hub_token '<token>' --use_cpu"
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(f"{command} --dataset images")
+    assert r"Read a.txt and \`&lt;token&gt;\`." in text
+
+
+def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp_path, monkeypatch, caplog, capsys):
+    asked = []
+
+    def upload(self, **options):
+        asked.append(options | {"files": [path.name for path in options["folder_path"].iterdir()]})
+        if len(asked) == 2:
+            raise OSError("no Hub today")
+        return SimpleNamespace(repo_url=f"https://hub.test/{options['repo_id']}")
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    runs = [{"seed": 0, "run": name, "card": {"repository": f"me/{name}"}} for name in ("one", "two")]
+    places = [tmp_path / "seed-0" / run["run"] for run in runs]
+    (tmp_path / "outside").write_text("PRIVATE")
+    for place in places:
+        place.mkdir(parents=True)
+        for name in ("README.md", "settings.json", "model.safetensors"):
+            (place / name).write_text(name)
+        (place / "curves.png").symlink_to(tmp_path / "outside")
+    push_cards({"runs": runs}, places, "hf_x", "trial")
+    assert [(call["repo_id"], call["files"], call["revision"]) for call in asked] == [
+        ("me/one", ["README.md"], "trial"),
+        ("me/two", ["README.md"], "trial"),
+    ]
+    assert not (places[0] / "_push").exists()
+    assert capsys.readouterr().out == "pushed: https://hub.test/me/one, branch trial\n"
+    assert f"(no Hub today). To push it: hf upload me/two {places[1]}/_push . --revision trial" in caplog.text
+    assert "hf_x" not in caplog.text

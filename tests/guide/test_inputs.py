@@ -1,0 +1,272 @@
+"""What the guide is shown: columns, noise, shuffled rows, and the check of the vocabularies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from builders import gpt2, llama, llama_config, t5
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import TimmWrapperConfig, ViTConfig, ViTModel
+
+from hf_guidance import load_guide
+from hf_guidance.guide.forward import forward
+from hf_guidance.guide.inputs import (
+    accepted_columns,
+    check_vocabularies,
+    forward_arguments,
+    generator_for,
+    guide_batch,
+    noise_like,
+    shuffle_rows,
+    vocabulary_size,
+    with_decoder_inputs,
+)
+
+IDS, MASK, PIXELS = torch.arange(12).reshape(4, 3), torch.ones(4, 3, dtype=torch.int64), torch.zeros(4, 3, 8, 8)
+
+
+class Plain(nn.Module):
+    """A network that names its input as it likes."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        return x
+
+
+class AnyKeywords(nn.Module):
+    def forward(self, **inputs: Any) -> Any:
+        return inputs
+
+
+# ------------------------------------------------------------------------------------------------------- randomness
+
+
+def draw(*key: int) -> list[float]:
+    return torch.rand(4, generator=generator_for(*key)).tolist()
+
+
+def test_the_same_key_draws_the_same_and_every_part_of_it_counts() -> None:
+    keys = [(7, 0, 0, 0), (8, 0, 0, 0), (7, 1, 0, 0), (7, 0, 1, 0), (7, 0, 0, 1), (7, 0, 0, 0, 1), (0, 7, 0, 0), (7,)]
+    draws = [draw(*key) for key in keys]
+    assert draws == [draw(*key) for key in keys]
+    assert len({tuple(each) for each in draws}) == len(keys)
+
+
+def test_steps_one_after_another_are_uncorrelated_and_no_seed_is_too_large() -> None:
+    first = torch.tensor([draw(0, step)[0] for step in range(400)])
+    assert first.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.corrcoef(torch.stack([first[:-1], first[1:]]))[0, 1].abs() < 0.15
+    assert draw(2**62, 2**62) != draw(2**62, 2**62 + 1)
+
+
+def test_drawing_leaves_the_global_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    noise_like({"input_ids": IDS, "pixel_values": PIXELS}, 17, generator_for(0))
+    shuffle_rows({"input_ids": IDS}, generator_for(0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------------------------------------------------- columns
+
+
+def test_the_guide_is_given_its_own_columns_and_no_others() -> None:
+    batch = {"input_ids": IDS, "labels": IDS, "guide_input_ids": IDS + 1, "guide_attention_mask": MASK}
+    own = guide_batch(batch, gpt2())
+    assert own.keys() == {"input_ids", "attention_mask"}
+    assert torch.equal(own["input_ids"], IDS + 1)
+
+
+def test_without_columns_of_its_own_the_guide_is_given_the_targets() -> None:
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
+    given = guide_batch(batch, gpt2())
+    assert given.keys() == batch.keys()
+    assert given is not batch
+
+
+def test_the_decoder_inputs_of_an_encoder_decoder_are_its_labels_shifted() -> None:
+    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])  # decoder_start_token_id and pad_token_id are 0
+    seen = with_decoder_inputs({"input_ids": IDS[:2], "labels": labels}, t5())
+    assert seen["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 7, 8]]
+    own = {"labels": labels, "decoder_input_ids": IDS}
+    assert with_decoder_inputs(own, t5())["decoder_input_ids"] is IDS
+    assert "decoder_input_ids" not in with_decoder_inputs({"labels": labels}, gpt2())
+
+
+@pytest.mark.parametrize("guide", [llama(), get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], r=2))])
+def test_labels_are_no_columns_of_a_guide(guide: nn.Module) -> None:
+    assert {"input_ids", "attention_mask", "inputs_embeds"} <= set(accepted_columns(guide))
+    assert accepted_columns(Plain()) == ["x", "attention_mask"]
+    assert accepted_columns(AnyKeywords()) == []
+
+
+@pytest.mark.parametrize(
+    ("guide", "columns", "args", "kwargs"),
+    [
+        (llama(), ["input_ids", "attention_mask", "labels", "guide"], [], ["input_ids", "attention_mask"]),
+        (llama(), ["inputs_embeds", "attention_mask"], [], ["inputs_embeds", "attention_mask"]),
+        (nn.Linear(3, 3), ["input_ids"], ["input_ids"], []),  # its argument is called input
+        (nn.Linear(3, 3), ["pixel_values", "labels"], ["pixel_values"], []),
+        (Plain(), ["input_ids"], ["input_ids"], []),
+        (Plain(), ["input_ids", "attention_mask"], ["input_ids"], ["attention_mask"]),
+        (Plain(), ["x", "attention_mask"], [], ["x", "attention_mask"]),
+        (Plain(), ["x", "input_ids"], [], ["x"]),
+    ],
+)
+def test_the_guide_is_called_with_what_it_takes_by_name_else_with_its_one_input(
+    guide: nn.Module, columns: list[str], args: list[str], kwargs: list[str]
+) -> None:
+    batch = {name: torch.full((2, 2), float(i)) for i, name in enumerate(columns)}
+    given = forward_arguments(guide, batch)
+    assert [value.tolist() for value in given[0]] == [batch[name].tolist() for name in args]
+    assert {k: v.tolist() for k, v in given[1].items()} == {name: batch[name].tolist() for name in kwargs}
+
+
+@pytest.mark.parametrize(
+    ("guide", "words"),
+    [
+        (Plain(), r"the guide \(Plain\) takes \['x', 'attention_mask'\], and the batch has \['labels', 'signal'\]"),
+        (AnyKeywords(), r"the guide \(AnyKeywords\) takes \[\], .* prefixed with 'guide_'"),
+    ],
+)
+def test_a_batch_with_nothing_for_the_guide_is_an_error(guide: nn.Module, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        forward_arguments(guide, {"signal": torch.ones(2), "labels": torch.ones(2)})
+
+
+VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+TIMMS_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViTConfig(image_size=16, patch_size=8, **VIT),
+        TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=TIMMS_VIT),
+    ],
+    ids=["transformers", "timm"],
+)
+def test_images_of_a_size_that_the_guide_does_not_take_are_an_error_that_names_both(config: Any) -> None:
+    guide = load_guide(config)
+    forward(guide, {"pixel_values": torch.zeros(2, 3, 16, 16)})
+    words = rf"guide \({type(guide).__name__}\) cannot take images of shape \(2, 3, 24, 24\): .*guide_pixel_values"
+    with pytest.raises(ValueError, match=words):
+        forward(guide, {"pixel_values": torch.zeros(2, 3, 24, 24)})
+
+
+# ------------------------------------------------------------------------------------------------------------ noise
+
+
+def test_noise_replaces_token_ids_by_ids_of_the_vocabulary_and_leaves_the_rest() -> None:
+    ids = torch.zeros(64, 32, dtype=torch.int32)
+    batch = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": MASK, "labels": IDS, "name": "x"}
+    noisy = noise_like(batch, 5, generator_for(0))
+    for name in ("input_ids", "decoder_input_ids"):
+        counts = noisy[name].flatten().bincount()
+        assert len(counts) == 5
+        assert (counts / ids.numel()).numpy() == pytest.approx(0.2, abs=0.03)
+        assert (noisy[name].dtype, noisy[name].shape) == (torch.int32, ids.shape)
+    assert not torch.equal(noisy["input_ids"], noisy["decoder_input_ids"])
+    assert all(noisy[name] is batch[name] for name in ("attention_mask", "labels", "name"))
+    assert batch["input_ids"] is ids
+    assert not ids.any()
+
+
+def test_without_a_vocabulary_noise_stays_within_the_ids_of_the_batch() -> None:
+    noisy = noise_like({"input_ids": IDS.repeat(50, 1)}, None, generator_for(0))["input_ids"]
+    assert (noisy.min(), noisy.max()) == (0, 11)
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "inputs_embeds"])
+def test_noise_for_images_is_the_papers(name: str) -> None:
+    noise = noise_like({name: torch.zeros(16, 3, 32, 32, dtype=torch.float64)}, None, generator_for(0))[name]
+    assert noise.dtype == torch.float64
+    # of N(0, 1 + 0.1²) clamped to [0, 1]: half is 0, and P(z > 1 / √1.01) = 0.1598 is 1
+    assert (noise == 0).double().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert (noise == 1).double().mean().item() == pytest.approx(0.1598, abs=0.01)
+    assert (noise.min(), noise.max()) == (0, 1)
+
+
+def test_the_guides_own_images_are_the_same_noise_in_their_size() -> None:
+    batch = {"pixel_values": torch.zeros(2, 3, 4, 4), "guide_pixel_values": torch.zeros(2, 3, 8, 8), "labels": IDS}
+    noisy = noise_like(batch, None, generator_for(0))
+    ours, theirs = noisy["pixel_values"], noisy["guide_pixel_values"]
+    assert torch.equal(theirs, ours.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    assert ours.std() > 0.3
+    assert not batch["guide_pixel_values"].any()
+
+
+def test_noise_is_a_function_of_its_generator() -> None:
+    batch = {"input_ids": IDS}
+    first, again, other = (noise_like(batch, 1000, generator_for(seed))["input_ids"] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"x": PIXELS}, r"noise replaces one of input_ids, pixel_values, inputs_embeds; the batch has \['x'\]"),
+        (
+            {"input_ids": IDS, "guide_input_ids": IDS},
+            r"both networks cannot see the same noise: the batch has \['guide_input_ids'\] for the guide alone",
+        ),
+        ({"input_ids": IDS, "guide_pixel_values": PIXELS}, r"has \['guide_pixel_values'\] for the guide alone"),
+    ],
+)
+def test_a_batch_that_noise_cannot_replace_is_an_error(batch: dict[str, Tensor], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        noise_like(batch, 17, generator_for(0))
+
+
+# --------------------------------------------------------------------------------------------------------- shuffling
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 257])
+def test_shuffling_gives_every_row_another_one_in_all_columns_alike(rows: int) -> None:
+    for seed in range(20):
+        batch = {"input_ids": torch.arange(rows)[:, None], "weights": torch.arange(rows).double(), "scale": 3}
+        shuffled = shuffle_rows({**batch, "temperature": torch.tensor(2.0)}, generator_for(seed))
+        order = shuffled["input_ids"].flatten()
+        assert (order != torch.arange(rows)).all()
+        assert torch.equal(order.sort().values, torch.arange(rows))
+        assert torch.equal(shuffled["weights"], order.double())
+        assert (shuffled["scale"], shuffled["temperature"].item()) == (3, 2.0)
+
+
+def test_every_other_row_is_as_likely() -> None:
+    counts = torch.zeros(4, 4)
+    for seed in range(600):
+        order = shuffle_rows({"input_ids": torch.arange(4)[:, None]}, generator_for(seed))["input_ids"].flatten()
+        counts[torch.arange(4), order] += 1
+    assert counts.diagonal().sum() == 0
+    assert (counts[~torch.eye(4, dtype=torch.bool)] / 600).numpy() == pytest.approx(1 / 3, abs=0.08)
+
+
+# ------------------------------------------------------------------------------------------------------ vocabularies
+
+
+def test_the_vocabulary_is_the_configs_and_unknown_without_one() -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    assert vocabulary_size(gpt2(vocabulary=23)) == 23
+    assert vocabulary_size(get_peft_model(llama(vocabulary=19), LoraConfig(target_modules=["q_proj"], r=2))) == 19
+    assert vocabulary_size(ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8))) is None
+    assert vocabulary_size(Plain()) is None
+
+
+def test_other_vocabularies_without_columns_for_the_guide_are_an_error() -> None:
+    words = (
+        r"the target's vocabulary has 17 tokens and the guide's 23: .*guide_input_ids and guide_attention_mask; .*=True"
+    )
+    with pytest.raises(ValueError, match=words):
+        check_vocabularies(gpt2(), llama(vocabulary=23), ["input_ids", "labels"])
+
+
+@pytest.mark.parametrize(
+    ("guide", "columns"),
+    [(llama(), ["input_ids"]), (llama(vocabulary=23), ["input_ids", "guide_input_ids"]), (Plain(), ["input_ids"])],
+    ids=["same size", "own columns", "none known"],
+)
+def test_vocabularies_that_may_go_together_pass(guide: nn.Module, columns: list[str]) -> None:
+    check_vocabularies(gpt2(vocabulary=llama_config().vocab_size), guide, columns)

@@ -1,0 +1,106 @@
+"""What a card says of any run of a GuidanceTrainer, and what it leaves out."""
+
+import re
+import shlex
+
+import pytest
+from builders import arguments, gpt2, llama, token_rows
+from cards import check_card
+from transformers import TrainerCallback
+
+import hf_guidance.trainer.card_mixin
+import hf_guidance.trainer.run_facts
+from hf_guidance import GuidanceConfig, GuidanceTrainer
+
+
+class CodeCarbonCallback(TrainerCallback):
+    """Named as transformers' own, which needs codecarbon; leaves the rows that codecarbon writes."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        with open(f"{args.output_dir}/emissions.csv", "w", encoding="utf-8") as file:
+            file.write(
+                "timestamp,run_id,duration,emissions,country_name\n1,a,3,0.5,Elsewhere\n2,b,3,0.00125,Elsewhere\n"
+            )
+
+
+def trained(folder, *callbacks, **options):
+    own = GuidanceTrainer(
+        gpt2(),
+        arguments(folder / "out"),
+        train_dataset=token_rows(),
+        guide=llama(),
+        callbacks=list(callbacks),
+        **{"eval_dataset": token_rows(), "guidance": GuidanceConfig(sample_axis="token")} | options,
+    )
+    own.train()
+    return own
+
+
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_curves_are_beside_the_card_where_they_can_be_drawn(matplotlib, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_guidance.trainer.card_mixin, "is_matplotlib_available", lambda: matplotlib)
+    words = ["python", "train.py", "--lr", "0.1", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(hf_guidance.trainer.run_facts, "command_line", lambda: words if matplotlib else None)
+    own = trained(tmp_path)
+    own.create_model_card()
+    _, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert (tmp_path / "out" / "curves.png").is_file() == ("(curves.png)" in body) == matplotlib
+    assert not re.search("## (Results|How to use it)|codecarbon|CO₂|similarity.png", body)  # none was measured
+    command = "## How to reproduce it\n\n```sh\npython train.py --max_steps 2 --output_dir out\n```\n\n"
+    command += "Arguments other than the known training settings are left out.\n"
+    assert (command in body) == ("## How to reproduce it" in body) == matplotlib
+
+
+def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):
+    own = trained(tmp_path, CodeCarbonCallback())
+    own.evaluate()
+    own.create_model_card(license="mit", language="en", tags=["a", "b"], dataset_tags="me/rows", dataset="My `rows`")
+    metadata, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert metadata["co2_eq_emissions"] == {"emissions": 1.25, "source": "codecarbon"}
+    assert re.search(r"^\| emissions, by codecarbon +\| 1\.25 g CO₂eq +\|$", body, re.MULTILINE)
+    assert "Elsewhere" not in body
+    assert metadata["datasets"] == ["me/rows"]
+    assert metadata["tags"] == ["hf_guidance", "guidance", "text-generation", "a", "b"]
+    assert r"steps on My \`rows\` and steered by" in body
+    loss = own.state.log_history[-1]["eval_loss"]
+    assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": loss, "name": "loss"}]
+    assert re.search(rf"^\| loss +\| {loss:.4f} +\|$", body, re.MULTILINE)
+
+
+def test_values_of_several_sets_to_validate_with_are_all_there_and_none_of_their_speeds(tmp_path):
+    rows = token_rows()
+    own = trained(tmp_path, eval_dataset={"near": rows[:4], "far": rows[4:8]})
+    own.evaluate()
+    own.create_model_card(dataset="rows")
+    metadata, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert [m["type"] for m in metadata["model-index"][0]["results"][0]["metrics"]] == ["near_loss", "far_loss"]
+    assert "per second" not in body
+
+
+@pytest.mark.parametrize(
+    ("guidance", "words"),
+    [
+        ({"guidance_stop_step": 1}, "a step, guided or not, on average"),
+        ({"guidance_every": 2}, "a step, guided or not, on average"),
+        ({"guidance_stop_step": 99}, "a step with guidance"),
+        ({"guidance_weight": 0.0}, "a step"),
+    ],
+)
+def test_the_time_of_a_step_is_called_what_it_is(guidance, words, tmp_path):
+    own = trained(tmp_path, guidance=GuidanceConfig(sample_axis="token", **guidance))
+    own.create_model_card()
+    _, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert re.search(rf"^\| {words} +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)
+    assert ("steered by" in body) == ("weight" not in str(guidance))
+    assert "in training, and similarity of every pair" in body  # as nothing was validated
+
+
+def test_a_users_command_is_no_prose(tmp_path, monkeypatch):
+    monkeypatch.setenv("USER", "tester")
+    command = "python train.py --hub_model_id tester/net --measure ridge"
+    monkeypatch.setattr(hf_guidance.trainer.run_facts, "command_line", lambda: shlex.split(command))
+    own = trained(tmp_path)
+    own.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert command in card
+    assert "are left out" not in card
