@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_guidance.similarity.gram import gram
+from hf_guidance.similarity.grams import gram
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
