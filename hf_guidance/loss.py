@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.layer_stacks import in_words
-from hf_guidance.features.reader import LayerReader, not_recomputed
+from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, freeze
@@ -21,6 +21,7 @@ from hf_guidance.guide.inputs import (
     check_vocabularies,
     generator_for,
     guide_batch,
+    is_packed,
     noise_like,
     shuffle_rows,
     vocabulary_size,
@@ -29,7 +30,7 @@ from hf_guidance.guide.inputs import (
 )
 from hf_guidance.guide.sharding import shard
 from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
-from hf_guidance.schedule import Weights, make_schedule
+from hf_guidance.schedule import Schedule, Weights, make_schedule
 from hf_guidance.similarity.measures import Measure, get_measure
 from hf_guidance.similarity.pair_loss import Grams, guidance_loss, similarities
 from hf_guidance.similarity.representation import Kernel, complete
@@ -106,6 +107,7 @@ class GuidanceLoss:
         self.measures: list[Measure] = [get_measure(name) for name in dict.fromkeys(names)]
         self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch)
         self.pairs: list[Pair] | None = None  # known once the hidden states have been counted
+        self._reaches_weights = False  # once a gradient has been seen to
         explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
@@ -115,8 +117,12 @@ class GuidanceLoss:
 
     def weights(self, step: int) -> Weights:
         """The weights of guidance and task at an optimizer step, as the config schedules them."""
+        return self.schedule()(step)
+
+    def schedule(self) -> Schedule:
+        """Make the function that gives these weights."""
         config = self.config
-        schedule = make_schedule(
+        return make_schedule(
             config.guidance_schedule,
             config.guidance_weight,
             stop_step=config.guidance_stop_step,
@@ -124,7 +130,6 @@ class GuidanceLoss:
             every=config.guidance_every,
             total_steps=self.total_steps,
         )
-        return schedule(step)
 
     @contextmanager
     def watch(
@@ -153,7 +158,13 @@ class GuidanceLoss:
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
         too_few = config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples
         if too_few and not config.shard_guide:  # which the other ranks cannot run without this one
-            watched.why_unguided = self._too_few(samples.count)
+            watched.why_unguided = self._too_few(samples.count, is_packed(seen))
+            yield watched
+            return
+        if config.guide_input == "shuffled" and samples.batch_size < 2:
+            watched.why_unguided = (
+                "guide_input='shuffled' exchanges the rows of a batch, and this one has one row alone"
+            )
             yield watched
             return
         guide_samples, guide_grams = self._run_guide(batch, samples, key)
@@ -193,8 +204,11 @@ class GuidanceLoss:
     @torch.no_grad()
     def _run_guide(self, batch: Mapping[str, Any], samples: Samples, key: tuple[int, ...]) -> tuple[Samples, Grams]:
         inputs = guide_batch(batch, self.target)
-        if self.pairs is None and not self.config.guide_shares_tokenizer:
-            check_vocabularies(self.target, self.guide, batch)
+        if self.pairs is None:
+            if not self.config.guide_shares_tokenizer:
+                check_vocabularies(self.target, self.guide, batch)
+            if is_packed(inputs):
+                self.running.check_tells_documents_apart(inputs)
         if self.config.guide_input == "noise":
             inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
         elif self.config.guide_input == "shuffled":
@@ -244,15 +258,17 @@ class GuidanceLoss:
                     "the same positions. Use sample_axis='sequence'."
                 )
 
-    def _too_few(self, samples: int) -> str:
+    def _too_few(self, samples: int, packed: bool = False) -> str:
         """Say why a batch is not guided, and the way out."""
-        way_out = "raise per_device_train_batch_size"
+        way_out = "set sample_axis='token'" if packed else "raise per_device_train_batch_size"
         if self.config.sample_axis == "token":
             kind = "valid tokens"
-        elif samples == 1:
-            kind, way_out = "row", f"{way_out}, or set sample_axis='token' if documents are packed into one row"
         else:
-            kind, way_out = "rows", f"{way_out}, or dataloader_drop_last=True if it is an epoch's last batch"
+            kind = "row" if samples == 1 else "rows"
+            if packed:
+                kind += ", into which documents are packed"
+            else:
+                way_out += ", or set dataloader_drop_last=True if it is an epoch's last batch"
         needed = f"{self.measures[0].name} needs at least {self.measures[0].min_samples} samples"
         return f"{needed}, and the batch has {samples} {kind}: {way_out}"
 
@@ -283,7 +299,7 @@ class GuidanceLoss:
         if not pairs:
             drop = in_words(self.target_reader.layer_drop.settings)
             watched.why_unguided = (
-                f"LayerDrop skipped the target layers of all pairs ({drop}): lower it, or compare more"
+                f"LayerDrop skipped the target layers of all pairs ({drop}): lower it, or compare more layers"
             )
             return
         in_pairs = dict.fromkeys(target for target, _ in pairs)  # at first all layers have been read
@@ -300,11 +316,19 @@ class GuidanceLoss:
         for measure in logged if log else ():
             if n >= measure.min_samples:
                 watched.similarities[measure.name] = similarities(pairs, measure, targets, guides)
-        if torch.is_grad_enabled() and not (watched.loss.requires_grad or watched.skipped_pairs):
-            raise ValueError(
-                f"none of the target layers {sorted(targets)} carries a gradient: they are frozen, or run under "
-                "reentrant activation checkpointing (set use_reentrant=False)."
-            )
+        if torch.is_grad_enabled() and not self._reaches_weights:
+            self._reaches_weights = reaches_weights(watched.loss)
+            if not self._reaches_weights:
+                self._refuse_without_gradient(watched, sorted(targets))
+
+    def _refuse_without_gradient(self, watched: Watched, layers: list[str]) -> None:
+        why = (
+            f"none of the target layers {layers} carries a gradient to a weight: they are frozen, or run under "
+            "reentrant activation checkpointing (set use_reentrant=False)"
+        )
+        if not watched.skipped_pairs:
+            raise ValueError(f"{why}.")
+        watched.loss, watched.why_unguided = None, why  # in another step other layers run
 
 
 def _layers(pairs: list[Pair], side: int) -> list[str]:

@@ -20,6 +20,9 @@ class Weights(NamedTuple):
     task: float
 
 
+Schedule = Callable[[int], Weights]  # of the number of optimizer steps already taken
+
+
 def check_schedule(name: str) -> None:
     """Raise ValueError, with the possible names, for an unknown schedule."""
     if name not in SCHEDULES:
@@ -34,7 +37,7 @@ def make_schedule(
     prealign_steps: int = 0,
     every: int = 1,
     total_steps: int | None = None,
-) -> Callable[[int], Weights]:
+) -> Schedule:
     """Build the schedule of a run: a function of the number of optimizer steps already taken.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import json
 import subprocess
 import sys
@@ -130,3 +131,43 @@ def test_without_what_only_recipes_need_one_can_still_train(tmp_path: Path) -> N
     result: dict[str, Any] = json.loads(done.stdout.split("RESULT")[1])
     assert result["guide"] == "RNNModel"
     assert 0 < result["log"]["guidance/loss"] < 1
+
+
+# what four modules of the flat package had, before they became rooms
+EARLIER = {
+    "similarity": [
+        "MEASURES",
+        "Measure",
+        "debiased_cka",
+        "get_measure",
+        "linear_cka",
+        "procrustes",
+        "rbf_cka",
+        "ridge",
+        "rsa",
+    ],
+    "features": [
+        "HIDDEN",
+        "AllRead",
+        "LayerReader",
+        "base_model_of",
+        "describe_modules",
+        "find_modules",
+        "first_tensor",
+    ],
+    "guide": ["load_guide", "untrained_network"],
+    "trainer": ["GUIDE_FOLDER", "GuidanceMixin", "GuidanceTrainer"],
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_what_was_imported_from_a_module_is_imported_from_its_room(name: str) -> None:
+    module = importlib.import_module(f"hf_guidance.{name}")
+    assert [entry for entry in EARLIER[name] if not hasattr(module, entry)] == []
+    assert set(EARLIER[name]) <= set(module.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if (PACKAGE / name).is_dir()])
+def test_every_room_says_what_lives_there(name: str) -> None:
+    words = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
+    assert words

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from test_imports import BESIDE, ROOMS
+
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
@@ -35,11 +37,9 @@ def test_the_first_example_costs_few_tokens() -> None:
     assert "max_tokens=256" in BLOCKS[0]
 
 
-def test_the_tree_lists_what_there_is() -> None:
+def test_the_tree_lists_the_rooms_in_their_order() -> None:
     tree = re.search(r"```\nhf_guidance/\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert tree
-    listed = {line.split()[0] for line in tree[1].splitlines() if line.startswith("  ")}
-    package = README.parent / "hf_guidance"
-    there = {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
-    there |= {f"{path.parent.name}/" for path in package.glob("*/*") if path.suffix in (".py", ".jinja")}
-    assert listed == there
+    listed = [line.split()[0] for line in tree[1].splitlines() if line.startswith("  ")]
+    rooms = [name if (README.parent / "hf_guidance" / name).is_dir() else f"{name}.py" for name in ROOMS]
+    assert [name.rstrip("/") for name in listed] == [*rooms, *sorted(BESIDE)]

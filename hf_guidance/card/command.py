@@ -44,7 +44,7 @@ LONGEST = 100
 # of the tokens of Hugging Face, OpenAI, GitHub, GitLab, AWS, Slack, Google, npm and PyPI, JWTs and UUIDs
 CREDENTIAL = re.compile(
     r"(?<![a-z0-9])(?:hf_(?!guidance)|api_org_|sk[-_][\w-]{8}|gh[a-z]_|github_pat_|glpat-|a[ks]ia[a-z0-9]{9}|xox[a-z]-|aiza"
-    r"|ya29|eyj|npm_|pypi-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
+    r"|ya29|eyj|npm_|pypi-|nvapi-|sg\.|r8_|dop_v1_|(?:\d{1,3}\.){3}\d{1,3}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
     re.IGNORECASE,
 )
 RANDOM = 16  # letters and digits without a sign between them, from which on they may be a random word
@@ -165,6 +165,7 @@ def _is_harmless(text: str, own: bool = False) -> bool:
         and ".." not in text
         and not CREDENTIAL.search(text)
         and not any(map(_is_random, re.findall("[A-Za-z0-9]+", text)))
+        and not _is_key(re.sub("[/.]", "", text))
         and (own or not _names_somebody(text))
     )
 
@@ -172,6 +173,11 @@ def _is_harmless(text: str, own: bool = False) -> bool:
 def _names_somebody(text: str) -> bool:
     names = "|".join(map(re.escape, own_names()))
     return bool(names and re.search(rf"(?<![a-z0-9])(?:{names})(?![a-z0-9])", text, re.IGNORECASE))
+
+
+def _is_key(text: str) -> bool:
+    """Whether a text without its slashes and dots is a long run of capitals, small letters and digits, as of a key."""
+    return bool(re.fullmatch(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[A-Za-z0-9]{32,}", text))
 
 
 def _is_random(run: str) -> bool:

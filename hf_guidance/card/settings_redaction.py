@@ -21,12 +21,16 @@ SECRET = re.compile(
     r"|passphrase|(?:client_|secret_)?secret|(?:access|secret|private)_key(?:_id)?|credentials?)"
 )
 # words of a vocabulary or names of classes, among which any text may be
-VOCABULARY = re.compile(r".*_tokens?|.*_tokens_decoder|.*special_tokens?(?:_.*)?|.*chat_template.*|id2label|label2id")
+VOCABULARY = re.compile(
+    r"(?:bos|eos|pad|unk|sep|cls|mask)_token|.*_tokens_decoder|.*special_tokens?(?:_.*)?|.*chat_template.*|id2label|label2id"
+)
+WORD = re.compile(r".*_tokens?")  # of a vocabulary as well, unless it looks like a credential
 # Hugging Face's, OpenAI's, GitHub's, GitLab's, AWS's, Slack's and Google's, JWTs and private keys
 CREDENTIAL = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_(?:oauth_)?[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[a-z]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}|glpat-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}"
-    r"|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|-----BEGIN[^\0]*)"
+    r"|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|nvapi-[\w-]{16,}|SG\.[\w-]{16,}|-----BEGIN[^\0]*)"
+    r"|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)|(?<=Bearer )\S+"  # of an address, and of a header
 )
 PART = r"""[^()\[\]{}|*?<>"'\n]*"""  # of a path; where a blank is in it, another slash has to be
 PATH = re.compile(rf"(?=\S*$|.*\S[/\\]+\S)(?:file:/|~[\w.-]*[/\\]|/(?!/)|[A-Za-z]:[/\\]|\\\\\w){PART}")
@@ -41,11 +45,17 @@ def scrub_settings(folder: Path, output: Path) -> None:
     """
     places = re.compile("|".join(_places(output)))
     for path in sorted([*folder.rglob(SETTINGS), *folder.rglob("README.md")]):
-        text, found = path.read_text(encoding="utf-8"), list[str]()
-        if path.suffix == ".json":
-            clean = as_json(_clean(json.loads(text), "", places, found))
-        else:  # a card that transformers or PEFT wrote has the path of the base model
-            clean = _cut(text, "text", places, found)
+        found: list[str] = []
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                clean = as_json(_clean(json.loads(text), "", places, found))
+            else:  # a card that transformers or PEFT wrote has the path of the base model
+                clean = _cut(text, "text", places, found)
+        except ValueError as error:  # no JSON, or no text
+            path.unlink()
+            logger.warning("%s cannot be read (%s), and is not pushed.", path.relative_to(folder).as_posix(), error)
+            continue
         if found:
             replace_text(path, clean)
             logger.warning(
@@ -75,7 +85,7 @@ def _clean(value: Any, name: str, places: re.Pattern[str], found: list[str]) -> 
                     kept[key] = entry
                 else:
                     found.append(field)
-            elif VOCABULARY.fullmatch(spelt):
+            elif VOCABULARY.fullmatch(spelt) or (WORD.fullmatch(spelt) and not CREDENTIAL.search(json.dumps(entry))):
                 kept[key] = entry
             else:
                 kept[_clean(key, field, places, found)] = _clean(entry, field, places, found)

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from hf_guidance.features.layer_stacks import Stack, in_words, rate_of, remedy, settings_of, stack_around, stack_of
+from hf_guidance.features.layer_stacks import (
+    Stack,
+    in_words,
+    rate_of,
+    rate_setting,
+    remedy,
+    settings_of,
+    stack_around,
+    stack_of,
+)
 
 
 class LayerDrop:
@@ -40,8 +49,13 @@ class LayerDrop:
         self._ran: dict[str, Any] = {}  # by name; with the outputs of layers while a forward is read
         self._is_reading = False
         self._handles: list[Any] = []
-        if not (any(p.requires_grad for p in base.parameters()) and any(map(rate_of, base.modules()))):
+        self._rates: list[tuple[nn.Module, float]] = []
+        if not any(p.requires_grad for p in base.parameters()):
             return  # what is not trained runs in evaluation mode, which skips nothing
+        settings = {setting: module for module in base.modules() if (setting := rate_setting(module)) is not None}
+        self._rates = [(module, rate_of(module)) for module in settings.values()]
+        if not any(rate for _, rate in self._rates):
+            return
         self._stacks = {kind: stack for kind in dict.fromkeys(kinds) if (stack := stack_of(base, kind))}
         self._around = {name: stack for name in modules if (stack := stack_around(base, name))}
         for owner, layers in (*self._stacks.values(), *self._around.values()):
@@ -53,7 +67,17 @@ class LayerDrop:
                 self._handles.append(base.get_submodule(layer).register_forward_hook(partial(self._note, layer)))
 
     def start(self) -> None:
-        """Begin to watch a forward."""
+        """Begin to watch a forward.
+
+        Raises:
+            ValueError: LayerDrop was turned on, off or to another rate since this was made.
+        """
+        for module, rate in self._rates:
+            if (now := rate_of(module)) != rate:
+                raise ValueError(
+                    f"the layerdrop of {type(module).__name__} was {rate:g} when guidance looked for its layers, and "
+                    f"now it is {now:g}: set it before the trainer is made."
+                )
         self._ran, self._is_reading = {}, True
 
     def stop(self) -> None:

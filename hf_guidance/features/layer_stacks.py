@@ -16,6 +16,13 @@ def rate_of(module: nn.Module) -> float:
     return max(_fields(module).values(), default=0.0) if own is None else own
 
 
+def rate_setting(module: nn.Module) -> int | None:
+    """Identify what says how often a module skips layers, itself or its config; None if nothing does."""
+    if _own_rate(module) is not None:
+        return id(module)
+    return id(module.config) if _fields(module) else None
+
+
 def settings_of(base: nn.Module, module: nn.Module) -> dict[str, float]:
     """Name what makes a module skip layers, with values, by the fields of its config, else of the whole network's."""
     own, found = _own_rate(module), _fields(module) or _fields(base)

@@ -184,6 +184,21 @@ def not_recomputed(reduce: Reduce) -> Reduce:
     return reduce_unseen
 
 
+def reaches_weights(loss: Tensor) -> bool:
+    """Whether the backward of a loss comes to a weight, and not just to an input that was told to carry a gradient."""
+    seen, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        # what reentrant checkpointing runs is out of sight
+        if isinstance(getattr(node, "variable", None), nn.Parameter) or "Checkpoint" in node.name():
+            return True
+        nodes += [before for before, _ in node.next_functions]
+    return False
+
+
 def first_tensor(output: Any) -> Any:
     """The features in a module's output: the tensor itself, or the first one of a tuple or model output."""
     if isinstance(output, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -13,13 +14,16 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.reader import AllRead, LayerReader, Reduce
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import GuideCache
-from hf_guidance.guide.inputs import accepted_columns, forward_arguments, seen_by, take_rows
+from hf_guidance.guide.inputs import accepted_columns, documents_of, forward_arguments, seen_by, take_rows
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.mapping import LAST
 from hf_guidance.similarity.grams import flat
 from hf_guidance.similarity.representation import Kernel
 from hf_guidance.similarity.sketch import Sketch
 
+logger = logging.getLogger(__name__)
+
+ALIKE = 0.02  # relative difference of features that are the same but for rounding, in half precision too
 WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)  # as transformers and timm say it
 
 
@@ -72,6 +76,28 @@ class GuideRunning:
         with self.autocast(), self.reader.reading(reduce) as read, suppress(AllRead):
             forward(self.guide, inputs)
         return read
+
+    def check_tells_documents_apart(self, inputs: Mapping[str, Any]) -> None:
+        """Warn of a guide whose features of a packed document are not those that it has of this document alone."""
+        documents = documents_of(inputs)
+        names = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
+        if len(documents) < 2 or "input_ids" not in names:
+            return
+        place = documents[1]  # the first one has nothing before it
+        alone = {name: inputs[name][:, place] for name in names & {"input_ids", "position_ids"}}
+        together, apart = (self.read(batch, lambda _, output: output) for batch in (inputs, alone))
+        for name, features in apart.items():
+            packed = together[name][:, place]
+            difference = (packed - features).norm() / features.norm()
+            if not difference < ALIKE:
+                logger.warning(
+                    "The guide (%s) does not tell packed documents apart: features of the second one differ by %.0f %% "
+                    "from those it has alone (%s). Pad the rows instead of packing them, or take another guide.",
+                    type(self.guide).__name__,
+                    100 * difference,
+                    name,
+                )
+                return
 
     def open_cache(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,6 +72,21 @@ def seen_by(guide: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the inputs that the guide's forward takes."""
     args, kwargs = forward_arguments(guide, inputs)
     return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
+
+
+def documents_of(batch: Mapping[str, Any]) -> list[slice]:
+    """Where each document is in a packed batch: one row, in which positions begin anew; none in any other batch."""
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
+        return []
+    starts = (positions[0, 1:] <= positions[0, :-1]).nonzero().flatten() + 1
+    bounds = [0, *starts.tolist(), positions.shape[1]]
+    return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 else []
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is one row of several documents, as `DataCollatorWithFlattening` makes it."""
+    return bool(documents_of(batch)) or "cu_seq_lens_q" in batch or "seq_idx" in batch
 
 
 def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str, Any]:

@@ -74,9 +74,13 @@ def load_guide(
         raise ValueError(NOT_GIVEN[name])
     if isinstance(source, nn.Module):
         options = {"untrained": untrained, "seed": seed, "revision": revision, "auto_class": auto_class, **kwargs}
+        options |= {"trust_remote_code": trust_remote_code}
         return _as_it_is(source, [name for name, value in options.items() if value])
+    if type(seed) is not int or not (auto_class is None or hasattr(auto_class, "from_pretrained")):
+        raise ValueError(f"seed is {seed!r} and auto_class {auto_class!r}; expected a number and an Auto class.")
     if not isinstance(source, (str, os.PathLike, PreTrainedConfig)):
-        raise ValueError(f"Cannot load guide {source!r} ({type(source).__name__}). {POSSIBLE}")
+        raise ValueError(f"Cannot load a guide from a {type(source).__name__}. {POSSIBLE}")
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedConfig):
         name, untrained = source.model_type, True
@@ -109,12 +113,14 @@ def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
 def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a network's own code meets files here that nobody foresaw
         known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
         weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
-        raise ValueError(
-            f"Cannot load guide {str(source)!r}: {str(error).splitlines()[0]}{weights}{known} {POSSIBLE}"
-        ) from error
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
+        said = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(source, str) and source.startswith(("/", ".", "~")) and not os.path.isdir(source):
+            said = "there is no such folder."
+        raise ValueError(f"Cannot load guide {str(source)!r}: {kind}{said}{weights}{known} {POSSIBLE}") from error
 
 
 def _about_weights(source: Any) -> str:
@@ -134,16 +140,20 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> tuple[nn.Module, str | None]:
     """The network, and the commit of the Hub that it is of."""
+    from transformers import PreTrainedConfig
     from transformers.utils import logging as reports
 
     written = read_config(source, **kwargs)
     if commit := commit_of(source, kwargs["revision"], kwargs.get("cache_dir"), kwargs.get("subfolder")):
         kwargs["revision"] = commit  # so that what is loaded is what has been checked
-    check_files(source, written, **kwargs)
-    if "config" in kwargs:
-        check_config(kwargs["config"].to_dict(), kwargs)
-    elif config := config_if_timm_exported(source, written, **kwargs):
-        kwargs["config"] = config
+    if (config := kwargs.get("config")) is not None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config is a {type(config).__name__}; expected a transformers config.")
+        written = config.to_dict()
+        check_config(written, kwargs, source)
+    elif exported := config_if_timm_exported(source, written, **kwargs):
+        kwargs["config"] = exported
+    check_files(source, written.get("transformers_weights"), kwargs)
     own_code = nullcontext() if kwargs["trust_remote_code"] else without_pickles()
     verbosity = reports.get_verbosity()
     reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide

@@ -17,16 +17,22 @@ from hf_guidance.guide.size import size_of
 from hf_guidance.guide.source import check_config
 
 MOST_LABELS = 2**17  # each becomes a word of the config
-LARGEST, DEEPEST = 2**24, 1000  # no network of a config has more in one number, or more layers
+LARGEST, DEEPEST = 2**25, 1000  # no network of a config has more in one number, or more layers
 LONGEST = 1000  # entries of a list
 WIDEST = 2**12  # pixels of an image, or places of a window
 MOST_PARAMETERS = 2**34  # more than anyone guides with
 # fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
-FETCHING = re.compile(r"implementation|checkpoint|pretrained|quantization|auto_map|cache|trust|url|file|hub")
-DEPTH = re.compile(r"depth|block(?!_size)|layer")  # a block_size is a length
-SIDE = re.compile(r"image|img|resolution|(?<!sliding_)window|patch_size")
+FETCHING = re.compile(
+    r"implementation|checkpoint|pretrained|quantization|auto_map|cache_(?:dir|implementation)|trust|url|file|hub"
+)
+# fields, by their whole names, of how many modules there are, and of how large an image or a window is
+DEPTH = re.compile(r"(\w+_)?depths?|n_layers?|(num_|encoder_|decoder_)?(\w+_)?(layers|blocks|stages)")
+SIDE = re.compile(r"(\w+_)?(image|img|crop|window|patch)_size|(\w+_)?resolution")
+INDICES = re.compile(r"(moe|kv_source)_layers")
 PLAIN = (None, False, True, "eager", "sdpa")
-LABELS = ("id2label", "label2id", "label_names", "pretrained_cfg")  # free text, of which no network is made
+# free text, of which no network is made
+LABELS = re.compile(r"id2label|label2id|label_names|pretrained_cfg|task_specific_params|\w+_(?:token|sep)")
+LONGEST_FILE = 2**23  # bytes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TYPES: dict[str, tuple[type, ...]] = {
     "source": (str, type(None)),
@@ -58,6 +64,8 @@ def load_guide_of(
     """
     folder = _fetch(target, revision, token)
     try:
+        if (size := (folder / CONFIG_NAME).stat().st_size) > LONGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes")
         _, guide = GuidanceConfig.load(folder)
         _check(guide)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -66,7 +74,8 @@ def load_guide_of(
     if (found := fingerprint(rebuilt)) != guide["fingerprint"]:
         raise ValueError(
             f"the guide of {target} is {guide['fingerprint'][:19]}… and what was rebuilt is {found[:19]}…: it was made "
-            f"with {guide.get('versions')}, whose random weights or files were others."
+            f"with {guide.get('versions')}, whose random weights or files were others, or it was loaded with options "
+            "(a dtype, a subfolder, a task head), which are not kept."
         )
     return rebuilt
 
@@ -112,25 +121,30 @@ def _check_numbers(config: dict[str, Any], fetches: bool = False) -> None:
         fetches: whether they are those of a field by which something is fetched.
     """
     for name, value in config.items():
-        if name in LABELS:
+        if LABELS.fullmatch(name):
             continue
         values, refused = _flat(value), f"{name} is {str(value)[:80]!r}"
         reads = fetches or (bool(FETCHING.search(name)) and not name.startswith("use_cache"))
         numbers = [abs(entry) for entry in values if isinstance(entry, int) and not name.endswith("theta")]
-        deep = bool(DEPTH.search(name)) and sum(numbers) > DEEPEST
+        deep = bool(DEPTH.fullmatch(name) and not INDICES.fullmatch(name)) and sum(numbers) > DEEPEST
         if len(values) > LONGEST or deep or any(number > _most(name) for number in numbers):
             raise ValueError(refused)
         for entry in values:
             if isinstance(entry, dict):
                 _check_numbers(entry, reads)
-            elif (isinstance(entry, str) and re.search(r"[/\\:]", entry)) or (
-                reads and (entry not in PLAIN or (entry is True and "pretrained" in name))
-            ):
+            elif (isinstance(entry, str) and re.search(r"[/\\:]", entry)) or (reads and not _is_plain(name, entry)):
                 raise ValueError(refused)
 
 
+def _is_plain(name: str, entry: Any) -> bool:
+    """Whether nothing can be fetched by this value of a field, as by a number."""
+    if isinstance(entry, bool):
+        return not (entry and "pretrained" in name)
+    return entry in PLAIN or isinstance(entry, (int, float))
+
+
 def _most(name: str) -> int:
-    return WIDEST if SIDE.search(name) else MOST_LABELS if name.endswith("labels") else LARGEST
+    return WIDEST if SIDE.fullmatch(name) else MOST_LABELS if name.endswith("labels") else LARGEST
 
 
 def _flat(value: Any) -> list[Any]:

@@ -18,6 +18,7 @@ ADAPTER = "adapter_config.json"
 SAFE = (".safetensors", ".safetensors.index.json")
 # the arguments of `from_pretrained` that say where files are
 PLACES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "proxies", "force_download")
+ONE_AT_A_TIME = threading.RLock()
 ONE_PLACE = "and a guide comes from one place alone"
 
 
@@ -42,11 +43,11 @@ def read_config(source: Any, **kwargs: Any) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     try:
-        config: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **only((*PLACES, "gguf_file"), kwargs))[0]
+        config: Any = PreTrainedConfig.get_config_dict(source, **only((*PLACES, "gguf_file"), kwargs))[0]
     except OSError:
         _check_no_adapter(source, **only(PLACES, kwargs))
         raise
-    check_config(config, kwargs)
+    check_config(config, kwargs, str(source))
     return config
 
 
@@ -64,17 +65,18 @@ def commit_of(
     return Path(config.removesuffix(name)).name if isinstance(config, str) else None
 
 
-def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:
+def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = None, source: str = "") -> None:
     """Raise ValueError for a config by which pickles would be read, or files of another repository.
 
     Args:
         config: as in `config.json`, nested configs included.
         given: arguments of `from_pretrained`, which overrule the config.
+        source: where it is from.
     """
     for name, value in ((str(name), value) for name, value in config.items()):  # a label's name may be a number
         for nested in value if isinstance(value, list) else [value]:
             if isinstance(nested, Mapping):
-                check_config(nested, given)
+                check_config(nested, given, source)
         if name == "transformers_weights" and value is not None and not str(value).endswith(SAFE):
             raise ValueError(f"its config names the weights {value!r}; only safetensors are read.")
         if name == "backbone" and isinstance(value, str) and not in_timm(value):
@@ -82,12 +84,26 @@ def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = No
                 f"its config takes the backbone {value!r} from elsewhere, {ONE_PLACE}. Load the network yourself and "
                 "pass the module."
             )
+        if name == "auto_map" and (given or {}).get("trust_remote_code"):
+            _check_code(value, source)
         if name.endswith("_implementation") and "/" in str(value) and name not in (given or {}):
             raise ValueError(
                 f"its config takes {name} {value!r} from elsewhere, {ONE_PLACE}. Pass another, {name}='eager' say."
             )
     if config.get("model_type") == "timm_wrapper" or "model_args" in config:
         _check_timm(config)
+
+
+def _check_code(auto_map: Any, source: str) -> None:
+    """Raise ValueError for code that would be run from another repository than the one that is trusted."""
+    for places in auto_map.values() if isinstance(auto_map, Mapping) else ():
+        for place in places if isinstance(places, list) else [places]:
+            repository, separator, _ = str(place).partition("--")
+            if separator and repository != source:
+                raise ValueError(
+                    f"its config takes code from {repository!r}, {ONE_PLACE}. Load the network yourself and pass the "
+                    "module."
+                )
 
 
 def _check_timm(config: Mapping[str, Any]) -> None:
@@ -107,20 +123,26 @@ def _check_timm(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_files(source: Any, config: Mapping[str, Any], **kwargs: Any) -> None:
+def check_files(source: str, weights: str | None, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError for an adapter, or an index of weights that names anything but safetensors beside it.
 
     Args:
         source: Hub id or folder.
-        config: as `read_config` has read it.
-        **kwargs: of `from_pretrained`.
+        weights: the file of weights that its config names, if it names one.
+        kwargs: of `from_pretrained`.
     """
-    places, variant = only(PLACES, kwargs), kwargs.get("variant")
+    places, variant = only(PLACES, kwargs), f".{kwargs['variant']}" if kwargs.get("variant") else ""
     _check_no_adapter(source, **places)
-    index = config.get("transformers_weights") or f"model.safetensors.index{f'.{variant}' if variant else ''}.json"
+    if weights is None and _cached(source, f"model{variant}.safetensors", **places):
+        return  # which is read before any index
+    index = weights or f"model.safetensors.index{variant}.json"
     if not index.endswith(".json") or not (path := _cached(source, index, **places)):
         return
-    for shard in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    shards = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(shards, dict):
+        raise ValueError(f"its {index} is no index of weights: it has no weight_map.")
+    for shard in sorted(set(map(str, shards.values()))):
         place = PurePosixPath(shard)
         if place.suffix != ".safetensors" or place.is_absolute() or ".." in place.parts or "\\" in shard:
             raise ValueError(f"its {index} names {shard!r}; weights must be safetensors beside it.")
@@ -153,6 +175,12 @@ def only(names: tuple[str, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def without_pickles() -> Iterator[None]:
     """Refuse `torch.load` inside, in this thread: some networks' own code reads a pickle beside their weights."""
+    with ONE_AT_A_TIME, _refusing_pickles():  # else one thread would put back what another has put there
+        yield
+
+
+@contextmanager
+def _refusing_pickles() -> Iterator[None]:
     load, thread = torch.load, threading.get_ident()
 
     def refuse(file: Any, *args: Any, **kwargs: Any) -> Any:

@@ -133,7 +133,8 @@ def joined(batches: Sequence[Batch]) -> dict[str, Any]:
     if unknown:
         raise ValueError(
             f"the micro-batches differ in the length of {sorted(unknown)} and have no attention_mask: which positions "
-            "are padding is not known. Add a mask, or pad to a fixed length."
+            "are padding is not known. Add a mask, or pad to a fixed length; rows of packed documents need "
+            "similarity_batch='local'."
         )
     return {name: _in_one(parts, NO_LABEL * (name == "labels")) for name, parts in tensors.items()}
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
 from hf_guidance.guide.identity import check_same_guide
 from hf_guidance.trainer.checks import splits_batches
+from hf_guidance.trainer.guided_steps import GuidedSteps
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ ORIGIN = "rng_state.json"  # what randomness and data order follow from, beside 
 ZIPPED = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")  # torch.save; a zip's directory is at its end
 WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 OPTIMIZER = ("optimizer*", "global_step*")
+GUIDED_STEPS = "guided_steps"  # of the same file
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
 HARMLESS |= {"shard_guide"}
 FATAL = {"seed", "data_seed", "max_steps"}  # the last where a decay ends with the run
@@ -129,6 +131,11 @@ def _origin_of(place: Path) -> dict[str, Any]:
         return {}
 
 
+def guided_steps_of(checkpoint: str | Path | None) -> int | None:
+    """How many steps of a run were guided up to a checkpoint; 0 without one, None if an earlier version wrote it."""
+    return 0 if checkpoint is None else _origin_of(Path(checkpoint)).get(GUIDED_STEPS)
+
+
 def _origin(args: Any, steps: int, guided: bool) -> dict[str, Any]:
     names = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
     return {name: getattr(args, name) for name in names} | {
@@ -203,6 +210,7 @@ class ResumingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """The part of `GuidanceMixin` that makes `trainer_state.json` the last word on a checkpoint."""
 
     guide: Any
+    _guided: GuidedSteps
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:  # one that lies there from an earlier run must not vouch for what is written now
@@ -214,6 +222,7 @@ class ResumingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         super()._save_rng_state(output_dir)
         if self.args.should_save:
             origin = _origin(self.args, self.state.max_steps, self.guide is not None)
+            origin[GUIDED_STEPS] = self._guided.total() if self.guide is not None else 0
             text = json.dumps(origin, indent=2) + "\n"
             (Path(output_dir) / ORIGIN).write_text(text, encoding="utf-8")
         self.accelerator.wait_for_everyone()  # Trainer does not: rank 0 would be done before the others

@@ -34,6 +34,7 @@ class FiniteSteps(TrainerCallback):
 
     Attributes:
         sums: what the micro-steps of the present optimizer step log.
+        left_out: whether the present optimizer step is left out.
     """
 
     def __init__(self, accelerator: Any, logs: RunningMeans, skip: bool) -> None:
@@ -43,7 +44,7 @@ class FiniteSteps(TrainerCallback):
 
     def reset(self) -> None:
         """Forget the present optimizer step."""
-        self.sums = RunningMeans()
+        self.sums, self.left_out = RunningMeans(), False
         self._seen: list[tuple[str, list[str], Tensor]] = []  # (where, names, their values)
 
     def look(self, values: Mapping[str, Any], where: str) -> None:
@@ -84,6 +85,7 @@ class FiniteSteps(TrainerCallback):
                 f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate, look "
                 "at the data, or leave such steps out with on_non_finite='skip'."
             )
+        self.left_out = True
         for buffer, before in self._buffers:
             buffer.copy_(before)
         optimizer.zero_grad()  # without gradients the optimizer leaves weights, moments and weight decay alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,17 @@ from hf_guidance.guide.inputs import (
 )
 from hf_guidance.guide.sharding import check_whole, is_sharded, whole_state
 from hf_guidance.loss import GuidanceLoss, Watched
-from hf_guidance.schedule import Weights
+from hf_guidance.schedule import Schedule
 from hf_guidance.trainer.accumulation import Accumulated
-from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume
+from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
 from hf_guidance.trainer.checks import check_trainer, check_types
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.trainer.preparation import calibrate, open_cache
+
+logger = logging.getLogger(__name__)
 
 GUIDE_FOLDER = "guide"
 
@@ -66,7 +69,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         if guide is None:
             return
         check_trainer(self)
-        self._guided = GuidedSteps(partial(check_trainer, self), self._weights)
+        self._guided = GuidedSteps(partial(check_trainer, self), self._schedule, lambda: self._finite.left_out)
         self.add_callback(self._guided)
         check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
@@ -94,9 +97,9 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
         return self._loss
 
-    def _weights(self, step: int) -> Weights:
+    def _schedule(self) -> Schedule:
         self.guidance_loss.total_steps = self.state.max_steps
-        return self.guidance_loss.weights(step)
+        return self.guidance_loss.schedule()
 
     def compute_loss(
         self,
@@ -192,6 +195,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         if checkpoint:
             identity_now = None if self.guide is None else self.guide_identity
             check_goes_on(checkpoint, self.args, self.guidance, identity_now)
+        if self.guide is not None:
+            self._guided.before = guided_steps_of(checkpoint)
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step = (-1, 0)
         if self.guide is not None and self._calibrates():
@@ -211,7 +216,11 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', which takes one step more when it goes on from the checkpoint of the last step."""
-        if self.state.global_step >= self.state.max_steps:
+        if (done := self.state.global_step) >= self.state.max_steps:
+            if done > self.state.max_steps:
+                logger.warning(
+                    "The checkpoint is of step %d, after the last of %d: none is left.", done, self.state.max_steps
+                )
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

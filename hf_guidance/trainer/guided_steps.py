@@ -10,59 +10,90 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from hf_guidance.loss import Watched
-from hf_guidance.schedule import Weights
+from hf_guidance.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
-NEVER = "the trainer asked for no loss of a batch while the model was in training mode"
+NEVER = (
+    "GuidanceMixin.compute_loss was not called in training mode (does a subclass override compute_loss or "
+    "training_step without super(), or put the model in evaluation mode?)"
+)
 
 
 class GuidedSteps(TrainerCallback):
-    """Counts what was guided in one call of `train`.
+    """Counts the optimizer steps that were guided.
 
     Args:
         check: raises ValueError for settings under which guidance would not be what it says; called when training
             begins, as settings may have changed since the trainer was made (a hyperparameter search does that).
-        weights: optimizer step → weights of guidance and task.
+        schedule: makes the function optimizer step → weights of guidance and task.
+        is_left_out: whether the present optimizer step is left out, as it is not finite.
+
+    Attributes:
+        before: guided steps of the run before this call of `train`; None if they are not known.
+        guided: those of this call.
     """
 
-    def __init__(self, check: Callable[[], None], weights: Callable[[int], Weights]) -> None:
-        self.check, self.weights = check, weights
-        self.first, self.guided, self.why = 0, 0, ""
+    def __init__(
+        self, check: Callable[[], None], schedule: Callable[[], Schedule], is_left_out: Callable[[], bool]
+    ) -> None:
+        self.check, self.schedule, self.is_left_out = check, schedule, is_left_out
+        self.before: int | None = 0
+        self.first, self.guided, self._pending = 0, 0, False
+        self._reasons: dict[str, str] = {}  # by their first word
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the call before, and check the settings once more."""
-        self.first, self.guided, self.why = state.global_step, 0, ""
+        self.first, self.guided, self._reasons = state.global_step, 0, {}
         self.check()
+        if not self.schedule()(state.max_steps - 1).task:
+            logger.warning(
+                "All %d optimizer steps are pre-alignment, none is of the task: see prealign_steps.", state.max_steps
+            )
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._pending = False
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.guided += self._pending and not self.is_left_out()
 
     def note(self, watched: Watched, step: int) -> None:
-        """Count a watched forward; warn of the first that should have been guided and was not."""
+        """Take in a watched forward; warn of the first that should have been guided and was not, for each reason."""
         if watched.loss is not None:
-            self.guided += 1
-        elif watched.weights.guidance and not self.why:
-            self.why = watched.why_unguided
+            self._pending = True
+        elif watched.weights.guidance and (kind := watched.why_unguided.partition(" ")[0]) not in self._reasons:
+            self._reasons[kind] = watched.why_unguided
             logger.warning(
                 "Optimizer step %d is not guided: %s. Others like it are counted in guidance/skipped_batches.",
                 step + 1,
-                self.why,
+                watched.why_unguided,
             )
 
+    def total(self) -> int | None:
+        """The guided steps of the whole run up to now; None if those before a resume are not known."""
+        return None if self.before is None else self.before + self.guided
+
     def check_any(self, state: Any, keep: Callable[[], Any], folder: str) -> None:
-        """Raise RuntimeError if no step of the run was guided on any process, though some should have been.
+        """Compare what was guided, on any process, with what should have been.
 
         Args:
             state: the trainer's, after training.
             keep: saves the model, before anything is raised.
             folder: where that is.
+
+        Raises:
+            RuntimeError: no step of the run was guided. If some were, and not all, that is a warning.
         """
-        if sum(gather_object([self.guided])) or any(
-            "guidance/loss" in log for log in state.log_history
-        ):  # of a part before a resume
-            return
-        steps = range(self.first, state.global_step)
-        if any(self.weights(step).guidance for step in steps):
+        counts: list[tuple[int | None, int]] = gather_object([(self.total(), self.guided)])
+        weights = self.schedule()
+        asked = [step for step in range(state.global_step) if weights(step).guidance]
+        if asked and all(total == 0 for total, _ in counts):
             keep()
             raise RuntimeError(
-                f"None of the {len(steps)} optimizer steps was guided: {self.why or NEVER}. The network was trained on "
-                f"its task alone, and is in {folder}. For training without guidance set guidance_weight=0."
+                f"No optimizer step of {state.global_step} was guided: {'; '.join(self._reasons.values()) or NEVER}. "
+                f"The network was trained on its task alone, and is in {folder}. For training without guidance set "
+                "guidance_weight=0."
             )
+        here, guided = sum(step >= self.first for step in asked), max(guided for _, guided in counts)
+        if guided < here:
+            logger.warning("%d of the %d optimizer steps that were to be guided were guided.", guided, here)

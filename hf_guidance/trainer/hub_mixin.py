@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from hf_guidance.trainer.card_mixin import CardMixin
-from hf_guidance.trainer.staging import CARD, STAGING, complete, files_in, make_empty, put, remove, stage
+from hf_guidance.trainer.staging import CARD, STAGING, complete, files_in, make_empty, put, remove, stage, without_links
 from hf_guidance.trainer.uploads import (
     ARGUMENTS,
     NO_HUB,
@@ -124,6 +124,7 @@ class PublishingMixin(CardMixin):
         if together:
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            without_links(staged, (path.relative_to(staged) for path in staged.rglob("*")))
             for name in files_in(staged):
                 put(staged / name, output / name)
             (staged / ARGUMENTS).unlink(missing_ok=True)
@@ -176,8 +177,10 @@ class PublishingMixin(CardMixin):
             if not (output / CARD).is_file():
                 self._try_to_write_a_card()
             complete(staged, output)  # whatever failed before
-            repository = self.hub_model_id or self.args.hub_model_id or output.name
+            repository = str(self.hub_model_id or self.args.hub_model_id or output.name)
+            is_private = self.args.hub_private_repo if private is None else private
+            command = later(repository, staged, revision, is_private)
             raise ConnectionError(
                 f"The push to {repository} failed ({type(error).__name__}: {one_line(error)}). Nothing is lost: all "
-                f"of it is in {output}. To push it later: {later(str(repository), staged, revision)}"
+                f"of it is in {output}. To push it later: {command}"
             ) from error

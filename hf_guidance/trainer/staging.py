@@ -49,7 +49,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def without_links(folder: Path, names: Iterable[str]) -> None:
+def without_links(folder: Path, names: Iterable[str | Path]) -> None:
     """Remove those of the files in a folder that are links, so that writing them changes nothing elsewhere."""
     for path in (folder / name for name in names):
         if path.is_symlink():

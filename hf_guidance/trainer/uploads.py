@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ ARGUMENTS = "training_args.bin"
 NO_HUB = (HTTPError, ConnectionError)  # it refuses, or is not reached; the second when HF_HUB_OFFLINE says so
 # in a checkpoint, for going on with the training, and no part of the model
 FOR_RESUMING = (
-    *("optimizer.pt", "optimizer.bin", "optimizer_[0-9]*", "scheduler.pt", "scaler.pt", STATE, ORIGIN),
-    *("rng_state.pth", "rng_state_[0-9]*.pth", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_[0-9]*"),
-    *("global_step[0-9]*", "latest", "zero_to_fp32.py"),
+    *(r"optimizer\.(pt|bin)", r"scheduler\.pt", r"scaler\.pt", re.escape(STATE), re.escape(ORIGIN)),
+    *(r"rng_state(_\d+)?\.pth", r"pytorch_model_fsdp\.bin", r"latest", r"zero_to_fp32\.py"),
+    r"(optimizer|pytorch_model_fsdp)_\d+/(\.metadata|__\d+_\d+\.distcp)",  # FSDP's shards
+    r"global_step\d+/\w+_states\.pt",  # DeepSpeed's
 )
 
 
@@ -81,8 +82,8 @@ def of_model(names: Iterable[str]) -> list[str]:
 
 
 def for_resuming(name: str) -> bool:
-    """Whether a checkpoint has a file, or the folder it lies in, for going on with the training."""
-    return any(fnmatch(name.split("/")[0], pattern) for pattern in FOR_RESUMING)
+    """Whether a checkpoint has a file for going on with the training, and not as a part of the model."""
+    return any(re.fullmatch(pattern, name) for pattern in FOR_RESUMING)
 
 
 def stage_checkpoint(checkpoint: Path, model: Sequence[str], staged: Path) -> None:
@@ -110,10 +111,11 @@ def start_pushing(*staged: tuple[Path, dict[str, Any]]) -> list[Future[Any]]:
     return [api.run_as_future(push_staged, folder, **options) for folder, options in staged]
 
 
-def later(repository: str, staged: Path, revision: str | None = None) -> str:
-    """The command that pushes a staged folder."""
+def later(repository: str, staged: Path, revision: str | None = None, private: bool | None = None) -> str:
+    """The command that pushes a staged folder, to a private repository if there is none yet and it is to be one."""
     words = ["hf", "upload", repository, str(staged.resolve()), "."]  # from wherever that is typed
-    return shlex.join(words + (["--revision", revision] if revision else []))
+    words += ["--revision", revision] if revision else []
+    return shlex.join(words + (["--private"] if private else []))
 
 
 def one_line(error: Exception) -> str:

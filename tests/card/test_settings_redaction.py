@@ -49,6 +49,9 @@ def cleaned(folder, content, name="adapter_config.json"):
         ("xoxb-123456789012-abc", "<token>"),
         ("AIza" + 35 * "a", "<token>"),
         (JWT, "<token>"),
+        ("nvapi-" + 20 * "a", "<token>"),
+        ("postgres://me:word@host/db", "postgres://<token>@host/db"),
+        ("Authorization: Bearer abcdef", "Authorization: Bearer <token>"),
         ("-----BEGIN PRIVATE KEY-----\nabc\n-----END", "<token>"),
     ],
 )
@@ -71,7 +74,7 @@ def test_a_secret_goes_with_its_name(key, more, tmp_path, caplog):
 @pytest.mark.parametrize(
     "content",
     [
-        {"bos_token": "/usr/bin", "eos_token": {"content": "</s>"}, "image_token": HF, "pad_token": "~/x"},
+        {"bos_token": "/usr/bin", "eos_token": HF, "image_token": "/a/b", "pad_token": "~/x"},
         {"added_tokens_decoder": {"5": {"content": "/usr/bin"}}, "additional_special_tokens": ["/usr/bin", HF]},
         {"extra_special_tokens": {"a": "/home/alice/x"}, "chat_template": "/home/alice {{ x }}"},
         {"id2label": {"0": "/m/01g317"}, "label2id": {"/m/01g317": 0}},
@@ -113,3 +116,21 @@ def test_a_card_of_another_library_has_no_path_of_this_machine_either(tmp_path, 
     scrub_settings(tmp_path, tmp_path / "out")
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "base_model: base\nhttps://host.org/a\n"
     assert "README.md is pushed without" in caplog.text
+
+
+def test_a_credential_under_the_name_of_a_word_is_cut_and_a_word_is_not(tmp_path, caplog):
+    words = {"image_token": "<image>", "sep_token": "</s>", "my_tokens": ["/usr/bin", "a"]}
+    assert cleaned(tmp_path, words | {"upload_token": "ghp_" + 36 * "a", "all_tokens": [HF]}) == words | {
+        "upload_token": "<token>",
+        "all_tokens": ["<token>"],
+    }
+    assert "in: upload_token, all_tokens." in caplog.text
+
+
+def test_settings_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
+    (tmp_path / "odd_config.json").write_text("{")
+    (tmp_path / "other_config.json").write_bytes(b"\xff\xfe\x00")
+    scrub_settings(tmp_path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert "odd_config.json cannot be read" in caplog.text
+    assert "other_config.json cannot be read" in caplog.text

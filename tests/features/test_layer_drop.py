@@ -355,8 +355,27 @@ def test_a_step_that_skips_the_only_trainable_layers_is_no_error(skip: Callable[
     skip(2)
     with loss.watch(TOKENS) as watched:
         target(**watched.inputs)
-    assert watched.loss > 0
-    assert not watched.loss.requires_grad
+    assert watched.loss is None
+    assert "carries a gradient to a weight" in watched.why_unguided
+
+
+def test_layers_that_are_frozen_behind_an_input_with_a_gradient_are_an_error() -> None:
+    target = wav2vec2(make=Wav2Vec2ForSequenceClassification, layerdrop=0.0)
+    target.freeze_base_model()  # whose feature encoder lets its output carry a gradient all the same
+    loss = GuidanceLoss(target, wav2vec2(seed=1))
+    words = "carries a gradient to a weight: they are frozen"
+    with pytest.raises(ValueError, match=words), loss.watch(audio()) as watched:
+        target(**watched.inputs)
+
+
+def test_layerdrop_that_changes_after_the_layers_were_found_is_an_error() -> None:
+    target = wav2vec2(layerdrop=0.0)
+    loss = GuidanceLoss(target, wav2vec2(seed=1))
+    target.config.layerdrop = 0.4
+    with pytest.raises(
+        ValueError, match=r"the layerdrop of \w+ was 0 when guidance looked .*, and now it is 0\.4: set it"
+    ):
+        guided(loss)
 
 
 def test_activation_checkpointing_does_not_change_what_ran(skip: Callable[..., None]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, llama, t5, token_rows
+from builders import VOCABULARY, gpt2, llama, seeded, t5, token_rows
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening, DynamicCache, PreTrainedModel
+from transformers import BertConfig, BertModel, DataCollatorWithFlattening, DynamicCache, PreTrainedModel
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.features.reader import LayerReader
@@ -18,6 +19,11 @@ from hf_guidance.guide.forward import forward
 def documents(*lengths: int) -> list[dict[str, Any]]:
     rows = token_rows(len(lengths), max(lengths))
     return [{name: value[:n].tolist() for name, value in row.items()} for row, n in zip(rows, lengths, strict=True)]
+
+
+def bert() -> BertModel:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 8}
+    return seeded(lambda: BertModel(BertConfig(**sizes, num_attention_heads=2, initializer_range=1.0)), 0)
 
 
 def states(guide: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -50,6 +56,19 @@ def test_the_guidance_loss_of_packed_documents_is_that_of_padded_ones() -> None:
             target(**watched.inputs, use_cache=False)
         losses.append(watched.loss)
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize(("guide", "told"), [(bert(), True), (llama(), False)], ids=["bert", "llama"])
+def test_a_guide_that_does_not_tell_documents_apart_is_said(
+    guide: PreTrainedModel, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = gpt2()
+    loss = GuidanceLoss(target, guide, GuidanceConfig(sample_axis="token"))
+    for _ in range(2):
+        with loss.watch(DataCollatorWithFlattening(return_tensors="pt")(documents(4, 6, 6))) as watched:
+            target(**watched.inputs)
+    words = r"The guide \(BertModel\) does not tell packed documents apart: features of the second one differ by \d+ %"
+    assert len(re.findall(words, caplog.text)) == told
 
 
 @pytest.mark.parametrize("guide", [llama(), gpt2(), t5()], ids=lambda guide: type(guide).__name__)

@@ -1,15 +1,19 @@
 """The guide of a pushed target, rebuilt; configs that would fetch, run or fill a machine are refused before."""
 
+import faulthandler
 import io
 import json
+import sys
 import time
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from transformers import CONFIG_MAPPING
 
 from hf_guidance import GuidanceConfig, load_guide_of
 from hf_guidance.guide import size
+from hf_guidance.guide.rebuilding import _check_numbers
 from hf_guidance.guide.size import size_of
 
 HOSTILE = [
@@ -53,7 +57,7 @@ HOSTILE = [
     ),
     ({"guide": {"config": {"model_type": "gpt2", "auto_map": {"AutoModel": "evil.Net"}}}}, "AutoModel is 'evil.Net'"),
     ({"guide": {"config": {"model_type": "gpt2", "kernel_file": {"a": [{"b": "evil"}]}}}}, "b is 'evil'"),
-    ({"guide": {"config": {"model_type": "gpt2", "cache": {"size": 3}}}}, "size is '3'"),
+    ({"guide": {"config": {"model_type": "gpt2", "cache_dir": {"size": "all"}}}}, "size is 'all'"),
     ({"guide": {"config": {"model_type": "swin", "depths": [1] * 10**5}}}, r"depths is '\[1, 1, 1"),
     ({"guide": {"config": {"model_type": "swin", "depths": [500, 501]}}}, r"depths is '\[500, 501\]'"),
     ({"guide": {"config": {"model_type": "swin", "num_heads": [[1] * 600, [1] * 600]}}}, r"num_heads is '\[\[1, 1"),
@@ -113,17 +117,49 @@ def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named
     ],
 )
 def test_a_config_of_no_network_is_an_error_and_not_the_end_of_the_process(config, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(size, "_limit_memory", lambda: None)  # of this process
+    monkeypatch.setattr(size, "_limit_memory", lambda more: None)  # of this process
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(config)))
-    size.main()
+    size.main(60, 2**30)
     assert list(json.loads(capsys.readouterr().out)) == ["error"]
 
 
 def test_what_takes_too_long_to_lay_out_is_ended() -> None:
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"to lay it out takes more than 0\.5 s"):
-        size_of({"model_type": "gpt2"}, seconds=0.5)
-    assert time.monotonic() - start < 5
+    with pytest.raises(ValueError, match="to lay it out and to build it takes too long"):
+        size_of({"model_type": "gpt2"}, seconds=0.01)
+    assert time.monotonic() - start < 30
+
+
+def test_what_takes_more_than_its_weights_say_is_ended() -> None:
+    """A Fourier transform as a matrix of complex numbers, by scipy: 16 · 14000² bytes."""
+    sizes = {"hidden_size": 14000, "num_hidden_layers": 1, "intermediate_size": 1, "vocab_size": 8}
+    sizes |= {"max_position_embeddings": 8, "tpu_short_seq_length": 8, "use_tpu_fourier_optimizations": True}
+    with pytest.raises(ValueError, match=r"allocate|memory"):
+        size_of({"model_type": "fnet", **sizes})
+
+
+def test_modules_in_the_present_folder_are_not_run(tmp_path, monkeypatch) -> None:
+    for name in ("psutil.py", "json.py", "torch.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place])
+    assert size_of({"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}).parameters == 9216
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_defaults_of_all_architectures_pass_the_check_of_numbers() -> None:
+    found = {}
+    for kind in CONFIG_MAPPING:
+        try:
+            config = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+        except Exception:  # those that cannot be made without arguments, or not without a package
+            continue
+        try:
+            _check_numbers(config)
+        except ValueError as error:
+            found[kind] = str(error)
+    assert found == {}
 
 
 def test_the_size_of_a_network_is_that_of_its_parameters_and_buffers() -> None:

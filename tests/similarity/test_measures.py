@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_guidance.similarity.grams import gram
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import hf_guidance
 from hf_guidance.similarity import measures
+from hf_guidance.similarity.grams import gram
 from hf_guidance.similarity.matrices import u_center, unit
 from hf_guidance.similarity.measures import MEASURES, get_measure
 

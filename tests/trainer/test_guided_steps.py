@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, llama, token_rows
+from builders import gpt2, llama, token_batch, token_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainers import make_trainer, same, train_logs, trained, weights
@@ -18,9 +19,10 @@ from transformers.trainer_utils import HPSearchBackend
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceMixin, GuidanceTrainer
 
+SAVING = {"save_strategy": "steps", "save_steps": 1}
 ONE_ROW = (
-    "linear_cka needs at least 3 samples, and the batch has 1 row: raise per_device_train_batch_size, or set "
-    "sample_axis='token' if documents are packed into one row"
+    "linear_cka needs at least 3 samples, and the batch has 1 row, into which documents are packed: set "
+    "sample_axis='token'"
 )
 
 
@@ -35,7 +37,7 @@ def test_packed_batches_on_the_sequence_axis_warn_at_once_and_end_in_an_error_th
     trainer = make_trainer(tmp_path, gpt2(), llama(), **packing)
     with (
         caplog.at_level(logging.WARNING, "hf_guidance"),
-        pytest.raises(RuntimeError, match=rf"None of the 3 optimizer steps was guided: {ONE_ROW}\. The network was"),
+        pytest.raises(RuntimeError, match=rf"No optimizer step of 3 was guided: {ONE_ROW}\. The network was"),
     ):
         trainer.train()
     said = [record.getMessage() for record in caplog.records if record.name.startswith("hf_guidance")]
@@ -99,7 +101,7 @@ def test_a_trainer_that_never_asks_for_the_loss_ends_in_an_error(tmp_path: Path)
     plain = make_trainer(tmp_path, gpt2(), llama())
     trainer = GuidedOwnStep(gpt2(), plain.args, guide=llama(), train_dataset=plain.train_dataset)
     with pytest.raises(
-        RuntimeError, match=r"None of the 3 .*: the trainer asked for no loss of a batch while the model"
+        RuntimeError, match=r"No optimizer step of 3 .*compute_loss was not called in training mode \(does a subclass"
     ):
         trainer.train()
 
@@ -128,9 +130,79 @@ def test_in_a_loop_of_ones_own_the_watched_forward_says_why_it_is_not_guided() -
     assert watched.why_unguided.startswith("ridge needs at least 3 samples, and the batch has 2 valid tokens: raise")
 
 
+def test_a_run_that_was_not_guided_fails_again_when_it_is_resumed_at_its_end(tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path, gpt2(), llama(), **SAVING)
+    for resume in (None, True):
+        trainer = GuidedOwnStep(gpt2(), plain.args, guide=llama(), train_dataset=plain.train_dataset)
+        with pytest.raises(RuntimeError, match="No optimizer step of 3 was guided"):
+            trainer.train(resume_from_checkpoint=resume)
+
+
+def test_a_part_that_logged_nothing_before_a_stop_counts_all_the_same(tmp_path: Path) -> None:
+    rows = {"train_dataset": token_rows(5), **SAVING, "logging_steps": 100}  # batches of 4 and 1
+    make_trainer(tmp_path, gpt2(), llama(), max_steps=3, **rows).train()
+    make_trainer(tmp_path, gpt2(), llama(), max_steps=4, **rows).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_say_how_many_steps_were_guided(tmp_path: Path) -> None:
+    rows = {"train_dataset": token_rows(5), **SAVING}
+    make_trainer(tmp_path, gpt2(), llama(), max_steps=1, **rows).train()
+    path = tmp_path / "checkpoint-1" / "rng_state.json"
+    origin = json.loads(path.read_text())
+    assert origin.pop("guided_steps") == 1
+    path.write_text(json.dumps(origin))
+    make_trainer(tmp_path, gpt2(), llama(), max_steps=2, **rows).train(resume_from_checkpoint=True)
+
+
+def test_steps_that_are_left_out_were_not_guided(tmp_path: Path) -> None:
+    guide = llama()
+    with torch.no_grad():
+        guide.norm.weight.fill_(float("nan"))
+    trainer = make_trainer(tmp_path, gpt2(), guide, guidance_every=2, on_non_finite="skip", max_steps=4)
+    with pytest.raises(RuntimeError, match="No optimizer step of 4 was guided"):
+        trainer.train()
+
+
+def test_a_run_of_which_some_steps_were_not_guided_says_how_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stops(GuidanceTrainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step:
+                return model(**inputs).loss
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    plain = make_trainer(tmp_path, gpt2(), llama())
+    Stops(gpt2(), plain.args, guide=llama(), train_dataset=plain.train_dataset).train()
+    assert "1 of the 3 optimizer steps that were to be guided were guided." in caplog.text
+
+
+def test_a_run_of_pre_alignment_alone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(tmp_path, gpt2(), llama(), prealign_steps=3).train()
+    assert "All 3 optimizer steps are pre-alignment, none is of the task: see prealign_steps." in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path, gpt2(), llama(), prealign_steps=2).train()
+    assert caplog.text == ""
+
+
+def test_a_batch_of_one_row_cannot_be_shuffled_and_is_not_guided(tmp_path: Path) -> None:
+    packing = {"data_collator": DataCollatorWithFlattening(), "train_dataset": listed_rows()}
+    trainer = make_trainer(tmp_path, gpt2(), llama(), sample_axis="token", guide_input="shuffled", **packing)
+    with pytest.raises(
+        RuntimeError, match="guide_input='shuffled' exchanges the rows of a batch, and this one has one"
+    ):
+        trainer.train()
+
+
+def test_a_last_batch_of_one_row_is_not_taken_for_packed_documents() -> None:
+    target, batch = gpt2(), {name: value[:1] for name, value in token_batch().items()}
+    with GuidanceLoss(target, llama()).watch(batch) as watched:
+        target(**watched.inputs)
+    assert "the batch has 1 row: raise per_device_train_batch_size, or set dataloader_drop" in watched.why_unguided
+
+
 # ---------------------------------------------------------------------------------------------------- at the last step
 
-SAVING = {"save_strategy": "steps", "save_steps": 1}
 ENDS = {
     "in the middle of an epoch": {"max_steps": 4},  # of 6 steps
     "at the end of an epoch": {"max_steps": 6},

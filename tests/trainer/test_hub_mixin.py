@@ -376,3 +376,4 @@ def test_a_token_that_may_only_read_is_found_before_training(bad_day):
 def test_the_command_to_push_later_quotes_its_folder_and_keeps_the_revision(tmp_path):
     words = shlex.split(later("me/net", tmp_path / "my run; ls", "trial"))
     assert words == ["hf", "upload", "me/net", str(tmp_path / "my run; ls"), ".", "--revision", "trial"]
+    assert later("me/net", tmp_path, private=True).endswith(" . --private")

@@ -64,8 +64,19 @@ def test_a_resumable_checkpoint_has_the_model_and_what_is_known_to_resume_it(tmp
     folder = tmp_path / "checkpoint-4"
     model = ["config.json", "model.safetensors", "guidance_config.json"]
     known = ["optimizer.pt", "rng_state_0.pth", "rng_state.json", "latest", "zero_to_fp32.py", "scheduler.pt"]
-    known += ["global_step4/mp_rank_00_model_states.pt", "optimizer_0/x.distcp", "pytorch_model_fsdp_0/x.distcp"]
-    write(folder, *model, *known, "trainer_state.json", "training_args.bin", "nohup.out", "optimizer_key", "rng_state")
+    known += ["global_step4/mp_rank_00_model_states.pt", "optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata"]
+    write(
+        folder,
+        *model,
+        *known,
+        "trainer_state.json",
+        "training_args.bin",
+        "nohup.out",
+        "optimizer_key",
+        "rng_state",
+        "optimizer_1x/a",
+        "global_step4/id_rsa",
+    )
     (folder / "scaler.pt").symlink_to(outside / "own.txt")
     (folder / "global_step5").symlink_to(outside)
     assert of_model([*model, *known, "training_args.bin"]) == model
