@@ -31,7 +31,7 @@ from hf_guidance.loss import GuidanceLoss
 from hf_guidance.preparation import calibrate, open_cache
 from hf_guidance.publishing import PublishingMixin
 from hf_guidance.resuming import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
-from hf_guidance.schedule import Schedule
+from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.sharding import check_whole, is_sharded, whole_state
 from hf_guidance.watched import Watched
 
@@ -99,6 +99,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return self._loss
 
     def _schedule(self) -> Schedule:
+        if not self.guidance.guidance_weight:  # then no layer is looked for
+            return lambda step: Weights(0.0, 1.0)
         self.guidance_loss.total_steps = self.state.max_steps
         return self.guidance_loss.schedule()
 
