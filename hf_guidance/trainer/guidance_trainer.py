@@ -24,7 +24,7 @@ from hf_guidance.guide.inputs import (
 )
 from hf_guidance.guide.sharding import check_whole, is_sharded, whole_state
 from hf_guidance.loss import GuidanceLoss, Watched
-from hf_guidance.schedule import Schedule
+from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.trainer.accumulation import Accumulated
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
 from hf_guidance.trainer.checks import check_trainer, check_types
@@ -98,6 +98,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return self._loss
 
     def _schedule(self) -> Schedule:
+        if not self.guidance.guidance_weight:  # then no layer is looked for
+            return lambda step: Weights(0.0, 1.0)
         self.guidance_loss.total_steps = self.state.max_steps
         return self.guidance_loss.schedule()
 
