@@ -1,0 +1,60 @@
+"""Walks with a batch: which files of the package one guided step passes, from `GuidanceLoss.watch` to the logged number.
+
+    python tests/scripts/walk.py
+
+It counts the files in which a function runs in the second step of a tiny run, and the stops: each change of file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from builders import gpt2, llama
+from trainers import make_trainer
+
+import hf_guidance
+
+PACKAGE = Path(hf_guidance.__file__).parent
+
+
+def walk(**settings: Any) -> tuple[list[str], int]:
+    """Return the files that the second guided step passes, in the order of the first visit, and the number of stops."""
+    stops: list[str] = []
+
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(str(PACKAGE)):
+            name = os.path.relpath(file, PACKAGE)
+            if not stops or stops[-1] != name:
+                stops.append(name)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(Path(folder), gpt2(), llama(), max_steps=2, **settings)
+        watch, log = trainer._watch, trainer.log
+
+        def begin(inputs: Any) -> Any:
+            if trainer.state.global_step == 1:
+                sys.setprofile(look)
+            return watch(inputs)
+
+        def end(logs: dict[str, float], start_time: float | None = None) -> None:
+            log(logs, start_time)
+            sys.setprofile(None)
+
+        trainer._watch, trainer.log = begin, end
+        trainer.train()
+    return list(dict.fromkeys(stops)), len(stops)
+
+
+if __name__ == "__main__":
+    for settings in ({}, {"sample_axis": "token"}):
+        files, stops = walk(**settings)
+        print(f"{settings or 'defaults'}: {len(files)} files, {stops} stops")
+        print("  " + " → ".join(files))
