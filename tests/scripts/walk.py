@@ -1,4 +1,4 @@
-"""Walks with a batch: which files of the package one guided step passes, from `GuidanceLoss.watch` to the logged number.
+"""Walk with a batch: the files that a guided step passes, from `GuidanceLoss.watch` to the logged number.
 
     python tests/scripts/walk.py
 

@@ -1,0 +1,42 @@
+"""A recipe's flags, beside those of the two configs."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from hf_guidance.experiments.command_line import check_choice, parse
+
+
+@dataclasses.dataclass
+class Own:
+    size: int = 1
+    fast: bool = False
+
+
+def parsed(monkeypatch, *words, defaults=lambda own: {"learning_rate": 0.5, "output_dir": "out", "use_cpu": True}):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
+    return parse("what it is for", Own, defaults, refused={"--seed"}, instead="--seeds")
+
+
+def test_flags_of_all_three_are_read_and_a_recipes_defaults_stand_where_nothing_is_given(monkeypatch):
+    own, args, guidance = parsed(monkeypatch, "--size", "3", "--fast", "--measure", "rsa", "--weight_decay", "0.1")
+    assert (own, guidance.measure) == (Own(3, True), "rsa")
+    assert (args.learning_rate, args.weight_decay) == (0.5, 0.1)
+    assert parsed(monkeypatch, "--learning_rate", "0.25")[1].learning_rate == 0.25
+
+
+def test_explicit_pairs_take_the_place_of_a_recipes_layers(monkeypatch):
+    def defaults(own):
+        return {"output_dir": "out", "use_cpu": True, "guide_layers": ["Conv2d"]}
+
+    assert parsed(monkeypatch, defaults=defaults)[2].guide_layers == ["Conv2d"]
+    guidance = parsed(monkeypatch, "--layer_pairs", "a~b", defaults=defaults)[2]
+    assert (guidance.layer_pairs, guidance.guide_layers) == (["a~b"], ["hidden_states"])
+
+
+def test_refused_and_impossible_flags_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="--seed: this recipe takes --seeds"):
+        parsed(monkeypatch, "--seed=3")
+    with pytest.raises(ValueError, match="--kind c: possible are a, b"):
+        check_choice("kind", "c", ["a", "b"])

@@ -1,0 +1,51 @@
+"""What a run asks for, held against what the machine and guidance can do, before anything is trained."""
+
+from types import SimpleNamespace
+
+import pytest
+from builders import arguments, gpt2, llama
+
+from hf_guidance import GuidanceConfig
+from hf_guidance.trainer.checks import check_settings, check_types, rows_of_a_process, splits_batches
+
+
+def test_a_split_batch_is_shared_evenly_or_refused() -> None:
+    def args(rows: int, split: bool) -> SimpleNamespace:
+        config = SimpleNamespace(split_batches=split)
+        return SimpleNamespace(per_device_train_batch_size=rows, world_size=4, accelerator_config=config)
+
+    assert (rows_of_a_process(args(8, False)), rows_of_a_process(args(8, True))) == (8, 2)
+    assert not splits_batches(args(8, False))
+    with pytest.raises(ValueError, match=r"split_batches gives each of the 4 processes its part .* multiple of 4"):
+        rows_of_a_process(args(6, True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "guidance", "words"),
+    [
+        ({"per_device_train_batch_size": 2}, {}, "per_device_train_batch_size is 2, but linear_cka needs at least 3"),
+        ({"auto_find_batch_size": True}, {}, "auto_find_batch_size changes the batch size"),
+        ({}, {"similarity_batch": "global"}, "there is no process group"),
+        ({}, {"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1: set it to 2 or more"),
+    ],
+)
+def test_settings_that_guidance_cannot_do_with_are_refused(settings, guidance, words, tmp_path) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_settings(arguments(tmp_path, **settings), GuidanceConfig(**guidance))
+
+
+def test_tokens_need_no_rows_and_accumulation_makes_up_for_few(tmp_path) -> None:
+    check_settings(arguments(tmp_path, per_device_train_batch_size=1), GuidanceConfig(sample_axis="token"))
+    few = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    check_settings(few, GuidanceConfig(similarity_batch="accumulated"))
+
+
+def test_a_guide_and_a_config_that_are_none_are_named() -> None:
+    with pytest.raises(ValueError, match=r"guide is 'gpt2'; expected a network: use load_guide\('gpt2'\)"):
+        check_types("gpt2", None)
+    with pytest.raises(ValueError, match="guidance is a dict; expected a GuidanceConfig"):
+        check_types(gpt2(), {"measure": "rsa"})
+    with pytest.raises(ValueError, match=r"guidance_weight is 1\.0, but there is no guide"):
+        check_types(None, GuidanceConfig())
+    check_types(llama(), None)
+    check_types(None, GuidanceConfig(guidance_weight=0.0))
