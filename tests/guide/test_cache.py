@@ -195,7 +195,7 @@ def test_padded_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"guide_input": "noise"}, "guide_input is 'noise': set 'batch'"),
         ({"guide_input": "shuffled"}, "guide_input is 'shuffled': set 'batch'"),
         ({"guide_batch_norm": "batch"}, "with guide_batch_norm='batch' they depend on the whole batch"),
-        ({"cache_guide": None}, "sample_id_column is for cache_guide"),
+        ({"cache_guide": None}, "sample_id_column is only for cache_guide"),
     ],
 )
 def test_settings_under_which_features_are_no_function_of_the_sample_are_refused(
@@ -257,7 +257,7 @@ def test_a_cache_of_other_batch_norm_statistics_is_refused(tmp_path: Path) -> No
 
 
 def test_a_cache_for_which_there_is_nothing_to_sketch_is_in_the_way_and_that_is_said(tmp_path: Path) -> None:
-    words = r"the widest layer that is compared has \d+ features: .* Either way remove .*/cache, which was made with it"
+    words = r"the widest layer that is compared has \d+ features: .* In both cases remove .*/cache, which was made with this sketch"
     with pytest.raises(ValueError, match=words):
         trainer(tmp_path / "a", tmp_path / "cache", guidance={"sketch": 1000}).train()
 
