@@ -356,7 +356,9 @@ def test_an_output_without_tensors_has_no_features(output: Any) -> None:
 
 def test_a_packed_sequence_is_an_error() -> None:
     packed = pack_padded_sequence(torch.ones(2, 3, 1), torch.tensor([3, 2]), batch_first=True)
-    with pytest.raises(ValueError, match="a packed sequence has no batch axis; choose a layer after it is unpacked"):
+    with pytest.raises(
+        ValueError, match="a packed sequence has no batch axis: choose a layer after the sequence is unpacked"
+    ):
         first_tensor((packed, None))
 
 

@@ -315,7 +315,7 @@ def test_an_output_whose_first_axis_is_not_the_batch_is_an_error(output: Any, go
 
 
 def test_a_layer_with_another_length_than_the_mask_is_an_error() -> None:
-    words = r"layer 'pool' has 4 positions and the mask another number \(encoder 7\)"
+    words = r"layer 'pool' has 4 positions, but the mask has another number \(encoder 7\)"
     with pytest.raises(ValueError, match=words):
         Samples(network()[0]).gram("pool", normal(ROWS, 4, WIDTH))
 
