@@ -142,8 +142,9 @@ class LayerDrop:
         else:
             raise ValueError(
                 f"the target returned {len(states)} {kind}, but {len(ran)} of the {len(layers)} layers "
-                f"{layers[0]} … {layers[-1]} ran, so it is not known which layer each belongs to (LayerDrop): "
-                f"{remedy(self.settings)}, or name modules with target_layers."
+                f"{layers[0]} … {layers[-1]} ran, so {len(ran) + 1} or {len(full)} were expected. With LayerDrop it "
+                f"is then not known which layer each state belongs to: {remedy(self.settings)}, or name modules with "
+                "target_layers."
             )
         return full
 

@@ -301,7 +301,7 @@ def test_a_module_that_does_not_run_is_an_error() -> None:
     reader = LayerReader(model, ["Linear", "lstm"], "guide")
     read(reader, model, IDS)
     with pytest.raises(
-        ValueError, match=r"guide layers \['unused'\] did not run in the guide's forward; leave them out"
+        ValueError, match=r"guide layers \['unused'\] did not run in the guide's forward: leave them out"
     ):
         reader.names()
 

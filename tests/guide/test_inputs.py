@@ -126,7 +126,7 @@ def test_the_guide_is_called_with_what_it_takes_by_name_else_with_its_one_input(
 @pytest.mark.parametrize(
     ("guide", "words"),
     [
-        (Plain(), r"the guide \(Plain\) takes \['x', 'attention_mask'\], and the batch has \['labels', 'signal'\]"),
+        (Plain(), r"the guide \(Plain\) takes \['x', 'attention_mask'\], but the batch has \['labels', 'signal'\]"),
         (AnyKeywords(), r"the guide \(AnyKeywords\) takes \[\], .* prefixed with 'guide_'"),
     ],
 )

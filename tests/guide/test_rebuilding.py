@@ -42,7 +42,7 @@ HOSTILE = [
     ),
     ({"guide": {"config": {"model_type": "gpt2", "num_labels": 2**24}}}, "num_labels is '16777216'"),
     # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
-    ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, and it says 5"),
+    ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, but it states 5"),
     ({"guide": {"config": {"model_type": "gpt2", "attn_implementation": "evil/kernel"}}}, "attn_implementation is"),
     (
         {"guide": {"config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "weights.pth"}}}},
@@ -126,7 +126,7 @@ def test_a_config_of_no_network_is_an_error_and_not_the_end_of_the_process(confi
 
 def test_what_takes_too_long_to_lay_out_is_ended() -> None:
     start = time.monotonic()
-    with pytest.raises(ValueError, match="to lay it out and to build it takes too long"):
+    with pytest.raises(ValueError, match="laying it out and building it takes too long"):
         size_of({"model_type": "gpt2"}, seconds=0.01)
     assert time.monotonic() - start < 30
 

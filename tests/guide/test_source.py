@@ -210,9 +210,9 @@ def test_a_module_is_a_guide_as_it_is() -> None:
 
 
 def test_options_for_a_module_and_a_source_of_another_type_are_named() -> None:
-    with pytest.raises(ValueError, match="untrained, seed: a module is taken as a guide as it is"):
+    with pytest.raises(ValueError, match="untrained, seed: a module is used as it is"):
         load_guide(nn.Linear(2, 2), untrained=True, seed=3)
     with pytest.raises(ValueError, match=r"Cannot load a guide from a NoneType\. A guide is a local folder"):
         load_guide(None)
-    with pytest.raises(ValueError, match=r"the guide is what torch\.compile\(guide\) returned"):
+    with pytest.raises(ValueError, match=r"the guide is the result of torch\.compile\(guide\)"):
         load_guide(torch.compile(nn.Linear(2, 2)))
