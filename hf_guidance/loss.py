@@ -59,7 +59,11 @@ class Watched:
     skipped_pairs: int = 0
 
     def total(self, task_loss: Tensor) -> Tensor:
-        """Return the loss to train on: the weighted sum of the task loss and the guidance loss."""
+        """Return the loss to train on: the weighted sum of the task loss and the guidance loss.
+
+        Args:
+            task_loss: the target's own loss, a scalar.
+        """
         total = task_loss if self.weights.task == 1 else self.weights.task * task_loss
         return total if self.loss is None else total + self.weights.guidance * self.loss.to(total.device)
 
@@ -115,7 +119,11 @@ class GuidanceLoss:
         self.running = GuideRunning(self.guide_reader, self.config, self.sketch, autocast)
 
     def weights(self, step: int) -> Weights:
-        """Return the weights of guidance and task at an optimizer step."""
+        """Return the weights of guidance and task at an optimizer step.
+
+        Args:
+            step: optimizer steps already taken.
+        """
         return self.schedule()(step)
 
     def schedule(self) -> Schedule:
@@ -150,8 +158,8 @@ class GuidanceLoss:
             The inputs to run the target on. Its loss and similarities are filled in when the block ends.
 
         Raises:
-            ValueError: the target did not run in the block, its layers do not match the guide's, or no layer in a pair
-                carries a gradient to a weight.
+            ValueError: the target did not run in the block, or its layers do not match the guide's. Also if no target
+                layer in a pair carries a gradient to a weight.
         """
         key, weights = (self.seed, step, micro_step, rank), self.weights(step)
         if not weights.guidance:
@@ -198,7 +206,18 @@ class GuidanceLoss:
         return Samples(batch, config.sample_axis, config.max_tokens, **options)
 
     def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the guide on those of the inputs that it accepts, moved to its device."""
+        """Run the guide on those of the inputs that it accepts, moved to its device.
+
+        Args:
+            inputs: columns of a batch.
+
+        Returns:
+            Output of the guide.
+
+        Raises:
+            ValueError: the guide accepts none of the inputs, lacks decoder inputs, or gets images of a size it does not
+                accept.
+        """
         return forward(self.guide, inputs)
 
     @torch.no_grad()

@@ -46,8 +46,8 @@ def pair_layers(target_layers: Sequence[str], guide_layers: Sequence[str], kind:
     Args:
         target_layers: names of the target's layers, from input to output.
         guide_layers: names of the guide's layers, from input to output.
-        kind: `even`, `reversed` or `last_<k>`. `even` is the paper's mapping. It spreads the guide's layers over the
-            target's: layer i of n_G goes to target layer `⌊i (n_T − 1) / (n_G − 1) + ½⌋`, and a single guide layer to
+        kind: `even`, `reversed` or `last_<k>`. `even` is the paper's mapping, which spreads the guide's layers over the
+            target's. Layer i of n_G goes to target layer `⌊i (n_T − 1) / (n_G − 1) + ½⌋`. A single guide layer goes to
             the last one. `reversed` pairs the guide's layers in the opposite order, as a negative control. `last_<k>`
             pairs the last k layers of both networks.
 

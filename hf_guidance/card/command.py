@@ -84,8 +84,8 @@ def _script(words: list[str]) -> tuple[list[str], list[str], list[str], bool]:
     """Find the script in the words after a launcher.
 
     Returns:
-        The launcher's flags to publish, the words that name the script (none if it is not found), the words after it,
-            and whether some of the launcher's flags are left out.
+        The launcher's flags to publish, the words that name the script, the words after it, and whether launcher flags
+            are left out. No words name the script if it is not found.
     """
     for place, word in enumerate(words):
         is_module = word in ("-m", "--module")

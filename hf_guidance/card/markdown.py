@@ -34,5 +34,10 @@ def count(number: int) -> str:
 
 
 def shown(value: float, digits: int) -> str:
-    """Format a number as cards show it."""
+    """Format a number as cards show it.
+
+    Args:
+        value: number; a note replaces one that is not finite.
+        digits: digits after the decimal point.
+    """
     return f"{value:.{digits}f}" if math.isfinite(value) else "not finite (the run diverged)"

@@ -244,6 +244,11 @@ def base_model_of(model: nn.Module) -> nn.Module:
 def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[str, nn.Module]:
     """Find modules by exact name, else by glob, else by type or base type, in the order of registration.
 
+    Args:
+        model: network to search.
+        pattern: name, glob or name of a type.
+        role: `target` or `guide`, for the message.
+
     Returns:
         Name → module.
 
@@ -269,7 +274,12 @@ def _glob_to_regex(pattern: str) -> str:
 
 
 def describe_modules(model: nn.Module, most: int = 8) -> str:
-    """Describe the shallowest modules, with numbered siblings joined: `wte (Embedding), 12 GPT2Block (h.0 … h.11)`."""
+    """Describe the shallowest modules, with numbered siblings joined: `wte (Embedding), 12 GPT2Block (h.0 … h.11)`.
+
+    Args:
+        model: network to describe.
+        most: largest number of kinds to name.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
         if name and not isinstance(module, nn.ModuleList):

@@ -12,6 +12,12 @@ from torch import Tensor
 def content_of(batch: Mapping[str, Any]) -> Tensor:
     """Return the content of a batch's rows: token ids, pixels, embeddings, or else its first tensor with two axes.
 
+    Args:
+        batch: inputs of a network.
+
+    Returns:
+        `(batch, …)`.
+
     Raises:
         ValueError: the batch has no such tensor.
     """
@@ -23,7 +29,14 @@ def content_of(batch: Mapping[str, Any]) -> Tensor:
 
 
 def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the valid positions of encoder and decoder, `(batch, length)` of bool, if the batch has them."""
+    """Return the valid positions of encoder and decoder, if the batch has them.
+
+    Args:
+        tensors: columns of the batch.
+
+    Returns:
+        `encoder` and `decoder` → `(batch, length)` of bool.
+    """
     masks = {}
     labels = tensors.get("labels")
     if (mask := tensors.get("decoder_attention_mask")) is not None:

@@ -100,7 +100,12 @@ def is_packed(batch: Mapping[str, Any]) -> bool:
 
 
 def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str, Any]:
-    """Return the target's columns of a batch: all but the guide's own and the column `ids`."""
+    """Return the target's columns of a batch.
+
+    Args:
+        batch: columns for both networks.
+        ids: column of sample ids to leave out, too.
+    """
     return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
 
 
@@ -142,7 +147,12 @@ def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torc
 
 
 def shuffle_rows(batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """Replace each row of a batch by another row, at random; no row stays in its place."""
+    """Replace each row of a batch by another row, at random; no row stays in its place.
+
+    Args:
+        batch: columns with two or more rows.
+        generator: source of the order.
+    """
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     rows = torch.randperm(len(tensors[0]), generator=generator)
     source = torch.empty_like(rows)
@@ -166,6 +176,11 @@ def check_vocabularies(target: nn.Module, guide: nn.Module, columns: Collection[
     """Raise ValueError if the guide would get token ids of another vocabulary.
 
     Vocabularies are compared by size. A mismatch between vocabularies of equal size is not detected.
+
+    Args:
+        target: network being trained.
+        guide: its guide.
+        columns: names of the batch's columns. With any `guide_*` column there is nothing to check.
     """
     sizes = vocabulary_size(target), vocabulary_size(guide)
     if None in sizes or sizes[0] == sizes[1] or any(name.startswith(GUIDE_PREFIX) for name in columns):

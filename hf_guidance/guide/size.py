@@ -96,7 +96,7 @@ def main(seconds: float, free: int) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Limit this process to so many bytes more than it has, if the system supports such a limit."""
+    """Limit this process to `more` bytes beyond what it has, if the system supports such a limit."""
     has = getattr(psutil.Process().memory_info(), "data", 0)
     if has:  # Linux only
         import resource

@@ -60,6 +60,12 @@ def commit_of(
     """Return the Hub commit that a config was just read from; None if it is not from the Hub.
 
     The commit is read from the Hub's cache on this machine. Only some versions of transformers store it on the network.
+
+    Args:
+        source: Hub id or folder.
+        revision: branch, tag or commit that was asked for.
+        cache_dir: folder of the cache; the default one if None.
+        subfolder: folder of the config in the repository.
     """
     if not isinstance(source, str) or os.path.isdir(source):
         return None

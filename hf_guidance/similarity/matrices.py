@@ -12,7 +12,7 @@ DOT_BLOCK = 2**16  # most products for a CPU to add up in one sum
 
 
 def center(kernel: Tensor) -> Tensor:
-    """Subtract row and column means of a symmetric matrix: `H K H` with `H = I − 11ᵀ/n`."""
+    """Subtract row and column means of a symmetric matrix `(n, n)`: `H K H` with `H = I − 11ᵀ/n`."""
     mean = kernel.mean(0)
     return kernel - mean[:, None] - (mean - mean.mean())[None, :]
 
@@ -24,7 +24,7 @@ def center_in_place(kernel: Tensor) -> Tensor:
 
 
 def u_center(kernel: Tensor) -> Tensor:
-    """U-centre a kernel matrix. Inner products of two such matrices estimate HSIC without bias, up to scale.
+    """U-centre a kernel matrix `(n, n)`, n ≥ 3. Products of two such matrices estimate HSIC without bias, up to scale.
 
     Source: Székely & Rizzo 2014, "Partial distance correlation with methods for dissimilarities", eq. 2.2.
     """
@@ -49,8 +49,8 @@ def inverse_norms(kernels: Sequence[Tensor]) -> Tensor:
 def norms(matrices: Tensor) -> Tensor:
     """Compute Frobenius norms of `(…, n, m)`.
 
-    A CPU adds up all squares in one sum, and a sum of a million is wrong in the fifth digit. So it sums the norms of
-    the rows.
+    A CPU adds up all squares in one sum, and a sum of a million squares is wrong in the fifth digit. There the norms of
+    the rows are computed first.
     """
     if matrices.device.type != "cpu":
         return torch.linalg.vector_norm(matrices, dim=(-2, -1))
@@ -58,7 +58,10 @@ def norms(matrices: Tensor) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the sum of the products of two matrices' entries; on a CPU block by block, for the same reason."""
+    """Compute the sum of the products of two matrices' entries, on a CPU block by block.
+
+    One long sum on a CPU is inexact, as in `norms`.
+    """
     a, b = a.flatten(), b.flatten()
     if a.device.type != "cpu" or len(a) <= DOT_BLOCK:
         return torch.dot(a, b)

@@ -181,5 +181,15 @@ def _cosines_together(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> C
 
 @torch.no_grad()
 def similarities(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> dict[str, Tensor]:
-    """Compute the similarity of each pair, without a gradient."""
+    """Compute the similarity of each pair, without a gradient.
+
+    Args:
+        pairs: (target layer, guide layer).
+        measure: similarity measure.
+        targets: by layer, Gram matrices `(n, n)` or `Thin` features.
+        guides: the same for the guide, over the same samples.
+
+    Returns:
+        Pair → similarity, a scalar.
+    """
     return guidance_loss(pairs, measure, targets, guides)[1]

@@ -189,11 +189,11 @@ def test_padded_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sketch": None}, "cache_guide keeps a sketch .* set sketch"),
+        ({"sketch": None}, "cache_guide stores a sketch .* set sketch"),
         ({"sample_id_column": None}, "sample_id_column"),
-        ({"sample_axis": "token"}, "sample_axis is 'token': set 'sequence'"),
-        ({"guide_input": "noise"}, "guide_input is 'noise': set 'batch'"),
-        ({"guide_input": "shuffled"}, "guide_input is 'shuffled': set 'batch'"),
+        ({"sample_axis": "token"}, "sample_axis is 'token': set sample_axis='sequence'"),
+        ({"guide_input": "noise"}, "guide_input is 'noise': set guide_input='batch'"),
+        ({"guide_input": "shuffled"}, "guide_input is 'shuffled': set guide_input='batch'"),
         ({"guide_batch_norm": "batch"}, "with guide_batch_norm='batch' they depend on the whole batch"),
         ({"cache_guide": None}, "sample_id_column is only for cache_guide"),
     ],

@@ -183,7 +183,7 @@ def test_a_timm_guide_may_be_named_by_the_tag_of_its_weights() -> None:
 def test_arguments_for_loading_weights_are_an_error_where_none_are_loaded(folder: Path) -> None:
     for source in (llama_config(), folder):
         with pytest.raises(
-            ValueError, match=r"\['dtype'\] are for loading weights; an untrained guide is as its config"
+            ValueError, match=r"\['dtype'\] are for loading weights: leave them out, since an untrained guide"
         ):
             load_guide(source, untrained=True, dtype=torch.bfloat16)
 
