@@ -59,7 +59,7 @@ def scrub_settings(folder: Path, output: Path) -> None:
         if found:
             replace_text(path, clean)
             logger.warning(
-                "%s is pushed without values that look like a token or a path of this machine: %s. The file in %s "
+                "%s is pushed without values that look like a token or a path of this machine, in: %s. The file in %s "
                 "keeps them.",
                 path.relative_to(folder).as_posix(),
                 ", ".join(dict.fromkeys(found)),
