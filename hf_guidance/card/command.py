@@ -85,7 +85,7 @@ def _script(words: list[str]) -> tuple[list[str], list[str], list[str], bool]:
 
     Returns:
         The launcher's flags to publish, the words that name the script, the words after it, and whether launcher flags
-            are left out. No words name the script if it is not found.
+        are left out. No words name the script if it is not found.
     """
     for place, word in enumerate(words):
         is_module = word in ("-m", "--module")

@@ -26,9 +26,8 @@ def scrub(value: Any) -> Any:
     """Remove tokens, the folders of paths, and the names of user and machine from the texts of a JSON value."""
     if isinstance(value, str):
         text = WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value)))
-        return (
-            _own_names().sub("…", text) if " " in text else text
-        )  # a single word is an id or a setting, even if it is also a name
+        # a single word is an id or a setting, even if it is also a name
+        return _own_names().sub("…", text) if " " in text else text
     if isinstance(value, dict):
         return {name: scrub(entry) for name, entry in value.items()}
     return [scrub(entry) for entry in value] if isinstance(value, list) else value

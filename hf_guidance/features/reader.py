@@ -90,10 +90,8 @@ class LayerReader:
         finally:
             self.layer_drop.stop()
             self._seen = list(self._read)
-            self._reduce, self._read = (
-                None,
-                {},
-            )  # keep nothing of a forward, so that the network can be copied and saved
+            # keep nothing of a forward, so that the network can be copied and saved
+            self._reduce, self._read = None, {}
 
     def names(self) -> list[str]:
         """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.

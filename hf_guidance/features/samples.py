@@ -109,15 +109,13 @@ class Samples:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)
             is_given = False
-        keep_copy = is_given and not HIDDEN.fullmatch(
-            name
-        )  # hidden states are returned to the user, and not overwritten
+        # hidden states are returned to the user, and not overwritten
+        keep_copy = is_given and not HIDDEN.fullmatch(name)
         if mask is None:
             features = flat(features)
             thin = self.thin and few(features)
-            to_copy = keep_copy or (
-                is_given and features.device.type == "cpu"
-            )  # small layers on a CPU: a copy is cheap
+            # small layers on a CPU: a copy is cheap
+            to_copy = keep_copy or (is_given and features.device.type == "cpu")
             if self.together and (kept := later(features, precision, to_copy, thin)):
                 return kept
             if thin:

@@ -24,9 +24,8 @@ from hf_guidance.similarity.sketch import Sketch
 logger = logging.getLogger(__name__)
 
 ALIKE = 0.02  # largest relative difference that rounding makes, in half precision too
-WRONG_SIZE = re.compile(
-    r"input (image size|img_size|height|width)", re.IGNORECASE
-)  # beginnings of the errors of transformers and timm
+# beginnings of the errors of transformers and timm
+WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)
 
 
 class GuideRunning:

@@ -67,7 +67,7 @@ def gram(
 
     Returns:
         `(n, n)` in float32, or float64 for float64 features. The gradient treats the scale as a constant. That is exact
-            for every measure here, because none depends on the scale.
+        for every measure here, because none depends on the scale.
 
     Raises:
         ValueError: the features have fewer than two axes, or do not match the mask.
@@ -132,9 +132,8 @@ class CentredKernel(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
             factor = 2 * ctx.factor
-            gradient = (
-                center(gradient) if ctx.has_mean else gradient
-            )  # remove its rounding, which the mean would amplify
+            # remove its rounding, which the mean would amplify
+            gradient = center(gradient) if ctx.has_mean else gradient
         else:
             gradient, factor = center_in_place(gradient + gradient.T), ctx.factor
         if x.dtype in half_precision.HALF:

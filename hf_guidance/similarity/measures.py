@@ -68,9 +68,8 @@ def _ridge_r2(residual: Tensor, guide: Tensor) -> Tensor:
 @torch.no_grad()
 def _roots(kernel: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `S` with `S Sᵀ = K`, and its pseudo-inverse. Eigenvalues below rounding count as zero."""
-    values, vectors = torch.linalg.eigh(
-        kernel.nan_to_num(0, 0, 0)
-    )  # eigh raises for NaN; NaN still reaches the result through K
+    # eigh raises for NaN; NaN still reaches the result through K
+    values, vectors = torch.linalg.eigh(kernel.nan_to_num(0, 0, 0))
     cutoff = len(values) * torch.finfo(kernel.dtype).eps * values[-1]
     root = torch.where(values > cutoff, values, 0).sqrt()
     inverse = torch.where(values > cutoff, 1 / root, 0)

@@ -79,7 +79,7 @@ def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
 
     Returns:
         The matrix, its factor, and the features for the gradient (None: the given ones). None if their mean is too
-            large for this method.
+        large for this method.
     """
     n, width = array.shape
     if n < 2:

@@ -18,9 +18,8 @@ from hf_guidance.similarity.representation import MOST, ZerosWithSlopes, starts_
 
 Grams = dict[str, Tensor]
 Slope = tuple[Tensor, Tensor | None]  # a matrix and its factor; None if it is multiplied already
-Compared = tuple[
-    Tensor, Mapping[str, Slope]
-]  # similarity of each pair, and the slope of their sum in each target's Gram matrix
+# similarity of each pair, and the slope of their sum in each target's Gram matrix
+Compared = tuple[Tensor, Mapping[str, Slope]]
 
 
 def guidance_loss(
@@ -110,9 +109,8 @@ def _by_cosines(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides:
         others = {name: measure.kernel(kernel) for name, kernel in guides.items()}
     if measure.centred_slope:  # the kernel is the Gram matrix
         first = next(iter(targets.values()))
-        alike = all(
-            kernel.shape == first.shape for kernel in targets.values()
-        )  # layers may differ in their number of positions
+        # layers may differ in their number of positions
+        alike = all(kernel.shape == first.shape for kernel in targets.values())
         together = alike and starts_slowly(first) and len(pairs) * first.nbytes <= MOST
         return (_cosines_together if together else _cosines)(pairs, targets, others)
     values: dict[Pair, Tensor] = {}
