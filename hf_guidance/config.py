@@ -1,11 +1,13 @@
-"""`GuidanceConfig`: every knob of guidance, described once and checked when it is made."""
+"""`GuidanceConfig`: all settings of guidance, described once and checked at construction."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import sys
+import textwrap
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -37,74 +39,90 @@ def _knob(default: Any, text: str) -> Any:
 
 @dataclass
 class GuidanceConfig:
-    """What is compared, how much it weighs and when. Stands beside `TrainingArguments`; both parse as flags.
+    """Settings of guidance: which layers are compared, how, with which weight and when.
+
+    Use it beside `TrainingArguments`. `HfArgumentParser((TrainingArguments, GuidanceConfig))` parses both.
 
     Raises:
-        ValueError: at construction, for any value that is not possible, naming what is.
+        ValueError: a field has an impossible value or type, or two fields contradict each other. The message names the
+            possible values.
     """
 
-    # Optional[...] and not `... | None`: HfArgumentParser on Python 3.10 reads only the former.
-    measure: str = _knob("linear_cka", f"Similarity to raise: {', '.join(MEASURES)}.")
-    guidance_weight: float = _knob(1.0, "Weight of the guidance loss; 0 trains as plain Trainer does.")
-    guidance_reduction: str = _knob("sum", "Over the layer pairs: sum (the paper's) or mean.")
-    guidance_schedule: str = _knob("constant", "Weight over time: constant, linear or cosine decay.")
-    guidance_stop_step: Optional[int] = _knob(
-        None, "No guidance from this optimizer step on (guidance as initialisation); a decay ends here."
+    # Optional[...] rather than `... | None`: on Python 3.10 HfArgumentParser reads only the former.
+    measure: str = _knob("linear_cka", f"Similarity measure to maximise: {', '.join(MEASURES)}.")
+    guidance_weight: float = _knob(1.0, "Weight of the guidance loss. 0 turns guidance off.")
+    guidance_reduction: str = _knob(
+        "sum", "How to combine the losses of the layer pairs: sum (as in the paper) or mean."
     )
-    guidance_every: int = _knob(1, "Guide at each so-manieth optimizer step only; the guide rests at the others.")
-    prealign_steps: int = _knob(0, "Optimizer steps at the start that train on guidance alone.")
+    guidance_schedule: str = _knob(
+        "constant", "Guidance weight over the run: constant, or linear or cosine decay to 0."
+    )
+    guidance_stop_step: Optional[int] = _knob(
+        None,
+        "Optimizer step at which guidance stops (guidance as initialisation). A decay ends here. Unset guides to the "
+        "end of the run.",
+    )
+    guidance_every: int = _knob(1, "Guide only every N optimizer steps; skip the guide's forward otherwise.")
+    prealign_steps: int = _knob(0, "Number of first optimizer steps that train on guidance alone.")
     target_layers: list[str] = _knob(
         [HIDDEN_STATES],
-        "The target's layers: hidden_states (those of output_hidden_states but the embeddings), hidden_states.<i>, "
-        "or modules by name, glob (h.*.mlp) or type (Conv2d).",
+        "Layers of the target to compare: hidden_states (all that output_hidden_states returns, except the "
+        "embeddings), hidden_states.<i>, or modules by name, glob (h.*.mlp) or type (Conv2d).",
     )
-    guide_layers: list[str] = _knob([HIDDEN_STATES], "The guide's layers, named in the same way.")
-    layer_mapping: str = _knob("even", "Which layers pair up: even, reversed (a control) or last_<k>.")
+    guide_layers: list[str] = _knob([HIDDEN_STATES], "Layers of the guide to compare, named like target_layers.")
+    layer_mapping: str = _knob(
+        "even", "How to pair the layers: even, reversed (a negative control) or last_<k> (the last k of both)."
+    )
     layer_pairs: Optional[list[str]] = _knob(
-        None, "Explicit pairs '<target layer>~<guide layer>' instead of a mapping."
+        None,
+        "Explicit pairs '<target layer>~<guide layer>'. They replace layer_mapping, target_layers and guide_layers.",
     )
     sample_axis: str = _knob(
-        "sequence", "What one sample is: sequence (a batch row, positions flattened) or token (a valid position)."
+        "sequence", "Meaning of one sample: sequence (a batch row, positions flattened) or token (a valid position)."
     )
-    max_tokens: int = _knob(1024, "With sample_axis=token: at most so many positions, chosen by a hash, per batch.")
+    max_tokens: int = _knob(1024, "With sample_axis=token: largest number of positions per batch, chosen by a hash.")
     similarity_batch: str = _knob(
         "local",
-        "The batch a similarity is taken over: local (each process its own), global (all processes' as one) or "
-        "accumulated (each process its own of a whole optimizer step, the target running twice).",
+        "Batch to compute a similarity over: local (each process its own batch), global (the batches of all processes "
+        "together) or accumulated (each process all its micro-batches of an optimizer step; the target runs twice).",
     )
     sketch: Optional[int] = _knob(
-        None, "Keep so many numbers a sample of wider layers, by a random linear sketch; none compares exactly."
+        None, "Project wide layers to this many random dimensions. Unset compares the layers exactly."
     )
     cache_guide: Optional[str] = _knob(
         None,
-        "Folder for the guide's sketched features of every sample: the guide sees each once, and its input must be the "
-        "same in every epoch.",
+        "Folder to cache the guide's sketched features in, so that the guide runs once per sample. The guide's input "
+        "must be the same in every epoch. Needs sketch and sample_id_column.",
     )
     sample_id_column: Optional[str] = _knob(
-        None, "With cache_guide: the column that numbers the samples, from 0 to one less than there are."
+        None, "With cache_guide: dataset column with the sample ids, from 0 to the number of samples − 1."
     )
     guide_input: str = _knob(
         "batch",
-        "What the guide sees: batch; noise; prealign_noise (both networks see the same noise while pre-aligning, the "
-        "batch after); shuffled (another row's input, a control).",
+        "Input of the guide: batch, noise, prealign_noise (the same noise for both networks during pre-alignment, "
+        "then the batch) or shuffled (the input of another row, a negative control).",
     )
     guide_batch_norm: str = _knob(
         "eval",
-        "The guide's batch norm: eval (its running statistics), batch (the batch's) or calibrated (running statistics "
-        "estimated on the training data before the first step).",
+        "Statistics of the guide's batch norm: eval (its running statistics), batch (those of the current batch) or "
+        "calibrated (running statistics re-estimated on the training data before the first step).",
     )
-    calibration_batches: int = _knob(10, "Batches that guide_batch_norm=calibrated is estimated from.")
+    calibration_batches: int = _knob(10, "With guide_batch_norm=calibrated: number of batches to estimate it from.")
     guide_shares_tokenizer: bool = _knob(
-        False, "The two vocabularies differ in size only, as when one embedding is padded: feed the same ids to both."
+        False,
+        "Feed the same token ids to both networks although their vocabularies differ in size. Set it only if one "
+        "tokenizer serves both, as when one embedding is padded.",
     )
-    log_measures: list[str] = _knob(["debiased_cka"], "Measures that are logged beside the one trained on.")
+    log_measures: list[str] = _knob(["debiased_cka"], "Further similarity measures to log, without training on them.")
     on_non_finite: str = _knob(
-        "stop", "An optimizer step whose loss, similarity or gradient is not finite: stop, naming it, or skip the step."
+        "stop",
+        "What to do if a loss, similarity or gradient is not finite: stop (with an error that names it) or skip "
+        "(leave out that optimizer step).",
     )
     shard_guide: bool = _knob(
-        False, "Keep a share of the guide's weights on each process, for a guide too large to be whole on all of them."
+        False, "Shard the guide's weights over the processes, for a guide that is too large for one device."
     )
-    save_guide: bool = _knob(False, "Save the guide's weights beside the run, in <output_dir>/guide.")
+    save_guide: bool = _knob(False, "Save the guide's weights in <output_dir>/guide.")
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -133,14 +151,16 @@ class GuidanceConfig:
                 f"pre-alignment (prealign_steps={self.prealign_steps}). For no guidance set guidance_weight=0."
             )
         if self.prealign_steps and not self.guidance_weight:
-            raise ValueError("prealign_steps trains on guidance alone, and guidance_weight is 0: give it a weight.")
+            raise ValueError(
+                "prealign_steps trains on guidance alone, but guidance_weight is 0: set guidance_weight above 0."
+            )
         if self.guide_input == "prealign_noise" and not self.prealign_steps:
             raise ValueError("guide_input='prealign_noise' is for pre-alignment: set prealign_steps to 1 or more.")
 
         if self.similarity_batch == "accumulated" and self.guide_input != "batch":
             raise ValueError(
-                f"similarity_batch='accumulated' needs guide_input='batch', got {self.guide_input!r}: set it, or "
-                "similarity_batch='local'."
+                f"similarity_batch='accumulated' needs guide_input='batch', got {self.guide_input!r}: set "
+                "guide_input='batch' or similarity_batch='local'."
             )
 
     def _check_layers(self) -> None:
@@ -150,7 +170,7 @@ class GuidanceConfig:
         if self.layer_pairs is None:
             return
         if not self.layer_pairs:
-            raise ValueError("layer_pairs is empty; name at least one pair, or leave it out for a mapping.")
+            raise ValueError("layer_pairs is empty; name at least one pair, or leave it out to use layer_mapping.")
         if self.target_layers != [HIDDEN_STATES] or self.guide_layers != [HIDDEN_STATES]:
             raise ValueError("layer_pairs already names the layers: leave target_layers and guide_layers out.")
         pairs = [parse_pair(text) for text in self.layer_pairs]
@@ -160,29 +180,31 @@ class GuidanceConfig:
     def _check_cache(self) -> None:
         if self.cache_guide is None:
             if self.sample_id_column is not None:
-                raise ValueError("sample_id_column is for cache_guide: name a folder, or leave both out.")
+                raise ValueError(
+                    "sample_id_column is only for cache_guide: set cache_guide to a folder, or leave both out."
+                )
             return
         if self.sketch is None or self.sample_id_column is None:
             raise ValueError(
-                "cache_guide keeps a sketch of each sample's features under its id: set sketch (1024, say) and "
-                "sample_id_column (dataset.add_column('id', range(len(dataset))) makes one)."
+                "cache_guide stores a sketch of each sample's features under the sample's id: set sketch (such as "
+                "1024) and sample_id_column (dataset.add_column('id', range(len(dataset))) makes one)."
             )
         if self.similarity_batch == "accumulated":
-            raise ValueError("cache_guide cannot be had with similarity_batch='accumulated': leave one of the two out.")
+            raise ValueError("cache_guide does not work with similarity_batch='accumulated': leave one of the two out.")
         for name, possible in (("sample_axis", "sequence"), ("guide_input", "batch")):
             if getattr(self, name) != possible:
                 raise ValueError(
-                    f"cache_guide needs guide features that depend on the sample alone, and {name} is "
-                    f"{getattr(self, name)!r}: set {possible!r}, or leave cache_guide out."
+                    f"cache_guide needs guide features that depend on the sample alone, but {name} is "
+                    f"{getattr(self, name)!r}: set {name}={possible!r}, or leave cache_guide out."
                 )
         if self.shard_guide:
             raise ValueError(
-                "cache_guide runs the guide where a process meets new samples, and with shard_guide all must run it "
-                "together: leave one of the two out."
+                "cache_guide runs the guide only on a process that has new samples, but with shard_guide all processes "
+                "must run it together: leave one of the two out."
             )
         if self.guide_batch_norm == "batch":
             raise ValueError(
-                "cache_guide needs guide features that depend on the sample alone, and with guide_batch_norm='batch' "
+                "cache_guide needs guide features that depend on the sample alone, but with guide_batch_norm='batch' "
                 "they depend on the whole batch: set 'eval' or 'calibrated', or leave cache_guide out."
             )
 
@@ -192,25 +214,37 @@ class GuidanceConfig:
         return asdict(self)
 
     def alone(self) -> GuidanceConfig:
-        """The same comparison for one process and one batch outside of training: no other ranks, no cache, any step."""
+        """Return a copy for one process and one batch outside training: no other ranks, no cache, every step guided."""
         local: dict[str, Any] = {"similarity_batch": "local", "cache_guide": None, "sample_id_column": None}
         return replace(self, **local, guidance_every=1, shard_guide=False)
 
     def without_paths(self) -> dict[str, Any]:
-        """As `to_dict`, for others to see: no folder of this machine."""
+        """Return the fields as `to_dict` does, but with only the last part of the path in `cache_guide`."""
         cache = None if self.cache_guide is None else os.path.basename(os.path.normpath(self.cache_guide))
         return self.to_dict() | {"cache_guide": cache}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GuidanceConfig:
-        """Build from plain values. Raises ValueError for an unknown field or a value of the wrong type."""
+        """Build a config from JSON values.
+
+        Raises:
+            ValueError: a field is unknown, or a value has the wrong type or is not possible.
+        """
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"Unknown guidance fields {unknown}; this version knows {known}.")
         return cls(**values)
 
     def save(self, directory: str | os.PathLike[str], guide: dict[str, Any] | None = None) -> Path:
-        """Write `guidance_config.json`, the guide's identity in a section of its own; return its path."""
+        """Write `guidance_config.json`.
+
+        Args:
+            directory: folder to write to.
+            guide: the guide's identity, written to a section of its own.
+
+        Returns:
+            Path of the file.
+        """
         path = Path(directory) / CONFIG_NAME
         content = {"guidance": self.without_paths(), "guide": guide or {}}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -218,12 +252,29 @@ class GuidanceConfig:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> tuple[GuidanceConfig, dict[str, Any]]:
-        """Read what `save` wrote: the config and the guide's identity."""
+        """Read what `save` wrote.
+
+        Returns:
+            The config, and the guide's identity.
+
+        Raises:
+            ValueError: the file is not a guidance config, or has an unknown field or an impossible value.
+        """
         path = Path(directory) / CONFIG_NAME
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or set(content) != {"guidance", "guide"}:
             raise ValueError(f"{path} is not a guidance config: expected the sections 'guidance' and 'guide'.")
         return cls.from_dict(content["guidance"]), content["guide"]
+
+
+def _describe(name: str, text: str) -> str:
+    return textwrap.fill(f"{name}: {text}", 112, initial_indent=" " * 4, subsequent_indent=" " * 8) + "\n"
+
+
+# `help(GuidanceConfig)` shows each field with its description
+GuidanceConfig.__doc__ = f"{inspect.getdoc(GuidanceConfig)}\n\nArgs:\n" + "".join(
+    _describe(entry.name, entry.metadata["help"]) for entry in fields(GuidanceConfig)
+)
 
 
 def _check_types(config: GuidanceConfig) -> None:
@@ -243,5 +294,5 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     if hint is float and isinstance(value, int):
-        return abs(value) <= sys.float_info.max  # a larger one is no float
+        return abs(value) <= sys.float_info.max  # a larger integer does not fit in a float
     return isinstance(value, hint)

@@ -39,17 +39,16 @@ from hf_guidance.similarity.sketch import Sketch
 
 @dataclass
 class Watched:
-    """What came of one watched forward.
+    """Result of one watched forward.
 
     Attributes:
-        inputs: what the target is to be run on: the batch, or noise while pre-aligning on it.
-        loss: Σ or mean over the pairs of (1 − similarity), a scalar; None if the batch had too few samples, or
-            LayerDrop skipped the target layers of all pairs. With
-            `similarity_batch="global"` its gradient is for a wrapper that averages gradients over the ranks.
-        similarities: measure → pair → similarity, detached; the measure trained on comes first.
-        weights: of guidance and task at this step.
-        why_unguided: where there is no loss though guidance has a weight: the reason and the way out, in words.
-        skipped_pairs: how many pairs are left out because LayerDrop skipped their target layer.
+        inputs: inputs to run the target on: the batch, or noise during pre-alignment on noise.
+        weights: weights of guidance and task at this step.
+        loss: sum or mean over the pairs of (1 − similarity), a scalar. None if the step is not guided. With
+            `similarity_batch="global"` its gradient suits a wrapper that averages gradients over the ranks.
+        similarities: measure → pair → similarity, detached. The measure trained on comes first.
+        why_unguided: why there is no loss although guidance has a weight, and what to do about it.
+        skipped_pairs: number of pairs left out because LayerDrop skipped their target layer.
     """
 
     inputs: dict[str, Any]
@@ -60,25 +59,29 @@ class Watched:
     skipped_pairs: int = 0
 
     def total(self, task_loss: Tensor) -> Tensor:
-        """The loss to train on: the two terms, each with its weight at this step."""
+        """Return the loss to train on: the weighted sum of the task loss and the guidance loss.
+
+        Args:
+            task_loss: the target's own loss, a scalar.
+        """
         total = task_loss if self.weights.task == 1 else self.weights.task * task_loss
         return total if self.loss is None else total + self.weights.guidance * self.loss.to(total.device)
 
 
 class GuidanceLoss:
-    """Steers a target by a frozen guide: watches the target's forward and compares its layers with the guide's.
+    """Guidance of a target by a frozen guide: watches the target's forward and compares its layers with the guide's.
 
     Args:
-        target: the network being trained, unwrapped (DDP and the like go around it).
-        guide: the frozen one; it is frozen here, in place.
-        config: see `GuidanceConfig`.
-        seed: of noise, shuffling and the choice of tokens, together with step, micro-step and rank.
-        autocast: context for the guide's forward; the surrounding one if left out.
-        total_steps: length of the run, where a decay without `guidance_stop_step` ends.
+        target: network being trained, without a wrapper such as DDP.
+        guide: network to guide it. It is frozen here, in place.
+        config: settings of guidance; the defaults if None.
+        seed: seed of noise, shuffling and the choice of tokens, combined with step, micro-step and rank.
+        autocast: makes the context of the guide's forward. By default the guide runs in the surrounding context.
+        total_steps: optimizer steps of the run. A decay without `guidance_stop_step` ends here.
 
     Raises:
-        ValueError: layers that do not exist, a guide that shares parameters with the target, a global batch without a
-            process group or with LayerDrop, and, on the first batch, vocabularies or samples that do not line up.
+        ValueError: a layer does not exist, guide and target share parameters, or a global batch has no process group or
+            meets LayerDrop. On the first batch: the vocabularies or the samples of the two networks do not match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -106,8 +109,8 @@ class GuidanceLoss:
         names = [self.config.measure, *self.config.log_measures]
         self.measures: list[Measure] = [get_measure(name) for name in dict.fromkeys(names)]
         self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch)
-        self.pairs: list[Pair] | None = None  # known once the hidden states have been counted
-        self._reaches_weights = False  # once a gradient has been seen to
+        self.pairs: list[Pair] | None = None  # set on the first batch, which shows how many hidden states there are
+        self._reaches_weights = False  # set once a gradient is seen to reach a weight
         explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
@@ -116,11 +119,15 @@ class GuidanceLoss:
         self.running = GuideRunning(self.guide_reader, self.config, self.sketch, autocast)
 
     def weights(self, step: int) -> Weights:
-        """The weights of guidance and task at an optimizer step, as the config schedules them."""
+        """Return the weights of guidance and task at an optimizer step.
+
+        Args:
+            step: optimizer steps already taken.
+        """
         return self.schedule()(step)
 
     def schedule(self) -> Schedule:
-        """Make the function that gives these weights."""
+        """Make the function from the optimizer step to these weights."""
         config = self.config
         return make_schedule(
             config.guidance_schedule,
@@ -135,16 +142,24 @@ class GuidanceLoss:
     def watch(
         self, batch: Mapping[str, Any], *, step: int = 0, micro_step: int = 0, rank: int = 0, log: bool = True
     ) -> Iterator[Watched]:
-        """Run the guide on a batch, then watch the one forward of the target inside the ``with`` block.
+        """Run the guide on a batch, then watch the one forward of the target inside the `with` block.
 
-        Where guidance weighs nothing at this step, the guide is not run and the target not watched. What the target
-        returned is compared when the block ends: change nothing of it in place before.
+        If the guidance weight is 0 at this step, the guide does not run and the target is not watched. The layers are
+        compared when the block ends: do not change the target's outputs in place before that.
 
         Args:
-            batch: the inputs of the target, with ``guide_*`` columns where the guide needs its own.
-            step, micro_step, rank: where the run is; the weights follow the step, and randomness depends on nothing
-                else but the seed.
+            batch: inputs of the target, with `guide_*` columns if the guide needs its own.
+            step: optimizer steps already taken. The weights depend on it.
+            micro_step: index of the micro-batch in this optimizer step.
+            rank: index of this process. All randomness is a function of the seed, step, micro-step and rank.
             log: whether to compute the config's `log_measures` too.
+
+        Yields:
+            The inputs to run the target on. Its loss and similarities are filled in when the block ends.
+
+        Raises:
+            ValueError: the target did not run in the block, or its layers do not match the guide's. Also if no target
+                layer in a pair carries a gradient to a weight.
         """
         key, weights = (self.seed, step, micro_step, rank), self.weights(step)
         if not weights.guidance:
@@ -157,13 +172,13 @@ class GuidanceLoss:
         samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
         too_few = config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples
-        if too_few and not config.shard_guide:  # which the other ranks cannot run without this one
+        if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
             watched.why_unguided = self._too_few(samples.count, is_packed(seen))
             yield watched
             return
         if config.guide_input == "shuffled" and samples.batch_size < 2:
             watched.why_unguided = (
-                "guide_input='shuffled' exchanges the rows of a batch, and this one has one row alone"
+                "guide_input='shuffled' exchanges the rows of a batch, but this batch has only one row"
             )
             yield watched
             return
@@ -175,29 +190,48 @@ class GuidanceLoss:
     def samples_of(
         self, batch: Mapping[str, Any], like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0
     ) -> Samples:
-        """What the samples of a batch are; tokens are chosen by where the run is, or are those of `like`."""
-        place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks' tokens are chosen as one
+        """Make the samples of a batch.
+
+        Args:
+            batch: inputs of a network.
+            like: samples of the other network, whose choice of tokens is taken over.
+            step: optimizer steps already taken.
+            micro_step: index of the micro-batch in this optimizer step.
+            rank: index of this process.
+        """
+        place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed()}
         config, thin = self.config, self.measures[0].centred_slope
         options |= {"ranks": self.ranks, "sketch": self.sketch, "thin": thin, "together": True}
         return Samples(batch, config.sample_axis, config.max_tokens, **options)
 
     def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the guide on those of the inputs that it takes, moved to where it is."""
+        """Run the guide on those of the inputs that it accepts, moved to its device.
+
+        Args:
+            inputs: columns of a batch.
+
+        Returns:
+            Output of the guide.
+
+        Raises:
+            ValueError: the guide accepts none of the inputs, lacks decoder inputs, or gets images of a size it does not
+                accept.
+        """
         return forward(self.guide, inputs)
 
     @torch.no_grad()
     def open_cache(self, batch: Mapping[str, Any], rows: int, identity: Mapping[str, Any], create: bool = True) -> None:
-        """Open or create the config's `cache_guide`; call it once, before the first step.
+        """Open or create the cache that the config's `cache_guide` names. Call it once, before the first step.
 
         Args:
-            batch: the first rows of the data, from which the layers' widths and scales are taken.
-            rows: samples in the data, whose ids are 0 to `rows` − 1.
-            identity: of the guide: whatever tells it from another.
-            create: whether this process may create the folder, as one of several does.
+            batch: first rows of the data. They give the widths and scales of the layers.
+            rows: number of samples in the data. Their ids are 0 to `rows` − 1.
+            identity: JSON values that tell this guide from any other.
+            create: whether this process may create the folder. Of several processes, one should.
 
         Raises:
-            ValueError: a batch without ids or with padding, or what `GuideCache` raises.
+            ValueError: the batch has no ids, or has padding. Also all that `GuideCache` raises.
         """
         self.running.open_cache(guide_batch(batch, self.target), batch, rows, identity, create)
 
@@ -217,7 +251,7 @@ class GuidanceLoss:
         return guide_samples, complete(self.running.grams(inputs, batch, guide_samples))
 
     def close(self) -> None:
-        """Take the hooks off both networks."""
+        """Remove the hooks from both networks."""
         self.target_reader.remove()
         self.guide_reader.remove()
 
@@ -241,8 +275,8 @@ class GuidanceLoss:
             cache = self.config.cache_guide
             raise ValueError(
                 f"sketch is {self.sketch.size}, but the widest layer that is compared has {self.sketch.widest} "
-                "features: there is nothing to sketch. Lower it, or leave it out to compare exactly."
-                + (f" Either way remove {cache}, which was made with it." if cache else "")
+                "features: there is nothing to sketch. Lower sketch, or leave it out to compare exactly."
+                + (f" In both cases remove {cache}, which was made with this sketch." if cache else "")
             )
         self.target_reader.keep = {target for target, _ in self.pairs}
         self.guide_reader.keep = {guide for _, guide in self.pairs}
@@ -259,7 +293,7 @@ class GuidanceLoss:
                 )
 
     def _too_few(self, samples: int, packed: bool = False) -> str:
-        """Say why a batch is not guided, and the way out."""
+        """Explain why a batch is not guided, and what to do about it."""
         way_out = "set sample_axis='token'" if packed else "raise per_device_train_batch_size"
         if self.config.sample_axis == "token":
             kind = "valid tokens"
@@ -281,17 +315,24 @@ class GuidanceLoss:
         log: bool = True,
         scale: float = 1.0,
     ) -> None:
-        """Fill in what the Gram matrices of the two networks give: loss and similarities.
+        """Compute loss and similarities from the Gram matrices of both networks, and store them in `watched`.
 
         Args:
-            target: its samples, and what these made of its layers.
-            guide: its samples, and the Gram matrices of its layers.
+            watched: result to fill in.
+            target: the target's samples, and the kernel of each of its layers.
+            guide: the guide's samples, and the Gram matrix of each of its layers.
             log: whether to compute the config's `log_measures` too.
-            scale: factor of the gradient alone.
+            scale: factor of the gradient, not of the value.
+
+        Raises:
+            ValueError: as `watch` does.
         """
         (samples, kernels), (guide_samples, guides) = target, guide
         if not (kernels or self.target_reader.layer_drop.has_run()):
-            raise ValueError("the target did not run inside `watch`, or not the network this loss was made for.")
+            raise ValueError(
+                "the target did not run inside `watch`: run it in the `with` block, and the same network that this "
+                "loss was made with."
+            )
         if self.pairs is None:
             self._resolve_pairs(kernels, padded=bool(samples.masks))
         pairs = self._pairs_that_ran(kernels)
@@ -302,7 +343,7 @@ class GuidanceLoss:
                 f"LayerDrop skipped the target layers of all pairs ({drop}): lower it, or compare more layers"
             )
             return
-        in_pairs = dict.fromkeys(target for target, _ in pairs)  # at first all layers have been read
+        in_pairs = dict.fromkeys(target for target, _ in pairs)  # on the first batch, layers in no pair were read too
         targets = complete({target: kernels[target] for target in in_pairs})
         self._check_aligned(samples, guide_samples, targets, guides)
         n = next(iter(targets.values())).shape[0]
@@ -328,7 +369,7 @@ class GuidanceLoss:
         )
         if not watched.skipped_pairs:
             raise ValueError(f"{why}.")
-        watched.loss, watched.why_unguided = None, why  # in another step other layers run
+        watched.loss, watched.why_unguided = None, why  # other layers run in other steps
 
 
 def _layers(pairs: list[Pair], side: int) -> list[str]:

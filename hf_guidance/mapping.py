@@ -1,4 +1,4 @@
-"""Which guide layer goes with which target layer."""
+"""The mapping of guide layers to target layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAST = re.compile(r"last_([1-9]\d*)")
 
 
 def check_mapping(kind: str) -> None:
-    """Raise ValueError unless `kind` is ``even``, ``reversed`` or ``last_<k>``."""
+    """Raise ValueError unless `kind` is `even`, `reversed` or `last_<k>`."""
     if kind not in NAMED_MAPPINGS and not LAST.fullmatch(kind):
         raise ValueError(
             f"Unknown layer_mapping {kind!r}; possible are 'even', 'reversed' and 'last_<k>' (such as 'last_4'), "
@@ -22,7 +22,11 @@ def check_mapping(kind: str) -> None:
 
 
 def parse_pair(text: str) -> Pair:
-    """Split ``"<target layer>~<guide layer>"``. Raises ValueError for anything else."""
+    """Split `"<target layer>~<guide layer>"` into a pair.
+
+    Raises:
+        ValueError: the text has another form.
+    """
     target, separator, guide = text.partition(PAIR_SEPARATOR)
     if not (separator and target.strip() and guide.strip()) or PAIR_SEPARATOR in guide:
         raise ValueError(
@@ -32,25 +36,26 @@ def parse_pair(text: str) -> Pair:
 
 
 def pair_name(pair: Pair) -> str:
-    """The pair as it is written in configs, logs and cards."""
+    """Return the pair as configs, logs and cards write it."""
     return PAIR_SEPARATOR.join(pair)
 
 
 def pair_layers(target_layers: Sequence[str], guide_layers: Sequence[str], kind: str = "even") -> list[Pair]:
-    """Pair every guide layer with a target layer; no pair is dropped, however deep the guide.
+    """Pair every guide layer with a target layer. No guide layer is dropped, except by `last_<k>`.
 
     Args:
-        target_layers: the target's layer names, input side first.
-        guide_layers: the guide's.
-        kind: ``even`` spreads the guide's layers over the target's (the paper's map), guide layer i of n_G going to
-            target layer ``⌊i (n_T − 1) / (n_G − 1) + ½⌋`` and a single guide layer to the last; ``reversed`` is the
-            same with the guide turned upside down (a negative control); ``last_<k>`` pairs the last k layers of both.
+        target_layers: names of the target's layers, from input to output.
+        guide_layers: names of the guide's layers, from input to output.
+        kind: `even`, `reversed` or `last_<k>`. `even` is the paper's mapping, which spreads the guide's layers over the
+            target's. Layer i of n_G goes to target layer `⌊i (n_T − 1) / (n_G − 1) + ½⌋`. A single guide layer goes to
+            the last one. `reversed` pairs the guide's layers in the opposite order, as a negative control. `last_<k>`
+            pairs the last k layers of both networks.
 
     Returns:
-        (target layer, guide layer) in the guide's order.
+        (target layer, guide layer) pairs in the guide's order.
 
     Raises:
-        ValueError: an unknown kind, no layers on one side, or k larger than one of the networks.
+        ValueError: the kind is unknown, one side has no layers, or k exceeds the number of layers of a network.
 
     Source: Subramaniam et al. 2025, released code.
     """

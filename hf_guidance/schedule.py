@@ -1,4 +1,4 @@
-"""Optimizer step → weight of the guidance and weight of the task."""
+"""Schedules: functions from the optimizer step to the weights of guidance and task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of the guided steps done, in [0, 1) → factor
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the guided steps done, in [0, 1) → factor
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
@@ -14,17 +14,17 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of the guided ste
 
 
 class Weights(NamedTuple):
-    """What the two terms of the loss are multiplied by at one optimizer step."""
+    """Factors of the two terms of the loss at one optimizer step."""
 
     guidance: float
     task: float
 
 
-Schedule = Callable[[int], Weights]  # of the number of optimizer steps already taken
+Schedule = Callable[[int], Weights]  # the argument is the number of optimizer steps already taken
 
 
 def check_schedule(name: str) -> None:
-    """Raise ValueError, with the possible names, for an unknown schedule."""
+    """Raise ValueError for an unknown schedule. The message lists the known ones."""
     if name not in SCHEDULES:
         raise ValueError(f"Unknown guidance_schedule {name!r}; possible are {', '.join(SCHEDULES)}.")
 
@@ -38,25 +38,28 @@ def make_schedule(
     every: int = 1,
     total_steps: int | None = None,
 ) -> Schedule:
-    """Build the schedule of a run: a function of the number of optimizer steps already taken.
+    """Build the schedule of a run.
 
     Args:
-        name: ``constant``, or ``linear`` / ``cosine`` decay from `weight` to 0.
-        weight: the guidance weight at its highest.
-        stop_step: guidance is 0 from this step on (*guidance as initialisation*); a decay ends here.
-        prealign_steps: for so many steps at the start the task's weight is 0 and the guidance's is `weight`.
-        every: after pre-alignment, guidance is 0 at all steps but each so-manieth.
-        total_steps: length of the run, where a decay without `stop_step` ends.
+        name: `constant`, or `linear` or `cosine` for a decay from `weight` to 0.
+        weight: largest guidance weight.
+        stop_step: optimizer step from which the guidance weight is 0 (*guidance as initialisation*). A decay ends here.
+        prealign_steps: number of first optimizer steps with task weight 0 and guidance weight `weight`.
+        every: after pre-alignment, guide only at optimizer steps divisible by this number.
+        total_steps: optimizer steps of the run. A decay without `stop_step` ends here.
+
+    Returns:
+        A function from the number of optimizer steps already taken to `Weights`.
 
     Raises:
-        ValueError: an unknown name, or a decay whose end is unknown.
+        ValueError: the name is unknown, or a decay has no end.
     """
     check_schedule(name)
     end = stop_step
     if name != "constant" and stop_step is None:
         end = total_steps
         if end is None:
-            raise ValueError(f"guidance_schedule {name!r} needs an end: set guidance_stop_step, or give total_steps.")
+            raise ValueError(f"guidance_schedule {name!r} needs an end: set guidance_stop_step or total_steps.")
 
     def schedule(step: int) -> Weights:
         if step < prealign_steps:

@@ -185,7 +185,7 @@ BAD = [
     ({"guidance_stop_step": 5, "prealign_steps": 6}, r"not before the end of pre-alignment \(prealign_steps=6\)"),
     (
         {"prealign_steps": 5, "guidance_weight": 0.0},
-        "prealign_steps trains on guidance alone, and guidance_weight is 0",
+        "prealign_steps trains on guidance alone, but guidance_weight is 0",
     ),
     ({"guide_input": "prealign_noise"}, "guide_input='prealign_noise' is for pre-alignment: set prealign_steps"),
     ({"target_layers": []}, r"target_layers is \[\]; name at least one layer, or 'hidden_states'"),

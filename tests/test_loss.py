@@ -639,6 +639,6 @@ def test_a_batch_too_small_to_compare_leaves_the_task_loss() -> None:
 
 def test_an_encoder_decoder_guide_without_decoder_inputs_says_what_it_needs() -> None:
     guidance = GuidanceLoss(gpt2(), t5())
-    words = "is an encoder-decoder and the batch has nothing for its decoder: add guide_decoder_input_ids"
+    words = "is an encoder-decoder, but the batch has nothing for its decoder: add guide_decoder_input_ids"
     with pytest.raises(ValueError, match=words), guidance.watch(token_batch()):
         pass

@@ -1,7 +1,7 @@
-"""The model card: from facts, which are plain values, to markdown and metadata.
+"""Model cards: from facts, which are plain values, to markdown and metadata.
 
-It knows no trainer. `rendering` fills the template from the sections, `facts` are those of the data, and `redaction`
-takes out what must not leave the machine.
+Nothing here knows a trainer. `rendering` fills the template from the sections. `facts` are those of the data.
+`redaction` removes private values.
 """
 
 from hf_guidance.card.rendering import render

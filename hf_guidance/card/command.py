@@ -1,4 +1,4 @@
-"""The command line that a card shows: known settings with harmless values, and nothing else."""
+"""The command line that a card shows: only known settings with harmless values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hf_guidance.card.redaction import own_names
 from hf_guidance.config import CHOICES
 from hf_guidance.similarity.measures import MEASURES
 
-# flags of `accelerate launch` and `torchrun` that say how many processes there are, and of what kind
+# flags of `accelerate launch` and `torchrun` for the number and kind of processes
 COUNTS = ("num_processes", "num_machines", "nproc_per_node", "nnodes", "num_cpu_threads_per_process", "zero_stage")
 SWITCHES = ("multi_gpu", "cpu", "use_cpu", "use_fsdp", "use_deepspeed", "standalone")
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
-# fields that hold whatever a user likes, for their own eyes; those with a word of SECRET in their name are left out too
+# fields with free text that may be private; fields with a word of SECRET in their name are left out too
 PRIVATE = re.compile(r"run_name|project|trackio_.*|optim_args|.*_kwargs|(accelerator|parallelism|liger_kernel)_config")
 SECRET = {"token", "secret", "key", "password"}
 REPORTS = {"all", "none", *INTEGRATION_TO_CALLBACK}
@@ -34,31 +34,31 @@ POSSIBLE = {
     "report_to": REPORTS,
     "include_for_metrics": ("inputs", "loss"),
 }
-PUBLIC = "hub_model_id"  # stands in the card anyway, though it begins with the user's name
+PUBLIC = "hub_model_id"  # begins with the user's name, but the card shows it anyway
 
 TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
-FLAG = re.compile(r"-+[^\W\d].*|--.*", re.DOTALL)  # and no negative number
+FLAG = re.compile(r"-+[^\W\d].*|--.*", re.DOTALL)  # not a negative number
 TEXT = re.compile(r"(?!~)[\w.,+~*-]+(?:/[\w.,+~*-]+){0,3}", re.ASCII)
 LONGEST = 100
-# of the tokens of Hugging Face, OpenAI, GitHub, GitLab, AWS, Slack, Google, npm and PyPI, JWTs and UUIDs
+# beginnings of tokens of Hugging Face, OpenAI, GitHub, GitLab, AWS, Slack, Google, npm and PyPI, of JWTs and of UUIDs
 CREDENTIAL = re.compile(
     r"(?<![a-z0-9])(?:hf_(?!guidance)|api_org_|sk[-_][\w-]{8}|gh[a-z]_|github_pat_|glpat-|a[ks]ia[a-z0-9]{9}|xox[a-z]-|aiza"
     r"|ya29|eyj|npm_|pypi-|nvapi-|sg\.|r8_|dop_v1_|(?:\d{1,3}\.){3}\d{1,3}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
     re.IGNORECASE,
 )
-RANDOM = 16  # letters and digits without a sign between them, from which on they may be a random word
+RANDOM = 16  # length from which a run of letters and digits may be random
 
 
 def published_command(words: Sequence[str], parsers: Sequence[type]) -> tuple[str, bool]:
-    """Select from a command line what anybody may read.
+    """Select the part of a command line that anybody may read.
 
     Args:
-        words: as of `command_line`.
-        parsers: dataclasses whose fields are published where their values are harmless.
+        words: words of the command line.
+        parsers: dataclasses whose fields are published if their values are harmless.
 
     Returns:
-        The command, empty if its script cannot be named, and whether anything was left out.
+        The command, and whether anything was left out. The command is empty if its script cannot be named.
     """
     launcher, rest = _launcher(words)
     if launcher is None:
@@ -81,11 +81,11 @@ def _launcher(words: Sequence[str]) -> tuple[list[str] | None, list[str]]:
 
 
 def _script(words: list[str]) -> tuple[list[str], list[str], list[str], bool]:
-    """Find the script among the words behind a launcher.
+    """Find the script in the words after a launcher.
 
     Returns:
-        The launcher's flags to publish, the words that name the script (none if it is not found), the words behind
-        them, and whether flags of the launcher are left out.
+        The launcher's flags to publish, the words that name the script, the words after it, and whether launcher flags
+        are left out. No words name the script if it is not found.
     """
     for place, word in enumerate(words):
         is_module = word in ("-m", "--module")
@@ -96,7 +96,7 @@ def _script(words: list[str]) -> tuple[list[str], list[str], list[str], bool]:
 
 
 def _program(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words that name a script or a module, none if they should not be read, and the words behind them."""
+    """Return the words that name a script or module (none if they are private), and the words after them."""
     flag = words[:1] if words[:1] in (["-m"], ["--module"]) else []
     path = Path("".join(words[len(flag) : len(flag) + 1]))
     name = str(path) if path.name and _is_harmless(str(path)) else path.name
@@ -104,12 +104,12 @@ def _program(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _published(words: list[str], known: dict[str, argparse.Action]) -> tuple[list[str], bool]:
-    """The known flags with harmless values among the words, as they stand there, and whether that is not all."""
+    """Select the known flags with harmless values, unchanged. Also tell whether anything was left out."""
     kept: list[str] = []
     bounds = [*(place for place, word in enumerate(words) if FLAG.fullmatch(word)), len(words)]
     cut = bounds[0] > 0  # words before the first flag
     for start, end in pairwise(bounds):
-        if words[start] == "--":  # nothing behind it is a flag
+        if words[start] == "--":  # no word after it is a flag
             return kept, True
         flag, sign, attached = words[start].partition("=")
         values = [attached] if sign else words[start + 1 : end]
@@ -124,8 +124,8 @@ def _published(words: list[str], known: dict[str, argparse.Action]) -> tuple[lis
 
 
 def _taken(action: argparse.Action, values: list[str]) -> list[str] | None:
-    """The values that a flag takes, as they may be published; None if one of them is to be left out."""
-    bare = action.nargs in (0, "?") or action.type is string_to_bool  # a recipe takes any bool without a value
+    """Return the values of a flag as they may be published; None if one of them must be left out."""
+    bare = action.nargs in (0, "?") or action.type is string_to_bool  # recipes accept any bool without a value
     if action.nargs == 0:
         values = []
     elif action.nargs != "+":
@@ -137,7 +137,7 @@ def _taken(action: argparse.Action, values: list[str]) -> list[str] | None:
 
 
 def _published_value(action: argparse.Action, value: str) -> str | None:
-    """A value of a flag as it may be published; None if it is to be left out."""
+    """Return a value of a flag as it may be published; None if it must be left out."""
     if action.type is string_to_bool:
         return value if value.lower() in TRUTHS else None
     possible = POSSIBLE.get(action.dest, action.choices)
@@ -158,7 +158,10 @@ def _is_private(name: str) -> bool:
 
 
 def _is_harmless(text: str, own: bool = False) -> bool:
-    """Whether a text is a plain word or a short relative path, and neither a credential nor, unless own, a name."""
+    """Tell whether a text is a plain word or short relative path, and holds no credential.
+
+    Unless `own` is true, it must not hold the user's or the machine's name either.
+    """
     return bool(
         len(text) <= LONGEST
         and TEXT.fullmatch(text)
@@ -176,12 +179,12 @@ def _names_somebody(text: str) -> bool:
 
 
 def _is_key(text: str) -> bool:
-    """Whether a text without its slashes and dots is a long run of capitals, small letters and digits, as of a key."""
+    """Tell whether a text without slashes and dots is a long run of capitals, small letters and digits, like a key."""
     return bool(re.fullmatch(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[A-Za-z0-9]{32,}", text))
 
 
 def _is_random(run: str) -> bool:
-    """Whether letters and digits look like a key: a long word with digits, or with capitals all over it."""
+    """Tell whether letters and digits look like a key: a long run with digits, or with capitals throughout."""
     kinds = ["d" if sign.isdigit() else "u" if sign.isupper() else "l" for sign in run]
     changes = sum(one != other for one, other in pairwise(kinds))
     return len(run) >= RANDOM and ("d" in kinds or 3 * changes > len(run))

@@ -1,4 +1,4 @@
-"""What a model card says of the data and of how they were prepared."""
+"""Facts of a model card on the data and their preparation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 Facts = dict[str, Any]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-FROM_HUB = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/")  # how `datasets` names what it keeps
+FROM_HUB = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/")  # path of a file in the cache of `datasets`
 ANY_TEXT = "Once upon a time"
 COPY = "3 1 4 1 5 9 2 6 <copy>" + 8 * " <blank>"
-# of a task by its name, where its tokenizer knows no words
+# by name of the task, for tasks whose tokenizer knows no words
 EXAMPLES: dict[str, Facts] = {
     "copy_paste": {"text": COPY, "copies": True},
     "parity": {"text": "1 0 1 1 0 1"},
@@ -29,12 +29,12 @@ NOT_SHOWN = ("task", "train_size", "dataset", "text_files", "guide_source", "tar
 
 
 def known(facts: Facts) -> Facts:
-    """The facts that are neither None nor empty."""
+    """Select the facts that are neither None nor empty."""
     return {name: value for name, value in facts.items() if value is not None and value not in ({}, [], "")}
 
 
 def rows_facts(rows: Any) -> Facts:
-    """Name, Hub id and revision of a training set, where it knows them, and its size."""
+    """Collect name, Hub id and revision of a training set, if it has them, and its size."""
     name = getattr(getattr(rows, "info", None), "dataset_name", None)
     kept = [Path(file["filename"]).as_posix() for file in getattr(rows, "cache_files", None) or ()]
     source = next((match for file in kept if (match := FROM_HUB.search(file))), None)
@@ -44,7 +44,7 @@ def rows_facts(rows: Any) -> Facts:
 
 
 def processing_facts(processing: Any) -> Facts:
-    """How a tokenizer or an image processor prepares its input; nothing of any other class."""
+    """Describe how a tokenizer or image processor prepares its input; empty for any other class."""
     if _is_text(processing):
         return {"tokenizer": f"{type(processing).__name__}, {len(processing):,} tokens"}
     if not getattr(processing, "image_mean", None):
@@ -66,12 +66,12 @@ def _is_text(processing: Any) -> bool:
 
 
 def example_of(processing: Any) -> Facts | None:
-    """A text that the tokenizer knows, for the card's code: a beginning of a tale, or else some of its own tokens."""
+    """Choose a text for the card's code that the tokenizer knows: the start of a tale, or some of its own tokens."""
     if not _is_text(processing):
         return None
     try:
         read = processing(ANY_TEXT, add_special_tokens=False)["input_ids"]
-    except Exception:  # a tokenizer of nothing but a few symbols raises at any other
+    except Exception:  # a tokenizer with only a few symbols raises at any other
         read = []
     if set(read) - {getattr(processing, "unk_token_id", None)}:
         return {"text": ANY_TEXT}
@@ -80,7 +80,13 @@ def example_of(processing: Any) -> Facts | None:
 
 
 def task_facts(name: str, description: str, data: Facts) -> Facts:
-    """What a card says of a task's data, from what they were made from."""
+    """Collect the facts on a task's data that a card shows.
+
+    Args:
+        name: name of the task.
+        description: one sentence on the task.
+        data: settings that the data were made from.
+    """
     source = data.get("dataset") if not data.get("text_files") else None
     files = [file["name"] for file in data.get("text_files") or ()]
     folder = source.get("name") if isinstance(source, dict) else None

@@ -1,4 +1,4 @@
-"""Sections of a model card on target, guide and guidance, each from a run's facts to markdown, empty without them."""
+"""Card sections on target, guide and guidance: functions from a run's facts to markdown, empty without facts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_guidance.config import GuidanceConfig
 
 Facts = dict[str, Any]
 PAPER = "https://arxiv.org/abs/2410.20035"
-HUB = "https://huggingface.co"  # and not the endpoint of this machine
+HUB = "https://huggingface.co"  # not the endpoint that this machine uses
 SEEN = {
     "batch": "what the target saw",
     "noise": "noise",
@@ -26,16 +26,16 @@ OTHER_NAMES = {
     "n embd": "hidden size",
     "n layer": "num hidden layers",
     "n head": "num attention heads",
-}  # GPT-2 has both
+}  # GPT-2's config has both names
 
 
 def _once(sizes: Facts) -> list[tuple[str, Any]]:
-    """Sizes by one name each, where a config has two for the same."""
+    """Keep one name for each size, if a config has two for the same size."""
     return [(name, value) for name, value in sizes.items() if sizes.get(OTHER_NAMES.get(name, "")) != value]
 
 
 def summary(facts: Facts) -> str:
-    """What this is, in two sentences."""
+    """Summarise the target in two sentences."""
     target, guide = facts["target"], facts.get("guide")
     data = f" on {escape(facts['data']['name'])}" if facts.get("data", {}).get("name") else ""
     text = f"{_a(target['architecture'])} with {count(target['parameters'])} parameters, trained for "
@@ -53,12 +53,12 @@ def summary(facts: Facts) -> str:
 
 
 def _a(name: str) -> str:
-    spelt = name[:2].isupper() or name[1:2].isdigit()  # an RNN, a GPT2, an Albert
+    spelt = name[:2].isupper() or name[1:2].isdigit()  # "an RNN", "a GPT2", "an Albert"
     return ("An " if name[:1] in ("AEFHILMNORSX" if spelt else "AEIO") else "A ") + escape(name)
 
 
 def networks(facts: Facts) -> str:
-    """Target and guide side by side."""
+    """Compare target and guide in a table."""
     sides = [facts["target"], *([facts["guide"]] if facts.get("guide") else [])]
     names = (f"{side['timm']} of timm" if side.get("timm") else side["architecture"] for side in sides)
     rows: list[list[Any]] = [["architecture", *names]]
@@ -81,7 +81,7 @@ def _origin(side: Facts) -> str:
 
 
 def guide(facts: Facts) -> str:
-    """What tells the guide from any other, and how to have it again."""
+    """Identify the guide, and tell how to load it again."""
     own = facts.get("guide")
     if not own:
         return ""
@@ -96,12 +96,12 @@ def guide(facts: Facts) -> str:
 
 
 def on_the_hub(own: Facts) -> bool:
-    """Whether a guide was loaded from the Hub: only then is its commit known."""
+    """Tell whether a guide was loaded from the Hub. Only then is its commit known."""
     return bool(own.get("source") and own.get("revision"))
 
 
 def guidance(facts: Facts) -> str:
-    """The settings of the guidance."""
+    """List the settings of the guidance."""
     if not facts.get("guide"):
         return ""
     config = GuidanceConfig.from_dict(facts["guidance"])
@@ -127,7 +127,7 @@ def guidance(facts: Facts) -> str:
 
 
 def _not_default(config: GuidanceConfig) -> list[list[str]]:
-    """Rows of the settings that most runs leave alone."""
+    """List the settings that most runs leave at their default."""
     every, mapping = config.guidance_every, config.layer_mapping
     rows = {
         "guided at": f"one optimizer step in {every}" if every > 1 else None,
@@ -141,7 +141,7 @@ def _not_default(config: GuidanceConfig) -> list[list[str]]:
 
 
 def pairs(facts: Facts) -> str:
-    """Similarity of each pair of layers before and after."""
+    """Tabulate the similarity of each pair of layers, before and after training."""
     found = facts.get("pairs")
     if not found:
         return ""
@@ -156,7 +156,7 @@ def pairs(facts: Facts) -> str:
 
 
 def _in_order(row: Facts) -> list[tuple[int, str]]:
-    """A key that sorts layer 9 before layer 10; logs are sorted letter by letter."""
+    """Return a key that sorts layer 9 before layer 10. Logs are sorted alphabetically."""
     parts = re.split(r"(\d+)", f"{row['target']}~{row['guide']}")
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 

@@ -1,4 +1,4 @@
-"""Markdown that shows any text as it is."""
+"""Markdown that shows any text unchanged."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def escape(text: Any) -> str:
-    """Text that shows as it is, in a table cell too: markdown's and HTML's signs lose their meaning."""
+    """Escape a text, so that markdown and HTML show it unchanged, in a table cell too."""
     text = re.sub(r"\s+", " ", str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~{}])", r"\\\1", text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A markdown table; cells are escaped."""
+    """Format a markdown table. Cells are escaped."""
     lines = [[escape(cell) for cell in line] for line in [header, *rows]]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -23,16 +23,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def code(language: str, text: str) -> str:
-    """A block of code, fenced by more backticks than it holds in a row."""
+    """Format a code block. Its fence is longer than any run of backticks inside."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def count(number: int) -> str:
-    """1234567 as 1,234,567."""
+    """Format 1234567 as 1,234,567."""
     return f"{number:,}"
 
 
 def shown(value: float, digits: int) -> str:
-    """A number as a card shows it."""
+    """Format a number as cards show it.
+
+    Args:
+        value: number; a note replaces one that is not finite.
+        digits: digits after the decimal point.
+    """
     return f"{value:.{digits}f}" if math.isfinite(value) else "not finite (the run diverged)"

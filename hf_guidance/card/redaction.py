@@ -1,4 +1,4 @@
-"""Taking out what must not leave the machine: tokens, and the folders in absolute paths."""
+"""Redaction of private values: tokens, and the folders in absolute paths."""
 
 from __future__ import annotations
 
@@ -13,41 +13,40 @@ from typing import Any
 
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
 SECRET = re.compile(r"token|secret|password|api_?key")
-PART = r"[^\s/\\\"'`|<>]+(?: [^\s/\\\"'`|<>]+){0,2}"  # of a path, spaces and all, before a slash
+PART = r"[^\s/\\\"'`|<>]+(?: [^\s/\\\"'`|<>]+){0,2}"  # part of a path before a slash, spaces included
 LAST = r"(?=[^\s/\\\"'`|<>])"
 # /a/b/c, ~/b/c, ~alice/c, ../../b/c and file:///a/b/c, but not https://a/b/c, a/b/c or </s>
 FOLDERS = re.compile(rf"(?:file://|(?<![\w/.<~]))(?:~[\w.-]*/|(?:\.\./)+|/(?!/))(?:{PART}/)*{LAST}")
 WINDOWS = re.compile(rf"\b[A-Za-z]:\\(?:{PART}\\)*{LAST}")
-ANYBODY = ("root", "user", "localhost")  # tell nobody from anybody else
-LEAST = 4  # letters of a name that is cut out wherever it stands; shorter ones are parts of words
+ANYBODY = ("root", "user", "localhost")  # names that identify nobody
+LEAST = 4  # shortest name to cut out everywhere; shorter ones are parts of words
 
 
 def scrub(value: Any) -> Any:
-    """A JSON value whose texts hold neither a token nor the folders of a path nor this machine's names."""
+    """Remove tokens, the folders of paths, and the names of user and machine from the texts of a JSON value."""
     if isinstance(value, str):
         text = WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value)))
-        return (
-            _own_names().sub("…", text) if " " in text else text
-        )  # one word is an id or a setting, whoever has its name
+        # a single word is an id or a setting, even if it is also a name
+        return _own_names().sub("…", text) if " " in text else text
     if isinstance(value, dict):
         return {name: scrub(entry) for name, entry in value.items()}
     return [scrub(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _own_names() -> re.Pattern[str]:
-    """The user's name and the machine's, as words of their own."""
+    """Make a pattern of the names of user and machine as separate words."""
     words = "|".join(re.escape(name) for name in own_names() if len(name) >= LEAST)
     return re.compile(rf"(?<![\w-])(?:{words})(?![\w-])") if words else re.compile(r"(?!)")
 
 
 def own_names() -> set[str]:
-    """The user's name and the machine's, with its domain and without."""
+    """Return the names of the user and of the machine, with and without its domain."""
     node = platform.node()
     return {os.environ.get("USER", ""), Path.home().name, node, node.partition(".")[0]} - {"", *ANYBODY}
 
 
 def scrub_arguments(args: Any) -> Any:
-    """A copy of training arguments without tokens and without paths of this machine."""
+    """Copy training arguments without tokens and without paths of this machine."""
     clean = copy.copy(args)
     for field in dataclasses.fields(args):
         setattr(clean, field.name, _without_paths(field.name, getattr(args, field.name)))
@@ -65,7 +64,7 @@ def _without_paths(name: str, value: Any) -> Any:
 
 
 def scrub_state(path: Path) -> None:
-    """Cut the path of the best checkpoint in a trainer's saved state down to its last part."""
+    """Shorten the path of the best checkpoint in a trainer's saved state to its last part."""
     if not path.is_file():
         return
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -75,12 +74,12 @@ def scrub_state(path: Path) -> None:
 
 
 def as_json(content: Any) -> str:
-    """Format a JSON value as it stands in a file."""
+    """Format a JSON value as files store it."""
     return json.dumps(content, indent=2) + "\n"
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file anew in its place, so that no other link to the old one changes."""
+    """Replace a file by a new one, so that other links to the old file do not change."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""The model card of a guided target: facts of a training run in, markdown out, and nothing that was not measured."""
+"""Rendering of a guided target's model card from the facts of its training run. Nothing unmeasured is shown."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ Facts = dict[str, Any]
 
 
 def render(facts: Facts) -> str:
-    """The card as markdown with its metadata in front; a section without facts is left out.
+    """Render the card as markdown, with its metadata in front. A section without facts is left out.
 
     Args:
-        facts: of `run_facts`, JSON values only. Whatever text is in them is escaped, tokens and paths are cut out.
+        facts: JSON values, as `run_facts` makes them. Texts in them are escaped, and tokens and paths are removed.
+
+    Returns:
+        The card.
     """
     command = facts.get("command")
     facts = scrub(facts)
-    if command:  # which is words, and no prose
+    if command:  # a command is words, not prose
         facts["command"] = shlex.join(map(scrub, shlex.split(command)))
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = environment.from_string(files("hf_guidance.card").joinpath("model_card.md.jinja").read_text("utf-8"))
@@ -113,7 +116,7 @@ def _usage(facts: Facts) -> str:
         f"from transformers import {use[0]}, AutoTokenizer",
         "",
         f'name = "{place}"',
-        f"tokenizer = AutoTokenizer.from_pretrained(name{own})",  # which reads the config, and asks otherwise
+        f"tokenizer = AutoTokenizer.from_pretrained(name{own})",  # it reads the config, and would ask otherwise
         f"model = {load}",
         f"text = {text}",
         'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',

@@ -1,4 +1,4 @@
-"""Sections of a model card on what came of a run, and on how to have it again; empty where nothing is known."""
+"""Card sections on the results of a run and on reproducing it, empty without facts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CITATION = """@inproceedings{subramaniam2025guidance,
   year      = {2025}
 }"""
 CUT = "Arguments other than the known training settings are left out."
-WIDTH = 60  # of a line of the command, after which the next flag starts another
+WIDTH = 60  # width of a line of the command after which the next flag starts a new line
 
 
 def results(facts: Facts) -> str:
-    """This network's own metrics."""
+    """Tabulate this network's own metrics."""
     own = facts.get("results")
     if not own:
         return ""
@@ -35,7 +35,7 @@ def results(facts: Facts) -> str:
 
 
 def comparison(facts: Facts) -> str:
-    """The runs this one is matched with."""
+    """Show the table of this run and the runs it is matched with."""
     own = facts.get("comparison")
     return f"{escape(own['text'])}\n\n{own['table']}" if own else ""
 
@@ -45,7 +45,7 @@ def figures(facts: Facts) -> list[str]:
 
 
 def rows_of(name: str) -> Callable[[Facts], str]:
-    """A section that is a table of one part of the facts."""
+    """Make a section that shows one part of the facts as a table."""
 
     def part(facts: Facts) -> str:
         rows = [[k.replace("_", " "), v] for k, v in facts.get(name, {}).items() if v is not None and k != "id"]
@@ -77,7 +77,7 @@ def versions(facts: Facts) -> str:
 
 
 def command(facts: Facts) -> str:
-    """The command, broken between its flags so that a page shows all of it."""
+    """Format the command, broken between its flags so that a page shows all of it."""
     if not facts.get("command"):
         return ""
     lines = [""]
@@ -91,7 +91,7 @@ def command(facts: Facts) -> str:
 
 
 def citation(facts: Facts) -> str:
-    """Of the paper, and of the guide where it is somebody's on the Hub."""
+    """Cite the paper, and the guide if it is from the Hub."""
     own = facts.get("guide") or {}
     if not on_the_hub(own):
         return CITATION

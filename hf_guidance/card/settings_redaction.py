@@ -1,4 +1,4 @@
-"""Taking tokens and paths of this machine out of the JSON files with settings that are pushed with a model."""
+"""Redaction of the settings files that are pushed with a model: tokens and paths of this machine are removed."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ SECRET = re.compile(
     r"token|(?:.*_)?(?:(?:hub|hf|auth|access|api|refresh|bearer|session|wandb|git(?:hub|lab)?)_token|api_?key|passw(?:or)?d"
     r"|passphrase|(?:client_|secret_)?secret|(?:access|secret|private)_key(?:_id)?|credentials?)"
 )
-# words of a vocabulary or names of classes, among which any text may be
+# words of a vocabulary or names of classes, which may be any text
 VOCABULARY = re.compile(
     r"(?:bos|eos|pad|unk|sep|cls|mask)_token|.*_tokens_decoder|.*special_tokens?(?:_.*)?|.*chat_template.*|id2label|label2id"
 )
-WORD = re.compile(r".*_tokens?")  # of a vocabulary as well, unless it looks like a credential
-# Hugging Face's, OpenAI's, GitHub's, GitLab's, AWS's, Slack's and Google's, JWTs and private keys
+WORD = re.compile(r".*_tokens?")  # also words of a vocabulary, unless they look like a credential
+# credentials of Hugging Face, OpenAI, GitHub, GitLab, AWS, Slack and Google, JWTs and private keys
 CREDENTIAL = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_(?:oauth_)?[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[a-z]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}|glpat-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}"
     r"|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|nvapi-[\w-]{16,}|SG\.[\w-]{16,}|-----BEGIN[^\0]*)"
-    r"|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)|(?<=Bearer )\S+"  # of an address, and of a header
+    r"|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)|(?<=Bearer )\S+"  # in an address, and in a header
 )
-PART = r"""[^()\[\]{}|*?<>"'\n]*"""  # of a path; where a blank is in it, another slash has to be
+PART = r"""[^()\[\]{}|*?<>"'\n]*"""  # part of a path; if it has a space, another slash must follow
 PATH = re.compile(rf"(?=\S*$|.*\S[/\\]+\S)(?:file:/|~[\w.-]*[/\\]|/(?!/)|[A-Za-z]:[/\\]|\\\\\w){PART}")
 
 
 def scrub_settings(folder: Path, output: Path) -> None:
-    """Rewrite the settings files and the cards in a folder without tokens and paths of this machine; warn of each.
+    """Remove tokens and paths of this machine from the settings files and cards in a folder, and warn of each change.
 
     Args:
-        folder: of files to push; none that is linked to one of them changes.
-        output: a folder whose path is cut out wherever it stands, as are those of the user and of the process.
+        folder: folder of files to push. Files elsewhere that are linked to them do not change.
+        output: folder whose path is removed everywhere, like those of the user and of the process.
     """
     places = re.compile("|".join(_places(output)))
     for path in sorted([*folder.rglob(SETTINGS), *folder.rglob("README.md")]):
@@ -50,16 +50,17 @@ def scrub_settings(folder: Path, output: Path) -> None:
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".json":
                 clean = as_json(_clean(json.loads(text), "", places, found))
-            else:  # a card that transformers or PEFT wrote has the path of the base model
+            else:  # cards by transformers or PEFT hold the path of the base model
                 clean = _cut(text, "text", places, found)
-        except ValueError as error:  # no JSON, or no text
+        except ValueError as error:  # neither JSON nor text
             path.unlink()
-            logger.warning("%s cannot be read (%s), and is not pushed.", path.relative_to(folder).as_posix(), error)
+            logger.warning("%s cannot be read (%s): it is not pushed.", path.relative_to(folder).as_posix(), error)
             continue
         if found:
             replace_text(path, clean)
             logger.warning(
-                "%s is pushed without what looks like a token or a path of this machine, in: %s. That in %s keeps it.",
+                "%s is pushed without values that look like a token or a path of this machine, in: %s. The file in %s "
+                "keeps them.",
                 path.relative_to(folder).as_posix(),
                 ", ".join(dict.fromkeys(found)),
                 output,
@@ -67,14 +68,14 @@ def scrub_settings(folder: Path, output: Path) -> None:
 
 
 def _places(output: Path) -> Iterator[str]:
-    """Patterns of paths in the folders that belong to this machine."""
+    """Make patterns of paths in the folders of this machine."""
     for place in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()), output.absolute(), output.resolve()):
         if place.name:
             yield rf"""(?:file://)?{re.escape(str(place))}(?![\w-])(?:[/\\][^\s/\\"'`|<>:;,]+)*"""
 
 
 def _clean(value: Any, name: str, places: re.Pattern[str], found: list[str]) -> Any:
-    """A JSON value without tokens and paths; the names of the fields that had one are added to those found."""
+    """Copy a JSON value without tokens and paths. Add the names of the fields that had one to `found`."""
     if isinstance(value, dict):
         kept = {}
         for key, entry in value.items():
@@ -101,7 +102,7 @@ def _clean(value: Any, name: str, places: re.Pattern[str], found: list[str]) -> 
 
 
 def _cut(text: str, name: str, places: re.Pattern[str], found: list[str]) -> str:
-    """A longer text without tokens and paths; its name is added to those found if it had one."""
+    """Copy a longer text without tokens and paths. Add its name to `found` if it had one."""
     clean = places.sub(lambda at: _last_part(at[0]), CREDENTIAL.sub("<token>", text))
     if clean != text:
         found.append(name)
@@ -109,6 +110,6 @@ def _cut(text: str, name: str, places: re.Pattern[str], found: list[str]) -> str
 
 
 def _last_part(path: str) -> str:
-    """Of a path; of the folder of the user, whose name is theirs, nothing."""
+    """Return the last part of a path, or `.` for the user's home, whose name is private."""
     path = path.removeprefix("file://").rstrip("/\\") or path
     return "." if Path(path) == Path.home() else ntpath.basename(path) or path

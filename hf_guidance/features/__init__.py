@@ -1,7 +1,7 @@
-"""Features of a network: what its layers show of a batch in one forward, and which samples they show.
+"""Features of a network: the outputs of its layers on a batch, and the samples they belong to.
 
-`reader` hooks hidden states and named modules, `layer_drop` knows which layers ran, `samples` says what one sample is
-and leaves padding out, and `distributed` makes one batch of those of all processes.
+`reader` hooks hidden states and named modules. `layer_drop` tracks which layers ran. `samples` defines one sample and
+leaves padding out. `distributed` joins the batches of all processes.
 """
 
 from hf_guidance.features.distributed import Ranks

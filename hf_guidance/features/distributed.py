@@ -1,4 +1,4 @@
-"""One global batch out of the processes' own: what the similarity of it needs of the other ranks."""
+"""Similarities over a global batch: the features of all processes as one batch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+# older versions of torch have only the second name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Ranks:
-    """The processes of ``torch.distributed``, whose batches make up one.
+    """Processes of `torch.distributed`, whose batches form one batch.
 
-    Every rank gets the others' features and computes the same similarity. Its own features keep their gradient, and
-    that of the loss is multiplied by the number of ranks (`scale`): the mean over the ranks, which data-parallel
-    wrappers take of the gradients, is then the gradient of the similarity of the whole batch, and no backward
-    communication is needed.
+    Each rank gathers the features of the others and computes the same similarity. Only its own features carry a
+    gradient. Multiply the gradient of the loss by the number of ranks (`scale`). Data-parallel wrappers average
+    gradients over the ranks, and that average is then the gradient for the whole batch. The backward needs no
+    communication.
 
     Attributes:
+        rank: number of this process.
         scale: number of ranks.
-        bytes_sent: by this rank so far, features and masks, to each of the others.
+        bytes_sent: bytes of features and masks that this rank has sent so far, to each of the others.
 
     Raises:
         ValueError: there is no process group.
@@ -30,33 +32,44 @@ class Ranks:
     def __init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
-                "similarity_batch='global' compares over the batches of all processes, and there is no process group: "
-                "start with `accelerate launch` or torchrun and several processes (a loop of your own calls "
+                "similarity_batch='global' compares over the batches of all processes, but there is no process group: "
+                "start several processes with `accelerate launch` or torchrun (in your own loop, call "
                 "torch.distributed.init_process_group first), or use 'local', which is the same for one process."
             )
         self.rank, self.scale = dist.get_rank(), dist.get_world_size()
         self.bytes_sent = 0
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-        """Every rank's numbers, as many from each; the host waits for them."""
+        """Gather integers from all ranks. The host waits for them.
+
+        Args:
+            numbers: this rank's integers; each rank gives equally many.
+            device: device to communicate on.
+
+        Returns:
+            The integers of each rank, in the order of the ranks.
+        """
         mine = torch.tensor(numbers, device=device)
         every = mine.new_empty(self.scale * len(numbers))
         _all_gather(every, mine)
         return every.reshape(self.scale, len(numbers)).tolist()
 
     def smallest(self, values: Tensor, count: int) -> Tensor:
-        """The `count` smallest of all ranks' values ``(m,)``, of which each rank gives `count`."""
+        """Return the `count` smallest values of all ranks. Each rank gives at least `count` values `(m,)`."""
         every = values.new_empty(self.scale * count)
         _all_gather(every, values.sort().values[:count].contiguous())
         return every.sort().values[:count]
 
     def gather(self, x: Tensor, counts: Sequence[int], length: int | None = None) -> Tensor:
-        """Samples ``(n, …)`` of all ranks, those of this one with their gradient.
+        """Gather samples `(n, …)` from all ranks. Those of this rank keep their gradient.
 
         Args:
-            x: this rank's; ``(n, length, …)`` where `length` is given.
-            counts: every rank's n.
-            length: common length of the second axis, to which it is padded with zeros.
+            x: samples of this rank; `(n, length, …)` if `length` is given.
+            counts: number of samples of each rank.
+            length: common length to which the second axis is padded with zeros.
+
+        Returns:
+            `(sum of counts, …)`, in the order of the ranks.
         """
         if length is not None:
             x = _pad(x, 1, length)

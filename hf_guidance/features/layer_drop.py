@@ -1,4 +1,4 @@
-"""LayerDrop: which layers of a network in training ran in a forward, and whose output each hidden state is."""
+"""LayerDrop: which layers of a network ran in a training forward, and which layer each hidden state belongs to."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from hf_guidance.features.layer_stacks import (
 
 
 class LayerDrop:
-    """The layers that a network in training may skip, and which of them ran in the last forward.
+    """Layers that a network may skip in training, and a record of which of them ran in the last forward.
 
-    The place of a hidden state does not say whose it is: transformers leaves out those of skipped layers
-    (`capture_outputs`), or repeats what would have gone into such a layer. Hooks on the layers themselves do.
+    The index of a hidden state does not tell which layer it belongs to. transformers leaves out the states of skipped
+    layers (`capture_outputs`), or repeats the input of a skipped layer. Hooks on the layers tell which ran.
 
     Args:
-        network: what is called.
-        base: the network in it by which modules are named.
-        kinds: the tuples of hidden states that are read, such as ``encoder_hidden_states``.
-        modules: names of the modules that are read.
+        network: network that is called.
+        base: network inside it, by whose module names layers are named.
+        kinds: tuples of hidden states to read, such as `encoder_hidden_states`.
+        modules: names of the modules to read.
 
     Attributes:
-        settings: what makes layers that are read be skipped, as ``decoder_layerdrop``, with its value; none if no
-            layer is.
+        settings: LayerDrop settings with their values that may skip a layer to read, such as `decoder_layerdrop`. Empty
+            if no such layer can be skipped.
 
     Raises:
-        ValueError: hidden states of a network with LayerDrop whose layers cannot be told apart.
+        ValueError: hidden states are to be read of a network with LayerDrop whose layers cannot be identified.
 
     Source: Fan et al. 2020 (arXiv 1909.11556).
     """
 
     def __init__(self, network: nn.Module, base: nn.Module, kinds: Iterable[str], modules: Iterable[str]) -> None:
         self.settings: dict[str, float] = {}
-        self._stacks: dict[str, Stack] = {}  # by the kind of hidden states that they give
-        self._around: dict[str, Stack] = {}  # by a module that is read, with the one layer that it is in
-        self._ran: dict[str, Any] = {}  # by name; with the outputs of layers while a forward is read
+        self._stacks: dict[str, Stack] = {}  # by kind of hidden states
+        self._around: dict[str, Stack] = {}  # by module to read, with the one layer around it
+        self._ran: dict[str, Any] = {}  # outputs by layer during a forward, then names only
         self._is_reading = False
         self._handles: list[Any] = []
         self._rates: list[tuple[nn.Module, float]] = []
         if not any(p.requires_grad for p in base.parameters()):
-            return  # what is not trained runs in evaluation mode, which skips nothing
+            return  # a frozen network runs in evaluation mode, which skips nothing
         settings = {setting: module for module in base.modules() if (setting := rate_setting(module)) is not None}
         self._rates = [(module, rate_of(module)) for module in settings.values()]
         if not any(rate for _, rate in self._rates):
@@ -61,31 +61,31 @@ class LayerDrop:
         for owner, layers in (*self._stacks.values(), *self._around.values()):
             module = base.get_submodule(owner)
             self.settings |= settings_of(base, module)
-            seen_in = module if owner else network  # PEFT calls the forward of its base model past the hooks of it
+            seen_in = module if owner else network  # PEFT calls the base model's forward without its hooks
             self._handles.append(seen_in.register_forward_pre_hook(partial(self._note, owner)))
             for layer in layers:
                 self._handles.append(base.get_submodule(layer).register_forward_hook(partial(self._note, layer)))
 
     def start(self) -> None:
-        """Begin to watch a forward.
+        """Start to watch a forward.
 
         Raises:
-            ValueError: LayerDrop was turned on, off or to another rate since this was made.
+            ValueError: the LayerDrop rate has changed since this object was made.
         """
         for module, rate in self._rates:
             if (now := rate_of(module)) != rate:
                 raise ValueError(
-                    f"the layerdrop of {type(module).__name__} was {rate:g} when guidance looked for its layers, and "
-                    f"now it is {now:g}: set it before the trainer is made."
+                    f"the layerdrop of {type(module).__name__} was {rate:g} when guidance looked for its layers, but "
+                    f"now it is {now:g}: set it before you make the trainer."
                 )
         self._ran, self._is_reading = {}, True
 
     def stop(self) -> None:
-        """Watch no longer, and keep of the forward only what ran in it."""
+        """Stop watching. Keep only which layers ran, not their outputs."""
         self._ran, self._is_reading = dict.fromkeys(self._ran), False
 
     def remove(self) -> None:
-        """Take the hooks off the network."""
+        """Remove the hooks from the network."""
         for handle in self._handles:
             handle.remove()
 
@@ -94,13 +94,14 @@ class LayerDrop:
             self._ran[name] = output
 
     def has_run(self) -> bool:
-        """Whether the last forward came to a module that may skip its layers."""
+        """Tell whether the last forward reached a module that may skip its layers."""
         return any(owner in self._ran for owner, _ in (*self._stacks.values(), *self._around.values()))
 
     def has_skipped(self, name: str) -> bool:
-        """Whether the last forward came to where this hidden state or module is, and skipped its layer.
+        """Tell whether the last forward skipped the layer of a hidden state or module.
 
-        Index 0 of the hidden states is lost where no layer ran.
+        It counts as skipped only if the forward reached the module around the layer. Index 0 of the hidden states is
+        missing if no layer ran.
         """
         kind, _, index = name.rpartition(".")
         owner, layers = self._around.get(name, ("", []))
@@ -110,13 +111,20 @@ class LayerDrop:
         return bool(layers) and owner in self._ran and not any(layer in self._ran for layer in layers)
 
     def in_full(self, kind: str, states: Sequence[Any]) -> Sequence[Any]:
-        """Put each hidden state where it is if no layer is skipped, and None for those of layers that did not run.
+        """Put each hidden state at its index in the full network, and None for layers that did not run.
 
-        Index 0 is what goes into the first layer that ran. Where the last layer did not run, transformers returns the
-        final state, normed, as that of the last one that did: the layer's own output takes its place.
+        Index 0 is the input of the first layer that ran. If the last layer did not run, transformers returns the normed
+        final state as the state of the last layer that ran. The layer's own output then replaces it.
+
+        Args:
+            kind: name of the tuple of hidden states.
+            states: hidden states that the network returned.
+
+        Returns:
+            One entry for each layer, and one for the embeddings.
 
         Raises:
-            ValueError: another number of hidden states than follows from the layers that ran.
+            ValueError: the number of hidden states does not match the layers that ran.
         """
         if kind not in self._stacks:
             return states
@@ -133,17 +141,18 @@ class LayerDrop:
                 full[ran[-1] + 1] = self._ran[layers[ran[-1]]]
         else:
             raise ValueError(
-                f"the target returned {len(states)} {kind}, and {len(ran)} of the {len(layers)} layers "
-                f"{layers[0]} … {layers[-1]} ran. With LayerDrop it is not known whose they are: "
-                f"{remedy(self.settings)}, or name modules with target_layers."
+                f"the target returned {len(states)} {kind}, but {len(ran)} of the {len(layers)} layers "
+                f"{layers[0]} … {layers[-1]} ran, so {len(ran) + 1} or {len(full)} were expected. With LayerDrop it "
+                f"is then not known which layer each state belongs to: {remedy(self.settings)}, or name modules with "
+                "target_layers."
             )
         return full
 
     def check_similarity_batch(self, similarity_batch: str) -> None:
-        """Raise ValueError for a similarity over several batches, of which each skips other layers."""
+        """Raise ValueError for a similarity over several batches, since LayerDrop skips other layers in each."""
         if self.settings and similarity_batch != "local":
             raise ValueError(
-                f"similarity_batch={similarity_batch!r} compares a layer over several batches, and LayerDrop skips "
+                f"similarity_batch={similarity_batch!r} compares a layer over several batches, but LayerDrop skips "
                 f"other layers in each of them ({in_words(self.settings)}): {remedy(self.settings)}, or use "
                 "similarity_batch='local'."
             )

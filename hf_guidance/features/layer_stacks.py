@@ -1,4 +1,4 @@
-"""Where a network has its layers, and which of them LayerDrop may skip."""
+"""Stacks of layers in a network, and which of them LayerDrop may skip."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 from torch import nn
 
-Stack = tuple[str, list[str]]  # names of a module that may skip some of its layers, and of these layers in order
+Stack = tuple[str, list[str]]  # name of a module that may skip layers, and the names of its layers in order
 
 
 def rate_of(module: nn.Module) -> float:
-    """How often a module skips a layer in training: its own ``layerdrop``, else the largest that its config has."""
+    """Return the LayerDrop rate of a module: its own `layerdrop`, else the largest in its config."""
     own = _own_rate(module)
     return max(_fields(module).values(), default=0.0) if own is None else own
 
 
 def rate_setting(module: nn.Module) -> int | None:
-    """Identify what says how often a module skips layers, itself or its config; None if nothing does."""
+    """Return the id of what holds a module's LayerDrop rate, the module or its config; None if neither does."""
     if _own_rate(module) is not None:
         return id(module)
     return id(module.config) if _fields(module) else None
 
 
 def settings_of(base: nn.Module, module: nn.Module) -> dict[str, float]:
-    """Name what makes a module skip layers, with values, by the fields of its config, else of the whole network's."""
+    """Return the LayerDrop settings of a module by name: fields of its config, else of the whole network's config."""
     own, found = _own_rate(module), _fields(module) or _fields(base)
     fields = {name: value for name, value in found.items() if value}
     if own is None or not own:
@@ -35,20 +35,23 @@ def settings_of(base: nn.Module, module: nn.Module) -> dict[str, float]:
 
 
 def in_words(settings: Mapping[str, float]) -> str:
-    """Write settings as they are written in code."""
+    """Format settings as they are written in code."""
     return ", ".join(f"{name}={value:g}" for name, value in settings.items())
 
 
 def remedy(settings: Iterable[str]) -> str:
-    """Say how LayerDrop is turned off. Many modules look at their config only when they are built."""
+    """Tell how to turn LayerDrop off. Many modules read their config only when they are built."""
     return f"build the target with {in_words(dict.fromkeys(settings, 0))}"
 
 
 def stack_of(base: nn.Module, kind: str) -> Stack | None:
-    """Find the layers whose outputs the hidden states of this kind are; None if none of them is ever skipped.
+    """Find the layers whose outputs are the hidden states of a kind.
+
+    Returns:
+        The stack, or None if none of its layers is ever skipped.
 
     Raises:
-        ValueError: some may be skipped, and it cannot be told which modules they are.
+        ValueError: some may be skipped, but it cannot be told which modules they are.
     """
     roots = _roots(base, kind)
     candidates = [find(base, root) for find in (_captured, _collected) for root in roots]
@@ -63,13 +66,13 @@ def stack_of(base: nn.Module, kind: str) -> Stack | None:
         return None
     settings = settings_of(base, skipping)
     raise ValueError(
-        f"the target ({type(base).__name__}) skips layers in training ({in_words(settings)}), and it cannot be told "
-        f"which modules give its {kind}: {remedy(settings)}, or name modules with target_layers."
+        f"the target ({type(base).__name__}) skips layers in training ({in_words(settings)}), and the modules that "
+        f"give its {kind} were not found: {remedy(settings)}, or name modules with target_layers."
     )
 
 
 def stack_around(base: nn.Module, name: str) -> Stack | None:
-    """Find the layer that a module is, or is in, and that may be skipped; None if it is in none."""
+    """Find the layer that a module is or lies in, if LayerDrop may skip it; None otherwise."""
     parts = name.split(".")
     for i in range(1, len(parts)):
         owner = ".".join(parts[: i - 1])
@@ -94,7 +97,10 @@ def _fields(module: nn.Module) -> dict[str, float]:
 
 
 def _roots(base: nn.Module, kind: str) -> list[str]:
-    """Where to look for layers: of an encoder-decoder in the one or the other, else anywhere and then in a decoder."""
+    """Name the modules to look for layers in.
+
+    Of an encoder-decoder that is the side of this kind, else the whole network and then its decoder.
+    """
     if kind == "encoder_hidden_states":
         encoder = _part(base, "get_encoder")
         return [encoder] if encoder else []
@@ -114,7 +120,7 @@ def _lists(base: nn.Module, root: str) -> dict[str, nn.ModuleList]:
 
 
 def _captured(base: nn.Module, root: str) -> list[str]:
-    """Lists of modules whose outputs transformers captures by hooks."""
+    """Find module lists whose outputs transformers captures with hooks."""
     classes: tuple[type, ...] = ()
     for module in base.get_submodule(root).modules():
         specs = (getattr(module, "_can_record_outputs", None) or {}).get("hidden_states", [])
@@ -124,7 +130,7 @@ def _captured(base: nn.Module, root: str) -> list[str]:
 
 
 def _collected(base: nn.Module, root: str) -> list[str]:
-    """Lists of layers whose outputs a module that may skip some of them collects by itself."""
+    """Find layer lists whose owner may skip layers and collects their outputs itself."""
     named = [name.rpartition(".") for name in _lists(base, root)]
     return [
         f"{owner}{dot}{name}"

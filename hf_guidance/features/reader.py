@@ -1,4 +1,4 @@
-"""What a network shows of itself during one forward: hidden states, or the outputs of named modules."""
+"""Reader of a network's features during one forward: hidden states, or the outputs of named modules."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from torch import Tensor, nn
 
 from hf_guidance.features.layer_drop import LayerDrop
 
-# whose first hidden state is a layer's; that of other networks is the embeddings
+# the first hidden state of these networks is a layer's output; that of others is the embeddings
 STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
 Reduce = Callable[[str, Any], Any]
 
 
 class AllRead(Exception):
-    """Raised out of a forward when the last of the layers that are needed has been read."""
+    """Signal, raised inside a forward, that all needed layers have been read."""
 
 
 class LayerReader:
-    """Reads chosen layers of one network while it runs, reducing each at once so that nothing else is kept.
+    """Reader of chosen layers of one network while it runs. It reduces each output at once and keeps nothing else.
 
-    It works by hooks on the network itself, so that whoever calls it (Trainer, DDP, a loop of your own) calls it as
-    ever; outside `reading` the hooks do nothing: not in evaluation, nor when activation checkpointing repeats a block.
-    Of a network with LayerDrop a forward shows the layers that it does not skip, each by the name that it always has.
+    It hooks the network itself, so that Trainer, DDP or your own loop calls the network as usual. Outside `reading` the
+    hooks do nothing, in evaluation as well as when activation checkpointing repeats a block. If LayerDrop skips layers,
+    only those that ran are read. Each keeps its name.
 
     Args:
-        model: any `nn.Module`; PEFT models are read by the names of their base model.
-        layers: ``hidden_states`` (all but index 0, the embeddings; of an encoder-decoder the decoder's),
-            ``hidden_states.<i>``, ``encoder_hidden_states``, or modules by exact name, glob (``*`` stays within one
-            level, ``**`` does not) or type.
-        role: ``target`` or ``guide``, for messages.
+        model: any `nn.Module`. PEFT models are read by the module names of their base model.
+        layers: `hidden_states` (all but index 0, the embeddings; of an encoder-decoder those of the decoder),
+            `hidden_states.<i>`, `encoder_hidden_states`, or modules by exact name, glob or type. In a glob, `*` stays
+            within one level and `**` does not.
+        role: `target` or `guide`, for messages.
 
     Raises:
-        ValueError: a layer the network does not have, or hidden states of a network that returns none, or whose
-            LayerDrop leaves open which is whose.
+        ValueError: the network lacks a layer or returns no hidden states, or LayerDrop hides which layer a hidden state
+            belongs to.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], role: str) -> None:
         self.model, self.role = model, role
-        self.keep: set[str] | None = None  # once the pairs are known: the layers that are in one
-        self.stop_early = False  # end a forward by `AllRead` once those are read
+        self.keep: set[str] | None = None  # layers in a pair, once the pairs are known
+        self.stop_early = False  # end a forward with `AllRead` once these are read
         self._hidden: list[tuple[str, int | None]] = []
         self._reduce: Reduce | None = None
         self._read: dict[str, Any] = {}
         self._seen: list[str] = []
-        self._counted: dict[str, None] = {}  # the hidden states of a forward, skipped ones included
+        self._counted: dict[str, None] = {}  # hidden states of a forward, skipped ones included
         self._order: list[str] = []
         modules: dict[str, nn.Module] = {}
         base = base_model_of(model)
@@ -75,7 +75,14 @@ class LayerReader:
 
     @contextmanager
     def reading(self, reduce: Reduce) -> Iterator[dict[str, Any]]:
-        """While open, the layers of each forward go through `reduce(name, output)` into the yielded dict."""
+        """Read the layers of each forward inside this context.
+
+        Args:
+            reduce: called with the name and output of each layer.
+
+        Yields:
+            Layer → result of `reduce`, filled in during the forward.
+        """
         self._reduce, self._read, self._counted = reduce, {}, {}
         self.layer_drop.start()
         try:
@@ -83,25 +90,26 @@ class LayerReader:
         finally:
             self.layer_drop.stop()
             self._seen = list(self._read)
-            self._reduce, self._read = None, {}  # nothing of a forward stays on the network: it can be copied and saved
+            # keep nothing of a forward, so that the network can be copied and saved
+            self._reduce, self._read = None, {}
 
     def names(self) -> list[str]:
-        """The layers in order, modules as named and hidden states as counted in the last forward, with skipped ones.
+        """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.
 
         Raises:
-            ValueError: a named module did not run, or a hidden state is not among those returned.
+            ValueError: a named module did not run, or a hidden state was not returned.
         """
         self.check_skipped([name for name in self._order if name not in self._seen])
         return [*self._counted, *self._order]
 
     def check_skipped(self, missing: Sequence[str]) -> None:
-        """Raise ValueError if the last forward left out these layers for another reason than LayerDrop."""
+        """Raise ValueError if the last forward left out these layers for a reason other than LayerDrop."""
         missing = [name for name in missing if not self.layer_drop.has_skipped(name)]
         if missing:
-            raise ValueError(f"{self.role} layers {missing} did not run in the {self.role}'s forward; leave them out.")
+            raise ValueError(f"{self.role} layers {missing} did not run in the {self.role}'s forward: leave them out.")
 
     def remove(self) -> None:
-        """Take the hooks off the network."""
+        """Remove the hooks from the network."""
         self.layer_drop.remove()
         for handle in self._handles:
             handle.remove()
@@ -113,7 +121,7 @@ class LayerReader:
             return
         if name in self._read:
             raise ValueError(
-                f"{self.role} layer {name!r} ran more than once in one forward, so its output is not one thing. "
+                f"{self.role} layer {name!r} ran more than once in one forward, so it has several outputs. "
                 "Name another layer, or use hidden_states."
             )
         self._read[name] = self._reduce(name, first_tensor(output))
@@ -141,7 +149,7 @@ class LayerReader:
                 )
             skipped = self.layer_drop.has_skipped
             counted = [i for i, state in enumerate(states) if state is not None or skipped(f"{kind}.{i}")]
-            if index is not None and index not in counted:  # models that honour a selection leave the others out
+            if index is not None and index not in counted:  # some models return only the selected ones
                 raise ValueError(
                     f"{self.role} layer '{kind}.{index}' not found; the {self.role} returned {kind}.0 … "
                     f"{kind}.{len(states) - 1}."
@@ -165,9 +173,9 @@ class LayerReader:
 
 
 def not_recomputed(reduce: Reduce) -> Reduce:
-    """`reduce` out of sight of activation checkpointing, whose second forward would miss what is saved in here.
+    """Hide `reduce` from activation checkpointing, whose second forward would not find the tensors saved in it.
 
-    Reentrant checkpointing is refused: its first forward has no gradients, and a layer inside would count for nothing.
+    Reentrant checkpointing is refused. Its first forward has no gradients, so a layer inside would not be guided.
     """
     with_gradients = torch.is_grad_enabled()
 
@@ -185,14 +193,14 @@ def not_recomputed(reduce: Reduce) -> Reduce:
 
 
 def reaches_weights(loss: Tensor) -> bool:
-    """Whether the backward of a loss comes to a weight, and not just to an input that was told to carry a gradient."""
+    """Tell whether the backward of a loss reaches a weight, not only an input with `requires_grad`."""
     seen, nodes = set(), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        # what reentrant checkpointing runs is out of sight
+        # the graph inside reentrant checkpointing is hidden
         if isinstance(getattr(node, "variable", None), nn.Parameter) or "Checkpoint" in node.name():
             return True
         nodes += [before for before, _ in node.next_functions]
@@ -200,11 +208,15 @@ def reaches_weights(loss: Tensor) -> bool:
 
 
 def first_tensor(output: Any) -> Any:
-    """The features in a module's output: the tensor itself, or the first one of a tuple or model output."""
+    """Return the features in a module's output: the tensor itself, or the first one in a tuple or model output.
+
+    Raises:
+        ValueError: the output is a packed sequence.
+    """
     if isinstance(output, Tensor):
         return output
     if isinstance(output, torch.nn.utils.rnn.PackedSequence):
-        raise ValueError("a packed sequence has no batch axis; choose a layer after it is unpacked.")
+        raise ValueError("a packed sequence has no batch axis: choose a layer after the sequence is unpacked.")
     if isinstance(output, dict):
         output = list(output.values())
     if isinstance(output, (tuple, list)):
@@ -219,7 +231,7 @@ def _states(output: Any, kind: str) -> Sequence[Any] | None:
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The network inside a PEFT model; any other network itself."""
+    """Return the network inside a PEFT model; any other network itself."""
     unwrap: Any = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
 
@@ -228,10 +240,18 @@ def base_model_of(model: nn.Module) -> nn.Module:
 
 
 def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[str, nn.Module]:
-    """Modules by exact name, else by glob, else by type (or a base type), in the order of registration.
+    """Find modules by exact name, else by glob, else by type or base type, in the order of registration.
+
+    Args:
+        model: network to search.
+        pattern: name, glob or name of a type.
+        role: `target` or `guide`, for the message.
+
+    Returns:
+        Name → module.
 
     Raises:
-        ValueError: none matches; the message lists what there is.
+        ValueError: none matches. The message lists the modules of the network.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if pattern in modules:
@@ -252,7 +272,12 @@ def _glob_to_regex(pattern: str) -> str:
 
 
 def describe_modules(model: nn.Module, most: int = 8) -> str:
-    """The shallowest modules in words, numbered siblings folded: ``wte (Embedding), 12 GPT2Block (h.0 … h.11)``."""
+    """Describe the shallowest modules, with numbered siblings joined: `wte (Embedding), 12 GPT2Block (h.0 … h.11)`.
+
+    Args:
+        model: network to describe.
+        most: largest number of kinds to name.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
         if name and not isinstance(module, nn.ModuleList):

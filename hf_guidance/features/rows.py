@@ -1,4 +1,4 @@
-"""What a batch holds: the content of its rows, and which of their positions are valid."""
+"""Rows of a batch: their content, and which of their positions are valid."""
 
 from __future__ import annotations
 
@@ -10,16 +10,33 @@ from torch import Tensor
 
 
 def content_of(batch: Mapping[str, Any]) -> Tensor:
-    """What the rows of a batch are made of: token ids, pixels, embeddings, or else its first tensor of two axes."""
+    """Return the content of a batch's rows: token ids, pixels, embeddings, or else its first tensor with two axes.
+
+    Args:
+        batch: inputs of a network.
+
+    Returns:
+        `(batch, …)`.
+
+    Raises:
+        ValueError: the batch has no such tensor.
+    """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
     if not tensors:
-        raise ValueError(f"the batch has no tensor with a sample axis and another one; it has {sorted(batch)}.")
+        raise ValueError(f"the batch has no tensor with a sample axis and a second axis; it has {sorted(batch)}.")
     known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
     return (known or list(tensors.values()))[0]
 
 
 def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``(batch, length)`` of bool: the valid positions of encoder and decoder, as far as a batch says so."""
+    """Return the valid positions of encoder and decoder, if the batch has them.
+
+    Args:
+        tensors: columns of the batch.
+
+    Returns:
+        `encoder` and `decoder` → `(batch, length)` of bool.
+    """
     masks = {}
     labels = tensors.get("labels")
     if (mask := tensors.get("decoder_attention_mask")) is not None:
@@ -32,7 +49,7 @@ def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mix(value: Tensor) -> Tensor:
-    """Scatter int64 values over all 64 bits (products wrap around)."""
+    """Hash int64 values to all 64 bits. Products wrap around."""
     for factor in (-7046029254386353131, -4658895280553007687):
         value = value ^ (value >> 29)
         value *= factor

@@ -1,4 +1,4 @@
-"""What one sample of a layer is: a batch row or a token. Padding never counts."""
+"""Samples of a layer: batch rows or tokens. Padding never counts."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from hf_guidance.similarity.representation import Kernel, later
 from hf_guidance.similarity.sketch import Sketch
 
 INT64_MAX = torch.iinfo(torch.int64).max
-Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and how many of them each rank has
+Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and the number of tokens of each rank
 
 
 class Samples:
-    """Turns the layers of one network on one batch into Gram matrices over the same samples.
+    """Samples of one batch, over which the layers of a network become Gram matrices.
 
     Args:
-        batch: the network's inputs. ``attention_mask`` ``(batch, length)`` says which positions are valid; a decoder's
-            come from ``decoder_attention_mask``, else from the labels that are not −100.
-        axis: ``sequence``: one sample per row, its positions flattened and counted from the first valid one;
-            ``token``: every valid position is a sample.
-        max_tokens: with ``token``, at most so many, chosen by a hash of row content, position and `seed`, so that
-            neither the order of the rows nor the padding changes the choice.
-        like: the other network's `Samples`, whose choice of tokens is taken over.
-        ranks: the processes whose batches are taken as one; None for this process's own.
-        sketch: of wide layers.
-        thin: leave layers of few features as `Thin`, for a measure that is cheaper on them.
-        together: leave layers for `together.complete`, where many at once are cheaper.
+        batch: inputs of the network. `attention_mask` `(batch, length)` tells the valid positions. Those of a decoder
+            come from `decoder_attention_mask`, else from the labels that are not −100.
+        axis: `sequence` or `token`. `sequence` makes each row one sample, with its positions flattened and counted from
+            the first valid one. `token` makes each valid position a sample.
+        max_tokens: largest number of tokens, all ranks together. They are chosen by a hash of row content, position and
+            `seed`, so that row order and padding do not change the choice.
+        seed: seed of that choice.
+        like: samples of the other network, whose choice of tokens is used.
+        ranks: processes whose batches are taken as one; None for this process alone.
+        sketch: sketch of wide layers.
+        thin: keep layers with few features as `Thin`, for a measure that is cheaper on them.
+        together: leave small layers to `representation.complete`, which is cheaper for many at once.
 
     Attributes:
-        count: samples on the sequence axis, those of all ranks.
+        count: number of rows, over all ranks.
 
     Raises:
-        ValueError: a batch without tensors, valid positions that differ from those of `like`, or ranks whose batches
-            differ in length without a mask.
+        ValueError: the batch has no tensors, its valid positions differ from those of `like`, or the batches of the
+            ranks differ in length without a mask.
     """
 
     def __init__(
@@ -64,18 +65,21 @@ class Samples:
         self.ranks, self.sketch, self.thin, self.together = ranks, sketch, thin, together
         self.counts, self.lengths = self._across_ranks()
         self.count = sum(self.counts)
-        self.positions: dict[str, int | str] = {}  # whose, or how many, a layer's tokens are: the same for a pair
+        self.positions: dict[str, int | str] = {}  # mask or number of positions of a layer's tokens; equal in a pair
         self._orders: dict[str, Tensor | None] = {}
-        self._chosen: dict[str | int, Tokens] = {}  # by kind of mask, else by number of positions
+        self._chosen: dict[str | int, Tokens] = {}  # by kind of mask, or number of positions without one
         if like is not None and axis == "token":
             self._check_same_tokens(like)
 
     def gram(self, name: str, features: Tensor) -> Kernel:
-        """Gram matrix ``(n, n)`` of a layer's output ``(batch, …)``, its `Thin` features, or what it will be made of;
-        see `similarity.gram`.
+        """Compute the Gram matrix `(n, n)` of a layer, its `Thin` features, or the `Later` that becomes one of them.
+
+        Args:
+            name: name of the layer.
+            features: output of the layer, `(batch, …)`.
 
         Raises:
-            ValueError: an output whose first axis is not the batch, or whose length is not that of the mask.
+            ValueError: the first axis of the output is not the batch, or its length is not that of the mask.
         """
         if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[0] != self.batch_size:
             got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
@@ -105,11 +109,13 @@ class Samples:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)
             is_given = False
-        keep_copy = is_given and not HIDDEN.fullmatch(name)  # hidden states are the user's to keep
+        # hidden states are returned to the user, and not overwritten
+        keep_copy = is_given and not HIDDEN.fullmatch(name)
         if mask is None:
             features = flat(features)
             thin = self.thin and few(features)
-            to_copy = keep_copy or (is_given and features.device.type == "cpu")  # where they are small and it is cheap
+            # small layers on a CPU: a copy is cheap
+            to_copy = keep_copy or (is_given and features.device.type == "cpu")
             if self.together and (kept := later(features, precision, to_copy, thin)):
                 return kept
             if thin:
@@ -120,16 +126,16 @@ class Samples:
     # ------------------------------------------------------------------------------------------------------ ranks
 
     def _across_ranks(self) -> tuple[list[int], dict[str, int]]:
-        """Every rank's number of rows, and the longest of the masks of each kind."""
+        """Return the number of rows of each rank, and the longest mask of each kind."""
         lengths = {kind: mask.shape[1] for kind, mask in self.masks.items()}
         if self.ranks is None:
             return [self.batch_size], lengths
-        own = self.content.shape[1] if self.content.ndim < 4 else 0  # images have one size
+        own = self.content.shape[1] if self.content.ndim < 4 else 0  # all images have one size
         every = self.ranks.numbers([self.batch_size, own, *lengths.values()], self.content.device)
         if not lengths and len({row[1] for row in every}) > 1:
             raise ValueError(
-                f"the ranks' batches have sequences of {', '.join(str(row[1]) for row in every)} positions and no "
-                "attention_mask: which of them are padding is not known. Add a mask, or pad to a fixed length."
+                f"the batches of the ranks have sequences of {', '.join(str(row[1]) for row in every)} positions and "
+                "no attention_mask, so padding cannot be told apart: add a mask, or pad to a fixed length."
             )
         longest = {kind: max(row[2 + i] for row in every) for i, kind in enumerate(lengths)}
         return [row[0] for row in every], longest
@@ -137,22 +143,22 @@ class Samples:
     # ---------------------------------------------------------------------------------------------------- padding
 
     def _kind_of_mask(self, name: str, features: Tensor) -> str | None:
-        """Which mask speaks of this layer's positions; None where there are none."""
+        """Return which mask describes the positions of a layer; None if it has no positions or there is no mask."""
         if not self.masks or features.ndim < 3:
             return None
         fitting = [kind for kind, mask in self.masks.items() if mask.shape[1] == features.shape[1]]
         if not fitting:
             lengths = ", ".join(f"{kind} {mask.shape[1]}" for kind, mask in self.masks.items())
             raise ValueError(
-                f"layer {name!r} has {features.shape[1]} positions and the mask another number ({lengths}): which of "
-                "them are padding is not known. Choose a layer with one position per token."
+                f"layer {name!r} has {features.shape[1]} positions, but the mask has another number ({lengths}), so "
+                "padding cannot be told apart: choose a layer with one position per token."
             )
         is_encoder = {"encoder", "encoder_hidden_states"} & set(name.split("."))
         side = "encoder" if is_encoder else "decoder"
         return side if side in fitting else fitting[0]
 
     def _aligned(self, features: Tensor, kind: str) -> Tensor:
-        """Move each row's valid positions to its front, keeping their order."""
+        """Move each row's valid positions to its front, in their order."""
         if kind not in self._orders:
             mask = self.masks[kind]
             is_aligned = bool((mask[:, :-1] >= mask[:, 1:]).all())
@@ -166,7 +172,7 @@ class Samples:
 
     @staticmethod
     def _valid(mask: Tensor) -> Tensor:
-        """``(batch, length)``: true for the first positions of each row, as many as the mask lets through."""
+        """Return `(batch, length)`: true at as many first positions of each row as the mask has valid ones."""
         return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
 
     # ----------------------------------------------------------------------------------------------------- tokens
@@ -177,8 +183,8 @@ class Samples:
             if mine is not theirs and not torch.equal(mine.sum(1), theirs.sum(1)):
                 raise ValueError(
                     f"sample_axis='token': the guide has {int(mine.sum())} valid tokens and the target "
-                    f"{int(theirs.sum())}, or other numbers in some rows. Use sample_axis='sequence' where the two "
-                    "networks' tokens are not the same, or guide_input='shuffled' pairs rows of other lengths."
+                    f"{int(theirs.sum())}, or the numbers differ in some rows. Use sample_axis='sequence' if the two "
+                    "networks have different tokens, or if guide_input='shuffled' pairs rows of different lengths."
                 )
 
     def _tokens(self, name: str, features: Tensor, kind: str | None) -> Tokens:
@@ -201,7 +207,7 @@ class Samples:
         return rows.to(features.device), positions.to(features.device), counts
 
     def _choose(self, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, positions) of the tokens that are compared."""
+        """Choose the (rows, positions) of the tokens to compare."""
         total = int(valid.sum())
         if self.ranks is not None:
             total = sum(row[0] for row in self.ranks.numbers([total], self.content.device))
@@ -222,9 +228,9 @@ class Samples:
         return chosen // valid.shape[1], chosen % valid.shape[1]
 
     def _row_hashes(self) -> Tensor:
-        """``(batch,)``: a hash of what each row holds, blind to its padding."""
+        """Compute a hash of each row's content, `(batch,)`, that does not depend on padding."""
         content = self.content if not self.content.is_floating_point() else self.content.float().view(torch.int32)
-        mask = self.masks.get("encoder")  # that of the content, whichever layer the tokens are chosen for
+        mask = self.masks.get("encoder")  # the mask of the content, whichever layer the tokens are chosen for
         if mask is not None and content.shape[:2] == mask.shape:
             valid = self._valid(mask).reshape(mask.shape + (1,) * (content.ndim - 2))
             content = torch.where(valid, self._aligned(content, "encoder"), -1)
@@ -234,7 +240,10 @@ class Samples:
 
 
 def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
-    """Which scores are below the last of the smallest ones; those that are equal, of rows that are, all stay out or,
-    if there are no others, all come in: so that it is the same choice however the rows are cut up."""
+    """Select the scores below the last of the smallest ones; if there are none, those equal to it.
+
+    Equal rows have equal scores. They are taken or left together, so that the choice does not depend on how rows are
+    split over batches.
+    """
     last = smallest[-1]
     return torch.where(smallest[0] < last, score < last, score <= last)

@@ -1,7 +1,7 @@
-"""The guide: loaded or built, frozen, told from others, shown a batch and run on it.
+"""The guide: loaded or built, frozen, identified, fed and run.
 
-`loading` and `rebuilding` make one, `source` says what it may be read from, `inputs` and `forward` run it, and `cache`
-keeps what it showed.
+`loading` and `rebuilding` make a guide. `source` restricts what it is read from. `inputs` and `forward` run it, and
+`cache` stores its features.
 """
 
 from hf_guidance.guide.loading import load_guide, untrained_network

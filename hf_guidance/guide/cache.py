@@ -1,4 +1,4 @@
-"""The guide's sketched features of every sample, kept in a folder, so that the guide runs over the data only once."""
+"""Cache of the guide's sketched features of every sample, in a folder, so that the guide runs only once per sample."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ logger = logging.getLogger(__name__)
 
 META, ROWS, SCALES, LOCK = "cache.json", "rows.bin", "scales.npz", "create.lock"
 FORMAT = 2
-LOOKED_AT = 64  # values of an input, evenly spread, by which a sample is recognised
-FLATTEST = 2**-10  # spread of the first rows, relative to their size, below which it says nothing of the others'
-OTHER = 0.25  # relative distance from what is kept at which features are of another guide, and not rounded otherwise
+LOOKED_AT = 64  # evenly spaced values of an input to recognise a sample by
+FLATTEST = 2**-10  # spread of the first rows, relative to their size, below which they are too alike to set a scale
+OTHER = 0.25  # relative distance from stored features that means another guide, not other rounding
 Features = dict[str, Tensor]
 
 
 class GuideCache:
-    """A file with a place for every sample: its guide features as float16, and checksums of them and of its input.
+    """File of guide features as float16, one record per sample, with checksums of the features and of the guide's
+    input.
 
-    A place counts only once the checksum of its features stands behind them, so that a run may be killed at any moment.
-    Features are stored relative to the mean and spread that the first rows have, which no similarity depends on; they
-    are rounded before they are first used, so that a run is the same whether they are computed or read. Those of the
-    first rows are kept at once: a guide that computes others of them is another guide, though its weights are the same.
+    A record counts only once its checksum is written, so that a run may be killed at any moment. Features are stored
+    relative to the mean and spread of the first rows, on which no similarity depends. They are rounded before their
+    first use, so that computing and reading give the same run. The features of the first rows are stored at once. A
+    guide that computes other features of them is refused, even if its weights are the same.
 
     Args:
-        folder: where it is kept; several runs with the same guide, layers, sketch and data may share it.
-        first: the guide's features ``(n, width)`` of the first rows, by layer.
-        ids: of the first rows.
-        inputs: what the guide takes of them.
-        rows: samples in the dataset.
-        identity: what the features depend on (guide, precision, sketch), as JSON values.
-        create: whether this process may create it (one of several).
+        folder: folder of the cache. Runs with the same guide, layers, sketch and data may share it.
+        first: the guide's features `(n, width)` of the first rows, by layer.
+        ids: sample ids of the first rows, `(n,)`.
+        inputs: the guide's inputs of the first rows.
+        rows: number of samples in the dataset.
+        identity: JSON values that the features depend on, such as guide, precision and sketch.
+        create: whether this process may create the cache. Of several processes, one should.
 
     Raises:
-        ValueError: a folder that cannot be written, a full disk, ids that are none, or a cache of something else.
+        ValueError: the folder cannot be written, the disk is full, an id is out of range, or the cache is of another
+            guide, setting or dataset.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class GuideCache:
         try:
             if create and not (self.folder / META).is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with WeakFileLock(self.folder / LOCK):  # another run may begin at the same time
+                with WeakFileLock(self.folder / LOCK):  # another run may start at the same time
                     if not (self.folder / META).is_file():
                         self._create(first)
             then = json.loads((self.folder / META).read_text(encoding="utf-8"))
@@ -79,12 +81,12 @@ class GuideCache:
                 "folder that this process may write. Choose another folder, free the disk, or lower sketch."
             ) from error
         self._mean, self._scale = (torch.from_numpy(scales[name]) for name in ("mean", "scale"))
-        self._verified = np.zeros(rows, bool)  # by this process
+        self._verified = np.zeros(rows, bool)  # records that this process has verified
         self._check_first(first, ids, inputs)
 
     @property
     def size(self) -> int:
-        """Bytes on the disk."""
+        """Return the bytes on the disk."""
         return self.rows * self.kind.itemsize
 
     def __str__(self) -> str:
@@ -92,16 +94,19 @@ class GuideCache:
         return f"{convert_bytes(self.size)} in {self.folder} ({parts})"
 
     def features(self, ids: Tensor, inputs: Mapping[str, Any], run: Callable[[Tensor], Features]) -> Features:
-        """The guide's features of a batch: read, or else computed and kept.
+        """Return the guide's features of a batch. Those not in the cache are computed and stored.
 
         Args:
-            ids: of the samples, ``(n,)``, whole numbers from 0 to one less than `rows`.
-            inputs: what the guide takes, by which it is noticed when a sample is not what it was.
-            run: the guide, on the rows of the batch that are named.
+            ids: sample ids, `(n,)`, integers from 0 to `rows` − 1.
+            inputs: the guide's inputs. They are compared with those of the stored features.
+            run: computes the guide's features of the given rows of the batch.
+
+        Returns:
+            Layer → features `(n, width)`, in float32.
 
         Raises:
-            ValueError: an id out of range, a sample that differs from the one stored under its id, or features that
-                float16 cannot hold.
+            ValueError: an id is out of range, a sample differs from the one stored under its id, or float16 cannot hold
+                a feature.
         """
         where = self._places(ids)
         seen = row_checksums(inputs)
@@ -110,12 +115,12 @@ class GuideCache:
         whole = self._whole(where, found)
         self._check_inputs(where[whole], found[whole], seen[whole])
         if not whole.all():
-            missing, places = ~whole, where[~whole]  # what is kept stays as it is
+            missing, places = ~whole, where[~whole]  # stored records do not change
             new = np.zeros(len(places), self.kind)
             features = run(torch.from_numpy(missing.nonzero()[0]).to(ids.device))
             new["features"], new["input"] = self._rounded(features, places).numpy(), seen[missing]
             self._file["features"][places], self._file["input"][places] = new["features"], new["input"]
-            new["check"] = self._file["check"][places] = _checks(new)  # last: now the places count
+            new["check"] = self._file["check"][places] = _checks(new)  # last, since it makes the records count
             found[missing] = new
             self._verified[places] = True
         every = torch.from_numpy(found["features"]).to(ids.device).float()
@@ -138,14 +143,13 @@ class GuideCache:
     def _check_inputs(self, where: Any, found: Any, seen: Any) -> None:
         if (other := where[found["input"] != seen]).size:
             raise ValueError(
-                f"sample {other[0]} is not what it was when the guide's features of it were stored in {self.folder}: "
-                "cache_guide needs inputs that are the same in every epoch, and an id of its own for each sample. "
-                "Leave augmentation out, or the cache; or choose another folder, if the preprocessing or the data have "
-                "changed."
+                f"sample {other[0]} has changed since the guide's features of it were stored in {self.folder}: "
+                "cache_guide needs inputs that are the same in every epoch, and a unique id for each sample. Leave "
+                "augmentation or cache_guide out. If the preprocessing or the data have changed, choose another folder."
             )
 
     def _check_first(self, first: Features, ids: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Compare what is kept of the first rows with what the guide computes of them now; keep it where nothing is."""
+        """Compare the stored features of the first rows with those computed now. Store those that are missing."""
         where, seen = self._places(ids), row_checksums(inputs)
         assert self._file is not None
         kept = self._file[where]
@@ -156,21 +160,24 @@ class GuideCache:
             if x.square().mean() > 0.25 and not (x - y).norm() <= OTHER * x.norm():
                 raise ValueError(
                     f"{self.folder} holds other features of layer {name!r} than this guide computes of the first rows "
-                    f"(they differ by {(x - y).norm() / x.norm():.0%}), though its weights are the same: another "
-                    "activation or option, or its images in another memory_format. Give another cache_guide folder, "
-                    "or remove that one."
+                    f"(they differ by {(x - y).norm() / x.norm():.0%}), although its weights are the same: the guide "
+                    "may have another activation or option, or its images another memory_format. Set cache_guide to "
+                    "another folder, or remove that one."
                 )
         self.features(ids, inputs, lambda rows: {name: x[rows] for name, x in first.items()})
 
     def _create(self, first: Features) -> None:
         every = torch.cat([x.float() for x in first.values()], 1).cpu()
         if not every.isfinite().all():
-            raise ValueError("the guide's features of the first rows are not finite: there is nothing to be kept.")
+            raise ValueError(
+                "the guide's features of the first rows are not finite: check the guide and the data, or leave "
+                "cache_guide out."
+            )
         mean = every.mean(0)
         scale = torch.cat([_scale(x).expand(x.shape[1]) for x in self._by_layer(every)])
         with open(self.folder / ROWS, "wb") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, self.size)  # a full disk shows now
+                os.posix_fallocate(file.fileno(), 0, self.size)  # fail now if the disk is full
             file.truncate(self.size)
         np.savez(self.folder / SCALES, mean=mean.numpy(), scale=scale.numpy())
         partial = self.folder / f"{META}.partial"
@@ -183,12 +190,12 @@ class GuideCache:
         if changed:
             raise ValueError(
                 f"{self.folder} holds the features of another run, with other {', '.join(map(_in_words, changed))}. "
-                "Give another cache_guide folder, or remove that one."
+                "Set cache_guide to another folder, or remove that one."
             )
         return True
 
     def _whole(self, where: Any, found: Any) -> Any:
-        """Which places of a batch count; their checksums are looked at once in a process."""
+        """Tell which records of a batch count. Each checksum is verified once per process."""
         new = ~self._verified[where] & (found["check"] != 0)
         self._verified[where[new]] = _checks(found[new]) == found["check"][new]
         return self._verified[where]
@@ -200,14 +207,14 @@ class GuideCache:
         if (lost := (rounded.isinf() & every.isfinite()).any(1)).any():
             raise ValueError(
                 f"the guide's features of sample {where[lost.numpy()][0]} are {every[lost].abs().max():.0e} times as "
-                "far from the mean as those of the first rows are, and a cache keeps them as float16, up to 65504. "
-                "Shuffle the data, if their first rows are unlike the others, or train without cache_guide."
+                "far from the mean as those of the first rows, and the cache's float16 ends at 65504. Shuffle the data "
+                "if the first rows are unlike the others, or train without cache_guide."
             )
         return rounded
 
 
 def _scale(first: Tensor) -> Tensor:
-    """What a layer's features ``(n, width)`` are divided by: their spread, unless these rows are as good as one."""
+    """Compute the divisor of a layer's features `(n, width)`: their spread, or a floor if the rows are almost equal."""
     spread, size = (first - first.mean(0)).square().mean().sqrt(), first.square().mean().sqrt()
     scale = torch.maximum(spread, FLATTEST * size)
     return torch.where(scale > 0, scale, 1.0)
@@ -218,7 +225,7 @@ def _in_words(name: str) -> str:
 
 
 def row_checksums(inputs: Mapping[str, Any]) -> Any:
-    """A number for each row of the guide's inputs ``(n, …)``, int64, from a few of the values of each."""
+    """Compute an int64 checksum of each row of the guide's inputs `(n, …)`, from a few values of each input."""
     rows, sums = len(content_of(inputs)), torch.zeros((), dtype=torch.int64)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == rows:
@@ -232,6 +239,6 @@ def row_checksums(inputs: Mapping[str, Any]) -> Any:
 
 
 def _checks(rows: Any) -> Any:
-    """A checksum of each row's features and input, never 0."""
+    """Compute a checksum of each row's features and input, never 0."""
     pairs = zip(rows["features"], rows["input"], strict=True)
     return np.array([zlib.crc32(i.tobytes(), zlib.crc32(x.tobytes())) or 1 for x, i in pairs], dtype=np.uint32)

@@ -1,4 +1,4 @@
-"""The config of a guide: from the Hub, a folder, or timm, whose own exports need a change."""
+"""Configs of guides, from the Hub, a folder or timm. Those that timm exports need a change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from hf_guidance.guide.source import PLACES, check_config, commit_of, in_timm, o
 
 
 def config_of(source: Any, **kwargs: Any) -> Any:
-    """The config of a config, a name of timm's, a folder or a Hub id.
+    """Return the config of a config, a `timm/<architecture>`, a folder or a Hub id.
+
+    Args:
+        source: one of these.
+        **kwargs: arguments for `from_pretrained`.
 
     Raises:
-        ValueError: a config by which pickles would be read, or files of another repository.
+        OSError: the source has no config, or cannot be reached.
+        ValueError: the config would make libraries read pickles, or files from another repository.
     """
     from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
@@ -27,17 +32,17 @@ def config_of(source: Any, **kwargs: Any) -> Any:
             return TimmWrapperConfig(architecture=architecture)
     read_config(source, **kwargs)
     if commit := commit_of(source, kwargs.get("revision")):
-        kwargs["revision"] = commit  # so that what is read again is what has been checked
+        kwargs["revision"] = commit  # read again the commit that was checked
     return _with_classes_once(AutoConfig.from_pretrained(source, **kwargs))
 
 
 def config_if_timm_exported(source: Any, written: Mapping[str, Any], **kwargs: Any) -> Any:
-    """The config of a network as timm exports it, which needs a change; None for any other.
+    """Return the config of a network that timm exported, changed for transformers; None for any other network.
 
     Args:
         source: Hub id or folder.
-        written: what its `config.json` says.
-        **kwargs: of `from_pretrained`.
+        written: content of its `config.json`.
+        **kwargs: arguments for `from_pretrained`.
     """
     from transformers import AutoConfig
 
@@ -47,20 +52,20 @@ def config_if_timm_exported(source: Any, written: Mapping[str, Any], **kwargs: A
 
 
 def _with_classes_once(config: Any) -> Any:
-    """The config without the number of classes that timm writes twice, and transformers would pass twice."""
+    """Remove the number of classes from `model_args`. timm writes it twice, and transformers would pass it twice."""
     if config.model_type == "timm_wrapper" and config.model_args:
         config.model_args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
     return config
 
 
 def is_resnet(guide: str) -> bool:
-    """Whether a guide is a ResNet, by its architecture."""
+    """Tell whether a guide is a ResNet, by its architecture."""
     if guide.startswith("timm/") and not os.path.isdir(guide):
         return "resnet" in guide
     from transformers import PreTrainedConfig
 
     try:
         config = PreTrainedConfig.get_config_dict(guide)[0]
-    except OSError:  # which load_guide explains
+    except OSError:  # load_guide explains this error
         return False
     return "resnet" in str(config.get("architecture", config.get("model_type")))

@@ -1,4 +1,4 @@
-"""The guide's side of a step: its forward, or what is stored of it, to Gram matrices."""
+"""The guide's side of a step: from its forward, or its cached features, to Gram matrices."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from hf_guidance.similarity.sketch import Sketch
 
 logger = logging.getLogger(__name__)
 
-ALIKE = 0.02  # relative difference of features that are the same but for rounding, in half precision too
-WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)  # as transformers and timm say it
+ALIKE = 0.02  # largest relative difference that rounding makes, in half precision too
+# beginnings of the errors of transformers and timm
+WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)
 
 
 class GuideRunning:
-    """Runs a guide once per batch, no further than it must, or reads what it showed of these samples before.
+    """Guide that runs once per batch, only as far as needed, or whose features come from the cache.
 
     Args:
-        reader: of the guide's layers.
-        config: see `GuidanceConfig`.
-        sketch: of wide layers, if there is one.
+        reader: reader of the guide's layers.
+        config: settings of guidance.
+        sketch: sketch of wide layers, or None.
         autocast: makes the context of the forward.
     """
 
@@ -49,41 +50,49 @@ class GuideRunning:
         self.cache: GuideCache | None = None
 
     def names(self) -> list[str]:
-        """The guide's layers in order, once a batch has been seen."""
+        """Return the guide's layers in order. A batch must have been seen."""
         return self.reader.names() if self.cache is None else list(self.cache.widths)
 
     def grams(self, inputs: Mapping[str, Any], batch: Mapping[str, Any], samples: Samples) -> dict[str, Kernel]:
-        """Gram matrix of each layer, or what it will be made of, on the guide's `inputs`.
+        """Compute the Gram matrix of each layer, or what it will be computed from.
 
         Args:
-            batch: has the samples' ids, if they are needed.
+            inputs: inputs of the guide.
+            batch: batch with the sample ids, if there is a cache.
+            samples: samples of the guide's inputs.
+
+        Returns:
+            Layer → kernel.
+
+        Raises:
+            ValueError: `cache_guide` is set, but the cache is not open or the batch has no ids.
         """
         if self.config.cache_guide is None:
             return self.read(inputs, samples.gram)
         if self.cache is None:
-            raise ValueError("cache_guide is set: call open_cache once before the first step; a GuidanceTrainer does.")
+            raise ValueError("cache_guide is set: call open_cache once before the first step, as GuidanceTrainer does.")
         ids, seen = self._ids(batch), seen_by(self.guide, inputs)
         features = self.cache.features(ids, seen, lambda rows: self.read(take_rows(inputs, rows), self._sketched))
         keep = self.reader.keep
         return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
 
     def read(self, inputs: Mapping[str, Any], reduce: Reduce) -> dict[str, Any]:
-        """One forward, each layer reduced as soon as it is there; it ends with the last one that is in a pair."""
+        """Run one forward, and reduce each layer as soon as it is computed. It ends after the last layer in a pair."""
         own_forward = getattr(self.guide.forward, "__func__", None) is type(self.guide).forward
-        placed = hasattr(self.guide, "hf_device_map")  # weights that are fetched for each forward, and put back
-        whole_forward = placed or is_sharded(self.guide)  # to put back what was gathered
+        placed = hasattr(self.guide, "hf_device_map")  # weights are fetched for each forward and put back
+        whole_forward = placed or is_sharded(self.guide)  # the end of the forward puts back what it gathered
         self.reader.stop_early = own_forward and not whole_forward and self.cache is None
         with self.autocast(), self.reader.reading(reduce) as read, suppress(AllRead):
             forward(self.guide, inputs)
         return read
 
     def check_tells_documents_apart(self, inputs: Mapping[str, Any]) -> None:
-        """Warn of a guide whose features of a packed document are not those that it has of this document alone."""
+        """Warn if the guide's features of a packed document differ from those of the document alone."""
         documents = documents_of(inputs)
         names = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
         if len(documents) < 2 or "input_ids" not in names:
             return
-        place = documents[1]  # the first one has nothing before it
+        place = documents[1]  # the first document has nothing before it
         alone = {name: inputs[name][:, place] for name in names & {"input_ids", "position_ids"}}
         together, apart = (self.read(batch, lambda _, output: output) for batch in (inputs, alone))
         for name, features in apart.items():
@@ -91,8 +100,9 @@ class GuideRunning:
             difference = (packed - features).norm() / features.norm()
             if not difference < ALIKE:
                 logger.warning(
-                    "The guide (%s) does not tell packed documents apart: features of the second one differ by %.0f %% "
-                    "from those it has alone (%s). Pad the rows instead of packing them, or take another guide.",
+                    "The guide (%s) does not tell packed documents apart: features of the second document differ by "
+                    "%.0f %% from those of the document alone (%s). Pad the rows instead of packing them, or use "
+                    "another guide.",
                     type(self.guide).__name__,
                     100 * difference,
                     name,
@@ -107,15 +117,15 @@ class GuideRunning:
         identity: Mapping[str, Any],
         create: bool,
     ) -> None:
-        """See `GuidanceLoss.open_cache`."""
+        """Open or create the cache, as `GuidanceLoss.open_cache` does."""
         assert self.config.cache_guide is not None
         assert self.sketch is not None
         ids = self._ids(batch)
         if Samples(inputs).masks:
             raise ValueError(
-                "cache_guide keeps as many numbers of every sample, and these rows have an attention_mask or decoder "
-                "inputs: the features of padded rows depend on their batch. Leave the mask out where all rows are of "
-                "one length, or train without the cache."
+                "cache_guide stores equally many numbers for every sample, but these rows have an attention_mask or "
+                "decoder inputs, and the features of padded rows depend on their batch. Leave the mask out if all rows "
+                "have the same length, or leave cache_guide out."
             )
         precision = []
 
@@ -124,7 +134,7 @@ class GuideRunning:
             return self._sketched(name, features)
 
         read = self.read(inputs, sketched)
-        features = {name: read[name] for name in self.reader.names()}  # in the order in which layers are paired
+        features = {name: read[name] for name in self.reader.names()}  # in the order of pairing
         if match := LAST.fullmatch(self.config.layer_mapping):
             features = dict(list(features.items())[-int(match[1]) :])
         identity = {**identity, "sketch": self.sketch.size, "precision": precision[0]}
@@ -139,20 +149,27 @@ class GuideRunning:
         column = str(self.config.sample_id_column)
         if not isinstance(batch.get(column), Tensor):
             raise ValueError(
-                f"the batch has {sorted(batch)} and no column of sample ids {column!r}: add one, "
+                f"the batch has {sorted(batch)}, but no column of sample ids {column!r}: add one with "
                 f"dataset.add_column({column!r}, range(len(dataset))), and let the collator pass it on as a tensor."
             )
         return batch[column]
 
 
 def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Run a guide on those of the inputs that it takes, moved to where it is.
+    """Run a guide on those of the inputs that it accepts, moved to its device.
+
+    Args:
+        guide: the guide.
+        inputs: columns of a batch.
+
+    Returns:
+        Output of the guide.
 
     Raises:
-        ValueError: an encoder-decoder without decoder inputs, or images of a size that the guide does not take.
+        ValueError: an encoder-decoder gets no decoder inputs, or the images have a size that the guide does not accept.
     """
     args, kwargs = forward_arguments(guide, inputs)
-    if "use_cache" in accepted_columns(guide):  # with one, transformers takes packed documents for a single one
+    if "use_cache" in accepted_columns(guide):  # with a cache, transformers takes packed documents for one document
         kwargs["use_cache"] = False
     parameter = next(guide.parameters(), None)
     if parameter is not None and parameter.device.type != "meta":
@@ -164,7 +181,7 @@ def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
         config = getattr(guide, "config", None)
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
             raise ValueError(
-                f"the guide ({type(guide).__name__}) is an encoder-decoder and the batch has nothing for its "
+                f"the guide ({type(guide).__name__}) is an encoder-decoder, but the batch has nothing for its "
                 "decoder: add guide_decoder_input_ids (beside guide_input_ids), or pass guide.get_encoder()."
             ) from error
         if WRONG_SIZE.match(str(error)) and isinstance(images := inputs.get("pixel_values"), Tensor):

@@ -1,4 +1,4 @@
-"""The guide as it is used: frozen, its batch norm as asked, and no part of the target."""
+"""Freezing of guides, their batch norm, and checks that guide and target are separate networks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | None = None) -> nn.Module:
-    """Freeze a guide in place: no gradient, evaluation mode, batch norm as asked; then move it.
+    """Freeze a guide in place: no gradients, evaluation mode, and the given batch norm. Then move it.
 
     Args:
-        batch_norm: ``eval`` and ``calibrated`` use the running statistics; ``batch`` the batch's, leaving the running
-            ones as they are.
-        device: left where it is if None, quantised, or spread by a device map.
+        guide: network to freeze.
+        batch_norm: `eval`, `calibrated` or `batch`. The first two use the running statistics. `batch` uses those of the
+            batch, and does not change the running ones.
+        device: device to move it to. If None, the guide stays where it is, as do quantised guides and those with a
+            device map.
+
+    Returns:
+        The guide.
 
     Raises:
-        ValueError: another mode than ``eval`` for a guide without batch norm.
+        ValueError: the guide has no batch norm, and the mode is not `eval`.
     """
     guide.eval().requires_grad_(False)
     norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM)]
@@ -35,7 +40,12 @@ def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | No
 
 @torch.no_grad()
 def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]) -> None:
-    """Replace the running statistics by the average over some forwards; everything else stays in evaluation mode."""
+    """Replace the running statistics by their average over some forwards. All else stays in evaluation mode.
+
+    Args:
+        guide: frozen guide.
+        forwards: each runs the guide on one batch.
+    """
     norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -52,7 +62,7 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
 
 
 def check_apart(target: nn.Module, guide: nn.Module) -> None:
-    """Raise ValueError if target and guide are one network or share parameters, or what stands for either is none."""
+    """Raise ValueError if target and guide are one network, share parameters, or are wrapped by `torch.compile`."""
     check_not_wrapped(target, "target")
     check_not_wrapped(guide, "guide")
     shared = {id(p) for p in target.parameters()} & {id(p) for p in guide.parameters()}
@@ -64,9 +74,9 @@ def check_apart(target: nn.Module, guide: nn.Module) -> None:
 
 
 def check_not_wrapped(network: nn.Module, role: str) -> None:
-    """Raise ValueError for what torch.compile returns."""
+    """Raise ValueError for a network that `torch.compile` returned."""
     if hasattr(network, "_orig_mod"):
         raise ValueError(
-            f"the {role} is what torch.compile({role}) returned, which hides its layers and its arguments: call "
-            f"{role}.compile() instead, which compiles it where it is."
+            f"the {role} is the result of torch.compile({role}), which hides its layers and its arguments: call "
+            f"{role}.compile() instead, which compiles it in place."
         )

@@ -1,4 +1,4 @@
-"""Telling one guide from another, in checkpoints, on resume, in model cards."""
+"""Identity of a guide, in checkpoints, on resume and in model cards."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 
 from hf_guidance.guide.sharding import is_sharded, whole_state
 
-IDENTITY = "guidance_identity"  # attribute of a loaded guide: where it came from
+IDENTITY = "guidance_identity"  # attribute of a loaded guide that holds its origin
 
 
 def fingerprint(model: nn.Module) -> str:
-    """``sha256:…`` over names, types, shapes and bytes of all parameters and saved buffers."""
+    """Compute `sha256:…` of the names, dtypes, shapes and bytes of all parameters and saved buffers."""
     state = model.state_dict()
-    if any(value.device.type == "meta" for value in state.values()):  # weights that a device map keeps elsewhere
+    if any(value.device.type == "meta" for value in state.values()):  # a device map keeps some weights elsewhere
         state = get_state_dict_offloaded_model(model)
     elif is_sharded(model):
         state = whole_state(model)
@@ -30,7 +30,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def identity(guide: nn.Module) -> dict[str, Any]:
-    """What tells this guide from any other: origin, architecture, size, versions and fingerprint of its weights."""
+    """Return JSON values that tell a guide from any other.
+
+    They are its origin, architecture, number of parameters, library versions and the fingerprint of its weights. An
+    untrained guide's config is included.
+    """
     import transformers
 
     origin = getattr(guide, IDENTITY, {"source": None, "untrained": None, "seed": None, "revision": None})
@@ -44,13 +48,19 @@ def identity(guide: nn.Module) -> dict[str, Any]:
 
 
 def _config(guide: nn.Module) -> dict[str, Any] | None:
-    """What the architecture of an untrained guide is rebuilt from; None for one that is not transformers' own."""
+    """Return the config to rebuild an untrained guide from; None for a network without a transformers config."""
     config: Any = getattr(guide, "config", None)
     return json.loads(config.to_json_string(use_diff=True)) if hasattr(config, "to_json_string") else None
 
 
 def check_same_guide(now: dict[str, Any], then: dict[str, Any], where: str) -> None:
-    """Raise ValueError if a run would go on with another guide than it began with."""
+    """Raise ValueError if a run would resume with a guide other than the one it started with.
+
+    Args:
+        now: identity of the present guide.
+        then: identity of the guide that the run started with.
+        where: name of the checkpoint, for the message.
+    """
     if then.get("fingerprint") not in (None, now["fingerprint"]):
         raise ValueError(
             f"{where} was guided by {_in_words(then)}, but this trainer's guide is {_in_words(now)}. Resuming would "

@@ -1,4 +1,4 @@
-"""What the guide is shown: the batch, its own columns, noise, or another row's input."""
+"""Inputs of the guide: the batch, its own columns, noise, or the input of another row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "n
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """Randomness as a function of (seed, step, micro-step, rank, …), so that it need not be saved with a checkpoint."""
+    """Make a generator whose seed is a function of (seed, step, micro-step, rank, …). No state needs to be saved."""
     state = 0
     for number in key:
         state = (state * 6364136223846793005 + int(number) + 1442695040888963407) % 2**63
@@ -28,20 +28,20 @@ def generator_for(*key: int) -> torch.Generator:
 
 
 def accepted_columns(guide: nn.Module) -> list[str]:
-    """Names of what the guide's forward takes, labels left out."""
+    """Return the names of the arguments of the guide's forward, without labels."""
     parameters = inspect.signature(base_model_of(guide).forward).parameters.values()
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.kind not in variadic and p.name not in LABELS]
 
 
 def guide_batch(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
-    """The guide's side of a batch: its own columns (``guide_*``, prefix removed) if there are any, or all others."""
+    """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns."""
     own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
     return own or with_decoder_inputs(batch, target)
 
 
 def with_decoder_inputs(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
-    """The batch as an encoder-decoder target sees it: decoder inputs are the labels shifted, unless they are there."""
+    """Add the decoder inputs that an encoder-decoder target makes by shifting the labels, unless the batch has them."""
     shift = getattr(base_model_of(target), "prepare_decoder_input_ids_from_labels", None)
     if shift is not None and "labels" in batch and "decoder_input_ids" not in batch:
         return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
@@ -49,10 +49,17 @@ def with_decoder_inputs(batch: Mapping[str, Any], target: nn.Module) -> dict[str
 
 
 def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """(args, kwargs) for the guide's forward: columns it takes by name, else its one input by position.
+    """Choose the arguments of the guide's forward: accepted columns by name, else its one input by position.
+
+    Args:
+        guide: the guide.
+        batch: columns of a batch.
+
+    Returns:
+        Positional and keyword arguments.
 
     Raises:
-        ValueError: the guide takes none of the columns.
+        ValueError: the guide accepts none of the columns.
     """
     accepted = accepted_columns(guide)
     named = {name: batch[name] for name in accepted if name in batch}
@@ -62,20 +69,23 @@ def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[
         return [], named
     if main is None or not accepted:
         raise ValueError(
-            f"the guide ({type(guide).__name__}) takes {accepted}, and the batch has {sorted(batch)}: "
-            f"name the columns after its arguments, prefixed with '{GUIDE_PREFIX}' where they are for the guide alone."
+            f"the guide ({type(guide).__name__}) takes {accepted}, but the batch has {sorted(batch)}: "
+            f"name the columns after its arguments, prefixed with '{GUIDE_PREFIX}' if they are for the guide alone."
         )
     return [batch[main]], named
 
 
 def seen_by(guide: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the inputs that the guide's forward takes."""
+    """Select the inputs that the guide's forward accepts. Positional ones are named by their number."""
     args, kwargs = forward_arguments(guide, inputs)
     return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
 
 
 def documents_of(batch: Mapping[str, Any]) -> list[slice]:
-    """Where each document is in a packed batch: one row, in which positions begin anew; none in any other batch."""
+    """Return the positions of each document in a packed batch: one row, in which position ids restart.
+
+    The list is empty for any other batch.
+    """
     positions = batch.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
         return []
@@ -85,24 +95,37 @@ def documents_of(batch: Mapping[str, Any]) -> list[slice]:
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch is one row of several documents, as `DataCollatorWithFlattening` makes it."""
+    """Tell whether a batch is one row of several documents, as `DataCollatorWithFlattening` makes it."""
     return bool(documents_of(batch)) or "cu_seq_lens_q" in batch or "seq_idx" in batch
 
 
 def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str, Any]:
-    """The target's side of a batch: all but the guide's own columns and that of the sample ids."""
+    """Return the target's columns of a batch.
+
+    Args:
+        batch: columns for both networks.
+        ids: column of sample ids to leave out, too.
+    """
     return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
 
 
 def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
-    """The batch with its inputs replaced: random token ids, or noisy pixels in [0, 1]; masks and labels stay.
+    """Replace the inputs of a batch by noise: random token ids, or noisy pixels in [0, 1]. Masks and labels stay.
 
-    The guide's own images (``guide_pixel_values``) become the target's noise in their size, by nearest neighbours.
+    The guide's own images (`guide_pixel_values`) become the target's noise, resized by nearest neighbours.
+
+    Args:
+        batch: columns of a batch.
+        vocabulary: number of token ids to draw from. None draws up to the largest id in the batch.
+        generator: source of the noise.
+
+    Returns:
+        The batch with noise.
 
     Raises:
-        ValueError: a batch without such inputs, or with other inputs for the guide alone beside them.
+        ValueError: the batch has no such inputs, or has other inputs for the guide alone.
 
-    Source: Subramaniam et al. 2025, released code (``randn + 0.1 randn``, clamped).
+    Source: Subramaniam et al. 2025, released code (`randn + 0.1 randn`, clamped).
     """
     own = sorted(name for name in batch if name.startswith(GUIDE_PREFIX))
     if own and not (own == [GUIDE_PIXELS] and "pixel_values" in batch):
@@ -117,14 +140,19 @@ def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torc
         elif name in ("pixel_values", "inputs_embeds"):
             noise = torch.randn(value.shape, generator=generator) + 0.1 * torch.randn(value.shape, generator=generator)
             noisy[name] = noise.clamp(0, 1).to(value)
-    if own:  # averaging would take the noise away
+    if own:  # nearest neighbours, because averaging would remove the noise
         theirs = batch[GUIDE_PIXELS]
         noisy[GUIDE_PIXELS] = interpolate(noisy["pixel_values"], theirs.shape[-2:], mode="nearest").to(theirs)
     return noisy
 
 
 def shuffle_rows(batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """The batch with each row replaced by another one, at random and without fixed points."""
+    """Replace each row of a batch by another row, at random; no row stays in its place.
+
+    Args:
+        batch: columns with two or more rows.
+        generator: source of the order.
+    """
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     rows = torch.randperm(len(tensors[0]), generator=generator)
     source = torch.empty_like(rows)
@@ -133,24 +161,32 @@ def shuffle_rows(batch: Mapping[str, Any], generator: torch.Generator) -> dict[s
 
 
 def take_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The batch with these of its rows, by their numbers."""
+    """Return a batch of these rows, given by their indices."""
     return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Number of token ids a network takes; None where its config does not say."""
+    """Return the number of token ids of a network; None if its config does not tell."""
     config: Any = getattr(base_model_of(model), "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 
 
 def check_vocabularies(target: nn.Module, guide: nn.Module, columns: Collection[str]) -> None:
-    """Raise ValueError if the guide would be fed the ids of another vocabulary than its own."""
+    """Raise ValueError if the guide would get token ids of another vocabulary.
+
+    Vocabularies are compared by size. A mismatch between vocabularies of equal size is not detected.
+
+    Args:
+        target: network being trained.
+        guide: its guide.
+        columns: names of the batch's columns. With any `guide_*` column there is nothing to check.
+    """
     sizes = vocabulary_size(target), vocabulary_size(guide)
     if None in sizes or sizes[0] == sizes[1] or any(name.startswith(GUIDE_PREFIX) for name in columns):
         return
     raise ValueError(
-        f"the target's vocabulary has {sizes[0]} tokens and the guide's {sizes[1]}: the same ids mean other things to "
-        "them. Tokenise the text for the guide too and give the columns guide_input_ids and guide_attention_mask; or, "
-        "if one tokenizer serves both and only the embedding is padded, set guide_shares_tokenizer=True."
+        f"the target's vocabulary has {sizes[0]} tokens and the guide's {sizes[1]}: the same ids mean different words "
+        "to them. Tokenise the text for the guide too, in the columns guide_input_ids and guide_attention_mask. Or, if "
+        "one tokenizer serves both and only the embedding is padded, set guide_shares_tokenizer=True."
     )

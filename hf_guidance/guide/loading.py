@@ -1,4 +1,4 @@
-"""The frozen network: loading it, or building an untrained one from a seed."""
+"""Loading of pretrained guides, and building of untrained ones from a seed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ POSSIBLE = (
     "untrained=True."
 )
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-NOT_GIVEN = {  # arguments of from_pretrained by which pickles would be read, or files of another repository
+NOT_GIVEN = {  # arguments that would make from_pretrained read pickles, or files from another repository
     "use_safetensors": "use_safetensors is always on: pickled weights can run code when they are read.",
-    "weights_only": "weights_only is about pickled weights, and none are read.",
+    "weights_only": "weights_only is for pickled weights, and those are never read.",
     "adapter_kwargs": "A guide is one whole network: merge the adapter (merge_and_unload), and pass the module.",
 }
 
@@ -42,29 +42,30 @@ def load_guide(
     auto_class: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Load a pretrained network as a guide, build one with random weights, or take a module as it is.
+    """Load a pretrained network as a guide, build one with random weights, or freeze a module.
 
-    Of the source only JSON and safetensors are read: never a pickle, which can run code, nor another repository.
+    Only JSON and safetensors files of the source are read. Pickles, which can run code, and other repositories are
+    refused.
 
     Args:
-        source: Hub id, local folder, ``timm/<architecture>``, a transformers config (which is always untrained), or an
-            `nn.Module`, which is frozen in place.
-        untrained: draw the weights at random, as the architecture's own code does, instead of loading them.
-        seed: of an untrained guide, and of weights a checkpoint lacks (a pooler, say); the same seed and library
-            versions give the same weights again.
+        source: Hub id, local folder, `timm/<architecture>`, a transformers config, or an `nn.Module`. A config always
+            gives an untrained guide. A module is frozen in place.
+        untrained: draw the weights at random with the architecture's own initialisation, instead of loading them.
+        seed: seed of an untrained guide, and of weights that a checkpoint lacks, such as a pooler. The same seed and
+            library versions give the same weights.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: run code from the Hub; never on by default.
-        auto_class: transformers' Auto class of a task whose head is wanted, as for distillation; `AutoModel`, which
-            has none, if left out.
-        **kwargs: for `from_pretrained`: ``dtype``, ``device_map``, ``quantization_config``, ``token``, …, but not
-            ``use_safetensors``, ``weights_only`` and ``adapter_kwargs``.
+        trust_remote_code: run code from the Hub. It is never on by default.
+        auto_class: transformers' Auto class of a task whose head is needed, as for distillation. By default
+            `AutoModel`, which has no head.
+        **kwargs: arguments for `from_pretrained`, such as `dtype`, `device_map`, `quantization_config` and `token`.
+            `use_safetensors`, `weights_only` and `adapter_kwargs` are refused.
 
     Returns:
-        The network, frozen, with its origin on it for checkpoints and model cards.
+        The frozen network. It carries its origin for checkpoints and model cards.
 
     Raises:
-        ValueError: a source that is none of these or that the Hub does not know, one that would be read from pickles or
-            from elsewhere, or options that the source has no use for.
+        ValueError: the source is none of these, is not found, needs pickles or files from elsewhere, or does not fit
+            the options.
     """
     from transformers import AutoModel, PreTrainedConfig
 
@@ -85,16 +86,18 @@ def load_guide(
     if isinstance(source, PreTrainedConfig):
         name, untrained = source.model_type, True
     else:
-        name = Path(source).resolve().name if os.path.isdir(source) else str(source)  # no path of this machine in cards
+        name = Path(source).resolve().name if os.path.isdir(source) else str(source)  # no local path in cards
     if untrained and kwargs:
-        raise ValueError(f"{sorted(kwargs)} are for loading weights; an untrained guide is as its config says.")
+        raise ValueError(
+            f"{sorted(kwargs)} are for loading weights: leave them out, since an untrained guide follows its config."
+        )
     auto = auto_class or AutoModel
     with built_whole():
         if untrained:
             config = _or_explain(source, lambda: config_of(source, **hub))
             with _seeded(seed):
                 guide = _build(config, auto, trust_remote_code)
-            by_timm = guide.config.model_type == "timm_wrapper"  # whatever the cache has under that name
+            by_timm = guide.config.model_type == "timm_wrapper"  # not from the Hub, even if its cache has that name
             commit = None if by_timm else commit_of(source, revision)
         else:
             guide, commit = _or_explain(source, lambda: _load_pretrained(source, seed, auto, **hub, **kwargs))
@@ -105,7 +108,7 @@ def load_guide(
 
 def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
     if options:
-        raise ValueError(f"{', '.join(options)}: a module is taken as a guide as it is; leave that out.")
+        raise ValueError(f"{', '.join(options)}: a module is used as it is: leave these options out.")
     check_not_wrapped(module, "guide")
     return freeze(module)
 
@@ -113,7 +116,7 @@ def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
 def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except Exception as error:  # a network's own code meets files here that nobody foresaw
+    except Exception as error:  # a network's own code may raise anything on such files
         known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
         weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
@@ -124,28 +127,28 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
 
 
 def _about_weights(source: Any) -> str:
-    """What to do about weights that are missing or pickled."""
+    """Tell what to do about weights that are missing or pickled."""
     if os.path.isdir(source) and not any(path.suffix in WEIGHTS for path in Path(source).iterdir()):
-        return " The folder has no weights: for random ones pass untrained=True (--untrained_guide)."
+        return " The folder has no weights: for random ones pass untrained=True."
     return " Weights must be safetensors: pickled ones are refused."
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside, the random state of the CPU, where weights are drawn, is `seed`'s; after, as before; no other's moves."""
+    """Seed the CPU's random state, from which weights are drawn, inside this context. Restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> tuple[nn.Module, str | None]:
-    """The network, and the commit of the Hub that it is of."""
+    """Load a network from safetensors. Return it with its commit on the Hub."""
     from transformers import PreTrainedConfig
     from transformers.utils import logging as reports
 
     written = read_config(source, **kwargs)
     if commit := commit_of(source, kwargs["revision"], kwargs.get("cache_dir"), kwargs.get("subfolder")):
-        kwargs["revision"] = commit  # so that what is loaded is what has been checked
+        kwargs["revision"] = commit  # load the commit that was checked
     if (config := kwargs.get("config")) is not None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config is a {type(config).__name__}; expected a transformers config.")
@@ -156,7 +159,7 @@ def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> 
     check_files(source, written.get("transformers_weights"), kwargs)
     own_code = nullcontext() if kwargs["trust_remote_code"] else without_pickles()
     verbosity = reports.get_verbosity()
-    reports.set_verbosity_error()  # its report of what was left out lists the task head of every guide
+    reports.set_verbosity_error()  # otherwise it reports the unused task head of every guide
     try:
         with _seeded(seed), own_code:
             guide, report = auto_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
@@ -164,19 +167,25 @@ def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> 
         reports.set_verbosity(verbosity)
     if report["missing_keys"]:
         logger.warning(
-            "Guide %s has no weights for %s; drawn with seed %d.", source, sorted(report["missing_keys"]), seed
+            "Guide %s has no weights for %s: they are drawn with seed %d.", source, sorted(report["missing_keys"]), seed
         )
     return guide, commit
 
 
 def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = False, **changes: Any) -> Any:
-    """A network of an architecture with random weights from torch's random state, to be trained.
+    """Build a network with random weights, to be trained. They are drawn from torch's random state.
 
     Args:
-        source: as of `load_guide`.
-        auto_class: transformers' Auto class of the task, `AutoModelForImageClassification` say.
-        trust_remote_code: as of `load_guide`.
-        **changes: config fields that shall differ, ``num_labels`` say.
+        source: as in `load_guide`, but no module.
+        auto_class: transformers' Auto class of the task, such as `AutoModelForImageClassification`.
+        trust_remote_code: as in `load_guide`.
+        **changes: config fields to change, such as `num_labels`.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: as in `load_guide`.
     """
     config = _or_explain(source, lambda: config_of(source, trust_remote_code=trust_remote_code))
     for name, value in changes.items():
@@ -185,11 +194,11 @@ def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = Fa
 
 
 def _build(config: Any, auto_class: Any, trust_remote_code: bool) -> Any:
-    """A network with random weights, drawn as its own architecture's code draws them."""
+    """Build a network with random weights, drawn by the architecture's own initialisation."""
     state = torch.random.get_rng_state()
     with torch.device("cpu"):
         network = auto_class.from_config(config, trust_remote_code=trust_remote_code)
-    if config.model_type == "timm_wrapper":  # transformers overwrites timm's own initialisation with its generic one
+    if config.model_type == "timm_wrapper":  # transformers replaces timm's initialisation by its generic one
         import timm
 
         classes = network.timm_model.num_classes

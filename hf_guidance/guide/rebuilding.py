@@ -1,4 +1,4 @@
-"""The guide that guided a pushed target, rebuilt from what the target's repository says of it."""
+"""Rebuilding of the guide that guided a pushed target, from the target's repository."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from hf_guidance.guide.loading import load_guide
 from hf_guidance.guide.size import size_of
 from hf_guidance.guide.source import check_config
 
-MOST_LABELS = 2**17  # each becomes a word of the config
-LARGEST, DEEPEST = 2**25, 1000  # no network of a config has more in one number, or more layers
-LONGEST = 1000  # entries of a list
-WIDEST = 2**12  # pixels of an image, or places of a window
-MOST_PARAMETERS = 2**34  # more than anyone guides with
-# fields of a config by which libraries fetch or read something else: kernels, checkpoints, a pretrained backbone
+MOST_LABELS = 2**17  # most labels; each becomes a string in the config
+LARGEST, DEEPEST = 2**25, 1000  # largest number, and most layers, in a config
+LONGEST = 1000  # most entries of a list
+WIDEST = 2**12  # most pixels of an image side, or positions of a window
+MOST_PARAMETERS = 2**34  # more than any guide needs
+# config fields that make libraries fetch or read more: kernels, checkpoints, a pretrained backbone
 FETCHING = re.compile(
     r"implementation|checkpoint|pretrained|quantization|auto_map|cache_(?:dir|implementation)|trust|url|file|hub"
 )
-# fields, by their whole names, of how many modules there are, and of how large an image or a window is
+# whole names of config fields for the number of modules, and for the size of an image or a window
 DEPTH = re.compile(r"(\w+_)?depths?|n_layers?|(num_|encoder_|decoder_)?(\w+_)?(layers|blocks|stages)")
 SIDE = re.compile(r"(\w+_)?(image|img|crop|window|patch)_size|(\w+_)?resolution")
 INDICES = re.compile(r"(moe|kv_source)_layers")
 PLAIN = (None, False, True, "eager", "sdpa")
-# free text, of which no network is made
+# free text, which does not affect the network
 LABELS = re.compile(r"id2label|label2id|label_names|pretrained_cfg|task_specific_params|\w+_(?:token|sep)")
-LONGEST_FILE = 2**23  # bytes
+LONGEST_FILE = 2**23  # most bytes of a config
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TYPES: dict[str, tuple[type, ...]] = {
     "source": (str, type(None)),
@@ -45,22 +45,22 @@ TYPES |= {"revision": (str, type(None)), "fingerprint": (str,), "config": (dict,
 def load_guide_of(
     target: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> nn.Module:
-    """The guide of a pushed or saved target: an untrained one from its seed, a trained one from where it is kept.
+    """Load the guide of a pushed or saved target. An untrained guide is rebuilt from its seed.
 
-    Nothing but numbers and names is read from the target's repository, and none of its code is run. A process of its
-    own finds how large an untrained guide is, before it is built: that takes some seconds.
+    Only numbers and names are read from the target's repository, and none of its code is run. A separate process first
+    measures the size of an untrained guide, which takes some seconds.
 
     Args:
-        target: Hub id or local folder of a target that was saved by a `GuidanceTrainer`.
+        target: Hub id or local folder of a target that a `GuidanceTrainer` saved.
         revision: branch, tag or commit of the target's repository.
-        token: for a private repository, of the target or of a trained guide.
+        token: token for a private repository, of the target or of a trained guide.
 
     Returns:
-        The guide, frozen, its weights the same to the bit as those that guided.
+        The frozen guide, with bit-identical weights.
 
     Raises:
-        ValueError: no guidance config is there, it is not one, or the guide cannot be had again: it was a module or
-            folder of the user's own, or these versions of the libraries draw other weights.
+        ValueError: the guidance config is missing or invalid, or the guide cannot be rebuilt: it was the user's own
+            module or folder, or these library versions draw other weights.
     """
     folder = _fetch(target, revision, token)
     try:
@@ -73,9 +73,9 @@ def load_guide_of(
     rebuilt = _rebuild(guide, str(target), token)
     if (found := fingerprint(rebuilt)) != guide["fingerprint"]:
         raise ValueError(
-            f"the guide of {target} is {guide['fingerprint'][:19]}… and what was rebuilt is {found[:19]}…: it was made "
-            f"with {guide.get('versions')}, whose random weights or files were others, or it was loaded with options "
-            "(a dtype, a subfolder, a task head), which are not kept."
+            f"the guide of {target} is {guide['fingerprint'][:19]}…, but the rebuilt one is {found[:19]}…. It was made "
+            f"with {guide.get('versions')}, whose random weights or files may differ, or it was loaded with options "
+            "that are not stored (a dtype, a subfolder, a task head)."
         )
     return rebuilt
 
@@ -94,7 +94,7 @@ def _fetch(target: str | os.PathLike[str], revision: str | None, token: str | bo
         raise ValueError(f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer pushed.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ValueError(
-            f"{target} is neither a folder nor a repository that this user may read (for a private one run `hf auth "
+            f"{target} is neither a folder nor a repository that this user may read (for a private one, run `hf auth "
             "login`, or pass token)."
         ) from error
 
@@ -114,11 +114,11 @@ def _check(guide: Any) -> None:
 
 
 def _check_numbers(config: dict[str, Any], fetches: bool = False) -> None:
-    """Raise ValueError for a config of which something too large could be built, or something fetched.
+    """Raise ValueError for a config that could build something too large, or fetch something.
 
     Args:
-        config: the values, nested ones included.
-        fetches: whether they are those of a field by which something is fetched.
+        config: values of the config; nested configs are checked too.
+        fetches: whether they belong to a field that fetches something.
     """
     for name, value in config.items():
         if LABELS.fullmatch(name):
@@ -137,7 +137,7 @@ def _check_numbers(config: dict[str, Any], fetches: bool = False) -> None:
 
 
 def _is_plain(name: str, entry: Any) -> bool:
-    """Whether nothing can be fetched by this value of a field, as by a number."""
+    """Tell whether this value of a field cannot fetch anything, like a number."""
     if isinstance(entry, bool):
         return not (entry and "pretrained" in name)
     return entry in PLAIN or isinstance(entry, (int, float))
@@ -148,20 +148,23 @@ def _most(name: str) -> int:
 
 
 def _flat(value: Any) -> list[Any]:
-    """The entries of a list and of all lists in it."""
+    """Return the entries of a list and of all lists in it."""
     return [entry for part in value for entry in _flat(part)] if isinstance(value, list) else [value]
 
 
 def _check_size(config: dict[str, Any], stated: Any) -> None:
-    """Raise ValueError if a network would be larger than it was said to be, before any memory is taken."""
+    """Raise ValueError if a network differs in size from what is stated, or does not fit into memory.
+
+    No memory is taken for it.
+    """
     size, free = size_of(config), psutil.virtual_memory().available
     if size.parameters > MOST_PARAMETERS or (isinstance(stated, int) and size.parameters != stated):
         raise ValueError(
-            f"its config makes a network of {size.parameters:,} parameters, and it says {str(stated)[:30]}"
+            f"its config makes a network of {size.parameters:,} parameters, but it states {str(stated)[:30]}"
         )
     if (needed := size.weights + size.largest) > free:
         raise ValueError(
-            f"to build its {size.parameters:,} parameters and its buffers takes {needed / 2**30:.1f} GiB, and "
+            f"building its {size.parameters:,} parameters and its buffers takes {needed / 2**30:.1f} GiB, but only "
             f"{free / 2**30:.1f} GiB are free here"
         )
 
@@ -178,10 +181,10 @@ def _rebuild(guide: dict[str, Any], target: str, token: str | bool | None) -> nn
         try:
             _check_size(guide["config"], guide.get("parameters"))
             return load_guide(AutoConfig.for_model(kind, **values), seed=guide["seed"] or 0)
-        except Exception as error:  # a network's own code meets numbers here that nobody foresaw
+        except Exception as error:  # a network's own code may raise anything on such numbers
             raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
     if guide["untrained"] is False and HUB_ID.fullmatch(source):
         access: dict[str, Any] = {} if token is None else {"token": token}
         return load_guide(source, revision=guide["revision"], **access)
     where = f"a local folder called {source!r}" if source else "a module of the user's own"
-    raise ValueError(f"the guide of {target} was {where}, which is not kept with it; whoever trained it has it.")
+    raise ValueError(f"the guide of {target} was {where}, which is not stored with the target: ask its author for it.")

@@ -1,4 +1,7 @@
-"""A guide too large for one device: each process keeps a share of its weights, and gathers a block's when that runs."""
+"""Sharding of a guide that is too large for one device.
+
+Each process keeps a share of the weights, and gathers the weights of a block when it runs.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +19,42 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# whose parts are read without being called, by these or by their parents
+# modules whose parts are read without being called, by them or by their parents
 ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 READ_BY_PARENT = (nn.ParameterList, nn.ParameterDict)
-LARGEST = 0.1  # share of all weights above which a module is taken apart, if it has parts
+LARGEST = 0.1  # share of all weights above which a module with parts is split
 
 
 def shard(guide: nn.Module) -> nn.Module:
-    """Spread the weights of a frozen guide over all processes, in place; every forward must then run on all of them.
+    """Shard the weights of a frozen guide over all processes, in place. Each forward must then run on all of them.
 
-    A unit, whose weights are together while it runs, is a block that transformers' ``_no_split_modules`` names, or else
-    any module with no more than a tenth of the weights. What larger modules hold of their own stays whole. The guide
-    may still be on the host: no device has to hold all of it at any time. With one process nothing is done.
-    Weights that a forward reads without calling their module cannot be sharded: torch says that tensors are mixed.
+    The weights of a unit are together while it runs. A unit is a block that transformers' `_no_split_modules` names, or
+    else any module with at most a tenth of all weights. Weights that larger modules hold themselves are not sharded.
+    The guide may still be on the host, so no device ever needs to hold all of it. With one process nothing is done.
+
+    Weights that a forward reads without calling their module cannot be sharded. torch then raises an error about mixed
+    tensors.
 
     Args:
-        guide: whose weights every process has in full; one that is sharded already stays as it is.
+        guide: frozen guide, whole on every process. A guide that is sharded already does not change.
+
+    Returns:
+        The guide.
 
     Raises:
-        ValueError: a guide that is quantised or spread by a device map.
+        ValueError: the guide is quantised or has a device map.
 
-    Source: ``torch.distributed.fsdp.fully_shard``.
+    Source: `torch.distributed.fsdp.fully_shard`.
     """
     if is_sharded(guide):
         return guide
     if getattr(guide, "hf_device_map", None) or getattr(guide, "is_quantized", False):
         raise ValueError(
-            "shard_guide spreads whole weights over the processes, and this guide is quantised or spread by a "
-            "device_map already: load it without, or leave shard_guide out."
+            "shard_guide needs a guide with plain weights, but this guide is quantised or spread by a device_map: load "
+            "it without these, or leave shard_guide out."
         )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        logger.warning("shard_guide has no other process to share the guide with: it is kept whole.")
+        logger.warning("shard_guide has no effect with one process: the guide is kept whole.")
         return guide
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -59,15 +67,16 @@ def shard(guide: nn.Module) -> nn.Module:
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=tied)
     if device:
-        guide.to(device)  # what stays whole
+        guide.to(device)  # weights that are not sharded
     return guide
 
 
 @contextmanager
 def built_whole() -> Iterator[None]:
-    """Networks built inside are whole on every process.
+    """Build networks whole on every process inside this context.
 
-    Under ZeRO-3 transformers builds them in pieces, which only a network that is trained by DeepSpeed puts together.
+    Under ZeRO-3 transformers partitions each network while building it. Only a network that DeepSpeed trains is joined
+    again.
     """
     from transformers.integrations import deepspeed
 
@@ -84,11 +93,11 @@ def built_whole() -> Iterator[None]:
 
 
 def check_whole(guide: nn.Module) -> None:
-    """Raise ValueError for a guide that ZeRO-3 built in pieces."""
+    """Raise ValueError for a guide that ZeRO-3 partitioned."""
     if any(hasattr(parameter, "ds_id") for parameter in guide.parameters()):
         raise ValueError(
             "the guide was built in pieces, as transformers builds every network under DeepSpeed ZeRO-3 once there are "
-            "TrainingArguments, and nothing would put them together. Load it with load_guide, or before that."
+            "TrainingArguments, and nothing would join them. Load it with load_guide, or before TrainingArguments."
         )
 
 
@@ -97,17 +106,17 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def whole(value: Any) -> Any:
-    """A tensor (or number) in full, gathered from all processes (which must all ask) if it is sharded."""
+    """Return a tensor or number in full. A sharded one is gathered from all processes, which must all call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the network's state in full, on the host; all processes must ask for it."""
+    """Return a full copy of the network's state on the host. All processes must call this."""
     return {name: whole(value.detach()).cpu().clone() for name, value in network.state_dict().items()}
 
 
 def _units(guide: nn.Module) -> list[nn.Module]:
-    # transformers finds by its class what a network records, and `fully_shard` changes the class: never a whole model
+    # never shard a model itself: `fully_shard` changes its class, by which transformers finds what a model records
     names, total = set(getattr(guide, "_no_split_modules", None) or ()), _size(guide)
 
     def within(module: nn.Module) -> list[nn.Module]:
@@ -120,7 +129,7 @@ def _units(guide: nn.Module) -> list[nn.Module]:
                 units += [child] if whole_unit and not is_model else within(child)
         return units
 
-    return list(dict.fromkeys(within(guide)))  # a module may stand in two places
+    return list(dict.fromkeys(within(guide)))  # a module may appear twice
 
 
 def _size(module: nn.Module) -> int:

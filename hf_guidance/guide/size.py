@@ -1,4 +1,4 @@
-"""The size of a network that some config describes, found without its memory, in a process of its own."""
+"""Size of the network that a config describes, measured in a process of its own without the network's memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
-SECONDS = 60  # to lay a network out, imports included
-PER_SECOND = 50 * 2**20  # bytes of weights that are drawn, at the slowest
-SPARE = 2**30  # bytes that a network's own code may take beside its weights
+SECONDS = 60  # limit for laying a network out, imports included
+PER_SECOND = 50 * 2**20  # bytes of weights that the slowest machine draws
+SPARE = 2**30  # bytes that a network's code may take in addition to its weights
 CHILD = "import sys; sys.path[:] = {path!r}; from hf_guidance.guide.size import main; main({seconds!r}, {free!r})"
 
 
 @dataclass
 class Size:
-    """What building a network takes.
+    """Memory that a network takes.
 
     Attributes:
-        parameters: how many numbers are learned.
+        parameters: number of learned values.
         weights: bytes of parameters and buffers.
-        largest: bytes of the largest tensor that is made on the way.
+        largest: bytes of the largest tensor made while building it.
     """
 
     parameters: int
@@ -37,17 +37,20 @@ class Size:
 
 
 def size_of(config: Mapping[str, Any], seconds: float = SECONDS) -> Size:
-    """Lay out the network of a config in another process, and then build it there.
+    """Measure a network in another process: lay it out, then build it there.
 
-    That process reaches no Hub and finds no module in the present folder. It is ended when it takes too long or more
-    memory than its weights say.
+    That process has no access to the Hub, and imports nothing from the current folder. It is ended if it takes too
+    long, or more memory than its weights explain.
 
     Args:
-        config: its values, ``model_type`` among them.
-        seconds: how long laying it out may take.
+        config: values of the config, with `model_type`.
+        seconds: time limit for laying the network out.
+
+    Returns:
+        The size.
 
     Raises:
-        ValueError: it takes longer or more, or no network can be made of the config.
+        ValueError: it takes too long or too much memory, or the config describes no network.
     """
     path = [os.path.abspath(place) for place in sys.path if place]
     child = CHILD.format(path=path, seconds=seconds, free=psutil.virtual_memory().available)
@@ -65,37 +68,37 @@ def size_of(config: Mapping[str, Any], seconds: float = SECONDS) -> Size:
         found = json.loads(said[-1])
     except (IndexError, ValueError) as error:
         why = "takes too long" if "Timeout (" in done.stderr else f"ended with exit code {done.returncode}"
-        raise ValueError(f"to lay it out and to build it {why}") from error
+        raise ValueError(f"laying it out and building it {why}") from error
     if "error" in found:
         raise ValueError(found["error"])
     return Size(**found)
 
 
 def main(seconds: float, free: int) -> None:
-    """Read a config from the standard input, build its network if it fits, and print its size.
+    """Read a config from standard input, build its network if it fits, and print its size.
 
     Args:
-        seconds: how long laying it out may take.
-        free: bytes of memory.
+        seconds: time limit for laying the network out.
+        free: free memory in bytes.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True)  # which ends this process wherever it is
+    faulthandler.dump_traceback_later(seconds, exit=True)  # ends this process whatever it is doing
     values = json.load(sys.stdin)
     try:
         _limit_memory(2 * SPARE)
         size = _lay_out(values)
-        if (needed := size.weights + size.largest) <= free:  # else it is refused for that
+        if (needed := size.weights + size.largest) <= free:  # otherwise the caller refuses it
             faulthandler.dump_traceback_later(seconds + size.weights / PER_SECOND, exit=True)
             _limit_memory(needed + size.weights + SPARE)
             _build(values, "cpu")
         print(json.dumps(asdict(size)))
-    except Exception as error:  # a network's own code meets numbers here that nobody foresaw
+    except Exception as error:  # a network's own code may raise anything on such numbers
         print(json.dumps({"error": str(error) or type(error).__name__}))
 
 
 def _limit_memory(more: int) -> None:
-    """Let this process take so many bytes more than it has, where the system knows such a limit."""
+    """Limit this process to `more` bytes beyond what it has, if the system supports such a limit."""
     has = getattr(psutil.Process().memory_info(), "data", 0)
-    if has:  # Linux alone
+    if has:  # Linux only
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -111,7 +114,7 @@ def _build(values: Mapping[str, Any], device: str) -> torch.nn.Module:
 
 
 def _lay_out(values: Mapping[str, Any]) -> Size:
-    for device in ("meta", "cpu"):  # an architecture may compute with its weights while it is built
+    for device in ("meta", "cpu"):  # some architectures compute with their weights while building
         made = _Largest()
         try:
             with made:
@@ -125,7 +128,7 @@ def _lay_out(values: Mapping[str, Any]) -> Size:
 
 
 class _Largest(TorchFunctionMode):
-    """Keeps the size of the largest tensor that is made inside."""
+    """Record of the size of the largest tensor made inside this context."""
 
     bytes = 0
 

@@ -1,4 +1,4 @@
-"""The place a guide is loaded from: one repository or folder, of which only JSON and safetensors are read."""
+"""Source of a guide: one repository or folder, of which only JSON and safetensors files are read."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from huggingface_hub import try_to_load_from_cache
 
 ADAPTER = "adapter_config.json"
 SAFE = (".safetensors", ".safetensors.index.json")
-# the arguments of `from_pretrained` that say where files are
+# arguments of `from_pretrained` that tell where files are
 PLACES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "proxies", "force_download")
 ONE_AT_A_TIME = threading.RLock()
-ONE_PLACE = "and a guide comes from one place alone"
+ONE_PLACE = "but all of a guide must come from one place"
 
 
 def in_timm(name: Any) -> bool:
-    """Whether timm has an architecture of that name."""
+    """Tell whether timm has an architecture of that name."""
     import timm
 
     return bool(timm.is_model(str(name)))
 
 
 def read_config(source: Any, **kwargs: Any) -> dict[str, Any]:
-    """Read a source's `config.json`, before anything is made of it.
+    """Read the `config.json` of a source and check it, before anything is built from it.
 
     Args:
         source: Hub id or folder.
-        **kwargs: of `from_pretrained`.
+        **kwargs: arguments for `from_pretrained`.
+
+    Returns:
+        Values of the config.
 
     Raises:
-        OSError: there is none, or it is not reached.
-        ValueError: the source is an adapter, or its config asks for pickles or for something from elsewhere.
+        OSError: there is no config, or it cannot be reached.
+        ValueError: the source is an adapter, or its config asks for pickles or for files from elsewhere.
     """
     from transformers import PreTrainedConfig
 
@@ -54,9 +57,15 @@ def read_config(source: Any, **kwargs: Any) -> dict[str, Any]:
 def commit_of(
     source: Any, revision: str | None = None, cache_dir: Any = None, subfolder: str | None = None
 ) -> str | None:
-    """The commit of the Hub that a config has just been read from; None for one from elsewhere.
+    """Return the Hub commit that a config was just read from; None if it is not from the Hub.
 
-    It is read from the Hub's cache on this machine: transformers keeps it on a network only in some versions.
+    The commit is read from the Hub's cache on this machine. Only some versions of transformers store it on the network.
+
+    Args:
+        source: Hub id or folder.
+        revision: branch, tag or commit that was asked for.
+        cache_dir: folder of the cache; the default one if None.
+        subfolder: folder of the config in the repository.
     """
     if not isinstance(source, str) or os.path.isdir(source):
         return None
@@ -66,14 +75,14 @@ def commit_of(
 
 
 def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = None, source: str = "") -> None:
-    """Raise ValueError for a config by which pickles would be read, or files of another repository.
+    """Raise ValueError for a config that would make libraries read pickles, or files from another repository.
 
     Args:
-        config: as in `config.json`, nested configs included.
-        given: arguments of `from_pretrained`, which overrule the config.
-        source: where it is from.
+        config: values of `config.json`; nested configs are checked too.
+        given: arguments of `from_pretrained`, which override the config.
+        source: Hub id or folder of the config.
     """
-    for name, value in ((str(name), value) for name, value in config.items()):  # a label's name may be a number
+    for name, value in ((str(name), value) for name, value in config.items()):  # names of labels may be numbers
         for nested in value if isinstance(value, list) else [value]:
             if isinstance(nested, Mapping):
                 check_config(nested, given, source)
@@ -88,14 +97,14 @@ def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = No
             _check_code(value, source)
         if name.endswith("_implementation") and "/" in str(value) and name not in (given or {}):
             raise ValueError(
-                f"its config takes {name} {value!r} from elsewhere, {ONE_PLACE}. Pass another, {name}='eager' say."
+                f"its config takes {name} {value!r} from elsewhere, {ONE_PLACE}. Pass another, such as {name}='eager'."
             )
     if config.get("model_type") == "timm_wrapper" or "model_args" in config:
         _check_timm(config)
 
 
 def _check_code(auto_map: Any, source: str) -> None:
-    """Raise ValueError for code that would be run from another repository than the one that is trusted."""
+    """Raise ValueError if code would be run from a repository other than the trusted one."""
     for places in auto_map.values() if isinstance(auto_map, Mapping) else ():
         for place in places if isinstance(places, list) else [places]:
             repository, separator, _ = str(place).partition("--")
@@ -107,7 +116,7 @@ def _check_code(auto_map: Any, source: str) -> None:
 
 
 def _check_timm(config: Mapping[str, Any]) -> None:
-    """Raise ValueError unless timm would build an architecture of its own, from arguments of the network alone."""
+    """Raise ValueError unless timm would build one of its own architectures, with arguments of the network alone."""
     import timm
 
     architecture = config.get("architecture")
@@ -118,30 +127,30 @@ def _check_timm(config: Mapping[str, Any]) -> None:
     reserved = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
     if found := sorted(reserved & set(config.get("model_args") or {})):
         raise ValueError(
-            f"its config gives timm the model_args {', '.join(found)}, by which other files are read; only those of "
-            "the network itself are possible."
+            f"its config gives timm the model_args {', '.join(found)}, which make it read other files; only arguments "
+            "of the network itself are possible."
         )
 
 
 def check_files(source: str, weights: str | None, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for an adapter, or an index of weights that names anything but safetensors beside it.
+    """Raise ValueError for an adapter, or for an index of weights that names anything but safetensors beside it.
 
     Args:
         source: Hub id or folder.
-        weights: the file of weights that its config names, if it names one.
-        kwargs: of `from_pretrained`.
+        weights: file of weights that the config names, or None.
+        kwargs: arguments for `from_pretrained`.
     """
     places, variant = only(PLACES, kwargs), f".{kwargs['variant']}" if kwargs.get("variant") else ""
     _check_no_adapter(source, **places)
     if weights is None and _cached(source, f"model{variant}.safetensors", **places):
-        return  # which is read before any index
+        return  # this file is read before any index
     index = weights or f"model.safetensors.index{variant}.json"
     if not index.endswith(".json") or not (path := _cached(source, index, **places)):
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     shards = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(shards, dict):
-        raise ValueError(f"its {index} is no index of weights: it has no weight_map.")
+        raise ValueError(f"its {index} is not an index of weights: it has no weight_map.")
     for shard in sorted(set(map(str, shards.values()))):
         place = PurePosixPath(shard)
         if place.suffix != ".safetensors" or place.is_absolute() or ".." in place.parts or "\\" in shard:
@@ -159,7 +168,7 @@ def _check_no_adapter(source: Any, subfolder: str | None = None, **places: Any) 
 
 
 def _cached(source: Any, name: str, **places: Any) -> Path | None:
-    """Path of a source's file on this machine, fetched if need be; None where the source has none."""
+    """Return the path of a source's file on this machine, downloaded if necessary; None if there is no such file."""
     from transformers.utils import cached_file
 
     quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
@@ -168,14 +177,17 @@ def _cached(source: Any, name: str, **places: Any) -> Path | None:
 
 
 def only(names: tuple[str, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keyword arguments that have one of these names."""
+    """Select the keyword arguments with one of these names."""
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
 @contextmanager
 def without_pickles() -> Iterator[None]:
-    """Refuse `torch.load` inside, in this thread: some networks' own code reads a pickle beside their weights."""
-    with ONE_AT_A_TIME, _refusing_pickles():  # else one thread would put back what another has put there
+    """Refuse `torch.load` in this thread inside this context.
+
+    The code of some networks reads a pickle in addition to their weights.
+    """
+    with ONE_AT_A_TIME, _refusing_pickles():  # otherwise threads would restore each other's torch.load
         yield
 
 

@@ -1,7 +1,7 @@
-"""Similarities of layers: a layer on a batch, its Gram matrix or features, and the measures on two of them.
+"""Similarities of layers: a layer's Gram matrix or features on a batch, and the measures of two layers.
 
-Pure functions of tensors, which know nothing of Hugging Face. `measures` has those to read first; `representation` is
-what a layer becomes, `gram` and its helpers make it cheap, and `pair_loss` sums over the pairs of a network.
+Pure functions of tensors, without Hugging Face imports. Read `measures` first. `representation` decides what stands for
+a layer, `grams` and its helpers compute it fast, and `pair_loss` sums over the pairs of layers.
 """
 
 from hf_guidance.similarity.grams import gram

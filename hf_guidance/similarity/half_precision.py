@@ -1,8 +1,8 @@
-"""Products of features on the tensor cores of a GPU, where these were computed in half precision anyway.
+"""Products of features on a GPU's tensor cores, for features that were computed in half precision.
 
-Two numbers in half precision have an exact product in float32; what is lost is the rounding of the products' sum. A
-Gram matrix that is centred afterwards multiplies it by the energy of the features' mean relative to that of their
-signal. So it does with the features' own rounding, which is the larger of the two.
+Two half-precision numbers have an exact product in float32. Only the sum of the products is rounded. Centring the Gram
+matrix afterwards amplifies this rounding by the energy of the features' mean relative to that of their signal. The
+features' own rounding is amplified in the same way, and is larger.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-TOGETHER = 2**26  # bytes of the products of such pieces, that are made before they are summed
-PIECE = 2048  # features that are summed on a tensor core, whose sum of very many is coarser than float32's
-SINCE = (8, 0)  # the compute capability of NVIDIA's GPUs that have such cores for all of these types
+TOGETHER = 2**26  # most bytes of such products to hold before they are summed
+PIECE = 2048  # features to sum on a tensor core; its longer sums are coarser than those of float32
+SINCE = (8, 0)  # compute capability from which NVIDIA GPUs have tensor cores for all of these types
 
 
 def for_tensor_cores(x: Tensor, in_region: bool = False) -> bool:
-    """Whether features are no finer than what tensor cores multiply: in half precision, or, as a residual stream is, in
-    float32 in a region of autocast.
+    """Tell whether tensor cores can multiply features without losing precision.
+
+    They can if the features are in half precision, or in float32 inside an autocast region, like a residual stream.
 
     Args:
-        in_region: they come from the network that this region is of.
+        x: features.
+        in_region: the features come from a network that runs in the present autocast region.
     """
     if x.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(x.device) < SINCE:
         return False
@@ -32,14 +34,18 @@ def for_tensor_cores(x: Tensor, in_region: bool = False) -> bool:
 
 
 def precision_of(x: Tensor) -> torch.dtype:
-    """What such features were computed in."""
+    """Return the dtype in which such features were computed."""
     return x.dtype if x.dtype in HALF else torch.get_autocast_dtype(x.device.type)
 
 
 @contextmanager
 def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Switch autocast off, and on a GPU make products of float32 with all of their bits (``ieee``), or with 10 of them
-    (``tf32``), which are more than those of what was computed in half precision."""
+    """Switch autocast off, and set the precision of float32 products on a GPU.
+
+    Args:
+        precision: `ieee` for all bits, or `tf32` for 10 bits, which suffice for features computed in half precision.
+        device: device of the products.
+    """
     with torch.autocast(device.type, enabled=False), _precision(precision) if device.type == "cuda" else nullcontext():
         yield
 
@@ -48,7 +54,9 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
 def _precision(precision: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "none"  # that of all of torch.backends, which it may have been
+    matmul.fp32_precision = (
+        "none"  # falls back to the setting of torch.backends, to see whether `before` came from there
+    )
     before = "none" if matmul.fp32_precision == before else before
     matmul.fp32_precision = precision
     try:
@@ -58,7 +66,7 @@ def _precision(precision: str) -> Iterator[None]:
 
 
 def outer(x: Tensor) -> Tensor:
-    """``x xᵀ`` in float32, of features ``(n, d)`` or of several layers' ``(layers, n, d)``."""
+    """Compute `x xᵀ` in float32, for features `(n, d)`, or `(layers, n, d)` of several layers."""
     with float32_products("tf32", x.device):
         pieces = x.shape[-1] // PIECE
         if x.ndim > 2 or pieces < 2:
@@ -74,19 +82,20 @@ def outer(x: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype not in HALF:
         return a @ b
-    if a.device.type != "cuda":  # which alone can give a product of a type of its own
+    if a.device.type != "cuda":  # only CUDA can return products in another dtype
         return a.float() @ b.float()
     multiply = torch.mm if a.ndim == 2 else torch.bmm
     return multiply(a, b, out_dtype=torch.float32)
 
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:
-    """``G x`` in x's own precision, for a float32 matrix ``(…, n, n)`` whose rows sum to zero.
+    """Compute `G x` in the dtype of x, for a float32 matrix `(…, n, n)` whose rows sum to zero.
 
-    Rounded to bfloat16 they would not, and x's mean would come through: two such matrices hold 16 bits.
+    Rounded to bfloat16 the rows no longer sum to zero, and the mean of x would leak in. Two bfloat16 matrices, which
+    hold 16 bits together, avoid that.
     """
     with float32_products("ieee", x.device):
-        if x.dtype != torch.bfloat16:  # a float16 matrix might be all zeros, or infinite
+        if x.dtype != torch.bfloat16:  # in float16 the matrix might underflow or overflow
             return (matrix @ x.float()).to(x.dtype)
         high = matrix.to(x.dtype)
         low = (matrix - high).to(x.dtype)

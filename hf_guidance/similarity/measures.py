@@ -1,12 +1,12 @@
-"""How alike two representations of the same n samples are: Gram matrices and the measures on them.
+"""Measures of how similar two representations of the same n samples are.
 
-Every layer becomes an ``n × n`` Gram matrix (`gram`), every similarity is a function of two Gram matrices, and 1 means
-the same geometry. The public functions (`linear_cka`, …) take features ``(n, d_target)`` and ``(n, d_guide)`` (further
-axes are flattened), work in float32 or better whatever the input's dtype, and are differentiable in the first argument.
-A *dead* layer, whose spread over the samples is below the rounding of its mean, has similarity 0 and no gradient.
+Each layer becomes an `n × n` Gram matrix (`gram`), and each similarity is a function of two Gram matrices. A similarity
+of 1 means the same geometry. The public functions (`linear_cka`, …) take features `(n, d_target)` and `(n, d_guide)`,
+and
+flatten further axes. They compute in float32 or better, and are differentiable in the first argument. A *dead* layer,
+whose spread over the samples is below the rounding of its mean, has similarity 0 and no gradient.
 
-`MEASURES` holds the same measures cut where a guidance loss wants to cut them: what is done once per layer, and what is
-left to do per pair of layers.
+`MEASURES` holds the same measures in two stages for the guidance loss: work done once per layer, and work per pair.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_guidance.similarity.grams import exact_float32, gram
 from hf_guidance.similarity.matrices import ROUNDINGS, center, u_center, unit
 
-TINY = 1e-20  # inside square roots: far below any Gram entry of a living layer (their diagonal averages 1)
+TINY = 1e-20  # added inside square roots; far below any Gram entry of a living layer, whose mean diagonal is 1
 ALL_INVARIANCES = frozenset({"orthogonal", "isotropic_scaling", "translation", "permutation"})
 
 # ---------------------------------------------------------------------------------------- per layer, then per pair
@@ -42,9 +42,9 @@ def _rbf(kernel: Tensor) -> Tensor:
 
 
 def _cosines(kernel: Tensor) -> Tensor:
-    """Off-diagonal cosine similarities with their mean subtracted; 0 on the diagonal and for a sample at the mean."""
+    """Compute off-diagonal cosine similarities minus their mean; 0 on the diagonal and for a sample at the mean."""
     n = kernel.shape[0]
-    at_mean = kernel.diagonal() <= ROUNDINGS * torch.finfo(kernel.dtype).eps  # has no direction
+    at_mean = kernel.diagonal() <= ROUNDINGS * torch.finfo(kernel.dtype).eps  # a sample at the mean has no direction
     scale = torch.where(at_mean, 0, torch.where(at_mean, 1, kernel.diagonal()).rsqrt())
     off_diagonal = ~torch.eye(n, dtype=torch.bool, device=kernel.device)
     cosine = torch.where(off_diagonal, kernel * scale[:, None] * scale[None, :], 0)
@@ -52,7 +52,7 @@ def _cosines(kernel: Tensor) -> Tensor:
 
 
 def _ridge_residual(kernel: Tensor) -> Tensor:
-    """``λ (K + λ I)⁻¹``, which maps guide features to the residuals of their ridge regression on the target's."""
+    """Compute `λ (K + λ I)⁻¹`, which maps guide features to the residuals of their ridge regression on the target's."""
     eye = torch.eye(kernel.shape[0], dtype=kernel.dtype, device=kernel.device)
     penalty = 0.1 * kernel.diagonal().mean()
     penalty = torch.where(penalty == 0, 1, penalty)
@@ -67,8 +67,9 @@ def _ridge_r2(residual: Tensor, guide: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _roots(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """``S`` with ``S Sᵀ = K``, and its pseudo-inverse. Eigenvalues below rounding are zero, not their square roots."""
-    values, vectors = torch.linalg.eigh(kernel.nan_to_num(0, 0, 0))  # raises for NaN, which K itself lets through
+    """Compute `S` with `S Sᵀ = K`, and its pseudo-inverse. Eigenvalues below rounding count as zero."""
+    # eigh raises for NaN; NaN still reaches the result through K
+    values, vectors = torch.linalg.eigh(kernel.nan_to_num(0, 0, 0))
     cutoff = len(values) * torch.finfo(kernel.dtype).eps * values[-1]
     root = torch.where(values > cutoff, values, 0).sqrt()
     inverse = torch.where(values > cutoff, 1 / root, 0)
@@ -80,7 +81,7 @@ def _with_roots(kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nuclear(target: tuple[Tensor, Tensor, Tensor], guide: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """``‖X̃ᵀỸ‖_* / (‖X̃‖ ‖Ỹ‖)``; its gradient in K is in closed form, as autograd's fails at repeated eigenvalues."""
+    """Compute `‖X̃ᵀỸ‖_* / (‖X̃‖ ‖Ỹ‖)`. The gradient in K is in closed form: autograd's fails at repeated eigenvalues."""
     (kernel, root, inverse), (kernel_guide, root_guide, _) = target, guide
     with torch.no_grad():
         left, singular, right = torch.linalg.svd(root.T @ root_guide)
@@ -93,18 +94,18 @@ def _nuclear(target: tuple[Tensor, Tensor, Tensor], guide: tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class Measure:
-    """A similarity of two Gram matrices, in two stages so that pairs that share a layer share its work.
+    """Similarity of two Gram matrices in two stages, so that pairs with a common layer share its work.
 
     Args:
-        name: the public function's name.
-        min_samples: fewest samples for which the value can differ from a constant.
-        target_side: Gram matrix of a target layer → what every pair of that layer needs; differentiable.
-        guide_side: the same for a guide layer; need not be differentiable.
+        name: name of the public function.
+        min_samples: smallest number of samples for which the value is not a constant.
+        target_side: Gram matrix of a target layer → what each pair of that layer needs. Differentiable.
+        guide_side: the same for a guide layer. It need not be differentiable.
         compare: (target side, guide side) → similarity, a scalar.
-        invariant_to: transformations of either representation that leave the value as it is.
-        kernel: for a measure that is the cosine of two kernels: Gram matrix → kernel, so that ``target_side`` and
-            ``guide_side`` are `unit` of it and ``compare`` their inner product.
-        centred_slope: whether the value's gradient in a centred Gram matrix is symmetric and centred as it is.
+        invariant_to: transformations of either representation that do not change the value.
+        kernel: Gram matrix → kernel, for a measure that is the cosine of two kernels. `target_side` and `guide_side`
+            are then `unit` of the kernel, and `compare` is their inner product.
+        centred_slope: whether the gradient of the value in a centred Gram matrix is symmetric and centred.
     """
 
     name: str
@@ -150,7 +151,11 @@ MEASURES: dict[str, Measure] = {
 
 
 def get_measure(name: str) -> Measure:
-    """Look a measure up by name. Raises ValueError, with the possible names, for an unknown one."""
+    """Return the measure of a name.
+
+    Raises:
+        ValueError: the name is unknown. The message lists the known ones.
+    """
     if name not in MEASURES:
         close = difflib.get_close_matches(name, MEASURES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -162,9 +167,19 @@ def get_measure(name: str) -> Measure:
 
 
 def linear_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
-    """Centred kernel alignment ``⟨K, L⟩ / (‖K‖ ‖L‖)`` of centred linear kernels: the paper's measure, biased upwards.
+    """Compute centred kernel alignment `⟨K, L⟩ / (‖K‖ ‖L‖)` of linear kernels: the paper's measure, biased upwards.
 
     The bias grows with d/n: independent Gaussian features with d = 512 score 0.67 at n = 256.
+
+    Args:
+        features_target: `(n, d_target)`.
+        features_guide: `(n, d_guide)`, of the same samples.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: the numbers of samples differ, or are below 3.
 
     Source: Kornblith et al. 2019, "Similarity of neural network representations revisited", eq. 1 to 3.
 
@@ -177,9 +192,19 @@ def linear_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
 
 
 def debiased_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
-    """CKA with U-centred kernels: about 0 for independent features, whatever n and d; may be negative; n ≥ 4.
+    """Compute CKA with U-centred kernels: about 0 for independent features, whatever n and d.
 
-    Source: Song et al. 2012 (unbiased HSIC), in the U-centred form of Székely & Rizzo 2014, which is stabler.
+    Args:
+        features_target: `(n, d_target)`, n ≥ 4.
+        features_guide: `(n, d_guide)`, of the same samples.
+
+    Returns:
+        A scalar of at most 1. It may be negative.
+
+    Raises:
+        ValueError: the numbers of samples differ, or are below 4.
+
+    Source: Song et al. 2012 (unbiased HSIC), in the U-centred form of Székely & Rizzo 2014, which is more stable.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0], [4.0, 4.0]])
@@ -190,7 +215,17 @@ def debiased_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
 
 
 def rbf_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
-    """CKA of Gaussian kernels ``exp(−‖x_i − x_j‖² / 2σ²)``, σ the median distance between two samples.
+    """Compute CKA of Gaussian kernels `exp(−‖x_i − x_j‖² / 2σ²)`, with σ the median distance between two samples.
+
+    Args:
+        features_target: `(n, d_target)`.
+        features_guide: `(n, d_guide)`, of the same samples.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: the numbers of samples differ, or are below 3.
 
     Source: Kornblith et al. 2019, section 3 (there σ is a fraction of the median distance; here it is the median).
 
@@ -203,9 +238,19 @@ def rbf_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
 
 
 def rsa(features_target: Tensor, features_guide: Tensor) -> Tensor:
-    """Representational similarity analysis: Pearson correlation of the two sets of n(n−1)/2 cosine similarities.
+    """Compute the Pearson correlation of the n(n−1)/2 cosine similarities of each side.
 
-    The features are centred first; the diagonal is left out.
+    This is representational similarity analysis. The features are centred first. The diagonal is left out.
+
+    Args:
+        features_target: `(n, d_target)`.
+        features_guide: `(n, d_guide)`, of the same samples.
+
+    Returns:
+        A scalar in [−1, 1].
+
+    Raises:
+        ValueError: the numbers of samples differ, or are below 3.
 
     Source: Kriegeskorte et al. 2008, "Representational similarity analysis".
 
@@ -218,9 +263,20 @@ def rsa(features_target: Tensor, features_guide: Tensor) -> Tensor:
 
 
 def ridge(features_target: Tensor, features_guide: Tensor) -> Tensor:
-    """R² of the ridge regression that predicts the guide's features from the target's, λ = 0.1 · tr(K)/n.
+    """Compute R² of the ridge regression of the guide's features on the target's, with λ = 0.1 · tr(K)/n.
 
-    On the samples it is fitted to, variance-weighted over the guide's features; not symmetric.
+    R² is in-sample: it is taken on the samples that the regression was fitted to. It is weighted by the variance of the
+    guide's features, and is not symmetric.
+
+    Args:
+        features_target: `(n, d_target)`.
+        features_guide: `(n, d_guide)`, of the same samples.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: the numbers of samples differ, or are below 3.
 
     Source: Subramaniam et al. 2025 names ridge regression as a measure; the definition and λ are ours.
 
@@ -233,7 +289,17 @@ def ridge(features_target: Tensor, features_guide: Tensor) -> Tensor:
 
 
 def procrustes(features_target: Tensor, features_guide: Tensor) -> Tensor:
-    """Best alignment by a rotation: nuclear norm of ``X̃ᵀỸ`` over ``‖X̃‖ ‖Ỹ‖``.
+    """Compute the best alignment by a rotation or reflection: the nuclear norm of `X̃ᵀỸ` over `‖X̃‖ ‖Ỹ‖`.
+
+    Args:
+        features_target: `(n, d_target)`.
+        features_guide: `(n, d_guide)`, of the same samples.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: the numbers of samples differ, or are below 3.
 
     Source: Williams et al. 2021, "Generalized shape metrics on neural representations", the cosine of their angle.
 

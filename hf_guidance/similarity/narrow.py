@@ -1,7 +1,7 @@
-"""Linear CKA of layers with few features: these stand for their Gram matrix, and no n × n matrix is made of them.
+"""Linear CKA of layers with few features, without their n × n Gram matrices.
 
-With features F and H, centred, ``K = F Fᵀ`` and ``L = H Hᵀ`` have ``⟨K, L⟩ = ‖Hᵀ F‖²`` and ``‖K‖ = ‖Fᵀ F‖``, which take
-d × d matrices where those are n × n. The same number, and the same gradient, up to rounding.
+Centred features F and H have `K = F Fᵀ` and `L = H Hᵀ`, so `⟨K, L⟩ = ‖Hᵀ F‖²` and `‖K‖ = ‖Fᵀ F‖`. These take d × d
+matrices instead of n × n ones. The value and the gradient are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from hf_guidance.similarity.grams import EXPECTED, centred_features, exact_float
 from hf_guidance.similarity.matrices import ROUNDINGS, norms
 from hf_guidance.similarity.numpy_products import for_numpy, one_thread
 
-MOST = 0.4  # features a sample; then 7 n d² operations for a pair are fewer than 3 n² d
+MOST = 0.4  # largest d / n at which 7 n d² operations for a pair are fewer than 3 n² d
 
 
 def few(features: Tensor) -> bool:
-    """Whether features ``(n, d)`` are better left as they are than made a Gram matrix of."""
+    """Tell whether features `(n, d)` are cheaper to compare than their Gram matrix."""
     return features.shape[1] <= MOST * features.shape[0]
 
 
 def is_thin(kernel: Tensor) -> bool:
-    """Whether this is features in a Gram matrix's place."""
+    """Tell whether this holds features in place of a Gram matrix."""
     return kernel.shape[1] != kernel.shape[0]
 
 
 class Thin(torch.autograd.Function):
-    """Of layers of one shape ``(n, d)`` the centred features whose Gram matrices are those of `gram`; zero for a dead
-    layer.
+    """Centred features of layers of one shape `(n, d)`, whose Gram matrices are those of `gram`.
 
-    As there, the scale is a constant for the gradient.
+    The features of a dead layer are zero. As in `gram`, the gradient treats the scale as a constant.
     """
 
     @staticmethod
@@ -61,12 +60,12 @@ class Thin(torch.autograd.Function):
 
 
 def in_one_stack(features: Tensor) -> bool:
-    """Whether several layers are better copied into one tensor; a CPU's cache holds one of them, and not all."""
+    """Tell whether to copy several layers into one tensor. On a CPU the cache holds one layer, not all."""
     return features.device.type != "cpu"
 
 
 class _Outer(torch.autograd.Function):
-    """``F Fᵀ``, whose gradient is one product."""
+    """Product `F Fᵀ`, whose gradient is one product."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class _Outer(torch.autograd.Function):
 
 
 def whole(kernels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All as Gram matrices, for what knows no others."""
+    """Return all as Gram matrices, for code that takes nothing else."""
     return {name: _Outer.apply(kernel) if is_thin(kernel) else kernel for name, kernel in kernels.items()}
 
 
@@ -90,10 +89,17 @@ def whole(kernels: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def cosines(
     pairs: Sequence[Pair], targets: Mapping[str, Tensor], guides: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Linear CKA of each pair of thin layers, and the slope of their sum in each target's features.
+    """Compute linear CKA of each pair of thin layers, and the slope of their sum in each target's features.
 
-    Of each target: ``2 Σ (H Hᵀ F / ‖L‖ − cosine · F Fᵀ F / ‖K‖) / ‖K‖`` over its pairs; and the number it is multiplied
-    by, which is 1.
+    The slope of a target is `2 Σ (H Hᵀ F / ‖L‖ − cosine · F Fᵀ F / ‖K‖) / ‖K‖` over its pairs.
+
+    Args:
+        pairs: (target layer, guide layer).
+        targets: features `(n, d)` by layer.
+        guides: features `(n, d)` by layer, of the same samples.
+
+    Returns:
+        The cosines, and for each target that needs a gradient its slope and the factor of the slope, 1.
     """
     like = next(iter(targets.values()))
     host = for_numpy(like)
@@ -126,4 +132,4 @@ def _inverse_norm(square: Any, tiny: float) -> Any:
         norm = norms(square)
         return torch.where(norm <= tiny, 0, 1 / norm)
     size = float((square * square).sum()) ** 0.5
-    return 0.0 if size <= tiny else 1 / size  # NaN comes through
+    return 0.0 if size <= tiny else 1 / size  # NaN stays NaN

@@ -1,8 +1,9 @@
-"""Gram matrices on a CPU, in numpy's plainest calls.
+"""Gram matrices on a CPU, in plain numpy calls.
 
-These cost a tenth of torch's, which counts where a step has dozens of small matrices; and a product of a matrix with
-its own transpose is half the work in numpy alone. Its products run on one thread, and torch takes over where it has
-more than two: numpy's own threads wait busily on the processors that torch's need, and a step takes twice as long.
+A numpy call costs a tenth of a torch call, which matters when a step has dozens of small matrices. Only numpy computes
+half of a product of a matrix with its own transpose. Its products run on one thread: numpy's threads wait busily on the
+cores that torch's threads need, and a step would take twice as long. So torch takes over where it has more than two
+threads.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
-# the mean relative to that of the signal: up to here that stays about 1e-6 of a similarity, and below 1e-4 of its
-# gradient. A gradient in these features is a slope's product with them, mean and all, hence less of it there.
+# Centring the Gram matrix instead of the features saves a pass over them. It amplifies the rounding by the energy of
+# the mean relative to that of the signal. Up to these limits the error is about 1e-6 of a similarity and below 1e-4 of
+# its gradient. The gradient multiplies a slope by the features with their mean, so its limit is lower.
 SAFE_OFFSET = 12
 SAFE_WITH_GRADIENT = 4
-FAINTEST = float(np.finfo(np.float32).tiny)  # energy that is no dead layer's
-LARGEST_OFFSET = 1000  # beyond, a layer may be dead, and the mean's own rounding counts
-PROBED = 1024  # features of a wide layer that tell which of the two ways will do
-BLOCK = 4096  # features that are centred at a time, so that they stay in the cache
-MOST_THREADS = 2  # of torch's, on which its whole product takes as long as numpy's half on one
+FAINTEST = float(np.finfo(np.float32).tiny)  # smallest energy of a layer that is not dead
+LARGEST_OFFSET = 1000  # above this a layer may be dead, and the rounding of the mean matters
+PROBED = 1024  # features of a wide layer to choose between the two ways by
+BLOCK = 4096  # features to centre at a time, so that they stay in the cache
+MOST_THREADS = 2  # torch threads up to which numpy's half product on one thread is as fast as torch's whole one
 
 
 def outer(x: Tensor) -> Tensor:
-    """``x xᵀ`` of ``(…, n, d)``; on a CPU by numpy, which knows that half of it is enough."""
+    """Compute `x xᵀ` of `(…, n, d)`; on a CPU with numpy, which computes only half of it."""
     if not for_numpy(x):
         return x @ x.mT
     array = x.numpy()
@@ -41,18 +42,17 @@ def outer(x: Tensor) -> Tensor:
 
 
 def for_numpy(x: Tensor) -> bool:
-    """Whether numpy is to do it: on a CPU, if torch has not many threads there, and is not to see what is done, to
-    compile it or to count it."""
+    """Tell whether to use numpy: on a CPU where torch has few threads, and does not compile or trace what runs."""
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return x.device.type == "cpu" and not watched and torch.get_num_threads() <= MOST_THREADS
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, products of numpy run on the calling thread alone.
+    """Run numpy's products on the calling thread alone inside this context.
 
-    (`ThreadpoolController.limit` does as much, and takes as long as a small matrix does. Like it, this may have no
-    effect on OpenBLAS in another thread than the first that asked.)
+    `ThreadpoolController.limit` does the same, but takes as long as a small matrix does. Like it, this may not affect
+    OpenBLAS in a thread other than the first one that used it.
     """
     held = [(library, threads) for library in _blas() if (threads := library.get_num_threads()) not in (None, 1)]
     for library, _ in held:
@@ -71,20 +71,20 @@ def _blas() -> list[Any]:
 
 @one_thread()
 def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
-    """Gram matrix of float32 features ``(n, d)``, centred and scaled as `kernels.gram` does, with the fewest passes.
+    """Compute the centred, scaled Gram matrix of float32 features as `grams.gram` does, with the fewest passes.
 
     Args:
-        array: the features.
-        keep: whether a gradient will be wanted.
+        array: features `(n, d)`.
+        keep: whether a gradient will be needed.
 
     Returns:
-        The matrix, what it was multiplied by, and the features that a gradient is to be made of (None: those given);
-        or None where their mean is too large for that.
+        The matrix, its factor, and the features for the gradient (None: the given ones). None if their mean is too
+        large for this method.
     """
     n, width = array.shape
     if n < 2:
         return None
-    if width <= n:  # then the features are the smaller matrix
+    if width <= n:  # the features are then the smaller matrix
         if (found := features_on_cpu(array)) is None:
             return None
         centred, inverse = found
@@ -102,7 +102,7 @@ def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
         kernel = array @ array.T
     else:
         kernel = _kernel_in_blocks(array, mean)
-    energy, _ = _centre(kernel)  # again, for what rounding of the mean left behind
+    energy, _ = _centre(kernel)  # again, to remove the rounding of the mean
     if not (FAINTEST < energy < math.inf and float(np.vdot(mean, mean)) <= LARGEST_OFFSET * energy):
         return None
     kernel *= 1 / energy
@@ -110,7 +110,7 @@ def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
 
 
 def _offset_of(array: Any) -> float:
-    """The energy of the features' mean relative to that of the signal."""
+    """Compute the energy of the features' mean relative to that of the signal."""
     mean = np.add.reduce(array, 0) / len(array)
     offset = float(np.vdot(mean, mean))
     energy = float(np.einsum("ij,ij->", array, array)) / len(array) - offset
@@ -118,7 +118,7 @@ def _offset_of(array: Any) -> float:
 
 
 def _centre(kernel: Any) -> tuple[float, float]:
-    """Centre a Gram matrix in place; its mean diagonal afterwards, and what that was more before."""
+    """Centre a Gram matrix in place. Return its mean diagonal afterwards, and by how much it fell."""
     mean = np.add.reduce(kernel, 0) / len(kernel)
     offset = float(np.add.reduce(mean)) / len(kernel)
     energy = float(kernel.trace()) / len(kernel) - offset
@@ -128,7 +128,7 @@ def _centre(kernel: Any) -> tuple[float, float]:
 
 
 def _kernel_in_blocks(array: Any, mean: Any) -> Any:
-    """Gram matrix of the features less their mean, of which there is never more than a block."""
+    """Compute the Gram matrix of the features minus their mean, one block of centred features at a time."""
     kernel: Any = 0
     room = np.empty((len(array), min(BLOCK, len(mean))), array.dtype)
     for start in range(0, len(mean), BLOCK):
@@ -139,9 +139,12 @@ def _kernel_in_blocks(array: Any, mean: Any) -> Any:
 
 
 def features_on_cpu(array: Any) -> tuple[Any, float] | None:
-    """Features ``(n, d)``, centred and scaled as `kernels.centred_features` does, and the scale; None as above.
+    """Centre and scale features `(n, d)` as `grams.centred_features` does.
 
-    No library of products is asked, so that its threads need not be held.
+    It calls no BLAS, so that BLAS threads need not be limited.
+
+    Returns:
+        The features and their factor, or None as `kernel_on_cpu` does.
     """
     if not len(array):
         return None

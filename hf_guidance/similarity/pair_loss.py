@@ -1,4 +1,4 @@
-"""The similarities of all pairs from their Gram matrices, and the loss with its gradient in the target's."""
+"""Similarities of all pairs from their Gram matrices, and the loss with its gradient in the target's."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from hf_guidance.similarity.narrow import cosines, is_thin, whole
 from hf_guidance.similarity.representation import MOST, ZerosWithSlopes, starts_slowly
 
 Grams = dict[str, Tensor]
-Slope = tuple[Tensor, Tensor | None]  # a matrix, and the number it is multiplied by, unless it has been
-Compared = tuple[
-    Tensor, Mapping[str, Slope]
-]  # similarity of each pair, and its sum's slope in each target's Gram matrix
+Slope = tuple[Tensor, Tensor | None]  # a matrix and its factor; None if it is multiplied already
+# similarity of each pair, and the slope of their sum in each target's Gram matrix
+Compared = tuple[Tensor, Mapping[str, Slope]]
 
 
 def guidance_loss(
     pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams, *, mean: bool = False, scale: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ or mean over the pairs of (1 − similarity), and the similarity of each pair, detached.
+    """Compute the sum or mean over the pairs of (1 − similarity), and each pair's similarity.
 
-    The gradient in each target layer's Gram matrix is taken at once, so that until the backward nothing of what the
-    measure computed is kept but that gradient; the loss has no second derivative for it.
+    The gradient in each target layer's Gram matrix is computed at once. Until the backward only that gradient is kept,
+    nothing else that the measure computed. The loss has no second derivative.
 
     Args:
-        pairs: all count; those that share a layer share its work.
-        measure: what is compared.
-        targets: Gram matrices ``(n, n)`` by layer, with their graphs, or `Thin` features in place of any; those of no
-            pair are left aside. All are compared where the first one is.
-        guides: the guide's, over the same samples.
-        mean: over the pairs, instead of their sum.
-        scale: factor of the gradient alone.
+        pairs: (target layer, guide layer). Each counts. Pairs with a common layer share its work.
+        measure: similarity measure.
+        targets: by layer, Gram matrices `(n, n)` with their graphs, or `Thin` features. Layers in no pair are ignored.
+            All are compared on the device of the first one.
+        guides: the same for the guide, over the same samples.
+        mean: take the mean over the pairs instead of the sum.
+        scale: factor of the gradient, not of the value.
+
+    Returns:
+        The loss, a scalar, and pair → similarity, detached.
     """
     like = next(iter(targets.values()))
     count = len(pairs) if mean else 1
@@ -62,14 +64,14 @@ def guidance_loss(
 
 
 def _zero(targets: Grams, slopes: Mapping[str, Slope]) -> Tensor:
-    """0, with a slope in each of these."""
+    """Return 0, with a gradient of the given slope in each of the targets."""
     if any(factor is None for _, factor in slopes.values()):
         return ZerosWithSlopes.apply(torch.stack([s for s, _ in slopes.values()]), *(targets[name] for name in slopes))
     return torch.stack([ZeroWithSlope.apply(targets[name], *slope) for name, slope in slopes.items()]).sum()
 
 
 class ZeroWithSlope(torch.autograd.Function):
-    """0, whose gradient in a matrix is a factor times the given one: the matrix need not be kept for the backward."""
+    """Zero whose gradient in a matrix is a factor times a given slope. The backward need not keep the matrix."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class ZeroWithSlope(torch.autograd.Function):
 
 
 def _one_by_one(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> Compared:
-    """Any measure: what the pairs of a layer share is computed once, and the slope is autograd's."""
+    """Compare pairs by any measure. Work per layer is done once, and autograd computes the slope."""
     with torch.no_grad():
         guide_sides = {name: measure.guide_side(kernel) for name, kernel in guides.items()}
     values: dict[Pair, Tensor] = {}
@@ -101,13 +103,14 @@ def _one_by_one(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides:
 
 
 def _by_cosines(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> Compared:
-    """A measure that is the cosine of two kernels, with the slope in closed form as far as the kernel."""
+    """Compare pairs by a cosine of two kernels, with the slope in the kernel in closed form."""
     assert measure.kernel is not None
     with torch.no_grad():
         others = {name: measure.kernel(kernel) for name, kernel in guides.items()}
     if measure.centred_slope:  # the kernel is the Gram matrix
         first = next(iter(targets.values()))
-        alike = all(kernel.shape == first.shape for kernel in targets.values())  # not of layers with other positions
+        # layers may differ in their number of positions
+        alike = all(kernel.shape == first.shape for kernel in targets.values())
         together = alike and starts_slowly(first) and len(pairs) * first.nbytes <= MOST
         return (_cosines_together if together else _cosines)(pairs, targets, others)
     values: dict[Pair, Tensor] = {}
@@ -125,16 +128,16 @@ def _by_cosines(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides:
 
 @contextmanager
 def _leaf(kernel: Tensor) -> Iterator[Tensor]:
-    """The start of a graph of its own, which ends with the block; without one where no gradient is wanted."""
+    """Open a graph that starts at the kernel and ends with the block; no graph if no gradient is needed."""
     wanted = kernel.requires_grad and torch.is_grad_enabled()
     with torch.set_grad_enabled(wanted):
         yield kernel.detach().requires_grad_(wanted)
 
 
 def _cosines(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> Compared:
-    """``⟨K, L⟩ / (‖K‖ ‖L‖)`` of each pair, and ``Σ (L / ‖L‖ − cosine · K / ‖K‖) / ‖K‖``, the slope in each K.
+    """Compute `⟨K, L⟩ / (‖K‖ ‖L‖)` of each pair, and the slope `Σ (L / ‖L‖ − cosine · K / ‖K‖) / ‖K‖` in each K.
 
-    Numbers are computed for all pairs at once: one by one, they would take as long as the matrices.
+    Scalars are computed for all pairs at once. One by one, they would take as long as the matrices.
     """
     with_slope = [layer for layer, kernel in kernels.items() if kernel.requires_grad and torch.is_grad_enabled()]
     with torch.no_grad():
@@ -158,7 +161,7 @@ def _cosines(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> Compared:
 
 
 def _cosines_together(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> Compared:
-    """`_cosines` in a few large steps, where each takes long to start."""
+    """Do as `_cosines` in a few large operations, where each takes long to start."""
     with_slope = [layer for layer, kernel in kernels.items() if kernel.requires_grad and torch.is_grad_enabled()]
     with torch.no_grad():
         ours, theirs = torch.stack([kernels[t] for t, _ in pairs]), torch.stack([others[g] for _, g in pairs])
@@ -176,5 +179,15 @@ def _cosines_together(pairs: Sequence[Pair], kernels: Grams, others: Grams) -> C
 
 @torch.no_grad()
 def similarities(pairs: Sequence[Pair], measure: Measure, targets: Grams, guides: Grams) -> dict[str, Tensor]:
-    """The similarity of each pair, without a gradient."""
+    """Compute the similarity of each pair, without a gradient.
+
+    Args:
+        pairs: (target layer, guide layer).
+        measure: similarity measure.
+        targets: by layer, Gram matrices `(n, n)` or `Thin` features.
+        guides: the same for the guide, over the same samples.
+
+    Returns:
+        Pair → similarity, a scalar.
+    """
     return guidance_loss(pairs, measure, targets, guides)[1]

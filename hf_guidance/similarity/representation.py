@@ -1,5 +1,8 @@
-"""Gram matrices, or `Thin` features, of many small layers at once: to start the work on one takes longer than to do it,
-which on a GPU is so of most layers and on a CPU of very small or sketched ones."""
+"""Batches of small layers, whose Gram matrices or `Thin` features are computed in a few large operations.
+
+For a small layer, launching an operation costs more than the arithmetic. On a GPU that holds for most layers, on a CPU
+for very small or sketched ones.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,22 @@ from hf_guidance.similarity.half_precision import for_tensor_cores
 from hf_guidance.similarity.matrices import center_in_place
 from hf_guidance.similarity.narrow import Thin
 
-SMALL = 2**22  # bytes in float32 of a layer's features and of its Gram matrix, up to which both are kept for the others
-SMALL_CONSTANT = 2**20  # the same where nothing but this would keep the features
+SMALL = 2**22  # most bytes in float32 of a layer's features or Gram matrix for the layer to wait for the others
+SMALL_CONSTANT = 2**20  # the same for features that nothing else keeps in memory
 SMALL_ON_CPU = 2**16  # the same on a CPU
-SMALL_THIN = 2**20  # bytes of a Gram matrix, above which few features stand for it on a GPU, too
-MOST = 2**27  # bytes that are copied, or made, together
+SMALL_THIN = 2**20  # bytes of a Gram matrix above which few features replace it on a GPU too
+MOST = 2**27  # most bytes to copy or compute together
 
 
 @dataclass(frozen=True)
 class Later:
-    """What a layer's Gram matrix, or what stands for it, will be made of: its features ``(n, d)``, or if they are
-    constants and many, their products ``(n, n)``.
+    """Layer whose Gram matrix, or `Thin` features, will be computed later.
 
     Args:
-        precision: what the features were computed in.
-        multiplied: whether these are products.
-        thin: whether the features are to stand for the matrix.
+        values: features `(n, d)`; or their products `(n, n)`, if the features are many and constant.
+        precision: dtype in which the features were computed.
+        multiplied: whether the values are products.
+        thin: whether the layer becomes `Thin` features instead of a Gram matrix.
     """
 
     values: Tensor
@@ -41,12 +44,15 @@ class Later:
 
     @property
     def size(self) -> int:
-        """Bytes in float32 of the features or the Gram matrix, whichever are more; of thin ones there is no matrix."""
+        """Return the bytes in float32 of the features or of their Gram matrix, whichever is larger.
+
+        Thin layers have no Gram matrix.
+        """
         return 4 * (self.values.numel() if self.thin else len(self.values) * max(self.values.shape))
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Alike for those that can be made together."""
+        """Return a key that is equal for layers that can be computed together."""
         return self.multiplied, self.thin, self.precision, self.values.dtype, self.values.device, self.values.shape
 
 
@@ -54,16 +60,20 @@ Kernel = Tensor | Later
 
 
 def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False, thin: bool = False) -> Later | None:
-    """What to keep of features ``(n, d)`` until the network that they are of has run; None if their Gram matrix, or
-    what stands for it, is better made at once.
+    """Choose what to keep of a layer until its network has run.
 
     Args:
-        keep_copy: as of `kernels.gram`.
-        thin: whether these few features could stand for their Gram matrix, which is larger.
+        x: features `(n, d)`.
+        precision: dtype in which the features were computed.
+        keep_copy: as in `grams.gram`.
+        thin: whether these features may replace their Gram matrix, which is larger.
+
+    Returns:
+        The layer to compute later, or None if it is better computed at once.
     """
     n = len(x)
     thin = thin and not (4 * n * n <= SMALL_THIN and starts_slowly(x))
-    copied_in_vain = thin and keep_copy and x.device.type == "cpu"  # as of one layer it takes no longer, without a copy
+    copied_in_vain = thin and keep_copy and x.device.type == "cpu"  # one layer at a time is as fast and needs no copy
     if not starts_slowly(x, thin) or copied_in_vain:
         return None
     constant = not (x.requires_grad and torch.is_grad_enabled())
@@ -71,22 +81,30 @@ def later(x: Tensor, precision: torch.dtype, keep_copy: bool = False, thin: bool
         return Later(half_precision.outer(x.detach()), half_precision.precision_of(x), multiplied=True)
     if Later(x, precision, thin=thin).size > (SMALL_CONSTANT if constant else SMALL):
         return None
-    return Later(x.clone() if keep_copy else x, precision, thin=thin)  # the copy's gradient is x's as it is now
+    return Later(x.clone() if keep_copy else x, precision, thin=thin)  # the copy keeps the values that x has now
 
 
 def starts_slowly(x: Tensor, thin: bool = False) -> bool:
-    """Whether it takes longer to start work on features ``(n, d)`` than to do it, if they are not too many: where it is
-    only started from here, and where there is little of it.
+    """Tell whether launching the work on features `(n, d)` takes longer than doing it, if there are not too many.
+
+    That holds off the CPU, where work is only launched, and where there is little work.
 
     Args:
-        thin: whether that work is on the features alone, and on no Gram matrix of them.
+        x: features.
+        thin: whether the work is on the features alone, without a Gram matrix.
     """
     return x.device.type != "cpu" or 4 * (x.numel() if thin else len(x) * max(x.shape)) <= SMALL_ON_CPU
 
 
 def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
-    """All as Gram matrices, or what stands for them, in their order; those that are yet to be made, in few steps for
-    each kind."""
+    """Compute all layers that are to be computed later, each kind in a few large operations.
+
+    Args:
+        kernels: Gram matrices, `Thin` features and layers to compute later, by layer.
+
+    Returns:
+        Gram matrices or `Thin` features, in the same order.
+    """
     kinds: dict[tuple[Any, ...], dict[str, Later]] = {}
     for name, kernel in kernels.items():
         if isinstance(kernel, Later):
@@ -109,7 +127,7 @@ def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
 
 
 class CentredKernels(torch.autograd.Function):
-    """`kernels.CentredKernel` of several layers of one shape: ``(layers, n, n)``."""
+    """Several `grams.CentredKernel` of layers of one shape: `(layers, n, n)`."""
 
     @staticmethod
     def forward(ctx: Any, precision: torch.dtype, *features: Tensor) -> Tensor:
@@ -134,7 +152,7 @@ class CentredKernels(torch.autograd.Function):
 
 
 class ZerosWithSlopes(torch.autograd.Function):
-    """`pairwise.ZeroWithSlope` of several matrices: 0, whose gradients in them are given, ``(layers, n, n)``."""
+    """Several `pair_loss.ZeroWithSlope`: zero with a given gradient in each of several matrices, `(layers, n, n)`."""
 
     @staticmethod
     def forward(ctx: Any, slopes: Tensor, *matrices: Tensor) -> Tensor:

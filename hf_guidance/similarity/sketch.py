@@ -1,4 +1,4 @@
-"""A sketch of wide features: few numbers a sample, whose products are on average those of the features themselves."""
+"""Sketches of wide features: random projections to few dimensions that keep inner products on average."""
 
 from __future__ import annotations
 
@@ -11,35 +11,44 @@ from torch import Tensor
 from hf_guidance.similarity.grams import without_second_derivative
 from hf_guidance.similarity.numpy_products import for_numpy
 
-SMALL = 2**20  # bytes of features, up to which torch's calls cost more than to move them twice
-SMALL_SKETCH = 2**16  # bytes of their sketch, up to which that is so: for a larger one each of the calls does more
-NARROW = 2**14  # features of a sample, of which that holds for batches of 16 and more
-TABLES = 256  # of signs, that are kept: padded rows have another width in every batch
+SMALL = 2**20  # bytes of features up to which torch's calls cost more than moving the features twice
+SMALL_SKETCH = 2**16  # bytes of the sketch up to which that holds; for a larger one each call does more work
+NARROW = 2**14  # features per sample up to which that holds for batches of 16 and more
+TABLES = 256  # tables of signs to keep; padded rows have another width in every batch
 
 
 class Sketch:
-    """Count sketch of features ``(n, d)`` to ``(n, size)``: each is added, with a random sign, to one of ``size`` sums.
+    """Count sketch of features `(n, d)` to `(n, size)`: adds each feature, with a random sign, to one of `size` sums.
 
-    It is linear, and unbiased for the Gram matrix: ``E⟨Sx, Sy⟩ = ⟨x, y⟩`` with a variance of at most
-    ``(‖x‖²‖y‖² + ⟨x, y⟩²) / size``. Over all pairs of samples, the Gram matrix K has a relative error whose mean square
-    is at most ``(r + 1) / size``; ``r = tr(K)² / ‖K‖²`` is the participation ratio of the centred features,
-    about the number of directions they spread over. Layers no wider than ``size`` are left as they are.
+    The sketch is linear, and unbiased for the Gram matrix: `E⟨Sx, Sy⟩ = ⟨x, y⟩`, with a variance of at most `(‖x‖²‖y‖²
+    + ⟨x, y⟩²) / size`. Over all pairs of samples, the relative error of the Gram matrix K has a mean square of at most
+    `(r + 1) / size`. Here `r = tr(K)² / ‖K‖²` is the participation ratio of the centred features, roughly the number of
+    directions they spread over. Layers no wider than `size` are not sketched.
 
-    Signs and sums are drawn by the layer's name and width alone: all runs, ranks and stored features share them.
+    Signs and sums depend only on the layer's name and width, and on `size`. So all runs, ranks and stored features
+    share them.
 
     Args:
-        size: numbers kept of a sample.
+        size: dimensions to project each sample to.
 
     Source: Charikar, Chen, Farach-Colton 2002 (count sketch); the variance is Weinberger et al. 2009, lemma 2.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.widest = 0  # layer seen so far
+        self.widest = 0  # width of the widest layer seen so far
         self._tables: dict[tuple[str, int, torch.device], _Table] = {}
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        """The sketch of a layer's features, in float32 or better; differentiable."""
+        """Sketch a layer's features, in float32 or float64; differentiable.
+
+        Args:
+            name: name of the layer, by which the signs are drawn.
+            x: features `(n, d)`.
+
+        Returns:
+            `(n, size)`, or the features themselves if they are no wider than that.
+        """
         width = x.shape[1]
         self.widest = max(self.widest, width)
         if width <= self.size:
@@ -52,7 +61,7 @@ class Sketch:
         return _CountSketch.apply(x if x.dtype == torch.float64 else x.float(), self.size, self._tables[key])
 
     def _draw(self, name: str, width: int, device: torch.device) -> _Table:
-        """A sign for each feature, and for each block of ``size`` features by how much its sums are rotated."""
+        """Draw a sign for each feature, and a rotation of the sums for each block of `size` features."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {width} {self.size}".encode()))
         signs = torch.randint(2, (width,), generator=generator).to(device, torch.float32) * 2 - 1
         shifts = torch.randint(self.size, (-(-width // self.size),), generator=generator).to(device)
@@ -65,14 +74,14 @@ class Sketch:
 
 
 class _Table(NamedTuple):
-    """Where the features of a layer go.
+    """Signs of a layer's features, and the sums to add them to.
 
     Args:
-        signs: of each, float32.
-        shifts: of each block.
-        pieces: (first, end, first sum) of the runs of features that go to neighbouring sums.
-        moves: order of the features, by block and then by sum, and their signs in it; None for wide layers, and where
-            the last block is shorter.
+        signs: sign of each feature, float32.
+        shifts: rotation of each block.
+        pieces: (first, end, first sum) of each run of features that go to neighbouring sums.
+        moves: order of the features by block and then by sum, and their signs in that order. None for wide layers, and
+            for layers whose last block is shorter.
     """
 
     signs: Tensor
@@ -82,12 +91,15 @@ class _Table(NamedTuple):
 
 
 class _CountSketch(torch.autograd.Function):
-    """Feature j of block b goes to sum ``(j + shift_b) mod size``: two features collide with a chance of 1 / size."""
+    """Count sketch that adds feature j of block b to sum `(j + shift_b) mod size`.
+
+    Two features of different blocks collide with probability 1 / size.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, table: _Table) -> Tensor:
         ctx.table, ctx.size = table, size
-        if x.device.type != "cpu":  # where many small steps cost more than moving the features twice
+        if x.device.type != "cpu":  # many small operations cost more there than moving the features twice
             return x.new_zeros(len(x), size).index_add_(1, _sums(table, size), x * table.signs.to(x))
         small = x.nbytes <= SMALL and x.element_size() * len(x) * size <= SMALL_SKETCH
         if small and table.moves:
@@ -95,7 +107,7 @@ class _CountSketch(torch.autograd.Function):
             return x.index_select(1, order).mul_(signs_in_order).view(len(x), -1, size).sum(1)
         signs, sums = table.signs.to(x), x.new_empty(len(x), size)
         for begin, end, to in table.pieces:
-            if begin < size:  # the first block, which is as wide as the sums
+            if begin < size:  # the first block is as wide as the sums, and sets them
                 torch.mul(x[:, begin:end], signs[begin:end], out=sums[:, to : to + end - begin])
             else:
                 sums[:, to : to + end - begin].addcmul_(x[:, begin:end], signs[begin:end])
@@ -108,14 +120,14 @@ class _CountSketch(torch.autograd.Function):
         if not for_numpy(gradient):
             return gradient[:, _sums(table, ctx.size)] * signs, None, None
         spread = gradient.new_empty(len(gradient), len(signs))
-        into, given = spread.numpy(), gradient.numpy()  # whose calls cost less than torch's
+        into, given = spread.numpy(), gradient.numpy()  # numpy's calls cost less than torch's
         for begin, end, to in table.pieces:
             into[:, begin:end] = given[:, to : to + end - begin]
         return spread.mul_(signs), None, None
 
 
 def _sums(table: _Table, size: int) -> Tensor:
-    """Which sum each feature goes to."""
+    """Return the index of the sum that each feature goes to."""
     feature = torch.arange(len(table.signs), device=table.signs.device)
     return (feature + table.shifts[feature // size]) % size
 

@@ -58,7 +58,7 @@ def cleaned(folder, content, name="adapter_config.json"):
 def test_paths_and_tokens_are_cut_and_their_fields_are_named(value, clean, tmp_path, caplog):
     assert cleaned(tmp_path, {"r": 8, "base": {"name": value}}) == {"r": 8, "base": {"name": clean}}
     field = "base.name.b" if isinstance(value, list) else "base.name"
-    assert "adapter_config.json is pushed without what looks like" in caplog.text
+    assert "adapter_config.json is pushed without values that look like" in caplog.text
     assert f"in: {field}." in caplog.text
 
 

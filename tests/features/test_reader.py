@@ -301,7 +301,7 @@ def test_a_module_that_does_not_run_is_an_error() -> None:
     reader = LayerReader(model, ["Linear", "lstm"], "guide")
     read(reader, model, IDS)
     with pytest.raises(
-        ValueError, match=r"guide layers \['unused'\] did not run in the guide's forward; leave them out"
+        ValueError, match=r"guide layers \['unused'\] did not run in the guide's forward: leave them out"
     ):
         reader.names()
 
@@ -356,7 +356,9 @@ def test_an_output_without_tensors_has_no_features(output: Any) -> None:
 
 def test_a_packed_sequence_is_an_error() -> None:
     packed = pack_padded_sequence(torch.ones(2, 3, 1), torch.tensor([3, 2]), batch_first=True)
-    with pytest.raises(ValueError, match="a packed sequence has no batch axis; choose a layer after it is unpacked"):
+    with pytest.raises(
+        ValueError, match="a packed sequence has no batch axis: choose a layer after the sequence is unpacked"
+    ):
         first_tensor((packed, None))
 
 

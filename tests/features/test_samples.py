@@ -296,7 +296,9 @@ def test_padding_of_the_encoder_does_not_change_the_choice_of_the_decoders_token
 
 
 def test_a_batch_without_tensors_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"no tensor with a sample axis and another one; it has \['labels', 'text'\]"):
+    with pytest.raises(
+        ValueError, match=r"no tensor with a sample axis and a second axis; it has \['labels', 'text'\]"
+    ):
         Samples({"text": ["a"], "labels": torch.ones(3)})
 
 
@@ -315,7 +317,7 @@ def test_an_output_whose_first_axis_is_not_the_batch_is_an_error(output: Any, go
 
 
 def test_a_layer_with_another_length_than_the_mask_is_an_error() -> None:
-    words = r"layer 'pool' has 4 positions and the mask another number \(encoder 7\)"
+    words = r"layer 'pool' has 4 positions, but the mask has another number \(encoder 7\)"
     with pytest.raises(ValueError, match=words):
         Samples(network()[0]).gram("pool", normal(ROWS, 4, WIDTH))
 

@@ -67,7 +67,9 @@ def test_a_guide_that_does_not_tell_documents_apart_is_said(
     for _ in range(2):
         with loss.watch(DataCollatorWithFlattening(return_tensors="pt")(documents(4, 6, 6))) as watched:
             target(**watched.inputs)
-    words = r"The guide \(BertModel\) does not tell packed documents apart: features of the second one differ by \d+ %"
+    words = (
+        r"The guide \(BertModel\) does not tell packed documents apart: features of the second document differ by \d+ %"
+    )
     assert len(re.findall(words, caplog.text)) == told
 
 

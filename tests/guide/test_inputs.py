@@ -126,7 +126,7 @@ def test_the_guide_is_called_with_what_it_takes_by_name_else_with_its_one_input(
 @pytest.mark.parametrize(
     ("guide", "words"),
     [
-        (Plain(), r"the guide \(Plain\) takes \['x', 'attention_mask'\], and the batch has \['labels', 'signal'\]"),
+        (Plain(), r"the guide \(Plain\) takes \['x', 'attention_mask'\], but the batch has \['labels', 'signal'\]"),
         (AnyKeywords(), r"the guide \(AnyKeywords\) takes \[\], .* prefixed with 'guide_'"),
     ],
 )
@@ -256,9 +256,7 @@ def test_the_vocabulary_is_the_configs_and_unknown_without_one() -> None:
 
 
 def test_other_vocabularies_without_columns_for_the_guide_are_an_error() -> None:
-    words = (
-        r"the target's vocabulary has 17 tokens and the guide's 23: .*guide_input_ids and guide_attention_mask; .*=True"
-    )
+    words = r"the target's vocabulary has 17 tokens and the guide's 23: .*ids and guide_attention_mask\. .*=True"
     with pytest.raises(ValueError, match=words):
         check_vocabularies(gpt2(), llama(vocabulary=23), ["input_ids", "labels"])
 

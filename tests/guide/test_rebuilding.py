@@ -38,11 +38,11 @@ HOSTILE = [
     ),
     (  # 12 · 4096² · 70 = 14e9 parameters
         {"guide": {"config": {"model_type": "gpt2", "n_embd": 2**12, "n_head": 32, "n_layer": 70}}},
-        r"parameters and its buffers takes 5\d\.\d GiB, and 8\.0 GiB are free",
+        r"parameters and its buffers takes 5\d\.\d GiB, but only 8\.0 GiB are free",
     ),
     ({"guide": {"config": {"model_type": "gpt2", "num_labels": 2**24}}}, "num_labels is '16777216'"),
     # embeddings 17 · 8 + 1024 · 8, a block of 32 + 216 + 72 + 288 + 264, a last norm of 16
-    ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, and it says 5"),
+    ({"guide": {"parameters": 5}}, "makes a network of 9,216 parameters, but it states 5"),
     ({"guide": {"config": {"model_type": "gpt2", "attn_implementation": "evil/kernel"}}}, "attn_implementation is"),
     (
         {"guide": {"config": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "weights.pth"}}}},
@@ -79,7 +79,7 @@ HOSTILE = [
                 }
             }
         },
-        r"parameters and its buffers takes 11\.9 GiB, and 8\.0 GiB are free",
+        r"parameters and its buffers takes 11\.9 GiB, but only 8\.0 GiB are free",
     ),
 ]
 
@@ -103,7 +103,7 @@ def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named
     test_config = {"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}
     guide = {"source": "gpt2", "untrained": True, "seed": 0, "revision": None, "fingerprint": "sha256:" + "0" * 64}
     GuidanceConfig().save(tmp_path, guide | {"config": test_config, "versions": {"torch": "1.0"}})
-    with pytest.raises(ValueError, match=r"is sha256:0000.* rebuilt is sha256:.*made with \{'torch': '1\.0'\}"):
+    with pytest.raises(ValueError, match=r"is sha256:0000.* rebuilt one is sha256:.*made with \{'torch': '1\.0'\}"):
         load_guide_of(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_a_config_of_no_network_is_an_error_and_not_the_end_of_the_process(confi
 
 def test_what_takes_too_long_to_lay_out_is_ended() -> None:
     start = time.monotonic()
-    with pytest.raises(ValueError, match="to lay it out and to build it takes too long"):
+    with pytest.raises(ValueError, match="laying it out and building it takes too long"):
         size_of({"model_type": "gpt2"}, seconds=0.01)
     assert time.monotonic() - start < 30
 

@@ -101,7 +101,7 @@ REFUSED: dict[Callable[[Path], None], str] = {
     adapter_beside_a_network: r"it is an adapter of 'other/base', .* Load it with PEFT, merge it",
     explicit_pickle: r"its config names the weights 'adapter_model\.bin'; only safetensors are read",
     explicit_index_of_a_pickle: r"its own\.safetensors\.index\.json names 'pytorch_model\.bin'",
-    timm_checkpoint: "gives timm the model_args checkpoint_path, by which other files are read",
+    timm_checkpoint: "gives timm the model_args checkpoint_path, which make it read other files",
     timm_from_elsewhere: "names the architecture 'hf-hub:other/base', which is not in this version of timm",
     backbone_from_elsewhere: "takes the backbone 'other/base' from elsewhere",
     kernel_from_elsewhere: "takes attn_implementation 'other/base' from elsewhere.* attn_implementation='eager'",
@@ -193,7 +193,7 @@ def test_what_a_networks_own_code_unpickles_is_refused(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("name", ["use_safetensors", "weights_only", "adapter_kwargs"])
 def test_options_that_would_read_pickles_or_another_place_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{name} is always on|none are read|one whole network: merge the adapter"):
+    with pytest.raises(ValueError, match=f"{name} is always on|never read|one whole network: merge the adapter"):
         load_guide(tmp_path, **{name: False})
 
 
@@ -210,9 +210,9 @@ def test_a_module_is_a_guide_as_it_is() -> None:
 
 
 def test_options_for_a_module_and_a_source_of_another_type_are_named() -> None:
-    with pytest.raises(ValueError, match="untrained, seed: a module is taken as a guide as it is"):
+    with pytest.raises(ValueError, match="untrained, seed: a module is used as it is"):
         load_guide(nn.Linear(2, 2), untrained=True, seed=3)
     with pytest.raises(ValueError, match=r"Cannot load a guide from a NoneType\. A guide is a local folder"):
         load_guide(None)
-    with pytest.raises(ValueError, match=r"the guide is what torch\.compile\(guide\) returned"):
+    with pytest.raises(ValueError, match=r"the guide is the result of torch\.compile\(guide\)"):
         load_guide(torch.compile(nn.Linear(2, 2)))

@@ -194,7 +194,7 @@ BAD = [
     ),
     (
         {"similarity_batch": "accumulated", "cache_guide": "x", "sample_id_column": "id", "sketch": 4},
-        "cache_guide cannot be had with similarity_batch='accumulated'",
+        "cache_guide does not work with similarity_batch='accumulated'",
     ),
 ]
 

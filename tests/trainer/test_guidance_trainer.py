@@ -838,7 +838,7 @@ def test_what_is_not_a_guide_or_a_config_is_said_at_once(tmp_path: Path, given: 
 
 
 def test_a_target_that_torch_compile_returned_is_refused_before_it_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the target is what torch.compile\(target\) returned.*target.compile\(\)"):
+    with pytest.raises(ValueError, match=r"the target is the result of torch.compile\(target\).*target.compile\(\)"):
         GuidanceTrainer(torch.compile(gpt2()), arguments(tmp_path), guide=llama())
 
 

@@ -189,7 +189,7 @@ def test_a_batch_of_one_row_cannot_be_shuffled_and_is_not_guided(tmp_path: Path)
     packing = {"data_collator": DataCollatorWithFlattening(), "train_dataset": listed_rows()}
     trainer = make_trainer(tmp_path, gpt2(), llama(), sample_axis="token", guide_input="shuffled", **packing)
     with pytest.raises(
-        RuntimeError, match="guide_input='shuffled' exchanges the rows of a batch, and this one has one"
+        RuntimeError, match="guide_input='shuffled' exchanges the rows of a batch, but this batch has only one"
     ):
         trainer.train()
 
