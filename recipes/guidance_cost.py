@@ -115,7 +115,7 @@ def measure(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
 
 def main() -> None:
     """Measure, print and save."""
-    instead = "--rounds and --steps, and measures from the start"
+    instead = "use --rounds and --steps instead; every call measures from the start"
     recipe, args, guidance = parse(__doc__ or "", Arguments, defaults, refused=REFUSED, instead=instead)
     if args.world_size > 1:
         raise ValueError(f"{args.world_size} processes: the cost is that of one; start one, and name one GPU.")

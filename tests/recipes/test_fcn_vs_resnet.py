@@ -184,7 +184,7 @@ def test_a_guide_that_is_there_already_distils_on_the_images_it_was_trained_on(t
     data = run_here(monkeypatch, tmp_path / "out", **options)["runs"][0]["settings"]["data"]
     assert data["guide"] == {"size": 16, "mean": [0.1] * 3, "std": [0.7] * 3}
     assert data["target"] == {"size": 8, "mean": [0.1] * 3, "std": [0.7] * 3}
-    with pytest.raises(ValueError, match=r"the same classes: .*seven has 7 and the data has 10\. Name a guide"):
+    with pytest.raises(ValueError, match=r"the same classes: .*seven has 7 and the data has 10\. Choose a guide"):
         run_here(monkeypatch, tmp_path / "other", **options | {"guide": tmp_path / "seven"})
     assert not (tmp_path / "other").exists()
 
@@ -377,7 +377,7 @@ def test_a_dead_connection_is_an_error_that_says_how_to_go_on_and_leaves_the_che
     assert process.returncode == 1
     assert "The data could not be read any further (" in printed, printed[-2000:]
     last = last_whole_checkpoint(place)
-    assert f"The same command goes on from {Path(last).name}" in printed
+    assert f"Rerun the same command to resume from {Path(last).name}" in printed
     assert load_guide(last).config.hidden_size == 16
 
 

@@ -133,7 +133,7 @@ def test_goals_stand_beside_what_they_are_of_only(tmp_path):
         ({"batches": 0}, "batches is 0; it must be at least 1"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
         ({"target": "deepfcn"}, "target 'deepfcn' is none of deep_fcn, wide_fcn"),
-        ({"max_steps": 3}, "--max_steps: this recipe takes --rounds and --steps"),
+        ({"max_steps": 3}, "--max_steps: use --rounds and --steps instead"),
         ({"rounds": 0}, "rounds is 0; it must be at least 1"),
         ({"target": "/nowhere/at/all", **BARE}, "target '/nowhere/at/all' is none of deep_fcn, wide_fcn"),
         ({"target": "timm/resnet10t"}, "width and depth are of deep_fcn, wide_fcn, resnet50_without_skips"),
