@@ -280,9 +280,7 @@ def test_fsdp_on_a_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match=r"2 processes were started, but this one trains in a world of 1.*use_cpu"
-    ):
+    with pytest.raises(ValueError, match=r"2 processes were started, but this one trains in a world of 1.*use_cpu"):
         check_machine(args)
 
 
