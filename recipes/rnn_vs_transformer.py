@@ -4,11 +4,16 @@
     accelerate launch recipes/rnn_vs_transformer.py --task parity --seeds 0 1 2
     accelerate launch recipes/rnn_vs_transformer.py --task language_modeling --text_files shakespeare.txt
 
-Matched runs (same seed, same initial weights, same data order): the target alone, guided by an untrained guide, guided
-by a trained guide, and the guide itself as a reference. Every field of TrainingArguments and GuidanceConfig is a flag
-and applies to all runs. Use --seeds instead of --seed, and --max_steps instead of --num_train_epochs. --output_dir
-contains a table, results.json, figures, and the model of each run. Rerun the same command to resume.
-Results, full commands and hardware: recipes/README.md.
+Matched runs (same seed, same initial weights, same data order), chosen with --runs:
+
+    alone            the target without guidance
+    untrained_guide  guided by a guide with random weights
+    trained_guide    guided by the network that guide_itself trained
+    guide_itself     the guide, trained on the task, as a reference
+
+Every field of TrainingArguments and GuidanceConfig is a flag and applies to all runs. Use --seeds instead of --seed,
+and --max_steps instead of --num_train_epochs. --output_dir contains a table, results.json, figures, and the model of
+each run. Rerun the same command to resume. Results, full commands and hardware: recipes/README.md.
 """
 
 from __future__ import annotations
@@ -75,12 +80,14 @@ class Preset:
 
 
 def recurrent(task: Task, **sizes: Any) -> PreTrainedModel:
+    """Build an RNN for the task: a classifier if `sizes` holds `num_labels`, else a language model."""
     if "num_labels" in sizes:
         return RNNForSequenceClassification(RNNConfig(**_tokens(task), **sizes))
     return RNNForCausalLM(RNNConfig(**_tokens(task), **sizes))
 
 
 def decoder(task: Task, length: int, **sizes: Any) -> PreTrainedModel:
+    """Build a GPT-2 language model for texts of up to `length` tokens."""
     own: dict[str, Any] = {
         "n_positions": length,
         "loss_type": "ForCausalLM",
@@ -89,6 +96,7 @@ def decoder(task: Task, length: int, **sizes: Any) -> PreTrainedModel:
 
 
 def encoder(task: Task, **sizes: Any) -> PreTrainedModel:
+    """Build a ModernBERT classifier."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
     own: dict[str, Any] = {"classifier_pooling": "mean", "attn_implementation": "sdpa"}
     return ModernBertForSequenceClassification(ModernBertConfig(**(_tokens(task) | special), **own, **sizes))

@@ -32,8 +32,8 @@ def comparison_rows(
 ) -> list[dict[str, Any]]:
     """Return one row per run name, over its seeds, in order of appearance.
 
-    If there are runs called `longer`, their curves give two more rows for the baseline: at twice the steps, and at the
-    training time of the slowest guided run of the same seed.
+    If there are runs called `longer`, their curves give two more rows for the baseline. One is at twice the steps, the
+    other at the training time of the slowest guided run of the same seed.
 
     Returns:
         Dicts of `run`, `seeds`, `steps`, `seconds` (mean), `validation` and `test` (each mean and std, or None).

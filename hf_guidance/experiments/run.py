@@ -112,11 +112,21 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def first_rows(task: Task, size: int) -> dict[str, Any]:
+    """Collate the first `size` validation rows of a task into a batch."""
     rows = (task.eval_dataset[i] for i in range(min(size, len(task.eval_dataset))))
     return dict(task.data_collator(list(rows)))
 
 
 def record_of(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
+    """Collect the record of a finished run as JSON values.
+
+    Args:
+        run: The run.
+        trainer: Its trainer, after training.
+        settings: Result of `settings_of`.
+        test: Metrics of the test, with the prefix `test_`.
+        metric: Name of the main metric.
+    """
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
     seconds = {step: at for step, at in clock.marks}  # noqa: C416  JSON has made lists of the pairs
     history = trainer.state.log_history

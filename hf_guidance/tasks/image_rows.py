@@ -117,7 +117,7 @@ def _readable(rows: Iterator[Any]) -> Iterator[Any]:
             return
         except Exception as error:
             raise ConnectionError(
-                f"The data could not be read any further ({type(error).__name__}: {error}). Retries: "
-                "datasets.config.STREAMING_READ_MAX_RETRIES, STREAMING_READ_RETRY_INTERVAL seconds apart."
+                f"The data could not be read any further ({type(error).__name__}: {error}). For more retries, "
+                "raise datasets.config.STREAMING_READ_MAX_RETRIES or STREAMING_READ_RETRY_INTERVAL (seconds)."
             ) from error
         yield row

@@ -50,6 +50,16 @@ def digits() -> dict[str, Dataset]:
 
 
 def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, Any]:
+    """Load the splits of a dataset from the Hub or a local folder.
+
+    Args:
+        dataset: Hub id or folder.
+        config: Name of its configuration, if it has several.
+        streaming: Whether to stream the dataset instead of downloading it first.
+
+    Raises:
+        ValueError: If the dataset is missing, gated or has no split train.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.constants import ENDPOINT
@@ -72,6 +82,7 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
 
 
 def features_of(split: Any, dataset: str) -> Features:
+    """Return the features of a split, which a stream may have to read first. Raise ValueError if it has no rows."""
     features = split.features or split._resolve_features().features
     if not features:
         raise ValueError(f"the train split of {dataset} has no rows.")
@@ -79,6 +90,17 @@ def features_of(split: Any, dataset: str) -> Features:
 
 
 def find_columns(features: Features, dataset: str, image: str | None, label: str | None) -> tuple[str, str]:
+    """Find the columns with images and with classes.
+
+    Args:
+        features: Features of the dataset.
+        dataset: Name of the dataset, for errors.
+        image: Name of the image column; None finds it.
+        label: Name of the class column; None finds it.
+
+    Raises:
+        ValueError: If a column is missing, ambiguous or of another type.
+    """
     from datasets import ClassLabel, Image
 
     images = [image] if image else [name for name, kind in features.items() if isinstance(kind, Image)]
@@ -96,6 +118,17 @@ def find_columns(features: Features, dataset: str, image: str | None, label: str
 
 
 def class_names(features: Features, column: str, dataset: str, num_labels: int | None) -> list[str]:
+    """Return the names of the classes, which are numbers if the dataset has no names.
+
+    Args:
+        features: Features of the dataset.
+        column: Name of the class column.
+        dataset: Name of the dataset, for errors.
+        num_labels: Number of classes, for a dataset without names.
+
+    Raises:
+        ValueError: If the column holds no whole numbers, or `num_labels` is missing or wrong.
+    """
     kind = features[column]
     names = getattr(kind, "names", None)
     if names is None and not str(getattr(kind, "dtype", "")).lstrip("u").startswith("int"):

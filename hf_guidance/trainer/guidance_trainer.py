@@ -191,6 +191,17 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
     # ----------------------------------------------------------------------------------------- around the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does, after checks of the checkpoint and preparation of the guide.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint; True takes the last complete one.
+            *args, **kwargs: Arguments of `Trainer.train`.
+
+        Raises:
+            ValueError: If the checkpoint is incomplete, or has other settings or another guide.
+            FloatingPointError: If a loss is not finite and `on_non_finite` is `stop`.
+            RuntimeError: If no step was guided that should have been.
+        """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint:
             identity_now = None if self.guide is None else self.guide_identity

@@ -17,10 +17,12 @@ class RunningMeans:
         self.clear()
 
     def clear(self) -> None:
+        """Forget everything since the last log."""
         self._sums: dict[str, Tensor | float] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
+        """Add a scalar with a weight. With weight 0, the logged value is a plain sum."""
         self._sums[name] = self._sums.get(name, 0.0) + value
         self._weights[name] = self._weights.get(name, 0.0) + weight
 

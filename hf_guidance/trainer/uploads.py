@@ -124,4 +124,5 @@ def later(repository: str, staged: Path, revision: str | None = None, private: b
 
 
 def one_line(error: Exception) -> str:
+    """Return the message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

@@ -1,7 +1,7 @@
 """Cost of guidance: time and memory of the real trainers' steps, measured in turns.
 
 The *floor* is a plain step plus the forward of the whole guide without gradients. The guide runs in the precision,
-layout and compile mode, and as often, as in the guided step; with a cached guide the floor is the plain step alone.
+layout and compile mode, and as often, as in the guided step. With a cached guide the floor is the plain step alone.
 The *overhead* is guided step / floor. The extra time of the guided step is split by its forwards:
 
     guided − plain = guide forward + Grams and measures + extra backward

@@ -108,6 +108,7 @@ def _of_product(a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -87,7 +87,7 @@ class Networks:
         else:
             kind = self._auto_class()
             if setting.width or self.depth:
-                raise ValueError(f"width and depth are of {', '.join(VISION_TARGETS)}; {self.target} has its own.")
+                raise ValueError(f"width and depth apply to {', '.join(VISION_TARGETS)} only: leave them out.")
             target = untrained_network(self.target, kind)
             if target.main_input_name == "input_ids":
                 vocabulary = min(v for v in (vocabulary_size(target), vocabulary_size(guide)) if v)
@@ -102,7 +102,7 @@ class Networks:
     def _vision_target(self, setting: Setting) -> PreTrainedModel:
         if self.target == "resnet50_without_skips":
             if setting.width:
-                raise ValueError("width is of the FCNs; a ResNet has depth 18, 34 or 50.")
+                raise ValueError("width applies to the FCNs only; a ResNet takes depth 18, 34 or 50.")
             return vision_target(self.target, setting.image_size, depth=self.depth, num_labels=LABELS)
         width = setting.width or 512
         return vision_target(self.target, setting.image_size, width=width, depth=self.depth, num_labels=LABELS)

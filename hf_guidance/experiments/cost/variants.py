@@ -32,6 +32,7 @@ class Steps:
         trainer.compute_loss = lambda *args, **kwargs: self.meter.forward(compute_loss, *args, **kwargs)  # type: ignore[method-assign]
 
     def advance(self, steps: int) -> None:
+        """Train for a number of steps and store their times."""
         self._train(steps)
         self.meter.collect(self.cycle)
 
@@ -69,11 +70,13 @@ class GuideForwards:
         self.batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
 
     def forward(self, number: int) -> None:
+        """Run the guide on one of the batches, counted cyclically."""
         batch = guide_batch(self.batches[number % len(self.batches)], self.trainer.model)
         with torch.no_grad(), self.trainer.accelerator.autocast():
             self.trainer.guidance_loss.forward_guide(batch)
 
     def advance(self, steps: int) -> None:
+        """Run the guide a number of times and store the times."""
         clock, found = self.meter.clock, []
         for number in range(steps):
             began = clock.now()
@@ -91,6 +94,7 @@ class GuideForwards:
         return found
 
     def resident(self) -> int:
+        """Count the bytes of the guide's weights."""
         return bytes_of(weights_of(self.trainer.guide))
 
     def largest_layer(self) -> int:
