@@ -1,4 +1,4 @@
-"""Networks called untrainable on images, guided by a ResNet or any other network: the paper's object recognition.
+"""Untrainable networks on images, guided by a ResNet or any other network: the paper's object recognition.
 
     accelerate launch recipes/fcn_vs_resnet.py
     accelerate launch recipes/fcn_vs_resnet.py --dataset zalando-datasets/fashion_mnist --seeds 0 1 2
@@ -8,19 +8,18 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
 
     alone                    the target without guidance
     untrained_guide          guided by a guide with random weights
-    trained_guide            guided by the guide as it is on the Hub or in a folder, or as --train_guide trained it
-    untrained_guide_stopped  as above, guidance stopping at --stop_step (guidance as initialisation)
-    trained_guide_stopped
-    shuffled_guide           a control: the untrained guide sees the images of other rows
-    noise_guide              the untrained guide sees noise
-    distillation             trained on the logits of the guide that --train_guide trained, or of a trained --guide
-                             with the data's classes
-    guide_itself             that guide
+    trained_guide            guided by a trained guide: from the Hub, from a folder, or trained here (--train_guide)
+    untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
+    trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
+    shuffled_guide           control: the untrained guide sees the images of other rows
+    noise_guide              control: the untrained guide sees noise
+    distillation             trained on the logits of a trained guide that has the data's classes
+    guide_itself             the guide, trained on the data (needs --train_guide)
 
-Every field of TrainingArguments and GuidanceConfig is a flag (--seeds and --max_steps stand for --seed and
---num_train_epochs), and changes all runs alike: --guidance_stop_step 300, --prealign_steps 100 --guide_input
-prealign_noise, --guide_batch_norm batch. The results stand in --output_dir: a table, results.json, figures, and each
-run's model. After a stop the same command goes on where it was. Figures and their commands: recipes/README.md.
+Every field of TrainingArguments and GuidanceConfig is a flag and applies to all runs. Use --seeds instead of --seed,
+and --max_steps instead of --num_train_epochs. Examples: --guidance_stop_step 300; --prealign_steps 100 --guide_input
+prealign_noise; --guide_batch_norm batch. --output_dir contains a table, results.json, figures, and the model of each
+run. Rerun the same command to resume. Results and their commands: recipes/README.md.
 """
 
 from __future__ import annotations
@@ -70,38 +69,51 @@ IMAGENET = "ILSVRC/imagenet-1k"
 
 @dataclass
 class Arguments(RecipeArguments):
-    """What is compared."""
+    """The flags: target, guide, runs and data."""
 
     target: str = field(default="deep_fcn", metadata={"help": f"One of {', '.join(VISION_TARGETS)}."})
-    width: Optional[int] = field(default=None, metadata={"help": "Of an FCN's blocks."})
-    depth: Optional[int] = field(default=None, metadata={"help": "An FCN's blocks, or 18, 34 or 50 of a ResNet."})
-    image_size: Optional[int] = field(default=None, metadata={"help": "The target's, in pixels."})
-    dropout: Optional[float] = field(default=None, metadata={"help": "Of an FCN's blocks."})
+    width: Optional[int] = field(default=None, metadata={"help": "Width of an FCN's blocks."})
+    depth: Optional[int] = field(
+        default=None, metadata={"help": "Number of an FCN's blocks; 18, 34 or 50 for a ResNet."}
+    )
+    image_size: Optional[int] = field(default=None, metadata={"help": "Image size of the target, in pixels."})
+    dropout: Optional[float] = field(default=None, metadata={"help": "Dropout in an FCN's blocks."})
     guide: Optional[str] = field(
         default=None,
-        metadata={"help": "timm/<name>, Hub id or folder; left out, the paper's ResNet with random weights."},
+        metadata={"help": "timm/<name>, Hub id or folder; default the paper's ResNet with random weights."},
     )
-    untrained_guide: bool = field(default=False, metadata={"help": "Random weights for --guide, and not its own."})
-    train_guide: bool = field(default=False, metadata={"help": "Train the guide on the same data first, and keep it."})
+    untrained_guide: bool = field(default=False, metadata={"help": "Use random weights for --guide, not its own."})
+    train_guide: bool = field(default=False, metadata={"help": "First train the guide on the same data, and save it."})
     guide_image_size: Optional[int] = field(
-        default=None, metadata={"help": "Left out, what it was trained on or is made for, else the target's."}
+        default=None,
+        metadata={"help": "Image size of the guide; default the one it was trained on or made for, else the target's."},
     )
     stop_step: Optional[int] = field(
-        default=None, metadata={"help": "Where the *_stopped runs stop guidance; a third of the steps if left out."}
+        default=None, metadata={"help": "Step at which the *_stopped runs stop guidance; default a third of the steps."}
     )
     runs: Optional[list[str]] = field(
-        default=None, metadata={"help": f"Some of {', '.join(RUNS)}; left out, alone and those of the guide named."}
+        default=None, metadata={"help": f"Some of {', '.join(RUNS)}; default alone and the runs of the chosen guide."}
     )
     dataset: str = field(default="digits", metadata={"help": "Hub id or local folder; digits is scikit-learn's."})
-    dataset_config: Optional[str] = field(default=None, metadata={"help": "The dataset's configuration."})
-    image_column: Optional[str] = field(default=None, metadata={"help": "Left out, the one column with images."})
-    label_column: Optional[str] = field(default=None, metadata={"help": "Left out, the column with classes."})
-    num_labels: Optional[int] = field(default=None, metadata={"help": "Of a dataset that does not name its classes."})
-    streaming: Optional[bool] = field(default=None, metadata={"help": "Read while training; so ImageNet by default."})
-    train_size: Optional[int] = field(default=None, metadata={"help": "Rows to train on; all if left out."})
-    shuffle_buffer: int = field(default=2000, metadata={"help": "Images of a stream shuffled among one another."})
+    dataset_config: Optional[str] = field(default=None, metadata={"help": "Configuration of the dataset."})
+    image_column: Optional[str] = field(
+        default=None, metadata={"help": "Name of the column with images; found by default."}
+    )
+    label_column: Optional[str] = field(
+        default=None, metadata={"help": "Name of the column with classes; found by default."}
+    )
+    num_labels: Optional[int] = field(
+        default=None, metadata={"help": "Number of classes, if the dataset does not name them."}
+    )
+    streaming: Optional[bool] = field(
+        default=None, metadata={"help": "Stream the training data; default for ImageNet only."}
+    )
+    train_size: Optional[int] = field(default=None, metadata={"help": "Number of training rows; default all."})
+    shuffle_buffer: int = field(default=2000, metadata={"help": "Images in the shuffle buffer of a stream."})
     augmentation: Optional[str] = field(default=None, metadata={"help": f"One of {', '.join(AUGMENTATIONS)}."})
-    on_bad_image: str = field(default="raise", metadata={"help": "raise, or skip what cannot be decoded and count it."})
+    on_bad_image: str = field(
+        default="raise", metadata={"help": "raise, or skip and count images that cannot be decoded."}
+    )
 
     def __post_init__(self) -> None:
         for name, value, possible in (
@@ -121,17 +133,19 @@ class Arguments(RecipeArguments):
         self.augmentation = self.augmentation or ("none" if small else "crop_flip")
         self.runs = self.runs or self._runs_of_the_guide()
         if self.train_guide and os.path.isdir(self.guide):
-            raise ValueError(f"--train_guide trains an architecture from random weights; {self.guide} is a folder.")
+            raise ValueError(
+                f"--train_guide trains an architecture from random weights, but --guide {self.guide} is a folder."
+            )
         if not self.train_guide and "guide_itself" in self.runs:
-            raise ValueError("the run guide_itself trains the guide on the data: add --train_guide.")
+            raise ValueError("--runs guide_itself trains the guide on the data: add --train_guide.")
         needing = [run for run in self.runs if run in FROM_ITS_WEIGHTS]
         if needing and not self.train_guide and (self.untrained_guide or not self.guide_is_named):
             raise ValueError(
-                f"the run {needing[0]} needs a trained guide: name one with --guide and leave --untrained_guide out, "
+                f"--runs {needing[0]} needs a trained guide: name one with --guide and leave --untrained_guide out, "
                 "or add --train_guide."
             )
         if self.target == "resnet50_without_skips" and (self.width or self.dropout is not None):
-            raise ValueError("--width and --dropout are of the FCNs; a ResNet has --depth 18, 34 or 50.")
+            raise ValueError("--width and --dropout apply to the FCNs only; a ResNet takes --depth 18, 34 or 50.")
 
     def _runs_of_the_guide(self) -> list[str]:
         if self.train_guide:
@@ -140,7 +154,7 @@ class Arguments(RecipeArguments):
 
 
 def target_of(recipe: Arguments, task: Task) -> PreTrainedModel:
-    """The network called untrainable, with random weights."""
+    """Build the target with random weights."""
     names = {"label2id": {name: i for i, name in enumerate(task.labels)}, "id2label": dict(enumerate(task.labels))}
     small = recipe.preset == "small"
     deep = recipe.target == "deep_fcn"
@@ -155,24 +169,24 @@ def target_of(recipe: Arguments, task: Task) -> PreTrainedModel:
 
 
 def defaults(recipe: Arguments) -> dict[str, Any]:
-    """What the flags are where they are not given."""
+    """Return the defaults of the other flags."""
     small = recipe.preset == "small"
-    batch = 128 if small and recipe.dataset == "digits" else 256  # digits are to be done in minutes on two cores
+    batch = 128 if small and recipe.dataset == "digits" else 256  # digits should finish in minutes on two cores
     values = training_defaults(300 if small else 100_000, batch, 1e-3)
     name = Path(recipe.dataset).name
     values["output_dir"] = f"outputs/fcn_vs_resnet/{recipe.target}-{name}-{recipe.preset}"
-    values["remove_unused_columns"] = False  # the rows are images still
+    values["remove_unused_columns"] = False  # the rows still hold images
     if recipe.streaming:
-        values["accelerator_config"] = {"dispatch_batches": False}  # or rank 0 decodes for all
+        values["accelerator_config"] = {"dispatch_batches": False}  # else rank 0 decodes for all ranks
     if small:
         values["measure"] = "ridge"  # for linear CKA see the log in recipes/README.md
     if is_resnet(str(recipe.guide)):
-        values["guide_layers"] = ["Conv2d"]  # the paper's: every convolution
+        values["guide_layers"] = ["Conv2d"]  # every convolution, as in the paper
     return values
 
 
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
-    """Data and runs as the flags ask for them."""
+    """Build data and runs from the flags."""
     guide = str(recipe.guide)
     size = int(recipe.image_size or 0)
     chosen = set(recipe.runs or ())
@@ -209,7 +223,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     if os.path.isdir(recipe.dataset):
         data["dataset"] = {"name": Path(recipe.dataset).resolve().name, "files": identify_folder(recipe.dataset)}
     if recipe.streaming:
-        data["workers"] = args.dataloader_num_workers  # they share the files, so that their number makes the order
+        data["workers"] = args.dataloader_num_workers  # workers share the files, so their number changes the order
     if not args.dataloader_drop_last:
         check_last_batch(task, args.train_batch_size)
     return Comparison(
@@ -223,7 +237,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
 
 
 def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Task], seed: int) -> list[Run]:
-    """The runs of one seed, in an order in which the trained guide exists before it is needed."""
+    """Return the runs of one seed, in an order that trains the guide before it is needed."""
     source, labels = str(recipe.guide), len(tasks["alone"].labels)
     target = partial(target_of, recipe, tasks["alone"])
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
@@ -232,7 +246,7 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
     if stopped and recipe.stop_step is not None and not 0 < recipe.stop_step < args.max_steps:
         raise ValueError(
             f"--stop_step is {recipe.stop_step}; {stopped[0]} stops guidance within its {args.max_steps} steps: "
-            f"from 1 to {args.max_steps - 1}."
+            f"choose from 1 to {args.max_steps - 1}."
         )
     stop = {"guidance_stop_step": third if recipe.stop_step is None else recipe.stop_step}
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)

@@ -1,4 +1,4 @@
-"""What a guided step costs: beside a plain step, the guide's forward, and the paper's formulation.
+"""The cost of a guided step, compared with a plain step, the guide's forward, and the paper's formulation.
 
     accelerate launch recipes/guidance_cost.py --use_cpu
     accelerate launch recipes/guidance_cost.py --use_cpu --rows table
@@ -7,15 +7,15 @@
     accelerate launch recipes/guidance_cost.py --rows 256/224/2048 --guide timm/resnet50 --bf16 --torch_compile
 
 It steps the real trainers on random data, in turns: a Trainer, a GuidanceTrainer, a Trainer with the paper's loss, and
-the guide alone. On a CPU the times are those of the processor on --threads threads, on a GPU those between CUDA events.
+the guide alone. On a CPU, times are CPU times on --threads threads; on a GPU, times between CUDA events.
 
     floor     plain step + forward of the whole guide without gradients, as it runs in the guided step
-    overhead  guided step / floor; where no step runs the guide (weight 0, a cached guide), guided / plain step
+    overhead  guided step / floor; if no step runs the guide (weight 0, a cached guide), guided / plain step
 
-A target is deep_fcn, wide_fcn, resnet50_without_skips, or any image or language model of transformers or timm by Hub
-id, folder or timm/<architecture>; its weights are random, and so are the guide's. Every field of TrainingArguments and
-GuidanceConfig is a flag; each row has its own folder in --cache_guide. The tables stand in --output_dir as cost.json,
-with command, seed, versions and hardware.
+--target is deep_fcn, wide_fcn, resnet50_without_skips, or an image or language model of transformers or timm: Hub id,
+folder or timm/<architecture>. Its weights are random, and so are the guide's. Every field of TrainingArguments and
+GuidanceConfig is a flag. Each row has its own folder in --cache_guide. --output_dir contains the tables as cost.json,
+with command, seed, versions and hardware. Measured figures and their commands: recipes/README.md.
 """
 
 from __future__ import annotations
@@ -47,40 +47,48 @@ REFUSED = {"--max_steps", "--num_train_epochs", "--resume_from_checkpoint"}
 
 @dataclass
 class Arguments:
-    """What is measured, and how often."""
+    """The flags: what to measure, and how often."""
 
-    target: str = field(default="deep_fcn", metadata={"help": "A name, Hub id, folder or timm/<architecture>."})
+    target: str = field(default="deep_fcn", metadata={"help": "Name, Hub id, folder or timm/<architecture>."})
     guide: str = field(default="timm/resnet18", metadata={"help": "timm/<architecture>, Hub id or folder."})
-    image_size: Optional[int] = field(default=None, metadata={"help": "The target's, in pixels; 64 if left out."})
-    guide_image_size: Optional[int] = field(default=None, metadata={"help": "Left out, its own or the target's."})
-    width: Optional[int] = field(default=None, metadata={"help": "Of an FCN's blocks; 512 if left out."})
-    depth: Optional[int] = field(default=None, metadata={"help": "An FCN's blocks, or 18, 34 or 50 of a ResNet."})
-    length: int = field(default=128, metadata={"help": "Tokens a row, of a language model."})
+    image_size: Optional[int] = field(
+        default=None, metadata={"help": "Image size of the target, in pixels; default 64."}
+    )
+    guide_image_size: Optional[int] = field(
+        default=None, metadata={"help": "Image size of the guide; default its own, else the target's."}
+    )
+    width: Optional[int] = field(default=None, metadata={"help": "Width of an FCN's blocks; default 512."})
+    depth: Optional[int] = field(
+        default=None, metadata={"help": "Number of an FCN's blocks; 18, 34 or 50 for a ResNet."}
+    )
+    length: int = field(default=128, metadata={"help": "Tokens per row, for a language model."})
     rows: Optional[list[str]] = field(
-        default=None, metadata={"help": f"batch/image/width, several of them; table stands for {', '.join(GOALS)}."}
+        default=None, metadata={"help": f"One or more of batch/image/width; table means {', '.join(GOALS)}."}
     )
-    batch_sizes: Optional[list[int]] = field(default=None, metadata={"help": "Measure each of them."})
+    batch_sizes: Optional[list[int]] = field(default=None, metadata={"help": "Batch sizes to measure."})
     plot: bool = field(default=False, metadata={"help": "Draw overhead against batch size."})
-    rounds: int = field(default=5, metadata={"help": "Turns of each variant."})
-    steps: int = field(default=3, metadata={"help": "Counted steps a turn."})
-    discard: int = field(default=1, metadata={"help": "Steps before them."})
-    batches: int = field(default=4, metadata={"help": "Batches of data, over and over; whole steps of them."})
-    skip_paper: bool = field(default=False, metadata={"help": "Leave the paper's formulation out."})
-    arithmetic: Optional[bool] = field(
-        default=None, metadata={"help": "Count operations and measure the device's rate; on a GPU if left out."}
+    rounds: int = field(default=5, metadata={"help": "Turns per variant."})
+    steps: int = field(default=3, metadata={"help": "Counted steps per turn."})
+    discard: int = field(default=1, metadata={"help": "Uncounted steps before them, per turn."})
+    batches: int = field(
+        default=4, metadata={"help": "Batches of data, repeated; rounded up to whole optimizer steps."}
     )
-    threads: int = field(default=1, metadata={"help": "Of the CPU."})
+    skip_paper: bool = field(default=False, metadata={"help": "Do not measure the paper's formulation."})
+    arithmetic: Optional[bool] = field(
+        default=None, metadata={"help": "Count operations and measure the rate of the device; default on a GPU only."}
+    )
+    threads: int = field(default=1, metadata={"help": "CPU threads."})
 
 
 def defaults(recipe: Arguments) -> dict[str, Any]:
-    """What the flags are where they are not given."""
+    """Return the defaults of the other flags."""
     values: dict[str, Any] = {"output_dir": "outputs/guidance_cost", "per_device_train_batch_size": 64}
     values |= {"report_to": ["none"], "ddp_find_unused_parameters": False}
     return values | ({"guide_layers": ["Conv2d"]} if is_resnet(recipe.guide) else {})
 
 
 def settings(recipe: Arguments, batch: int) -> list[Setting]:
-    """What is measured, one after the other."""
+    """Return the settings to measure, in order."""
     given = [name for name in ("batch_sizes", "image_size", "width") if getattr(recipe, name) is not None]
     if recipe.rows and given:
         raise ValueError(f"--rows names batch, image size and width: leave {', '.join(f'--{n}' for n in given)} out.")
@@ -90,7 +98,7 @@ def settings(recipe: Arguments, batch: int) -> list[Setting]:
 
 
 def goal_of(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig, setting: Setting) -> float | None:
-    """The overhead to reach, where what is measured is what the goals are of."""
+    """Return the goal for the overhead, if this setting is one that the goals were set for; else None."""
     usual = (recipe.target, recipe.depth or 50, recipe.guide, recipe.threads) == ("deep_fcn", 50, "timm/resnet18", 1)
     exact = guidance == GuidanceConfig(guide_layers=["Conv2d"])
     plain = args.device.type == "cpu" and not (args.bf16 or args.torch_compile or args.gradient_checkpointing)
@@ -98,7 +106,7 @@ def goal_of(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
 
 
 def measure(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig, setting: Setting) -> dict[str, Any]:
-    """One row of the tables."""
+    """Measure one row of the tables."""
     args.per_device_train_batch_size = setting.batch_size
     counted = args.device.type == "cuda" if recipe.arithmetic is None else recipe.arithmetic
     plan = Plan(recipe.rounds, recipe.steps, recipe.discard, paper=not recipe.skip_paper, arithmetic=counted)
@@ -108,25 +116,25 @@ def measure(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
     micro = args.gradient_accumulation_steps
     target, rows = networks.build(setting, guide, math.ceil(recipe.batches / micro) * micro, args.seed)
     row = {"name": setting.name, "goal": goal_of(recipe, args, guidance, setting), **dataclasses.asdict(setting)}
-    if guidance.cache_guide:  # each row's own
+    if guidance.cache_guide:  # each row has its own folder
         guidance = dataclasses.replace(guidance, cache_guide=f"{guidance.cache_guide}/{setting.name.replace('/', '-')}")
     return row | measure_cost(target, guide, rows, args, guidance, plan)
 
 
 def main() -> None:
-    """Measure, print and save."""
-    instead = "--rounds and --steps, and measures from the start"
+    """Parse the flags, measure, print and save."""
+    instead = "use --rounds and --steps instead; every call measures from the start"
     recipe, args, guidance = parse(__doc__ or "", Arguments, defaults, refused=REFUSED, instead=instead)
     if args.world_size > 1:
-        raise ValueError(f"{args.world_size} processes: the cost is that of one; start one, and name one GPU.")
+        raise ValueError(f"{args.world_size} processes: this recipe measures one process. Start one, with one GPU.")
     if guidance.similarity_batch == "global":
         raise ValueError(
-            "similarity_batch='global' needs several processes, and the cost is that of one: leave it out. What such "
-            "a batch sends is in the tables all the same."
+            "--similarity_batch global needs several processes, but this recipe measures one: leave it out. The tables "
+            "show the bytes that such a batch sends in any case."
         )
     for name in ("batches", "threads"):
         if getattr(recipe, name) < 1:
-            raise ValueError(f"{name} is {getattr(recipe, name)}; it must be at least 1.")
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be at least 1.")
     folder = Path(str(args.output_dir))
     check_writable(folder)
     if args.device.type == "cpu":
@@ -145,8 +153,8 @@ def main() -> None:
     }
     for setting in chosen:
         report["rows"].append(measure(recipe, args, guidance, setting))
-        write_json(folder / "cost.json", report)  # what is measured is kept though a later row fails
-        gc.collect()  # a trainer is a cycle: three of them and their optimizers would stay for the next row
+        write_json(folder / "cost.json", report)  # keeps finished rows if a later one fails
+        gc.collect()  # trainers are reference cycles and would stay in memory for the next row
     print("\n" + cost_tables(report["rows"]) + f"\n\n{folder}/cost.json")
     if recipe.plot:
         plot_overhead(report["rows"], folder / "overhead.png")

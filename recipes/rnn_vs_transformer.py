@@ -1,16 +1,19 @@
-"""An RNN guided by a Transformer, and the other way round: the paper's sequence tasks.
+"""An RNN guided by a Transformer, and a Transformer guided by an RNN: the paper's sequence tasks.
 
     accelerate launch recipes/rnn_vs_transformer.py
     accelerate launch recipes/rnn_vs_transformer.py --task parity --seeds 0 1 2
     accelerate launch recipes/rnn_vs_transformer.py --task language_modeling --text_files shakespeare.txt
 
-Matched runs (same seed, same initial weights, same data order): the target alone, guided by an untrained guide, guided
-by a trained one, and the guide itself as the reference line. Every field of TrainingArguments and GuidanceConfig is a
-flag (--seeds and --max_steps stand for --seed and --num_train_epochs), and changes all runs alike.
-The results stand in --output_dir: a table, results.json, a figure, and each run's model. After a stop the same command
-goes on where it was. Small presets, seeds 0 1 2, guided against alone, equal steps: copy-paste 43.0 against 21.6 %
-(untrained guide), parity 69.7 against 58.8 %, Shakespeare's perplexity 137.0 against 160.1 (trained guides). Tables,
-full commands and hardware: recipes/README.md.
+Matched runs (same seed, same initial weights, same data order), chosen with --runs:
+
+    alone            the target without guidance
+    untrained_guide  guided by a guide with random weights
+    trained_guide    guided by the network that guide_itself trained
+    guide_itself     the guide, trained on the task, as a reference
+
+Every field of TrainingArguments and GuidanceConfig is a flag and applies to all runs. Use --seeds instead of --seed,
+and --max_steps instead of --num_train_epochs. --output_dir contains a table, results.json, figures, and the model of
+each run. Rerun the same command to resume. Results, full commands and hardware: recipes/README.md.
 """
 
 from __future__ import annotations
@@ -51,14 +54,16 @@ RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")
 
 @dataclass
 class Arguments(RecipeArguments):
-    """What is compared."""
+    """The flags: task, runs and data."""
 
     task: str = field(default="copy_paste", metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
     runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS)}."})
-    text_files: Optional[list[str]] = field(default=None, metadata={"help": "Text for language_modeling."})
-    dataset: str = field(default="Salesforce/wikitext", metadata={"help": "Hub id or folder, streamed."})
-    dataset_config: str = field(default="wikitext-103-raw-v1", metadata={"help": "The dataset's configuration."})
-    tokenizer: Optional[str] = field(default=None, metadata={"help": "Hub id or folder; otherwise a BPE is trained."})
+    text_files: Optional[list[str]] = field(default=None, metadata={"help": "UTF-8 text files for language_modeling."})
+    dataset: str = field(
+        default="Salesforce/wikitext", metadata={"help": "Hub id or folder of a dataset that is streamed."}
+    )
+    dataset_config: str = field(default="wikitext-103-raw-v1", metadata={"help": "Configuration of the dataset."})
+    tokenizer: Optional[str] = field(default=None, metadata={"help": "Hub id or folder; by default a BPE is trained."})
 
 
 @dataclass(frozen=True)
@@ -71,21 +76,27 @@ class Preset:
     training: dict[str, Any]
     guidance: dict[str, Any]
     guide_training: dict[str, Any]
-    curriculum: tuple[int, ...] = ()  # longest string of each stage in the guide's own training
+    curriculum: tuple[int, ...] = ()  # length of the longest string in each stage of the guide's training
 
 
 def recurrent(task: Task, **sizes: Any) -> PreTrainedModel:
+    """Build an RNN for the task: a classifier if `sizes` holds `num_labels`, else a language model."""
     if "num_labels" in sizes:
         return RNNForSequenceClassification(RNNConfig(**_tokens(task), **sizes))
     return RNNForCausalLM(RNNConfig(**_tokens(task), **sizes))
 
 
 def decoder(task: Task, length: int, **sizes: Any) -> PreTrainedModel:
-    own: dict[str, Any] = {"n_positions": length, "loss_type": "ForCausalLM"}  # transformers finds none by GPT-2's name
+    """Build a GPT-2 language model for texts of up to `length` tokens."""
+    own: dict[str, Any] = {
+        "n_positions": length,
+        "loss_type": "ForCausalLM",
+    }  # transformers infers no loss from the name of GPT-2
     return GPT2LMHeadModel(GPT2Config(**_tokens(task), **own, **sizes))
 
 
 def encoder(task: Task, **sizes: Any) -> PreTrainedModel:
+    """Build a ModernBERT classifier."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
     own: dict[str, Any] = {"classifier_pooling": "mean", "attn_implementation": "sdpa"}
     return ModernBertForSequenceClassification(ModernBertConfig(**(_tokens(task) | special), **own, **sizes))
@@ -98,7 +109,7 @@ def _tokens(task: Task) -> dict[str, Any]:
 
 
 def preset(task: str, size: str) -> Preset:
-    """The settings of a task; tuned on validation data, as the log in recipes/README.md tells."""
+    """Return the settings of a task, which were tuned on validation data: see the log in recipes/README.md."""
     small = size == "small"
     rnn: dict[str, Any]
     transformer: dict[str, Any]
@@ -145,7 +156,7 @@ def preset(task: str, size: str) -> Preset:
 
 
 def defaults(recipe: Arguments) -> dict[str, Any]:
-    """What the flags are where they are not given."""
+    """Return the defaults of the other flags."""
     check_choice("task", recipe.task, TEXT_TASKS)
     for run in recipe.runs:
         check_choice("runs", run, RUNS)
@@ -155,7 +166,7 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
 
 
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
-    """Data and runs as the flags ask for them."""
+    """Build data and runs from the flags."""
     chosen = preset(recipe.task, recipe.preset)
     options = dict(chosen.task)
     if recipe.task == "language_modeling":
@@ -176,13 +187,13 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
 
 
 def in_order_of(task: Task, seed: int) -> Any:
-    """The rows to train on; a stream, which no sampler puts in order, in that of the seed."""
+    """Return the training rows. A stream, which has no sampler, is shuffled by the seed."""
     rows = task.train_dataset
     return rows if hasattr(rows, "__len__") else rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
 def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, task: Task, seed: int) -> list[Run]:
-    """The runs of one seed, in an order in which the trained guide exists before it is needed."""
+    """Return the runs of one seed, in an order that trains the guide before it is needed."""
     target, guide = partial(chosen.target, task), partial(chosen.guide, task)
     own = chosen.guide_training | recipe.guide_training()
     own_task = None

@@ -1,1 +1,1 @@
-"""What people look at: the history of a run as curves, and maps of the similarity of all layers, as figures."""
+"""Figures of a run: its log history as curves, and maps of the similarity of all layers."""

@@ -1,4 +1,4 @@
-"""A run or matched runs in a picture: validation curves, losses, and the similarity of every pair over time."""
+"""Figures of one run or of matched runs: validation curves, losses, and the similarity of every pair over time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_guidance.analysis.history import History, similarity_curves, training_cu
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MANY_PAIRS = 8  # above it a legend hides the lines it names: a colour bar from first to last pair instead
+MANY_PAIRS = 8  # above this, a colour bar replaces the legend, which would hide the lines
 
 
 def plot_comparison(
@@ -23,15 +23,16 @@ def plot_comparison(
     percent: bool = True,
     log: bool = False,
 ) -> None:
-    """Draw a panel of validation curves (mean over seeds, band from lowest to highest), one of training and validation
-    loss, and one of similarities per guided run, and save them as a picture.
+    """Draw validation curves, losses, and the similarities of each guided run, and save the figure.
+
+    The validation curve is the mean over seeds; its band reaches from the lowest seed to the highest.
 
     Args:
-        results: of `comparison.carry_out`.
-        metric: name of the curves' quantity.
-        path: of the picture; its suffix decides the format.
-        percent: whether the quantity is a fraction to be shown in percent.
-        log: whether its axis is logarithmic.
+        results: Records of the runs, from `comparison.carry_out`.
+        metric: Name of the validation metric.
+        path: Where to save the figure; the suffix decides the format.
+        percent: Whether the metric is a fraction that is shown in percent.
+        log: Whether the axis of the metric is logarithmic.
     """
     from matplotlib.figure import Figure
 
@@ -64,15 +65,15 @@ def plot_comparison(
 
 
 def plot_run(history: History, path: str | os.PathLike[str], measure: str | None = None) -> bool:
-    """Draw what a single run logged: task loss, its first validation metric, similarity of every pair; save it.
+    """Draw what a single run logged and save the figure: task loss, first validation metric, similarity of every pair.
 
     Args:
-        history: of a trainer's state.
-        path: of the picture; its suffix decides the format.
-        measure: of the similarities.
+        history: `log_history` of a trainer's state.
+        path: Where to save the figure; the suffix decides the format.
+        measure: Name of the similarity measure, for the axis label.
 
     Returns:
-        Whether there was any to draw.
+        Whether there was anything to draw.
     """
     from matplotlib.figure import Figure
 
@@ -122,16 +123,16 @@ def _losses(panel: Axes, runs: Sequence[dict[str, Any]], color: str) -> None:
 
 
 def _marker(points: Sized) -> str | None:
-    """A dot for a curve of one point, which has no line."""
+    """Return a dot for a curve of one point, which has no line."""
     return "." if len(points) == 1 else None
 
 
 def _by_step(runs: Sequence[dict[str, Any]], points: str, name: str) -> dict[int, list[float]]:
-    """Step → the runs' values there, at the steps that all runs have."""
+    """Return step → values of the runs, at the steps that all runs have."""
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for point in run[points]:
-            if name in point:  # a pair may be in some logs only, with LayerDrop
+            if name in point:  # with LayerDrop a pair may be missing from some logs
                 by_step.setdefault(point["step"], []).append(point[name])
     return {step: by_step[step] for step in sorted(by_step) if len(by_step[step]) == len(runs)}
 

@@ -1,4 +1,4 @@
-"""Figures on disk, each with a digest of what is drawn on it."""
+"""Figures saved to disk, each with a digest of its content."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DIGEST = "Drawn"  # the field of a PNG file
+DIGEST = "Drawn"  # name of the field in a PNG file
 DIGITS = 4
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Save a figure; a PNG file tells by its field ``Drawn`` whether it shows the same as another."""
+    """Save a figure. A PNG file stores the digest of its content in the field `Drawn`.
+
+    Two PNG files with the same digest show the same figure.
+    """
     metadata = {DIGEST: digest(figure)} if Path(path).suffix == ".png" else None
     figure.savefig(path, dpi=150, metadata=metadata)
 
 
 def digest(figure: Figure) -> str:
-    """SHA-256 of a figure's numbers, to four digits, and words, whatever version of matplotlib draws them."""
+    """Compute the SHA-256 of a figure's words and of its numbers, rounded to four digits.
+
+    The digest does not depend on the version of matplotlib.
+    """
     found = hashlib.sha256()
     for words, numbers in _drawn(figure):
         found.update(words.encode())
@@ -38,7 +44,7 @@ def _drawn(figure: Figure) -> Iterator[tuple[str, object]]:
         legend = panel.get_legend()
         words = [panel.get_title(), panel.get_xlabel(), panel.get_ylabel(), panel.get_yscale()]
         words += [text.get_text() for text in (legend.get_texts() if legend else [])]
-        if panel.images:  # whose ticks are named by hand
+        if panel.images:  # the ticks of an image are named explicitly
             words += [label.get_text() for label in (*panel.get_xticklabels(), *panel.get_yticklabels())]
         yield "|".join(words), ()
         for line in panel.lines:

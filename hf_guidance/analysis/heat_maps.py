@@ -1,4 +1,4 @@
-"""Every layer of the target against every layer of the guide: similarities, and a picture of them."""
+"""Similarity of every target layer with every guide layer, computed and drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_guidance.mapping import pair_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FEW_LAYERS = 12  # above it only every so-manieth is named on an axis
+FEW_LAYERS = 12  # above this, an axis names only some of the layers
 
 
 @torch.no_grad()
@@ -32,20 +32,20 @@ def similarity_map(
     batch: Mapping[str, Tensor],
     autocast: AbstractContextManager[Any] | None = None,
 ) -> dict[str, Any]:
-    """Similarity of every pair of layers on one batch.
+    """Compute the similarity of every target layer with every guide layer on one batch.
 
-    The target is looked at as in training but for dropout: batch norm with the batch's statistics, none of them kept.
+    The target runs as in training but without dropout: batch norm uses the statistics of the batch and keeps none.
 
     Args:
-        target: a network on the batch's device; it is left as it is.
-        guide: the frozen network.
-        config: names layers, measure and sample axis; its mapping only marks the pairs.
-        batch: a collated batch, of at least as many samples as the measure needs.
-        autocast: precision of both forwards; float32 if left out.
+        target: The network, on the device of the batch; it is not changed.
+        guide: The frozen network.
+        config: Names layers, measure and sample axis. Its mapping only decides which pairs are marked.
+        batch: A collated batch with at least as many samples as the measure needs.
+        autocast: Context that sets the precision of both forwards; None means float32.
 
     Returns:
-        ``measure``, ``target_layers``, ``guide_layers``, ``similarity`` (a list of as many numbers as there are guide
-        layers for each target layer) and ``pairs`` (as named in the logs).
+        `measure`, `target_layers`, `guide_layers`, `similarity` (for each target layer a list with
+        one number per guide layer) and `pairs` (as named in the logs).
     """
     config = replace(
         config.alone(), guidance_weight=1.0, guidance_schedule="constant", guidance_stop_step=None, log_measures=[]
@@ -78,14 +78,14 @@ def _watch(loss: GuidanceLoss, batch: Mapping[str, Tensor]) -> Watched:
 
 
 def plot_similarity_maps(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Draw the maps of each guided run before and after training, its first seed's, and save them as a picture.
+    """Draw the maps of each guided run before and after training, for its first seed, and save the figure.
 
     Args:
-        results: of `comparison.carry_out`; ``when`` in one of them is the titles of its two maps.
-        path: of the picture; its suffix decides the format.
+        results: Records of the runs, from `comparison.carry_out`. A record may hold `when`, the titles of its two maps.
+        path: Where to save the figure; the suffix decides the format.
 
     Returns:
-        Whether there was any to draw.
+        Whether there was anything to draw.
     """
     from matplotlib.figure import Figure
 

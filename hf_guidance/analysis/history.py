@@ -1,4 +1,4 @@
-"""A trainer's log history as curves: losses, validation values, similarities of pairs over time."""
+"""The log history of a trainer as curves: losses, validation values, similarities of pairs over time."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Any
 
 History = list[dict[str, Any]]
 SIMILARITY = "guidance/similarity/"
-# what Trainer logs of an evaluation beside metrics
+# what Trainer logs for an evaluation beside the metrics
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
 def metrics_of(log: dict[str, Any], split: str) -> dict[str, float]:
-    """Name → value of the metrics that a log holds of an evaluation, ``eval`` or ``test``."""
+    """Return name → value of the metrics that a log entry holds for the split `eval` or `test`."""
     values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}
     return {n: float(v) for n, v in values.items() if not n.endswith(SPEED) and isinstance(v, (int, float))}
 
 
 def training_curve(history: History) -> list[dict[str, Any]]:
-    """Points of ``step`` and ``loss``, the task's alone."""
+    """Return points with `step` and `loss`, which is the loss of the task alone."""
     return [{"step": h["step"], "loss": h.get("task/loss", h["loss"])} for h in history if "loss" in h]
 
 
 def similarity_curves(history: History) -> list[dict[str, Any]]:
-    """Points of ``step`` and the similarity of every pair, by its name."""
+    """Return points with `step` and the similarity of every pair, under the name of the pair."""
     points = []
     for log in history:
         pairs = {name.removeprefix(SIMILARITY): value for name, value in log.items() if name.startswith(SIMILARITY)}
@@ -31,9 +31,9 @@ def similarity_curves(history: History) -> list[dict[str, Any]]:
 
 
 def validation_curve(history: History, metric: str | None = None) -> tuple[str | None, list[dict[str, Any]]]:
-    """The metric, the first that is logged unless named, and points of ``step``, its ``value`` and ``loss``.
+    """Return the name of a metric, and points with `step`, its `value` and `loss`.
 
-    None and points of the loss alone where nothing but the loss was measured.
+    Without a name, the first logged metric is taken. If only the loss was logged, the name and every value are None.
     """
     logs = [(log["step"], metrics_of(log, "eval")) for log in history if "eval_loss" in log]
     others = [name for _, values in logs for name in values if name != "loss"]

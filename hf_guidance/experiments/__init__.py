@@ -1,4 +1,4 @@
-"""What recipes share: matched runs, their records, tables and cards, baselines, and the cost of a step.
+"""Experiments: matched runs with their records, tables and cards, baselines, and the cost of a guided step.
 
-`recipe` is the main function of each, `comparison` carries out the runs, and `cost` measures what guidance costs.
+`recipe` holds the main function of the recipes, `comparison` trains the runs, and `cost` measures guided steps.
 """

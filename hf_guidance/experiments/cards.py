@@ -1,8 +1,8 @@
-"""The cards of a recipe's guided runs: what each run knows of itself, and the runs it is matched with.
+"""The model cards of a recipe's guided runs, each with the runs that it is compared with.
 
     python -m hf_guidance.experiments.cards recipes/results model_cards
 
-writes a card for every guided run of every results file (``make cards``).
+The command above writes a card for every guided run of every results file (`make cards`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ Report = dict[str, Any]
 
 
 def write_cards(report: Report, folder: Path) -> list[Path]:
-    """Write README.md and figures into the folder of each guided run; the folders written."""
+    """Write README.md and figures into the folder of each guided run.
+
+    Args:
+        report: Content of `results.json`.
+        folder: Output folder of the recipe, which holds `seed-<seed>/<run>`.
+
+    Returns:
+        The folders written.
+    """
     written = []
     for run in report["runs"]:
         place = folder / f"seed-{run['seed']}" / run["run"]
@@ -50,10 +58,10 @@ def write_cards(report: Report, folder: Path) -> list[Path]:
 
 
 def write_model_cards(results: Path, folder: Path) -> list[Path]:
-    """Write the card of every kind of guided run of every results file, of its first seed, with the figures of its own.
+    """Write a card and figures for the first seed of each kind of guided run, for every results file.
 
     Returns:
-        The folders written, ``<folder>/<name of the results>/<run>``.
+        The folders written: `<folder>/<name of the results>/<run>`.
     """
     written = []
     for path in sorted(results.glob("*.json")):
@@ -68,18 +76,18 @@ def write_model_cards(results: Path, folder: Path) -> list[Path]:
 
 
 def first_guided(report: Report) -> list[dict[str, Any]]:
-    """The guided runs of a report, of each kind that of the first seed."""
+    """Select the guided runs of a report, one per kind, each of the first seed."""
     return list({run["run"]: run for run in reversed(report["runs"]) if run["guide"]}.values())[::-1]
 
 
 def model_card_of(run: dict[str, Any], report: Report, title: str) -> str:
-    """The card of a committed result as markdown."""
+    """Return the card of a committed result as Markdown."""
     figures = ["comparison.png", *(["similarity.png"] if run.get("similarity_maps") else [])]
     return card_of(run, report, figures, name=f"{title}-{run['run']}")
 
 
 def draw(run: dict[str, Any], report: Report, place: Path) -> None:
-    """The figures of a committed result, into a folder."""
+    """Draw the figures of a committed result into a folder."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     runs = [r for r in report["runs"] if _belongs(r["run"], run) and r["run"] != "alone_longer"]
     plot_comparison(runs, metric, place / "comparison.png", percent=percent, log=not percent)
@@ -87,7 +95,7 @@ def draw(run: dict[str, Any], report: Report, place: Path) -> None:
 
 
 def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: Any) -> str:
-    """The card of one run as markdown, with the comparison it is part of."""
+    """Return the card of one run as Markdown, with the comparison that it is part of."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run)]
     facts = facts_of_record(run, report)
@@ -104,7 +112,7 @@ def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: An
 
 
 def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[str, str]:
-    """What the run says of itself, after what the comparison knows: the time of its steps beside the unguided ones."""
+    """Combine the times from the comparison with the costs that the run itself reports."""
     kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "of the device"
     alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
     step = next((name for name in known if name.startswith("a step")), "a step with guidance")  # or on average
@@ -139,13 +147,15 @@ def _signed(value: float) -> str:
 
 
 def _belongs(row: str, run: dict[str, Any]) -> bool:
-    """Whether a row of the table is about this run: itself, the unguided ones, and that of its own guide."""
+    """Tell whether a row of the table is about this run: the run, an unguided one, or its guide."""
     return row == run["run"] or row.startswith("alone") or row == run["guide"]["source"]
 
 
 def push_cards(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
-    """Upload cards and figures to where the runs were pushed, and print where that is; what fails is said, and nothing
-    is lost."""
+    """Upload cards and figures to the repositories of the runs, and print their addresses.
+
+    A failed upload is logged with a command to repeat it; nothing is lost.
+    """
     cards = {f"seed-{run['seed']}/{run['run']}": run.get("card", {}) for run in report["runs"]}
     for place in places:
         repository = cards[f"{place.parent.name}/{place.name}"].get("repository")

@@ -1,4 +1,4 @@
-"""The command line of a recipe: its own flags beside those of `TrainingArguments` and `GuidanceConfig`."""
+"""The command line of a recipe: its own flags and those of `TrainingArguments` and `GuidanceConfig`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A = TypeVar("A")
 
 
 def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
-    """Raise ValueError if a flag's value is none of the possible ones."""
+    """Raise ValueError if the value of a flag is not one of the possible ones."""
     if value not in possible:
         raise ValueError(f"--{flag} {value}: possible are {', '.join(possible)}.")
 
@@ -28,17 +28,20 @@ def parse(
     refused: Collection[str],
     instead: str,
 ) -> tuple[A, TrainingArguments, GuidanceConfig]:
-    """Read a recipe's flags.
+    """Parse the flags of a recipe.
 
     Args:
-        description: for ``--help``.
-        arguments: the recipe's own.
-        defaults: from them to defaults of the other two.
-        refused: flags that mean nothing to this recipe.
-        instead: what it takes in their place, in words.
+        description: Text for `--help`.
+        arguments: Dataclass of the recipe's own flags.
+        defaults: Maps the recipe's flags to defaults of the other two dataclasses.
+        refused: Flags that the recipe does not accept.
+        instead: What to use in their place, for the error message.
+
+    Returns:
+        The recipe's arguments, the `TrainingArguments` and the `GuidanceConfig`.
 
     Raises:
-        ValueError: a refused flag, or a value that one of the three refuses.
+        ValueError: If a flag is refused, or one of the three dataclasses refuses a value.
     """
     kind: Any = arguments
     first: Any = _allow_bare_flags(HfArgumentParser(kind, add_help=False, allow_abbrev=False))
@@ -46,10 +49,10 @@ def parse(
     values = defaults(recipe)
     given = {word.split("=")[0] for word in sys.argv}
     if wrong := set(refused) & given:
-        raise ValueError(f"{', '.join(sorted(wrong))}: this recipe takes {instead}.")
+        raise ValueError(f"{', '.join(sorted(wrong))}: {instead}.")
     dataclasses: Any = (arguments, TrainingArguments, GuidanceConfig)
     parser: Any = _allow_bare_flags(HfArgumentParser(dataclasses, description=description, allow_abbrev=False))
-    if "--layer_pairs" in given:  # they name the layers themselves
+    if "--layer_pairs" in given:  # pairs name the layers themselves
         values = {name: value for name, value in values.items() if name not in ("target_layers", "guide_layers")}
     parser.set_defaults(**values)
     parsed: Any = parser.parse_args_into_dataclasses()
@@ -57,7 +60,7 @@ def parse(
 
 
 def _allow_bare_flags(parser: Any) -> Any:
-    """Let ``--flag`` alone say true where HfArgumentParser wants a word after it: an optional bool without default."""
+    """Let a bare `--flag` mean true for an optional bool without default, where HfArgumentParser requires a value."""
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True

@@ -1,7 +1,7 @@
-"""Matched runs: same seed, same initial weights, same data order, so that nothing but the guidance differs.
+"""Matched runs: same seed, same initial weights, same data order, so that only the guidance differs.
 
-Every run keeps its checkpoints and, once done, its `result.json`; the same command skips what is done and goes on with
-what is not.
+Every run keeps its checkpoints and, when finished, its `result.json`. Rerunning the same command skips finished runs
+and resumes the others.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
-FEW = 8  # rows that settings are checked with
+FEW = 8  # number of rows for checking settings
 
 
 def check(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig, folder: Path) -> None:
-    """What a guided run could fail at, found before anything is trained.
+    """Find whatever would make a guided run fail, before any training.
 
     Raises:
-        ValueError: its settings, layers or data do not go together.
-        PermissionError, ConnectionError: it is to be pushed, and the Hub does not let it be.
+        ValueError: If settings, layers and data do not fit together.
+        PermissionError, ConnectionError: If the run is to be pushed and the Hub refuses.
     """
     _check_guidance(run, task, args, guidance)
     place = _place(run, folder)
@@ -91,17 +91,22 @@ def carry_out(
     data: dict[str, Any],
     facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, evaluate, test and save one run under `folder`, or read what an earlier call left there.
+    """Train, evaluate, test and save one run under `folder`, or read the result of an earlier call.
 
     Args:
-        data: what the task was built from; a run begun with other data is not gone on with.
-        facts: for the cards of guided runs.
+        run: The run.
+        task: Data, collator and metrics, unless the run has its own.
+        args: Training arguments that all runs share.
+        guidance: Guidance settings that all runs share.
+        folder: Output folder of the recipe.
+        data: Description of the data. A run that began with other data is not resumed.
+        facts: Facts for the cards of guided runs.
 
     Returns:
-        The content of its `result.json`: settings, final metrics, curves, similarities over time, seconds.
+        The content of its `result.json`: settings, final metrics, curves, similarities over time, training seconds.
 
     Raises:
-        ValueError: the folder holds a run of other settings, finished or not, or of another guide.
+        ValueError: If the folder holds a run with other settings, finished or not, or with another guide.
     """
     place = _place(run, folder)
     args, guidance = _arguments(run, args, place), dataclasses.replace(guidance, **run.guidance)
@@ -137,12 +142,12 @@ def carry_out(
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
     if not any("eval_loss" in log for log in last):
-        trainer.evaluate()  # so that every run has a value at its last step
+        trainer.evaluate()  # every run needs a value at its last step
     test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
     trainer.save_model(str(place), _internal_call=True)
     result = record_of(run, trainer, settings, test, task.metric)
     if trainer.is_world_process_zero():
-        write_json(place / RESULT, result)  # before anything that could fail
+        write_json(place / RESULT, result)  # written before anything that could fail
     if maps:
         maps.look(trainer, "after")
         result["similarity_maps"] = maps.maps
@@ -156,7 +161,7 @@ def carry_out(
 
 
 def _maps(trainer: Any, task: Task) -> LayerMaps | None:
-    """Of the network before training, on the first validation rows; its card will have both."""
+    """Prepare the layer maps, and compute the one of the untrained network on the first validation rows."""
     size = trainer.args.per_device_train_batch_size
     if not can_map(trainer) or min(size, len(task.eval_dataset)) < get_measure(trainer.guidance.measure).min_samples:
         return None
@@ -166,11 +171,11 @@ def _maps(trainer: Any, task: Task) -> LayerMaps | None:
 
 
 def _numbered(rows: Any, column: str) -> Any:
-    """The rows with a column of ids, as `cache_guide` needs them."""
+    """Add a column of ids to the rows, which `cache_guide` needs."""
     if hasattr(rows, "with_ids"):
         return rows.with_ids(column)
     if not hasattr(rows, "add_column"):
-        raise ValueError("cache_guide needs rows that are numbered, and these data are a stream: leave it out.")
+        raise ValueError("cache_guide needs numbered rows, but these data are a stream: leave cache_guide out.")
     return rows.add_column(column, list(range(len(rows))))
 
 
@@ -185,7 +190,7 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
     args = copy.copy(args)
     args.output_dir, args.seed = str(place), run.seed
     args.run_name = f"{place.parent.parent.name}-{run.name}-seed{run.seed}"
-    if args.push_to_hub:  # the guided targets are what is published
+    if args.push_to_hub:  # only the guided targets are published
         args.push_to_hub = run.guide is not None
         base = args.hub_model_id or place.parent.parent.name
         args.hub_model_id = f"{base}-{run.name.replace('_', '-')}-seed{run.seed}"
@@ -197,12 +202,21 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
 def best_learning_rate(
     runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], dict[str, Any]], higher_is_better: bool
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Train the unguided runs at each rate; the best on validation data, averaged over the seeds, and every result.
+    """Train the unguided runs at each learning rate and choose the best on validation data, averaged over seeds.
 
-    A rate at which a run's loss stops being finite is the worst.
+    A rate at which the loss of a run stops being finite counts as the worst.
+
+    Args:
+        runs: The unguided run of each seed.
+        rates: Learning rates to try.
+        carry: Trains a run and returns its result.
+        higher_is_better: Whether a higher validation value is better.
+
+    Returns:
+        The best rate, and the results of all runs.
 
     Raises:
-        FloatingPointError: at every rate.
+        FloatingPointError: If the loss stays finite at none of the rates.
     """
     worst = -math.inf if higher_is_better else math.inf
     means: dict[float, float] = {}

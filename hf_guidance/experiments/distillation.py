@@ -1,4 +1,4 @@
-"""Logit distillation, the baseline that the paper compares guidance with."""
+"""Logit distillation, the baseline that the paper compares with guidance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_gui
 
 
 def check_classes(source: str, labels: Sequence[str]) -> None:
-    """Raise ValueError if a classifier on the Hub or in a folder has other classes than the data, or another order."""
+    """Raise ValueError if a saved classifier has other classes than the data, or another order of them.
+
+    Args:
+        source: Hub id or folder of the classifier.
+        labels: Names of the classes of the data, in order.
+    """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -24,7 +29,7 @@ def check_classes(source: str, labels: Sequence[str]) -> None:
     if len(theirs) != len(labels):
         raise ValueError(
             f"distillation needs a guide with the same classes: {source} has {len(theirs)} and the data has "
-            f"{len(labels)}. Name a guide that was trained on these data, or add --train_guide."
+            f"{len(labels)}. Choose a guide that was trained on these data, or train one on them first."
         )
     if set(theirs) == set(labels) and theirs != list(labels):
         raise ValueError(
@@ -34,16 +39,17 @@ def check_classes(source: str, labels: Sequence[str]) -> None:
 
 
 class DistillationTrainer(Trainer):
-    """Trains a classifier on the labels and on the guide's softened predictions: (1 − w)·CE + w·T²·KL(guide ‖ target).
+    """A Trainer that learns from labels and the guide's softened predictions: (1 − w)·CE + w·T²·KL(guide ‖
+    target).
 
     Args:
-        guide: a frozen classifier with the target's classes, its task head in place.
-        distillation_weight: w, of the guide's predictions, in [0, 1].
-        temperature: T, that both networks' logits are divided by.
-        **kwargs: the Trainer's own.
+        guide: The frozen classifier, with task head and the target's classes.
+        distillation_weight: w, the weight of the guide's predictions, in [0, 1].
+        temperature: T, by which the logits of both networks are divided; above 0.
+        **kwargs: Arguments of the Trainer.
 
     Raises:
-        ValueError: a weight or temperature that is not possible, or a guide with other classes.
+        ValueError: If weight or temperature is out of range; in training, if the guide has other classes.
 
     Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
     """
@@ -59,7 +65,7 @@ class DistillationTrainer(Trainer):
                 "[0, 1] and the temperature above 0."
             )
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss below is a mean over the batch, whatever the model's is
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean over the batch
         self.guide = freeze(guide, device=self.accelerator.device)
         self.guide_identity = identity(guide)
         self.distillation_weight, self.temperature = distillation_weight, temperature
@@ -67,7 +73,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The weighted loss while training; the task loss alone in evaluation."""
+        """Compute the weighted loss while training, and the task loss alone in evaluation."""
         if not model.training:
             return super().compute_loss(model, without_guide(inputs), return_outputs=return_outputs)
         outputs = model(**without_guide(inputs))

@@ -1,4 +1,4 @@
-"""Writing results so that nothing is half written, and not after hours of work to find that it cannot be."""
+"""Result files: checked for write access before the work, and never half written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder for results, or raise ValueError before there are any."""
+    """Make the folder for results, and raise ValueError before any work if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -20,7 +20,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write all of a file or nothing of it."""
+    """Write a JSON file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What every recipe does: flags and presets, the baseline's learning rate, matched runs, a table and a figure."""
+"""The main function of the recipes: flags, presets, learning rate of the baseline, matched runs, table and figures."""
 
 from __future__ import annotations
 
@@ -33,46 +33,50 @@ from hf_guidance.trainer.run_facts import command_facts
 PRESETS = ("small", "paper")
 LONGER = "alone_longer"
 REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
-INSTEAD = "--seeds and --max_steps, and the same command after a stop goes on by itself"
+INSTEAD = "use --seeds and --max_steps instead; rerun the same command to resume"
 
 
 @dataclass
 class RecipeArguments:
-    """What is compared; each recipe adds its own fields."""
+    """The flags that all recipes share; each recipe adds its own."""
 
     preset: str = field(
-        default="small", metadata={"help": "small (two CPU cores) or paper (the paper's sizes, a GPU)."}
+        default="small",
+        metadata={"help": "small (for two CPU cores) or paper (the sizes of the paper, for a GPU)."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs for each."})
-    runs: Optional[list[str]] = field(default=None, metadata={"help": "Which of the matched runs; see above."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs per seed."})
+    runs: Optional[list[str]] = field(default=None, metadata={"help": "Names of the matched runs to train; see above."})
     learning_rates: Optional[list[float]] = field(
         default=None,
-        metadata={"help": "Train the target alone at each of these; all runs take the best on validation data."},
+        metadata={"help": "Train the target alone at each of these; all runs use the best on validation data."},
     )
     longer_baseline: bool = field(
-        default=False, metadata={"help": "Train the target alone longer too: twice the steps, and equal training time."}
+        default=False,
+        metadata={"help": "Also train the target alone for longer: twice the steps, and equal training time."},
     )
-    eval_size: Optional[int] = field(default=None, metadata={"help": "Rows to validate, and rows to test, with."})
-    guide_learning_rate: Optional[float] = field(default=None, metadata={"help": "For training the guide itself."})
-    guide_max_steps: Optional[int] = field(default=None, metadata={"help": "For training the guide itself."})
+    eval_size: Optional[int] = field(default=None, metadata={"help": "Rows for validation, and rows for the test."})
+    guide_learning_rate: Optional[float] = field(
+        default=None, metadata={"help": "Learning rate for training the guide itself."}
+    )
+    guide_max_steps: Optional[int] = field(default=None, metadata={"help": "Steps for training the guide itself."})
 
     def guide_training(self) -> dict[str, Any]:
-        """`TrainingArguments` fields that were given for the guide's own training."""
+        """Return the `TrainingArguments` fields that were given for the guide's own training."""
         own = {"learning_rate": self.guide_learning_rate, "max_steps": self.guide_max_steps}
         return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a recipe compares, once its flags are known.
+    """The data and runs of a recipe, once its flags are known.
 
     Args:
-        task: the data.
-        data: what they were made from, as it is to stand in the results.
-        target: makes the network that the runs have in common.
-        runs: the matched runs of a seed, each after those that it needs.
-        train_dataset: of a seed, where its order or augmentation is not the sampler's; else the task's.
-        summary: printed beneath the table, if it has anything to say; called on every process.
+        task: The data, with collator and metrics.
+        data: Description of the data for the results, as JSON values.
+        target: Builds the network that all runs train.
+        runs: Returns the matched runs of a seed, each after the runs that it needs.
+        train_dataset: Returns the training rows of a seed, if order or augmentation depend on it; None uses the task's.
+        summary: Returns text to print below the table, or an empty string; called on every process.
     """
 
     task: Task
@@ -87,13 +91,19 @@ A = TypeVar("A", bound=RecipeArguments)
 
 
 def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
-    """`TrainingArguments` of a preset: twenty validations and forty logs a run, a constant learning rate."""
+    """Return the `TrainingArguments` of a preset: 20 validations and 40 logs per run, constant learning rate.
+
+    Args:
+        steps: Optimizer steps.
+        batch: Rows in a batch of one process.
+        rate: Learning rate.
+    """
     return {
         "max_steps": steps,
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": 2 * batch,
         "learning_rate": rate,
-        "lr_scheduler_type": "constant",  # a longer run then passes through the shorter one's states
+        "lr_scheduler_type": "constant",  # so a longer run passes through the states of a shorter one
         "eval_strategy": "steps",
         "eval_steps": max(1, steps // 20),
         "logging_steps": max(1, steps // 40),
@@ -101,17 +111,17 @@ def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
         "save_total_limit": 1,
         "report_to": ["none"],
         "ddp_find_unused_parameters": False,
-        "use_cpu": not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
+        "use_cpu": not torch.accelerator.is_available(),  # else CPU processes would not form a group
     }
 
 
 def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
-    """Name and digest of each file: the same data wherever they lie, other data if they change."""
+    """Return name and digest of each file, which do not depend on the folder they are in."""
     return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
 
 
 def identify_folder(folder: str) -> str:
-    """A digest of the names and sizes of all files in a folder."""
+    """Compute a digest of the names and sizes of all files in a folder."""
     found = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob("*") if p.is_file())
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
@@ -122,13 +132,13 @@ def launch(
     defaults: Callable[[A], dict[str, Any]],
     build: Callable[[A, TrainingArguments], Comparison],
 ) -> None:
-    """Run a recipe from its command line: the main function of each.
+    """Run a recipe from its command line.
 
     Args:
-        description: for ``--help``.
-        arguments: the recipe's own flags.
-        defaults: from them to defaults of `TrainingArguments` and `GuidanceConfig` fields, ``output_dir`` among them.
-        build: from them and the training arguments to what is compared.
+        description: Text for `--help`.
+        arguments: Dataclass of the recipe's own flags.
+        defaults: Maps the flags to defaults of `TrainingArguments` and `GuidanceConfig` fields, `output_dir` included.
+        build: Maps the flags and the training arguments to the comparison.
     """
     recipe, args, guidance = _parse(description, arguments, defaults)
     check_machine(args)
@@ -139,17 +149,19 @@ def launch(
         comparison = build(recipe, args)
         report = compare(recipe, args, guidance, comparison)
     except KeyboardInterrupt:
-        print(f"\nStopped. What was done is in {folder}; the same command goes on from there.", file=sys.stderr)
+        print(f"\nStopped. Results so far are in {folder}. Rerun the same command to resume.", file=sys.stderr)
         sys.exit(130)
-    except ConnectionError as error:  # of a stream, after its retries
+    except ConnectionError as error:  # reading a stream failed, after its retries
         unfinished = [p for p in folder.glob("seed-*/*") if not (p / RESULT).is_file()]
         whole = [Path(last).name for place in unfinished if (last := last_whole_checkpoint(place))]
-        sys.exit(f"{error}\nThe same command goes on from {whole[-1] if whole else 'where it was'}; see {folder}.")
+        sys.exit(
+            f"{error}\nRerun the same command to resume from {whole[-1] if whole else 'where it was'}; see {folder}."
+        )
     summary = comparison.summary()
     if PartialState().is_main_process:
         publish(report, folder, args)
         print(summary, end="")
-    PartialState().wait_for_everyone()  # a rank that leaves early takes what the others still need with it
+    PartialState().wait_for_everyone()  # a rank that exits early would break the others
     PartialState().destroy_process_group()
 
 
@@ -162,7 +174,9 @@ def _parse(
 
     parsed = parse(description, arguments, checked, refused=REFUSED, instead=INSTEAD)
     if parsed[1].eval_strategy == "no" or parsed[0].eval_size == 0:
-        raise ValueError("--eval_strategy no, --eval_size 0: runs are compared by their validation; leave it on.")
+        raise ValueError(
+            "--eval_strategy no, --eval_size 0: runs are compared by their validation values. Leave validation on."
+        )
     if parsed[1].max_steps < 1:
         raise ValueError(
             f"--max_steps is {parsed[1].max_steps}; it must be at least 1: matched runs are compared step by step, and "
@@ -174,11 +188,13 @@ def _parse(
 def compare(
     recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
 ) -> dict[str, Any]:
-    """Carry out every run; what is already done is read, what was interrupted goes on."""
+    """Train every run; read the results of finished runs, and resume interrupted ones."""
     task, folder = comparison.task, Path(str(args.output_dir))
     alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
     if recipe.longer_baseline and "alone" not in {run.name for run in comparison.runs(recipe.seeds[0])}:
-        raise ValueError("--longer_baseline is the run 'alone' for longer, but --runs does not name it.")
+        raise ValueError(
+            "--longer_baseline trains the run 'alone' for longer, but --runs does not name it: add alone to --runs."
+        )
     name = Path(sys.argv[0]).name
     command = ["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]
     started = command_facts(command, type(recipe), TrainingArguments, GuidanceConfig)
@@ -218,7 +234,11 @@ def compare(
 
 
 def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
-    """The unguided run for twice the steps, or somewhat more than the time of the slowest guided run of its seed."""
+    """Return the unguided run, trained for twice the steps or 1.25 times the time of the slowest guided run of its
+    seed.
+
+    It takes whichever is longer.
+    """
     own = [r for r in results if r["seed"] == run.seed]
     guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
     times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
@@ -227,7 +247,7 @@ def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
 
 
 def publish(report: dict[str, Any], folder: Path, args: TrainingArguments) -> None:
-    """Table, results.json, figures, cards, the numbers first: what fails later must not lose them."""
+    """Write table, results.json, figures and cards, the numbers first: a later failure must not lose them."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     report["table"] = comparison_rows(report["runs"], metric=metric)
     write_json(folder / "results.json", report)

@@ -1,4 +1,4 @@
-"""What a model card says of a run, from what a recipe's results keep of it."""
+"""Facts about a run for its model card, from the results that a recipe keeps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LICENSE = "apache-2.0"
 
 
 def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
-    """Facts of one guided run of a recipe, for `model_card.render`; those kept in its ``card`` add to them.
+    """Gather the facts of one guided run of a recipe, for `render`. Those in its `card` take precedence.
 
     Args:
-        run: of the report's runs.
-        report: the content of ``results.json``.
+        run: One of the report's runs.
+        report: Content of `results.json`.
     """
     settings, task = run["settings"], report["task"]
     network = settings.get("network") or {}
@@ -45,12 +45,12 @@ def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
         "cost": {"hardware": run["environment"]["device"]},
         "data": task_facts(task["name"], task["description"], settings["data"]),
         "example": EXAMPLES.get(task["name"]),
-        "command": report["command"],  # of known settings only, since it was written
+        "command": report["command"],  # results hold a command of known settings only
         "command_is_cut": report.get("command_is_cut"),
         "versions": {name: run["environment"][name] for name in VERSIONS},
     }
     own = {name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")}
-    return known(merged(facts, own))  # the command that made the report may have gone on with earlier ones' runs
+    return known(merged(facts, own))  # the report's command may have resumed the runs of earlier ones
 
 
 def _guide(run: dict[str, Any]) -> Facts:
@@ -61,7 +61,7 @@ def _guide(run: dict[str, Any]) -> Facts:
 
 
 def _folder(run: dict[str, Any], report: dict[str, Any]) -> str | None:
-    """Where the command leaves the network, if the command says so."""
+    """Return the folder of the network, if the command names its output folder."""
     words = shlex.split(report["command"])
     if "--output_dir" not in words[:-1] or Path(words[words.index("--output_dir") + 1]).is_absolute():
         return None
@@ -69,7 +69,7 @@ def _folder(run: dict[str, Any], report: dict[str, Any]) -> str | None:
 
 
 def merged(facts: Facts, more: Facts) -> Facts:
-    """Facts with more of them, section by section; what both have is taken from the latter."""
+    """Merge two sets of facts section by section; the second takes precedence."""
     return {
         name: facts[name] | more[name]
         if isinstance(facts.get(name), dict) and isinstance(more.get(name), dict)

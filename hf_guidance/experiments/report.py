@@ -1,4 +1,4 @@
-"""Matched runs in numbers: mean ± std over the seeds, the guided runs against the unguided one."""
+"""Results of matched runs as numbers: mean ± standard deviation over seeds, guided runs against the unguided one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Result = dict[str, Any]
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; the latter is None for a single value."""
+    """Compute mean and sample standard deviation; the latter is None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def value_at(result: Result, *, step: float = math.inf, seconds: float = math.inf) -> float | None:
-    """The first validation value of a run at or after `step` or `seconds` of training.
+    """Return the first validation value of a run at or after `step` or `seconds` of training.
 
-    Seconds are measured, so that a run that was meant to reach them may end a little early: its last value then, if it
-    came within five percent. None if it ended before.
+    Measured time varies, so a run may end slightly before `seconds`. If it came within five percent, its last value
+    counts. If it ended earlier, the result is None.
     """
     after = [p for p in result["curve"] if p["step"] >= step or p["seconds"] >= seconds]
     if not after and math.isfinite(seconds) and result["curve"][-1]["seconds"] >= 0.95 * seconds:
@@ -30,13 +30,13 @@ def value_at(result: Result, *, step: float = math.inf, seconds: float = math.in
 def comparison_rows(
     results: Sequence[Result], baseline: str = "alone", longer: str = "alone_longer", metric: str = "accuracy"
 ) -> list[dict[str, Any]]:
-    """One row per run name, over its seeds, in order of appearance.
+    """Return one row per run name, over its seeds, in order of appearance.
 
-    Rows of the baseline at twice the steps, and at the training time of the slowest guided run of the same seed, are
-    read off the curves of the runs called `longer`, where there are any.
+    If there are runs called `longer`, their curves give two more rows for the baseline. One is at twice the steps, the
+    other at the training time of the slowest guided run of the same seed.
 
     Returns:
-        Dicts of ``run``, ``seeds``, ``steps``, ``seconds`` (mean), ``validation`` and ``test`` (mean, std or None).
+        Dicts of `run`, `seeds`, `steps`, `seconds` (mean), `validation` and `test` (each mean and std, or None).
     """
     rows = []
     for name in dict.fromkeys(r["run"] for r in results):
@@ -76,13 +76,13 @@ def _row(name: str, runs: Sequence[Result], validation: Sequence[Any], test: Seq
 
 
 def differences(results: Sequence[Result], name: str, baseline: str = "alone") -> dict[int, float]:
-    """Seed → validation value of the runs called `name` minus the baseline's of the same seed."""
+    """Return seed → validation value of the runs called `name` minus that of the baseline with the same seed."""
     base = {r["seed"]: r["validation"] for r in results if r["run"] == baseline}
     return {r["seed"]: r["validation"] - base[r["seed"]] for r in results if r["run"] == name and r["seed"] in base}
 
 
 def markdown_table(rows: Sequence[dict[str, Any]], metric: str, percent: bool) -> str:
-    """The rows as a table that reads well in a terminal and on a web page."""
+    """Format rows as a Markdown table with aligned columns."""
     header = ["run", "seeds", "steps", "training time", f"validation {metric}", f"test {metric}"]
     cells = [header] + [
         [
@@ -99,7 +99,7 @@ def markdown_table(rows: Sequence[dict[str, Any]], metric: str, percent: bool) -
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table, its columns under one another; the first line is the header."""
+    """Format cells as a Markdown table with aligned columns; the first line is the header."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells

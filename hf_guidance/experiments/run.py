@@ -1,4 +1,4 @@
-"""One training of one network: what it is made with, kept beside it so that no other is taken for it; its record."""
+"""One training of one network: its settings, which are saved so that runs are not mixed up, and its record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_guidance.tasks import Task
 
 SETTINGS = "settings.json"
-# TrainingArguments that leave weights and curves as they are: where files go, what is printed, how data are loaded
+# TrainingArguments that do not change weights and curves, such as paths, logging and data loading
 HARMLESS = re.compile(
     r"output_dir|run_name|seed|report_to|disable_tqdm|(log|logging|save|hub|push|ddp|trackio|_n_gpu).*|project"
     r"|dataloader_(?!drop_last).*"
@@ -36,16 +36,16 @@ class Run:
     """One training of one network.
 
     Args:
-        name: of its folder and of its row in the table.
-        seed: of initial weights, data order and dropout.
-        model: makes the network; called right after seeding.
-        guide: makes its guide; None for a run without guidance.
-        training: `TrainingArguments` fields that differ from the other runs'.
+        name: Name of its folder and of its row in the table.
+        seed: Seed of initial weights, data order and dropout.
+        model: Builds the network; called right after seeding.
+        guide: Builds the guide; None for a run without guidance.
+        training: `TrainingArguments` fields that differ from those of the other runs.
         guidance: `GuidanceConfig` fields that differ.
-        task: instead of the comparison's, where its data differ.
-        needs: name of the run of the same seed whose network its guide is, if it is one's.
-        like: makes a guide of the same layers, to check settings with before that run is done.
-        trainer: makes the trainer of everything but guide and guidance; None for a `GuidanceTrainer` with both.
+        task: The task of this run, if its data differ from those of the comparison.
+        needs: Name of the run, of the same seed, that trains the guide; None if no run does.
+        like: Builds a guide with the same layers, to check settings before the run in `needs` is finished.
+        trainer: Builds the trainer, without guide and guidance; None for a `GuidanceTrainer` with both.
     """
 
     name: str
@@ -63,12 +63,13 @@ class Run:
 def settings_of(
     model: PreTrainedModel, args: TrainingArguments, guidance: GuidanceConfig | None, data: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that a run's weights and curves depend on, as JSON values.
+    """Return everything that the weights and curves of a run depend on, as JSON values.
 
     Args:
-        model: the target.
-        guidance: None for a run without a guide.
-        data: what the task was built from.
+        model: The target.
+        args: Training arguments of the run.
+        guidance: Guidance settings; None for a run without a guide.
+        data: Description of the data.
     """
     network = json.loads(model.config.to_json_string(use_diff=True))
     network.pop("transformers_version", None)
@@ -83,21 +84,21 @@ def settings_of(
 
 
 def check_same_settings(place: Path, now: dict[str, Any]) -> None:
-    """Raise ValueError if a folder holds a run of other settings, naming each that differs."""
+    """Raise ValueError if a folder holds a run with other settings, naming each that differs."""
     if not (place / SETTINGS).is_file():
         return
     then = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
-    if then.get("guidance"):  # what did not exist when it ran is at its default
+    if then.get("guidance"):  # settings that did not exist then had their defaults
         then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
     if changed := _changed(then, now):
         raise ValueError(
-            f"{place} holds a run with other settings: {', '.join(changed)}. Give another --output_dir, or remove "
-            "that folder, and those of runs that used its network as their guide, to run it again."
+            f"{place} holds a run with other settings: {', '.join(changed)}. Give another output_dir. To "
+            "run it again, remove that folder and those of runs that used its network as their guide."
         )
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ, each as ``name was 1, is 2``; those of a group as group.name."""
+    """Return the settings that differ as `name was 1, is 2`; a setting in a group is named `group.name`."""
     words: list[str] = []
     for name in sorted(then.keys() | now.keys()):
         old, new = then.get(name), now.get(name)
@@ -111,11 +112,21 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def first_rows(task: Task, size: int) -> dict[str, Any]:
+    """Collate the first `size` validation rows of a task into a batch."""
     rows = (task.eval_dataset[i] for i in range(min(size, len(task.eval_dataset))))
     return dict(task.data_collator(list(rows)))
 
 
 def record_of(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
+    """Collect the record of a finished run as JSON values.
+
+    Args:
+        run: The run.
+        trainer: Its trainer, after training.
+        settings: Result of `settings_of`.
+        test: Metrics of the test, with the prefix `test_`.
+        metric: Name of the main metric.
+    """
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
     seconds = {step: at for step, at in clock.marks}  # noqa: C416  JSON has made lists of the pairs
     history = trainer.state.log_history

@@ -1,7 +1,7 @@
-"""Architectures that hardly train on their own: the targets of guidance, known to transformers' Auto classes.
+"""Architectures that hardly train on their own: the targets of guidance, registered with transformers' Auto classes.
 
-Importing this package lets `AutoModelForCausalLM.from_pretrained` and its siblings load a target as any other model;
-a saved target also carries its own code, so that `trust_remote_code=True` loads it where this package is missing.
+After an import of this package, `AutoModelForCausalLM.from_pretrained` and its siblings load a target like any other
+model. A saved target also carries its own code, so `trust_remote_code=True` loads it without this package.
 """
 
 from transformers import (

@@ -1,4 +1,6 @@
-"""Configuration of the fully connected targets; loads from the Hub without this package: it imports nothing of it."""
+"""Configuration of the fully connected targets. It imports nothing from this package, so it loads from the Hub without
+it.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,21 @@ from transformers import PreTrainedConfig
 
 
 class FCNConfig(PreTrainedConfig):
-    """Sizes of a fully connected network on images: blocks of Linear, batch norm, ReLU and dropout, then a classifier.
+    """Sizes of a fully connected image classifier: blocks of Linear, batch norm, ReLU and dropout, then a classifier.
 
     Args:
         image_size: Height and width of the images, in pixels.
         num_channels: Channels of the images.
         hidden_size: Width of every block.
         num_hidden_layers: Number of blocks.
-        hidden_dropout_prob: Probability of zeroing a block's output.
+        hidden_dropout_prob: Probability of zeroing an entry of a block's output.
         batch_norm: Whether a block has batch norm.
 
     Raises:
-        ValueError: If a size is below 1 or the dropout outside [0, 1).
+        ValueError: If a size is below 1, or the dropout is outside [0, 1).
 
     Source: Deep FCN and Wide FCN of the object recognition experiments, Subramaniam et al., NeurIPS 2025
-    (arXiv 2410.20035); `FCNConfig.deep()` and `FCNConfig.wide()` have their sizes.
+    (arXiv 2410.20035); `FCNConfig.deep()` and `FCNConfig.wide()` return their sizes.
     """
 
     model_type = "fcn"
@@ -44,10 +46,10 @@ class FCNConfig(PreTrainedConfig):
 
     @classmethod
     def deep(cls, **changes: Any) -> FCNConfig:
-        """The paper's Deep FCN, which underfits: 50 blocks of 2048; `changes` are fields that shall differ."""
+        """Return the sizes of the paper's Deep FCN, which underfits: 50 blocks of 2048. `changes` replace fields."""
         return cls(**{"hidden_size": 2048, "num_hidden_layers": 50, **changes})
 
     @classmethod
     def wide(cls, **changes: Any) -> FCNConfig:
-        """The paper's Wide FCN, which overfits: 3 blocks of 8192; `changes` are fields that shall differ."""
+        """Return the sizes of the paper's Wide FCN, which overfits: 3 blocks of 8192. `changes` replace fields."""
         return cls(**{"hidden_size": 8192, "num_hidden_layers": 3, **changes})

@@ -1,4 +1,4 @@
-"""Configuration of the ResNets without skips; loads from the Hub without this package, so it imports nothing of it."""
+"""Configuration of ResNets without skips. It imports nothing from this package, so it loads from the Hub without it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-BLOCK_TYPES = {"basic": 1, "bottleneck": 4}  # by how much a block widens its own width
+BLOCK_TYPES = {"basic": 1, "bottleneck": 4}  # output channels of a block / its inner width
 DEPTHS = {18: ("basic", [2, 2, 2, 2]), 34: ("basic", [3, 4, 6, 3]), 50: ("bottleneck", [3, 4, 6, 3])}
 
 
 class PlainResNetConfig(PreTrainedConfig):
-    """Sizes of a ResNet whose skip connections are removed; the defaults are the paper's Deep ConvNet, of ResNet-50.
+    """Sizes of a ResNet without skip connections. The defaults are those of the paper's Deep ConvNet, from ResNet-50.
 
     Args:
         num_channels: Channels of the images.
         embedding_size: Channels of the stem.
-        hidden_sizes: Channels that each stage gives out.
-        depths: Blocks of each stage; every stage but the first halves height and width in its first block.
+        hidden_sizes: Output channels of each stage.
+        depths: Blocks in each stage. Every stage but the first halves height and width in its first block.
         block_type: `"basic"` (two 3 x 3 convolutions) or `"bottleneck"` (1 x 1, 3 x 3, 1 x 1).
 
     Raises:
-        ValueError: If the block type is unknown, a size is below 1 or not a multiple of the block's widening, or the
-            stages are counted differently.
+        ValueError: If the block type is unknown, a size is below 1, a size of bottleneck blocks is no multiple of 4, or
+            `hidden_sizes` and `depths` have different lengths.
 
     Source: Deep ConvNet of the object recognition experiments, Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035);
-    ResNet: He et al., CVPR 2016 (arXiv 1512.03385), the stride in a bottleneck's 3 x 3 convolution.
+    ResNet: He et al., CVPR 2016 (arXiv 1512.03385), with the stride in the 3 x 3 convolution of a bottleneck.
     """
 
     model_type = "plain_resnet"
@@ -50,7 +50,7 @@ class PlainResNetConfig(PreTrainedConfig):
 
     @classmethod
     def of_depth(cls, depth: int, **changes: Any) -> PlainResNetConfig:
-        """The sizes of ResNet-18, -34 or -50; `changes` are fields that shall differ."""
+        """Return the sizes of ResNet-18, -34 or -50. `changes` replace fields."""
         if depth not in DEPTHS:
             raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
         block_type, depths = DEPTHS[depth]

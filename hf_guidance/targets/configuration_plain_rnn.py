@@ -1,4 +1,4 @@
-"""Configuration of the recurrent targets; loads from the Hub without this package, so it imports nothing of it."""
+"""Configuration of the recurrent targets. It imports nothing from this package, so it loads from the Hub without it."""
 
 from typing import Any, ClassVar
 
@@ -8,20 +8,20 @@ CELL_TYPES = ("tanh", "gru", "lstm")
 
 
 class RNNConfig(PreTrainedConfig):
-    """Sizes of a stacked recurrent network; the defaults are the paper's copy-paste target.
+    """Sizes of a stacked recurrent network. The defaults are those of the paper's copy-paste target.
 
     Args:
         vocab_size: Number of tokens.
         embedding_size: Width of the token embeddings; `None` means `hidden_size`.
         hidden_size: Width of every recurrent layer's state.
         num_hidden_layers: Number of stacked recurrent layers.
-        cell_type: What a layer is made of: `"tanh"` (Elman), `"gru"` or `"lstm"`.
-        dropout: Probability of zeroing an activation on its way from one recurrent layer to the next.
-        initializer_range: Standard deviation of the initial embeddings and heads. The recurrent layers start as torch
-            starts them, uniform in ±1/√hidden_size.
-        use_cache: Whether inference returns the layers' states, from which `generate` continues token by token.
+        cell_type: Type of the recurrent layers: `"tanh"` (Elman), `"gru"` or `"lstm"`.
+        dropout: Probability of zeroing an activation between two recurrent layers.
+        initializer_range: Standard deviation of the initial embeddings and heads. Recurrent layers are
+            initialised as in torch, uniform in ±1/√hidden_size.
+        use_cache: Whether inference returns the states of the layers, from which `generate` continues.
         tie_word_embeddings: Whether the language model's head is the embedding matrix.
-        pad_token_id: Token that pads a batch; padding itself is told by the attention mask.
+        pad_token_id: Token that pads a batch. The attention mask, not this token, marks padding.
         bos_token_id: Token that starts a text.
         eos_token_id: Token (or tokens) that ends a text.
 

@@ -1,4 +1,4 @@
-"""Fully connected targets; loads from the Hub without this package, so it imports only its configuration from it."""
+"""Fully connected targets. This file imports only its configuration, so it loads from the Hub without this package."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .configuration_fcn import FCNConfig
 
 
 class FCNBlock(nn.Module):
-    """Linear, batch norm, ReLU, dropout: `(batch, size)` to `(batch, hidden_size)`."""
+    """A block of Linear, batch norm, ReLU and dropout: `(batch, size)` to `(batch, hidden_size)`."""
 
     def __init__(self, config: FCNConfig, size: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class FCNBlock(nn.Module):
 
 
 class FCNPreTrainedModel(PreTrainedModel):
-    """What the fully connected models share: configuration, initial weights and their place in transformers."""
+    """Base class of the fully connected models: configuration, initialisation and transformers' class attributes."""
 
     config: FCNConfig
     base_model_prefix = "model"
@@ -36,7 +36,7 @@ class FCNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As torch starts a Linear; transformers' normal of 0.02 would shrink fifty layers' signal to nothing.
+        # As in torch; transformers' normal with std 0.02 would make the signal vanish over fifty layers.
         if isinstance(module, nn.Linear):
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.in_features**-0.5), module.in_features**-0.5)
@@ -45,7 +45,7 @@ class FCNPreTrainedModel(PreTrainedModel):
 
 
 class FCNModel(FCNPreTrainedModel):
-    """A stack of fully connected blocks on flattened pixels, each block's output on show."""
+    """A stack of fully connected blocks on flattened pixels, which can return the output of every block."""
 
     def __init__(self, config: FCNConfig) -> None:
         super().__init__(config)
@@ -57,18 +57,18 @@ class FCNModel(FCNPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithNoAttention:
-        """Look at images.
+        """Compute the features of images.
 
         Args:
             pixel_values: Normalised images, `(batch, num_channels, image_size, image_size)`.
-            output_hidden_states: Whether to return every block's output; `None` means as configured.
+            output_hidden_states: Whether to return every block's output; `None` follows the configuration.
 
         Returns:
             `last_hidden_state` `(batch, hidden_size)`, and `hidden_states`: the flattened pixels, block 1, …, block N,
             each `(batch, size)`.
 
         Raises:
-            ValueError: If the images are of another size.
+            ValueError: If the images have another size.
         """
         shape = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.shape[1:] != shape:
@@ -96,13 +96,13 @@ class FCNForImageClassification(FCNPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        """Score the classes of every image; arguments as in `FCNModel.forward`, and one more.
+        """Compute the logits of the classes for every image. Other arguments are those of `FCNModel.forward`.
 
         Args:
             labels: Class of each image, `(batch,)`.
 
         Returns:
-            `loss` (if there are labels), `logits` `(batch, num_labels)`, `hidden_states`.
+            `loss` (with labels), `logits` `(batch, num_labels)`, `hidden_states`.
         """
         outputs = self.model(pixel_values, **{**kwargs, "return_dict": True})
         logits = self.classifier(outputs.last_hidden_state)

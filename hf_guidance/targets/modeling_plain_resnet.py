@@ -1,4 +1,6 @@
-"""ResNets without skip connections; loads from the Hub without this package, so it imports only its configuration."""
+"""ResNets without skip connections. This file imports only its configuration, so it loads from the Hub without this
+package.
+"""
 
 from itertools import pairwise
 from typing import Any
@@ -14,7 +16,7 @@ from .configuration_plain_resnet import BLOCK_TYPES, PlainResNetConfig
 
 
 class ConvNormReLU(nn.Module):
-    """Convolution, batch norm, ReLU: `(batch, channels, height, width)`, `stride` times smaller."""
+    """Convolution, batch norm and ReLU on `(batch, channels, height, width)`; divides height and width by `stride`."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -26,7 +28,7 @@ class ConvNormReLU(nn.Module):
 
 
 class PlainResNetBlock(nn.Sequential):
-    """What stands beside a ResNet's skip connection, without it."""
+    """The convolutions of a ResNet block without its skip connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, block_type: str) -> None:
         width = outputs // BLOCK_TYPES[block_type]
@@ -42,7 +44,7 @@ class PlainResNetBlock(nn.Sequential):
 
 
 class PlainResNetPreTrainedModel(PreTrainedModel):
-    """What the models share: configuration, initial weights and their place in transformers."""
+    """Base class of the ResNets without skips: configuration, initialisation and transformers' class attributes."""
 
     config: PlainResNetConfig
     base_model_prefix = "model"
@@ -52,7 +54,7 @@ class PlainResNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As torchvision's ResNet starts: He et al. for convolutions, torch's own for the classifier.
+        # As in torchvision's ResNet: He et al. for convolutions, torch's default for the classifier.
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
@@ -63,7 +65,7 @@ class PlainResNetPreTrainedModel(PreTrainedModel):
 
 
 class PlainResNetModel(PlainResNetPreTrainedModel):
-    """Stem and blocks, each block's output on show."""
+    """A stem and a stack of blocks, which can return the output of every block."""
 
     def __init__(self, config: PlainResNetConfig) -> None:
         super().__init__(config)
@@ -81,11 +83,11 @@ class PlainResNetModel(PlainResNetPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithNoAttention:
-        """Look at images.
+        """Compute the features of images.
 
         Args:
             pixel_values: Normalised images of any size, `(batch, num_channels, height, width)`.
-            output_hidden_states: Whether to return every block's output; `None` means as configured.
+            output_hidden_states: Whether to return every block's output; `None` follows the configuration.
 
         Returns:
             `last_hidden_state` `(batch, channels, height / 32, width / 32)`, and `hidden_states`: stem, block 1, …,
@@ -99,7 +101,7 @@ class PlainResNetModel(PlainResNetPreTrainedModel):
 
 
 class PlainResNetForImageClassification(PlainResNetPreTrainedModel):
-    """An image classifier on the mean over the last block's positions."""
+    """An image classifier on the mean over the positions of the last block."""
 
     def __init__(self, config: PlainResNetConfig) -> None:
         super().__init__(config)
@@ -111,13 +113,13 @@ class PlainResNetForImageClassification(PlainResNetPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        """Score the classes of every image; arguments as in `PlainResNetModel.forward`, and one more.
+        """Compute the logits of the classes for every image. Other arguments are those of `PlainResNetModel.forward`.
 
         Args:
             labels: Class of each image, `(batch,)`.
 
         Returns:
-            `loss` (if there are labels), `logits` `(batch, num_labels)`, `hidden_states`.
+            `loss` (with labels), `logits` `(batch, num_labels)`, `hidden_states`.
         """
         outputs = self.model(pixel_values, **{**kwargs, "return_dict": True})
         logits = self.classifier(outputs.last_hidden_state.mean((2, 3)))

@@ -1,4 +1,4 @@
-"""Recurrent targets; loads from the Hub without this package, so it imports only its configuration from it."""
+"""Recurrent targets. This file imports only its configuration, so it loads from the Hub without this package."""
 
 from dataclasses import fields
 from itertools import pairwise
@@ -16,13 +16,13 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_plain_rnn import RNNConfig
 
 CELLS = {"tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
-# What the forwards take and return the states as: transformers 5.24 gave it another name.
+# The argument and output name of the states, which changed in transformers 5.24.
 CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"
 State = tuple[Tensor, ...]  # (hidden,), or an LSTM's (hidden, cell); each (1, batch, hidden_size)
 
 
 class RNNCache:
-    """One state per layer, all a recurrent network carries on; stands where `generate` expects keys and values."""
+    """The states of all layers, which `generate` takes in place of keys and values."""
 
     is_compileable = False
 
@@ -31,18 +31,18 @@ class RNNCache:
         self.seq_length = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of positions read so far, padding included."""
+        """Return the number of positions read so far, padding included."""
         return self.seq_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row `i` continue from row `beam_idx[i]`, as beam search asks after each token."""
+        """Let row `i` continue from row `beam_idx[i]`, as beam search requires after each token."""
         self.states = [state and tuple(part.index_select(1, beam_idx) for part in state) for state in self.states]
 
 
 class _ValidFirst:
-    """Moves each row's valid positions to its front, and back, so that no state meets padding before a token.
+    """A permutation that moves the valid positions of each row to its front, so that states do not see padding first.
 
-    Sorting needs no lengths on the host; packing alone would wait for them at every training step.
+    Sorting stays on the device. Packing alone would wait for the lengths on the host in every training step.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -59,33 +59,40 @@ class _ValidFirst:
 
 
 def _run(layer: nn.Module, inputs: Any, state: State | None = None) -> tuple[Any, State]:
-    """Outputs (batch, length, hidden_size) of a layer over `inputs` (batch, length, size), and its last state."""
+    """Run a layer over `inputs`, `(batch, length, size)`.
+
+    Returns:
+        The outputs, `(batch, length, hidden_size)`, and the last state.
+    """
     outputs, new_state = layer(inputs, state[0] if state and len(state) == 1 else state)
     return outputs, new_state if isinstance(new_state, tuple) else (new_state,)
 
 
 def _run_packed(layer: nn.Module, inputs: Tensor, state: State | None, lengths: Tensor) -> tuple[Tensor, State]:
-    """As `_run`, with the state after each row's first `lengths` positions, which only `generate` needs."""
+    """Run a layer as `_run` does, and return the state after the first `lengths` positions of each row.
+
+    Only `generate` needs that state.
+    """
     packed = pack_padded_sequence(inputs, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
     outputs, new_state = _run(layer, packed, state)
     outputs, _ = pad_packed_sequence(outputs, batch_first=True, total_length=inputs.shape[1])
-    # Packing refuses an empty row: such a row read one padding too many, and keeps the state it came with.
+    # Packing rejects empty rows, so they are read as one position and then get their old state back.
     old_state = state or tuple(torch.zeros_like(part) for part in new_state)
     pairs = zip(new_state, old_state, strict=True)
     return outputs, tuple(torch.where(lengths[:, None] > 0, new, old) for new, old in pairs)
 
 
 class RNNPreTrainedModel(PreTrainedModel):
-    """What the recurrent models share: configuration, initial weights and their place in transformers."""
+    """Base class of the recurrent models: configuration, initialisation and transformers' class attributes."""
 
     config: RNNConfig
     base_model_prefix = "model"
     _no_split_modules = ["RNN", "GRU", "LSTM"]  # noqa: RUF012
-    _is_stateful = True  # a state cannot be rolled back, which assisted generation would need
+    _is_stateful = True  # assisted generation would need to roll a state back
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers leaves nn.RNN and nn.GRU alone and starts nn.LSTM its own way; here all start as in torch.
+        # transformers initialises nn.LSTM differently and nn.RNN and nn.GRU not at all; here all start as in torch.
         if isinstance(module, nn.RNNBase):
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
@@ -94,11 +101,11 @@ class RNNPreTrainedModel(PreTrainedModel):
 
 
 class RNNModel(RNNPreTrainedModel):
-    """Token embeddings and a stack of recurrent layers, each layer's output on show."""
+    """Token embeddings and a stack of recurrent layers, which can return the output of every layer."""
 
     def __init__(self, config: RNNConfig) -> None:
         super().__init__(config)
-        assert config.embedding_size is not None  # the configuration has filled it in
+        assert config.embedding_size is not None  # the configuration has set it
         sizes = [config.embedding_size] + [config.hidden_size] * config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
         self.layers = nn.ModuleList(CELLS[config.cell_type](*pair, batch_first=True) for pair in pairwise(sizes))
@@ -120,14 +127,14 @@ class RNNModel(RNNPreTrainedModel):
         """Read rows of tokens from left to right.
 
         Args:
-            input_ids: Tokens, `(batch, length)`; these or `inputs_embeds`.
-            attention_mask: 0 at padding, on whichever side, else 1; `(batch, length)`, or longer by what `cache`
-                has read. Padding touches no state, and its own outputs are 0.
+            input_ids: Tokens, `(batch, length)`. Give either these or `inputs_embeds`.
+            attention_mask: 0 at padding, on either side, else 1; `(batch, length)`, or longer by the positions that
+                `cache` has read. Padding does not change states, and its outputs are 0.
             cache: States to continue from; updated in place.
             inputs_embeds: Embedded tokens, `(batch, length, embedding_size)`.
-            use_cache: Whether to return the states; `None` means as configured, but not in training.
-            output_hidden_states: Whether to return every layer's output; `None` means as configured.
-            past_key_values: The name of `cache` before transformers 5.24.
+            use_cache: Whether to return the states; `None` follows the configuration, but returns none in training.
+            output_hidden_states: Whether to return every layer's output; `None` follows the configuration.
+            past_key_values: Name of `cache` before transformers 5.24.
 
         Returns:
             `last_hidden_state` `(batch, length, hidden_size)`, the cache, and `hidden_states`: embeddings,
@@ -149,7 +156,7 @@ class RNNModel(RNNPreTrainedModel):
         return BaseModelOutputWithPast(states[-1], cache, tuple(states) if shown else None)  # type: ignore[arg-type]
 
     def _read(self, hidden: Tensor, cache: RNNCache | None, rows: _ValidFirst | None) -> list[Tensor]:
-        """Embeddings and every layer's outputs, each row's valid positions first; moves the cache along."""
+        """Compute embeddings and outputs of every layer, with valid positions first, and update the cache."""
         states = [hidden if rows is None else rows.apply(hidden)]
         for index, layer in enumerate(self.layers):
             inputs = self.dropout(states[-1]) if index else states[-1]
@@ -166,7 +173,7 @@ class RNNModel(RNNPreTrainedModel):
 
 
 class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
-    """A recurrent language model: predicts each token from those before it."""
+    """A recurrent language model, which predicts each token from those before it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -193,14 +200,14 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         past_key_values: RNNCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Score the next token at every position; arguments as in `RNNModel.forward`, and two more.
+        """Compute the logits of the next token at every position. Other arguments are those of `RNNModel.forward`.
 
         Args:
-            labels: Tokens aligned with `input_ids` (the loss shifts them), -100 where none, `(batch, length)`.
+            labels: Tokens aligned with `input_ids`, -100 where there is none, `(batch, length)`. The loss shifts them.
             logits_to_keep: Number of last positions to score, or their indices; 0 means all.
 
         Returns:
-            `loss` (if there are labels), `logits` `(batch, length, vocab_size)`, the cache, `hidden_states`.
+            `loss` (with labels), `logits` `(batch, length, vocab_size)`, the cache, `hidden_states`.
         """
         kwargs["return_dict"] = True
         cache = past_key_values if cache is None else cache
@@ -214,7 +221,7 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
 
 
 class RNNForSequenceClassification(RNNPreTrainedModel):
-    """A recurrent classifier: judges a text by the top layer's output at its last token."""
+    """A recurrent classifier on the output of the top layer at the last token."""
 
     def __init__(self, config: RNNConfig) -> None:
         super().__init__(config)
@@ -231,13 +238,13 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Score the classes of every row; arguments as in `RNNModel.forward`, and one more.
+        """Compute the logits of the classes for every row. Other arguments are those of `RNNModel.forward`.
 
         Args:
-            labels: Class of each row, `(batch,)`, or what `config.problem_type` asks for.
+            labels: Class of each row, `(batch,)`, or the format of `config.problem_type`.
 
         Returns:
-            `loss` (if there are labels), `logits` `(batch, num_labels)`, `hidden_states`.
+            `loss` (with labels), `logits` `(batch, num_labels)`, `hidden_states`.
         """
         kwargs |= {"return_dict": True, "use_cache": False}
         outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)

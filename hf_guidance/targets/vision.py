@@ -1,4 +1,4 @@
-"""The targets of the object recognition experiments by the names that the recipes give them."""
+"""The targets of the object recognition experiments, under the names that the recipes use."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def vision_target(
     dropout: float | None = None,
     **names: Any,
 ) -> PreTrainedModel:
-    """A network called untrainable, with random weights.
+    """Build a target with random weights.
 
     Args:
-        name: one of `VISION_TARGETS`.
-        image_size: of an FCN, in pixels; a ResNet takes any.
-        width: of an FCN's blocks; None for the paper's.
-        depth: blocks of an FCN, or 18, 34 or 50 of a ResNet; None for the paper's.
-        dropout: of an FCN's blocks; None for none.
-        **names: of the labels, or their number, for the config.
+        name: One of `VISION_TARGETS`.
+        image_size: Height and width of the images for an FCN, in pixels; a ResNet takes any.
+        width: Width of an FCN's blocks; None takes the paper's.
+        depth: Number of an FCN's blocks, or 18, 34 or 50 for a ResNet; None takes the paper's.
+        dropout: Dropout probability in an FCN's blocks; None means no dropout.
+        **names: Config fields with the names or the number of the labels.
     """
     if name == "resnet50_without_skips":
         return PlainResNetForImageClassification(PlainResNetConfig.of_depth(depth or 50, **names))

@@ -1,4 +1,4 @@
-"""The tasks: data, collator, tokenizer and metrics, ready for a Trainer.
+"""Tasks: data, collator, tokenizer and metrics, ready for a Trainer.
 
 `datasets` and `evaluate` are imported only when a task is built, so this package imports without them.
 """
@@ -36,14 +36,14 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def build_task(name: str, **options: Any) -> Task:
-    """Build the task of that name.
+    """Build the task with the given name.
 
     Args:
         name: One of `TASKS`.
-        options: Arguments of its builder.
+        options: Arguments of the function that builds it.
 
     Raises:
-        ValueError: If there is no such task, or it has no such option.
+        ValueError: If there is no such task, or the task has no such option.
 
     Example:
         >>> task = build_task("parity", max_length=20, train_size=1000, eval_size=100, test_size=100)

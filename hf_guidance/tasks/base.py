@@ -1,4 +1,4 @@
-"""What a task is: everything a Trainer needs besides the model and its arguments."""
+"""The parts of a task: everything that a Trainer needs besides the model and its arguments."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 from torch import Tensor
 from transformers import EvalPrediction
 
-IGNORED_LABEL = -100  # transformers' mark of a position without a label, and what it pads labels with
+IGNORED_LABEL = -100  # transformers marks positions without a label, and pads labels, with it
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data, collator, tokenizer and metrics of one task, each under the name that `Trainer` gives it.
+    """Data, collator, tokenizer and metrics of one task, each under the name that `Trainer` uses.
 
     Args:
         name: The task's name in `TASKS`.
-        description: One sentence on what is learnt.
-        train_dataset: Rows to train on, of any kind `Trainer` takes; a stream where the data are streamed.
-        eval_dataset: Rows to choose settings by.
-        test_dataset: Rows to report once.
-        data_collator: Makes a batch of rows.
+        description: One sentence on what the task is.
+        train_dataset: Training rows, in any form that `Trainer` takes; a stream if the data are streamed.
+        eval_dataset: Validation rows, for choosing settings.
+        test_dataset: Test rows, for reporting once.
+        data_collator: Collates rows into a batch.
         processing_class: The tokenizer, whose length is the vocabulary size, or the image processor.
-        compute_metrics: From predictions, as `preprocess_logits_for_metrics` leaves them, and labels to metrics.
-        preprocess_logits_for_metrics: Reduces a batch's logits to what the metrics need, so that an evaluation does
-            not hold every logit; `None` if they need every logit.
-        metric: Name of the main metric, without the `eval_` that `Trainer` puts in front.
-        higher_is_better: Whether more of it is better.
-        percent: Whether it is a fraction, to be shown in percent.
-        labels: Names of the classes, where there are classes.
+        compute_metrics: Computes metrics from labels and the predictions that `preprocess_logits_for_metrics` returns.
+        preprocess_logits_for_metrics: Reduces the logits of a batch to what the metrics need, so that evaluation does
+            not store every logit; `None` if the metrics need every logit.
+        metric: Name of the main metric, without the prefix `eval_`.
+        higher_is_better: Whether a higher value of the metric is better.
+        percent: Whether the metric is a fraction that is shown in percent.
+        labels: Names of the classes, if there are classes.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Task:
 
 
 def main_logits(outputs: Any) -> Tensor:
-    """The logits among a model's outputs, which `Trainer` hands on as a tuple when there are several."""
+    """Return the logits among the outputs of a model, which `Trainer` passes as a tuple if there are several."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def argmax_predictions(outputs: Any, labels: Tensor) -> Tensor:
-    """Each position's best class, for metrics that need no more: `(batch, ..., classes)` to `(batch, ...)`."""
+    """Return the best class at each position: `(batch, ..., classes)` to `(batch, ...)`."""
     return main_logits(outputs).argmax(-1)

@@ -1,4 +1,4 @@
-"""From text to rows of equally many tokens: files and dataset splits in, blocks out."""
+"""Rows of equally many tokens, made from text files or dataset splits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 LINES = 1000  # lines tokenised at a time
-SHUFFLE_BUFFER = 10_000  # blocks of a stream that are shuffled among one another
+SHUFFLE_BUFFER = 10_000  # blocks in the shuffle buffer of a stream
 
 
 def read_files(paths: list[str]) -> dict[str, Dataset]:
-    """Local text as splits of lines: the first 90 % of the characters, then 5 % and 5 %, cut at line ends.
+    """Read local text as splits of lines: the first 90 % of the characters, then 5 % and 5 %, cut at line ends.
 
     Args:
         paths: UTF-8 files, joined in this order.
@@ -45,12 +45,12 @@ def read_files(paths: list[str]) -> dict[str, Dataset]:
 
 
 def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
-    """The three splits of a dataset on the Hub or in a local folder, each with a column `text`.
+    """Load the three splits of a dataset from the Hub or a local folder, each with a column `text`.
 
     Args:
         dataset: Hub id or folder.
         config: Name of its configuration, if it has several.
-        streaming: Whether to read it bit by bit instead of downloading it first.
+        streaming: Whether to stream the dataset instead of downloading it first.
 
     Raises:
         ValueError: If a split or the column is missing.
@@ -72,7 +72,7 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
 
 
 def lines(rows: Any) -> Iterator[str]:
-    """The text of each row that has any, ended by a line break, so that words of two rows stay two words."""
+    """Yield the text of each non-empty row, ended by a line break so that words of two rows are not joined."""
     for row in rows:
         if row["text"]:
             yield row["text"] if row["text"].endswith("\n") else row["text"] + "\n"
@@ -85,14 +85,14 @@ def make_blocks(
     block_size: int,
     limit: int | None = None,
 ) -> Dataset:
-    """The text of a split, read once and held in memory as rows of `block_size` tokens; labels are the tokens.
+    """Cut the text of a split into rows of `block_size` tokens, held in memory. The labels equal the tokens.
 
     Args:
         split: Rows with a column `text`.
-        name: What to call the split in an error.
-        tokenizer: What makes tokens of text.
-        block_size: Tokens in a row; the rest that fills no row is dropped.
-        limit: Number of rows after which to stop; `None` for all.
+        name: Name of the split, for errors.
+        tokenizer: The tokenizer.
+        block_size: Tokens in a row; tokens at the end that fill no row are dropped.
+        limit: Maximum number of rows; `None` takes all.
 
     Raises:
         ValueError: If the text fills no row.
@@ -114,13 +114,15 @@ def make_blocks(
 def stream_blocks(
     split: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
 ) -> IterableDataset:
-    """As `make_blocks`, made while they are read and shuffled within a buffer; each thousand lines drop their rest.
+    """Cut a stream into rows as `make_blocks` does, while it is read, and shuffle them within a buffer.
+
+    Each thousand lines drop the tokens that fill no row.
 
     Args:
         split: Rows with a column `text`.
-        tokenizer: What makes tokens of text.
+        tokenizer: The tokenizer.
         block_size: Tokens in a row.
-        seed: Order of the rows.
+        seed: Seed of the order of the rows.
 
     Raises:
         ValueError: If the first thousand lines fill no row.

@@ -24,20 +24,20 @@ def copy_paste(
     test_size: int = 10_000,
     seed: int = 0,
 ) -> Task:
-    """A string, a copy marker, and as many blanks as the string has symbols: the blanks are where the copy goes.
+    """Build the copy-paste task: a string, a copy marker, and one blank per symbol, where the copy is written.
 
-    A row is `s1 ... sL <copy> <blank> ... <blank>`, 2L + 1 tokens. Its labels, which a causal language model's loss
-    shifts by one, hold the string at the blanks and nothing elsewhere: `<copy>` is to predict s1, the first blank s2,
+    A row is `s1 ... sL <copy> <blank> ... <blank>`, 2L + 1 tokens. Its labels hold the string at the blanks and are
+    ignored elsewhere. The loss of a causal language model shifts them by one: `<copy>` predicts s1, the first blank s2,
     and so on. Accuracy therefore counts copied symbols only. No string is in two splits.
 
     Args:
         min_length: Symbols in the shortest string.
         max_length: Symbols in the longest string.
         num_symbols: Size of the alphabet.
-        train_size: Rows to train on.
-        eval_size: Rows to choose settings by.
-        test_size: Rows to report once.
-        seed: What to draw.
+        train_size: Number of training rows.
+        eval_size: Number of validation rows.
+        test_size: Number of test rows.
+        seed: Seed of the strings.
 
     Returns:
         The task; its metric is `accuracy`.
@@ -70,7 +70,7 @@ def copy_paste(
 
 
 def _rows(symbols: np.ndarray, lengths: np.ndarray, num_symbols: int) -> Dataset:
-    """Strings (n, max_length) and their lengths (n,) as rows of tokens and labels."""
+    """Build rows of tokens and labels from strings `(n, max_length)` and their lengths `(n,)`."""
     from datasets import Dataset
 
     copy, blank = num_symbols, num_symbols + 1
@@ -85,7 +85,7 @@ def _rows(symbols: np.ndarray, lengths: np.ndarray, num_symbols: int) -> Dataset
 
 
 def _copied(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy of predictions (n, length) against labels (n, length) one position on."""
+    """Compute the accuracy of predictions `(n, length)` against labels `(n, length)` one position later."""
     from .metrics import TokenAccuracy
 
     predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: one decode, one augmentation, then target and guide each in its own size."""
+"""Decoding and augmentation of images: one decode and one crop, resized for target and guide."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from torchvision.transforms import functional as F
 logger = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("none", "crop_flip")
-CROP_FRACTION = 0.875  # of the shorter side that the centre crop keeps, where training crops at random: 224 of 256
+CROP_FRACTION = 0.875  # of the shorter side, kept by the centre crop if training crops at random: 224 of 256
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How a network wants its images.
+    """The size and normalisation of a network's images.
 
     Args:
-        size: height and width in pixels.
-        mean: per channel, of pixels in [0, 1]; subtracted.
-        std: per channel; divided by.
+        size: Height and width in pixels.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, for pixels in [0, 1].
     """
 
     size: int
@@ -42,7 +42,13 @@ class PixelFormat:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def normalise(self, images: Sequence[Tensor]) -> Tensor:
-        """Bytes, `(channels, height, width)` each, to one float32 batch; image by image, as one fits the cache."""
+        """Normalise images to one float32 batch `(n, channels, size, size)`.
+
+        It works image by image, because one image fits into the CPU's cache.
+
+        Args:
+            images: Bytes, `(channels, size, size)` each.
+        """
         mean, std = (torch.tensor(values).mul(255.0)[:, None, None] for values in (self.mean, self.std))
         batch = _room(len(images), *images[0].shape)
         for image, normalised in zip(images, batch, strict=True):
@@ -51,7 +57,7 @@ class PixelFormat:
 
 
 def _room(*shape: int) -> Tensor:
-    """An empty float32 tensor; in a loader's worker in shared memory, to which it would be copied otherwise."""
+    """Allocate a float32 tensor; in a loader's worker in shared memory, which saves a copy."""
     if get_worker_info() is None:
         return torch.empty(shape)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * torch.float32.itemsize)
@@ -59,19 +65,20 @@ def _room(*shape: int) -> Tensor:
 
 
 class ImageDecoder:
-    """Makes a row of bytes out of an encoded image and its label.
+    """A decoder from an encoded image and its label to a row of bytes.
 
-    Augmentation is a function of (seed, epoch, the image's bytes), so neither workers, ranks nor a resume change it.
+    Augmentation depends only on seed, epoch and the bytes of the image. Workers, ranks and resumes do not change it.
 
     Args:
-        sizes: of the images to make, in pixels; the first is the target's.
-        columns: names of the image and the label.
-        classes: number of them.
-        augmentation: ``none`` (resize, centre crop) or ``crop_flip`` (a random crop of 8 to 100 % of the area, resized,
+        sizes: Sizes of the images to make, in pixels; the first is that of the target.
+        columns: Names of the columns with image and label.
+        classes: Number of classes.
+        augmentation: `none` (resize, centre crop) or `crop_flip` (a random crop of 8 to 100 % of the area, resized,
             and flipped half the time).
-        crop: fraction of the shorter side that the centre crop keeps.
-        seed: of the augmentation.
-        on_bad_image: ``raise`` or ``skip`` what cannot be decoded; what is skipped is counted over all workers.
+        crop: Fraction of the shorter side that the centre crop keeps.
+        seed: Seed of the augmentation.
+        on_bad_image: `raise` or `skip` for images that cannot be decoded. The count of skipped images is shared by
+            all workers.
     """
 
     def __init__(
@@ -86,24 +93,24 @@ class ImageDecoder:
     ) -> None:
         self.sizes, self.columns, self.classes = tuple(sizes), columns, classes
         self.augmentation, self.crop, self.seed, self.on_bad_image = augmentation, crop, seed, on_bad_image
-        self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # one number for all workers
+        self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # shared by all workers
 
     @property
     def skipped(self) -> int:
-        """Number of images so far that could not be decoded."""
+        """Return the number of images so far that could not be decoded."""
         return int(self._skipped)
 
     def with_seed(self, seed: int) -> ImageDecoder:
-        """The same but for the seed; what is skipped is counted together."""
+        """Return a copy with another seed, which shares the count of skipped images."""
         other = copy.copy(self)
         other.seed = seed
         return other
 
     def __call__(self, row: dict[str, Any], epoch: int = 0, name: str = "") -> dict[str, Any] | None:
-        """The row as ``pixel_values`` (uint8, `(3, size, size)` for each size) and ``labels``; None if skipped.
+        """Decode a row to `pixel_values` (uint8, `(3, size, size)` for each size) and `labels`; None if skipped.
 
         Raises:
-            ValueError: the image cannot be decoded, or its label is none of the classes.
+            ValueError: If the image cannot be decoded, or its label is not one of the classes.
         """
         encoded, label = (row[column] for column in self.columns)
         name = (encoded.get("path") if isinstance(encoded, dict) else None) or name
@@ -114,8 +121,8 @@ class ImageDecoder:
         except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
             if self.on_bad_image == "raise":
                 raise ValueError(
-                    f"image {name} cannot be decoded: {error}. Mend or remove it, or pass --on_bad_image skip "
-                    "(on_bad_image='skip') to leave such images out."
+                    f"image {name} cannot be decoded: {error}. Repair or remove it, or set on_bad_image='skip' to "
+                    "leave such images out."
                 ) from error
             self._skipped += 1
             logger.warning("Skipped image %s, which cannot be decoded: %s.", name, error)
@@ -134,16 +141,16 @@ class ImageDecoder:
 
 
 def check_label(label: int | None, classes: int, name: str) -> None:
-    """Raise ValueError if a label is none of the classes."""
+    """Raise ValueError if a label is not one of the classes."""
     if label is None or not 0 <= label < classes:
         raise ValueError(
-            f"image {name}: its label is {label}, and num_labels is {classes} (0 … {classes - 1}): "
+            f"image {name}: its label is {label}, but num_labels is {classes} (0 … {classes - 1}): "
             "choose a labelled split, or correct the labels."
         )
 
 
 def _content(encoded: Any) -> bytes:
-    """The file of an image: its bytes, or what stands at its path."""
+    """Return the bytes of an image, or those of the file at its path."""
     if encoded is None or (encoded.get("bytes") is None and encoded.get("path") is None):
         raise ValueError("the row holds no image")
     if encoded.get("bytes") is not None:
@@ -158,8 +165,8 @@ def _decode(content: bytes) -> PIL.Image.Image:
     if image.getexif().get(PIL.Image.ExifTags.Base.Orientation) is not None:
         image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is not known")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which converting would cut off at 255
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+    if image.mode.startswith("I"):  # 16 bits per pixel, which convert would clip at 255
         image = PIL.Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
@@ -172,11 +179,11 @@ def _centre_crop(image: PIL.Image.Image, size: int, crop: float) -> PIL.Image.Im
 
 
 class ImageCollator:
-    """Rows of bytes to a batch of normalised pixels for the target, and for the guide where its differ.
+    """A collator from rows of bytes to normalised pixels for the target, and for the guide if its format differs.
 
     Args:
-        target: how the target wants its images.
-        guide: how the guide does; None if as the target.
+        target: Image format of the target.
+        guide: Image format of the guide; None if it is that of the target.
     """
 
     def __init__(self, target: PixelFormat, guide: PixelFormat | None = None) -> None:
@@ -185,9 +192,9 @@ class ImageCollator:
     def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
         good = [row for row in rows if row is not None]
         if not good:
-            raise ValueError(f"none of the {len(rows)} images of a batch could be decoded; look at the data.")
+            raise ValueError(f"none of the {len(rows)} images of a batch could be decoded; check the data.")
         views = list(zip(*(row["pixel_values"] for row in good), strict=True))
-        numbers = [name for name in good[0] if name != "pixel_values"]  # labels, and ids where there are some
+        numbers = [name for name in good[0] if name != "pixel_values"]  # labels, and ids if there are any
         batch = {"pixel_values": self.target.normalise(views[0])}
         batch |= {name: torch.tensor([row[name] for row in good]) for name in numbers}
         if self.guide is not None:

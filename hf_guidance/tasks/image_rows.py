@@ -1,4 +1,4 @@
-"""Rows of images, held or streamed, decoded when they are asked for."""
+"""Rows of images, from a dataset or a stream, decoded on access."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from .image_decoding import ImageDecoder
 
 
 class ImageRows(torch.utils.data.Dataset):
-    """Rows of a dataset held on disk or in memory, decoded when they are asked for."""
+    """Rows of a dataset on disk or in memory, decoded on access."""
 
     def __init__(self, rows: datasets.Dataset, decode: ImageDecoder, ids: str | None = None) -> None:
         self.rows, self.decode, self.ids = rows, decode, ids
-        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # shared with persistent workers
 
     def with_seed(self, seed: int) -> ImageRows:
-        """The same rows, augmented otherwise."""
+        """Return the same rows with another seed of the augmentation."""
         return ImageRows(self.rows, self.decode.with_seed(seed), self.ids)
 
     def with_ids(self, name: str) -> ImageRows:
-        """The same rows, numbered in a column of that name.
+        """Return the same rows with a column of ids.
 
         Raises:
-            ValueError: the images are augmented, so that a number does not stand for one input.
+            ValueError: If the images are augmented, so that an id does not identify one input.
         """
         if self.decode.augmentation != "none":
             raise ValueError(
-                f"cache_guide needs images that are the same in every epoch, and the augmentation is "
-                f"{self.decode.augmentation!r}: set --augmentation none, or leave the cache out."
+                f"cache_guide needs images that are the same in every epoch, but augmentation is "
+                f"{self.decode.augmentation!r}: set augmentation='none', or leave cache_guide out."
             )
         return ImageRows(self.rows, self.decode, name)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's loader: another epoch, another augmentation."""
+        """Set the epoch, which changes the augmentation. The loader of accelerate calls this."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -50,16 +50,16 @@ class ImageRows(torch.utils.data.Dataset):
 
 
 class ImageStream(datasets.IterableDataset):
-    """An endless stream: epoch after epoch, each in an order and with augmentations of its own.
+    """An endless stream: one epoch after another, each with its own order and augmentation.
 
-    A Trainer that resumes reads as many batches as it had, so that the stream must not end with its first epoch. Ranks
-    that outnumber the files share each file row by row; a row is decoded by the rank that trains on it alone. Each
-    rank's workers go round their own files: the epochs of one with fewer rows are shorter.
+    A resumed Trainer first reads the batches of earlier steps again, so the stream must not end after its first epoch.
+    If ranks outnumber files, they share each file row by row. Only the rank that trains on a row decodes it. The
+    workers of a rank read their own files, so a worker with fewer rows has shorter epochs.
     """
 
     @classmethod
     def of(cls, rows: datasets.IterableDataset, decode: ImageDecoder, buffer: int) -> ImageStream:
-        """A stream over encoded `rows`, shuffled within a buffer of so many by the decoder's seed."""
+        """Make a stream of encoded `rows`, shuffled by the decoder's seed in a buffer of `buffer` rows."""
         stream = cls._around(rows.shuffle(seed=decode.seed, buffer_size=buffer), decode, (0, 1))
         stream.__dict__ |= {"source": rows, "buffer": buffer}
         return stream
@@ -71,21 +71,21 @@ class ImageStream(datasets.IterableDataset):
         return stream
 
     def with_seed(self, seed: int) -> ImageStream:
-        """The same rows in another order and augmented otherwise."""
+        """Return the same rows in another order, with other augmentation."""
         return self.of(self.source, self.decode.with_seed(seed), self.buffer)
 
     @property
     def column_names(self) -> None:
-        """Not known to those who would drop columns of what is yet to be decoded."""
+        """Return None, so that nobody drops columns that the decoder needs."""
         return None
 
     @property
     def n_shards(self) -> int:
-        """As many as there are ranks, as far as accelerate is concerned: `shard` finds a way."""
+        """Return a number so large that accelerate always shards by rank; `shard` handles any number of ranks."""
         return 2**31
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> ImageStream:
-        """The `index`-th of `num_shards` parts: files where there are enough, else every `num_shards`-th row."""
+        """Return part `index` of `num_shards`: whole files if there are enough, else every `num_shards`-th row."""
         if self.num_shards < num_shards:
             return self._around(self, self.decode, (index, num_shards))
         return self._around(super().shard(num_shards, index, contiguous), self.decode, self.part)
@@ -93,7 +93,7 @@ class ImageStream(datasets.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for epoch in itertools.count():
             one_epoch = copy.copy(self)
-            one_epoch._epoch = torch.tensor(epoch)  # the shared one would be moved by all workers at once
+            one_epoch._epoch = torch.tensor(epoch)  # all workers would change a shared one
             rows = _readable(super(ImageStream, one_epoch).__iter__())
             read = good = 0
             for row in itertools.islice(rows, self.part[0], None, self.part[1]):
@@ -103,13 +103,13 @@ class ImageStream(datasets.IterableDataset):
                     good += 1
                     yield decoded
             if read and not good:
-                raise ValueError(f"none of the {read} images of an epoch could be decoded; look at the data.")
+                raise ValueError(f"none of the {read} images of an epoch could be decoded; check the data.")
             if not read:
                 return  # a worker without a file
 
 
 def _readable(rows: Iterator[Any]) -> Iterator[Any]:
-    """The rows; what breaks off reading them, after the retries of `datasets`, as a ConnectionError."""
+    """Yield the rows; raise ConnectionError if reading fails after the retries of `datasets`."""
     while True:
         try:
             row = next(rows)
@@ -117,7 +117,7 @@ def _readable(rows: Iterator[Any]) -> Iterator[Any]:
             return
         except Exception as error:
             raise ConnectionError(
-                f"The data could not be read any further ({type(error).__name__}: {error}). Retries: "
-                "datasets.config.STREAMING_READ_MAX_RETRIES, STREAMING_READ_RETRY_INTERVAL seconds apart."
+                f"The data could not be read any further ({type(error).__name__}: {error}). For more retries, "
+                "raise datasets.config.STREAMING_READ_MAX_RETRIES or STREAMING_READ_RETRY_INTERVAL (seconds)."
             ) from error
         yield row

@@ -1,4 +1,4 @@
-"""From a dataset on the Hub, in a folder or in scikit-learn to splits of encoded images."""
+"""Splits of encoded images, from the Hub, a folder or scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ logger = logging.getLogger(__name__)
 
 VALIDATION = ("validation", "valid", "val", "dev")
 LABELS = ("label", "labels", "fine_label", "cls", "class")
-CHUNK = 500  # rows of a stream in one table: a column of one holds no more than two gigabytes
+CHUNK = 500  # rows of a stream in one table, whose columns hold at most two gigabytes
 
 
 def digits() -> dict[str, Dataset]:
-    """scikit-learn's 1797 hand-written digits of 8 × 8 pixels: two thirds to train on, a sixth each to evaluate."""
+    """Load scikit-learn's 1797 handwritten digits of 8 × 8 pixels: two thirds for training, a sixth each for
+    evaluation.
+    """
     import PIL.Image
     from datasets import ClassLabel, Dataset, Features, Image
     from sklearn.datasets import load_digits
@@ -48,6 +50,16 @@ def digits() -> dict[str, Dataset]:
 
 
 def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, Any]:
+    """Load the splits of a dataset from the Hub or a local folder.
+
+    Args:
+        dataset: Hub id or folder.
+        config: Name of its configuration, if it has several.
+        streaming: Whether to stream the dataset instead of downloading it first.
+
+    Raises:
+        ValueError: If the dataset is missing, gated or has no split train.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.constants import ENDPOINT
@@ -57,12 +69,12 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
     except (DatasetNotFoundError, FileNotFoundError) as error:
         if "gated" in str(error):
             raise ValueError(
-                f"the dataset {dataset} is gated: accept its terms at {ENDPOINT}/datasets/{dataset}, make a token with "
-                f"read rights at {ENDPOINT}/settings/tokens, then run `hf auth login` or set HF_TOKEN."
+                f"the dataset {dataset} is gated: accept its terms at {ENDPOINT}/datasets/{dataset}, create a token "
+                f"with read rights at {ENDPOINT}/settings/tokens, then run `hf auth login` or set HF_TOKEN."
             ) from error
         raise ValueError(
-            f"dataset {dataset!r} not found: it is no local folder with data, and the Hub has none of that name that "
-            "this user may read (for a private one run `hf auth login` or set HF_TOKEN)."
+            f"dataset {dataset!r} not found: it is no local folder with data, and the Hub has no dataset of that name "
+            "that this user may read (for a private one run `hf auth login` or set HF_TOKEN)."
         ) from error
     if "train" not in found:
         raise ValueError(f"{dataset} has no split 'train'; it has {', '.join(found)}.")
@@ -70,6 +82,7 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
 
 
 def features_of(split: Any, dataset: str) -> Features:
+    """Return the features of a split, which a stream may have to read first. Raise ValueError if it has no rows."""
     features = split.features or split._resolve_features().features
     if not features:
         raise ValueError(f"the train split of {dataset} has no rows.")
@@ -77,6 +90,17 @@ def features_of(split: Any, dataset: str) -> Features:
 
 
 def find_columns(features: Features, dataset: str, image: str | None, label: str | None) -> tuple[str, str]:
+    """Find the columns with images and with classes.
+
+    Args:
+        features: Features of the dataset.
+        dataset: Name of the dataset, for errors.
+        image: Name of the image column; None finds it.
+        label: Name of the class column; None finds it.
+
+    Raises:
+        ValueError: If a column is missing, ambiguous or of another type.
+    """
     from datasets import ClassLabel, Image
 
     images = [image] if image else [name for name, kind in features.items() if isinstance(kind, Image)]
@@ -85,8 +109,8 @@ def find_columns(features: Features, dataset: str, image: str | None, label: str
     for what, found, flag in (("images", images, "image_column"), ("classes", classes, "label_column")):
         if not found or found[0] not in features or (len(found) > 1 and what == "images"):
             raise ValueError(
-                f"{dataset} has the columns {', '.join(features)}, and which holds the {what} is "
-                f"{'not among them' if found and found[0] not in features else 'not clear'}: name it with {flag}."
+                f"{dataset} has the columns {', '.join(features)}, and the one with the {what} is "
+                f"{'not among them' if found and found[0] not in features else 'not clear'}: set {flag}."
             )
     if not isinstance(features[images[0]], Image):
         raise ValueError(f"{dataset}: the column {images[0]!r} holds {features[images[0]]}; expected images.")
@@ -94,19 +118,30 @@ def find_columns(features: Features, dataset: str, image: str | None, label: str
 
 
 def class_names(features: Features, column: str, dataset: str, num_labels: int | None) -> list[str]:
+    """Return the names of the classes, which are numbers if the dataset has no names.
+
+    Args:
+        features: Features of the dataset.
+        column: Name of the class column.
+        dataset: Name of the dataset, for errors.
+        num_labels: Number of classes, for a dataset without names.
+
+    Raises:
+        ValueError: If the column holds no whole numbers, or `num_labels` is missing or wrong.
+    """
     kind = features[column]
     names = getattr(kind, "names", None)
     if names is None and not str(getattr(kind, "dtype", "")).lstrip("u").startswith("int"):
-        raise ValueError(f"{dataset}: the column {column!r} holds {kind}; expected classes as whole numbers from 0 on.")
+        raise ValueError(f"{dataset}: the column {column!r} holds {kind}; expected classes as whole numbers from 0.")
     if names is None and num_labels is None:
-        raise ValueError(f"{dataset} does not name the classes of its column {column!r}: give num_labels.")
+        raise ValueError(f"{dataset} does not name the classes of its column {column!r}: set num_labels.")
     if names is not None and num_labels not in (None, len(names)):
-        raise ValueError(f"num_labels is {num_labels}, but {dataset} names {len(names)} classes: leave it out.")
+        raise ValueError(f"num_labels is {num_labels}, but {dataset} names {len(names)} classes: leave num_labels out.")
     return names or [str(number) for number in range(num_labels or 0)]
 
 
 def training_rows(split: Dataset | IterableDataset, label: str, dataset: str, size: int | None) -> Any:
-    """The first rows to train on, or all of them."""
+    """Select the first training rows, or all of them."""
     from datasets import Dataset
 
     if size is None or not isinstance(split, Dataset):
@@ -117,7 +152,7 @@ def training_rows(split: Dataset | IterableDataset, label: str, dataset: str, si
 
 
 def evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: int | None) -> tuple[Dataset, Dataset]:
-    """Rows to validate and to test with, in memory; a split without labels (ImageNet's test) counts as missing."""
+    """Select validation and test rows, held in memory. A split without labels (ImageNet's test) counts as missing."""
     validation = next((splits[name] for name in VALIDATION if name in splits), None)
     test = splits.get("test")
     if test is not None and next(iter(test), {label: None})[label] in (None, -1):
@@ -135,8 +170,8 @@ def evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: in
 
 
 def check_labels(split: Dataset, column: str, classes: int, name: str) -> None:
-    """Raise ValueError if a row of a split that is held has a label that is none of the classes."""
-    labels = np.asarray(split.with_format("numpy")[column][:], dtype=float)  # NaN where there is none
+    """Raise ValueError if a row in memory has a label that is not one of the classes."""
+    labels = np.asarray(split.with_format("numpy")[column][:], dtype=float)  # NaN where there is no label
     wrong = np.flatnonzero(~((labels >= 0) & (labels < classes)))
     if len(wrong):
         row = int(wrong[0])
@@ -144,7 +179,10 @@ def check_labels(split: Dataset, column: str, classes: int, name: str) -> None:
 
 
 def _rows(split: Dataset | IterableDataset, label: str, size: int | None) -> Dataset:
-    """The first rows of a split, in memory; of a shuffled one where they come class by class, as folders do."""
+    """Load the first rows of a split into memory.
+
+    If they are sorted by class, as in folders, a split on disk is shuffled first, and a stream gives a warning.
+    """
     from datasets import Dataset, concatenate_datasets
 
     if isinstance(split, Dataset):
@@ -160,7 +198,7 @@ def _rows(split: Dataset | IterableDataset, label: str, size: int | None) -> Dat
         raise ValueError("a split to evaluate on has no rows.")
     found = concatenate_datasets(parts)
     if len(found) == size and _sorted(found[label]):
-        logger.warning("The first %d rows come class by class: evaluate on more of them, or shuffle the split.", size)
+        logger.warning("The first %d rows are sorted by class: evaluate on more rows, or shuffle the split.", size)
     return found
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .image_decoding import PixelFormat
 
 TOP = 5
-STREAMED_EVALUATION = 5000  # of ImageNet, half a gigabyte
+STREAMED_EVALUATION = 5000  # half a gigabyte of ImageNet
 
 
 def image_classification(
@@ -34,36 +34,34 @@ def image_classification(
     on_bad_image: str = "raise",
     seed: int = 0,
 ) -> Task:
-    """Name the class of an image.
+    """Build the task of naming the class of an image.
 
     Args:
-        dataset: Hub id or local folder (parquet, images in a folder per class, webdataset, …), or ``digits``, the 1797
-            of scikit-learn. It has a split train; without a validation split the even rows of the test split validate
-            and the odd ones test, and the other way round.
-        dataset_config: its configuration, if it has several.
-        streaming: whether to read the training split while training, shuffled within a buffer and without end; if
-            not, it is downloaded first.
-        target: how the target wants its pixels.
-        guide: how the guide does, in ``guide_pixel_values``; None for the target's own.
-        augmentation: ``none`` or ``crop_flip``, of the training images; the others are resized and cropped to their
-            centre.
-        image_column: name; None finds the one that holds images.
-        label_column: name; None finds the one that holds classes.
-        num_labels: of a dataset that does not name its classes.
-        train_size: rows to train on; None for all. Not of a stream, whose steps say how much of it is read.
-        eval_size: rows to validate, and to test, with at most; None for all, or for 5000 of a stream, which are held in
-            memory, encoded.
-        shuffle_buffer: encoded images of a stream that are shuffled among one another, in each worker.
-        on_bad_image: ``raise``, or ``skip`` and count those that cannot be decoded.
-        seed: of the stream's order and of the augmentation.
+        dataset: Hub id, local folder (parquet, images in a folder per class, webdataset, …), or `digits`, the 1797
+            of scikit-learn. It needs a split train. If one of the splits validation and test is missing, the even
+            rows of the other are for validation and the odd ones for the test.
+        dataset_config: Name of its configuration, if it has several.
+        streaming: Whether to stream the training split, endlessly and shuffled within a buffer, instead of downloading
+            it first.
+        target: Image format of the target; None means 28 × 28 pixels.
+        guide: Image format of the guide, in the column `guide_pixel_values`; None uses the target's.
+        augmentation: `none` or `crop_flip` for the training images. Other images are resized and centre-cropped.
+        image_column: Name of the column with images; None finds it.
+        label_column: Name of the column with classes; None finds it.
+        num_labels: Number of classes, for a dataset that does not name them.
+        train_size: Number of training rows; None takes all. A stream does not accept it: its steps decide.
+        eval_size: Maximum number of rows for validation, and for the test, held in memory in encoded form. None takes
+            all, or 5000 of a stream.
+        shuffle_buffer: Encoded images in the shuffle buffer of a stream, in each worker.
+        on_bad_image: `raise` for images that cannot be decoded, or `skip` and count them.
+        seed: Seed of the stream's order and of the augmentation.
 
     Returns:
         The task; its metrics are `accuracy` and `top_5_accuracy`.
 
     Raises:
-        ValueError: a dataset that is not there or not open to this user, without a split, column or class that is
-            needed, or with a label that is none of its classes (in a stream, when its row is read); an option of
-            another name.
+        ValueError: If the dataset is missing or not accessible, if it lacks a split, column or class names, if a label
+            is not one of its classes (in a stream, when that row is read), or if an option has an unknown value.
 
     Source: object recognition, Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035).
     """
@@ -93,7 +91,7 @@ def image_classification(
         raise ValueError(
             f"train_size is {train_size}"
             + (
-                ", of a stream: leave it out, the steps say how much is read."
+                ", but the dataset is a stream: leave it out, max_steps decides how much is read."
                 if streaming
                 else "; it must be at least 1."
             )
@@ -135,7 +133,7 @@ def image_classification(
 
 
 def image_processor(pixels: PixelFormat, crop: float = 1.0) -> Any:
-    """What a saved target is used with: resizes, crops and normalises as validation does."""
+    """Build the image processor of a saved target, which resizes, crops and normalises as in validation."""
     return CLIPImageProcessor(
         size={"shortest_edge": round(pixels.size / crop)},
         crop_size={"height": pixels.size, "width": pixels.size},
@@ -151,23 +149,32 @@ def _metrics(metric: Any, prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _best_classes(outputs: Any, labels: Tensor) -> Tensor:
-    """The five best classes of each image, best first: `(batch, classes)` to `(batch, 5)`."""
+    """Return the five best classes of each image, best first: `(batch, classes)` to `(batch, 5)`."""
     logits = main_logits(outputs)
     return logits.topk(min(TOP, logits.shape[-1])).indices
 
 
 def check_last_batch(task: Task, batch: int) -> None:
-    """Raise ValueError if an epoch would end in a batch of one image, which batch norm cannot take."""
+    """Raise ValueError if an epoch would end in a batch of one image, which batch norm cannot take.
+
+    Args:
+        task: The task; a stream has no last batch.
+        batch: Rows in a batch.
+    """
     rows = len(task.train_dataset) if hasattr(task.train_dataset, "__len__") else 0
     if rows % batch == 1:
         raise ValueError(
             f"{rows} training images in batches of {batch} leave one over, and batch norm needs two: "
-            "choose another --per_device_train_batch_size, or pass --dataloader_drop_last."
+            "choose another per_device_train_batch_size, or set dataloader_drop_last=True."
         )
 
 
 def count_skipped(task: Task) -> str:
-    """What is to be said of images that were skipped on any rank; every rank has to ask."""
+    """Report the images that were skipped on any rank; every rank must call it.
+
+    Returns:
+        One line per split with skipped images; empty if there are none.
+    """
     counts = {
         name: rows.decode.skipped
         for name, rows in (
@@ -176,7 +183,7 @@ def count_skipped(task: Task) -> str:
             ("test", task.test_dataset),
         )
     }
-    everyone = gather_object([counts])  # a rank counts its own alone
+    everyone = gather_object([counts])  # each rank counts only its own images
     counts = {name: sum(own[name] for own in everyone) for name in counts}
     return "".join(
         f"{count} {name} images could not be decoded and were skipped, counted each time they came.\n"

@@ -1,4 +1,4 @@
-"""The tasks' metrics: each an `evaluate.Metric` that computes offline and leaves no files."""
+"""Metrics of the tasks: each is an `evaluate.Metric` that works offline and leaves no files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TokenAccuracy(Accuracy):
 
     Args (of `compute`):
         predictions: Predicted tokens, `(n,)`.
-        references: True tokens, `(n,)`, -100 where a position counts for nothing.
+        references: True tokens, `(n,)`, -100 where a position does not count.
 
     Returns:
         `accuracy`, between 0 and 1.
@@ -68,10 +68,10 @@ class TokenAccuracy(Accuracy):
 
 
 class TopKAccuracy(InMemoryMetric):
-    """Fraction of images whose class is the best one predicted, and among the k best; higher is better.
+    """Fraction of images whose class is the best prediction, and among the k best; higher is better.
 
     Args:
-        k: number of best classes.
+        k: Number of best classes.
 
     Args (of `compute`):
         predictions: Classes of each image, best first, `(n, ≥ min(k, classes))`.
@@ -101,8 +101,8 @@ class Perplexity(InMemoryMetric):
         tokens_per_word: Mean number of tokens in a word of the text that was scored.
 
     Returns:
-        `perplexity`, and `word_perplexity` = exp(mean negative log-likelihood · tokens per word), which models with
-        different tokenizers can be compared by.
+        `perplexity`, and `word_perplexity` = exp(mean negative log-likelihood · tokens per word), which compares models
+        with different tokenizers.
     """
 
     columns = Features({"predictions": Value("float32")})

@@ -24,15 +24,15 @@ def parity(
     test_size: int = 10_000,
     seed: int = 0,
 ) -> Task:
-    """Bit strings, each labelled 1 if it has an odd number of ones, else 0. No string is in two splits.
+    """Build the parity task: bit strings, labelled 1 if the number of ones is odd, else 0. No string is in two splits.
 
     Args:
         min_length: Bits in the shortest string.
         max_length: Bits in the longest string.
-        train_size: Rows to train on.
-        eval_size: Rows to choose settings by.
-        test_size: Rows to report once.
-        seed: What to draw.
+        train_size: Number of training rows.
+        eval_size: Number of validation rows.
+        test_size: Number of test rows.
+        seed: Seed of the strings.
 
     Returns:
         The task; its metric is `accuracy`.
@@ -64,7 +64,7 @@ def parity(
 
 
 def limit_length(dataset: Dataset, max_length: int) -> Dataset:
-    """The rows of at most `max_length` tokens, for a curriculum that starts with the short ones.
+    """Select the rows of at most `max_length` tokens, for a curriculum that starts with short ones.
 
     Args:
         dataset: Rows with `input_ids`.
@@ -80,18 +80,18 @@ def limit_length(dataset: Dataset, max_length: int) -> Dataset:
 
 
 def length_curriculum(dataset: Dataset, max_lengths: Sequence[int], size: int, seed: int = 0) -> Dataset:
-    """Rows in the order of a curriculum: equal stages, each drawn at random from the strings of up to its length.
+    """Order rows as a curriculum: equal stages, each drawn at random from the strings up to its length.
 
     Train on it in order (`train_sampling_strategy="sequential"`).
 
     Args:
         dataset: Rows to draw from, with replacement.
         max_lengths: Tokens in the longest string of each stage.
-        size: Rows in all.
-        seed: What to draw.
+        size: Total number of rows.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: If a stage has no row to draw from, as `limit_length` says.
+        ValueError: If a stage has no row to draw from.
     """
     from datasets import concatenate_datasets
 
@@ -105,7 +105,7 @@ def length_curriculum(dataset: Dataset, max_lengths: Sequence[int], size: int, s
 
 
 def _rows(bits: np.ndarray, lengths: np.ndarray) -> Dataset:
-    """Bits (n, max_length) and lengths (n,) as rows of tokens, each with its label."""
+    """Build labelled rows of tokens from bits `(n, max_length)` and lengths `(n,)`."""
     from datasets import Dataset
 
     valid = np.arange(bits.shape[1]) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""How a network of the Hub, of timm or in a folder wants its images."""
+"""Image formats of networks from the Hub, from timm or in a folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .image_decoding import PixelFormat
 
 
 def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None = None) -> PixelFormat:
-    """Size and normalisation of a network's images.
+    """Return size and normalisation of a network's images.
 
     Args:
-        source: Hub id, local folder or ``timm/<architecture>``.
-        size: in pixels, for a network that takes any size and was trained on none.
-        trained: whether its own weights are used: then its image processor says how its images were made.
-        given: a size that overrules all.
+        source: Hub id, local folder or `timm/<architecture>`.
+        size: Size in pixels for a network that takes any size and was trained on none.
+        trained: Whether its own weights are used. Then its image processor decides the format.
+        given: Size in pixels that overrides all others.
 
     Raises:
-        ValueError: a trained network without an image processor.
+        ValueError: If a trained network has no image processor.
     """
     from transformers import AutoConfig, AutoImageProcessor
 
@@ -40,11 +40,11 @@ def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None 
         processor: Any = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
-            f"the guide {source} comes without an image processor (preprocessor_config.json), so that the size and "
-            "normalisation of the images it was trained on are not known: save the processor beside its weights, or "
-            "pass --untrained_guide for random ones."
+            f"the guide {source} comes without an image processor (preprocessor_config.json), so the size and "
+            "normalisation of the images it was trained on are unknown: save the processor beside its weights, or load "
+            "the guide with untrained=True for random weights."
         ) from error
-    timms = getattr(processor, "data_config", None) or {}  # timm's own processor keeps all in one place
+    timms = getattr(processor, "data_config", None) or {}  # timm's own processor keeps everything here
     mean = timms.get("mean") or getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
     std = timms.get("std") or getattr(processor, "image_std", None) or (0.5, 0.5, 0.5)
     own = timms.get("input_size") or getattr(processor, "crop_size", None) or getattr(processor, "size", None)
@@ -52,7 +52,7 @@ def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None 
 
 
 def _side(size: Any) -> int | None:
-    """One side of a square, however it is written: 224, (3, 224, 224), {"height": 224, …}, {"shortest_edge": 224}."""
+    """Return the side of a square from any notation: 224, (3, 224, 224), {"height": 224, …}, {"shortest_edge": 224}."""
     if isinstance(size, (list, tuple)):
         return int(size[-1])
     if size is None or isinstance(size, int):
@@ -61,23 +61,23 @@ def _side(size: Any) -> int | None:
 
 
 def check_sees(network: nn.Module, name: str) -> None:
-    """Raise ValueError for a network that takes no images."""
+    """Raise ValueError if a network takes no images."""
     takes = inspect.signature(network.forward).parameters
     if "pixel_values" not in takes:
         raise ValueError(
-            f"the guide {name} ({type(network).__name__}) takes {', '.join(list(takes)[:3])}, and no pixel_values: "
+            f"the guide {name} ({type(network).__name__}) takes {', '.join(list(takes)[:3])}, but no pixel_values: "
             "name an image model of the Hub, a folder with one, or timm/<architecture>."
         )
 
 
 @torch.no_grad()
 def check_takes(network: nn.Module, pixels: PixelFormat, name: str) -> None:
-    """Raise ValueError if a network cannot be run on images of a format, before anything is trained."""
+    """Raise ValueError if a network cannot run on images of this format, before any training."""
     try:
         network(pixel_values=torch.zeros(2, 3, pixels.size, pixels.size))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]  # a bare assertion says nothing
+        why = (str(error).splitlines() or [type(error).__name__])[0]  # a bare assertion has no message
         raise ValueError(
             f"the guide {name} cannot take images of {pixels.size} × {pixels.size} pixels ({why}): choose another "
-            "--guide_image_size."
+            "guide_image_size."
         ) from error

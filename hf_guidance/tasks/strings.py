@@ -9,16 +9,16 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# A string belongs to the split in whose tenths the hash of all its symbols but the last one falls, whatever the seed,
-# the sizes and the lengths. The last symbol is left out to keep the few short strings of a split balanced in parity.
+# The hash of all symbols but the last decides the split of a string, whatever the seed, the sizes and the lengths.
+# Leaving out the last symbol keeps the few short strings of a split balanced in parity.
 TENTHS = {"train": range(2, 10), "eval": range(1), "test": range(1, 2)}
-PROBES = 1000  # strings of each length drawn to see whether a split has any
+PROBES = 1000  # strings drawn per length to find out whether a split has any
 
 
 def draw_strings(
     split: str, size: int, *, min_length: int, max_length: int, num_symbols: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw strings of one split: lengths uniform over those of which the split has strings, symbols uniform.
+    """Draw strings of one split, with uniform symbols and uniform lengths among those that the split has.
 
     Args:
         split: `"train"`, `"eval"` or `"test"`.
@@ -26,10 +26,10 @@ def draw_strings(
         min_length: Symbols in the shortest string.
         max_length: Symbols in the longest string.
         num_symbols: Size of the alphabet.
-        seed: What to draw; each split has its own draw, so that its strings do not depend on the others' sizes.
+        seed: Seed of the draw. Each split draws on its own, so its strings do not depend on the sizes of the others.
 
     Returns:
-        The symbols, `(size, max_length)`, those after a string's end to be ignored, and the lengths, `(size,)`.
+        The symbols, `(size, max_length)`, and the lengths, `(size,)`. Ignore symbols after the end of a string.
 
     Raises:
         ValueError: If a number is too small, or the lengths allow no string of the split.
@@ -58,7 +58,7 @@ def draw_strings(
 
 
 def string_hash(symbols: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each string, the same on every machine and with any amount of padding after its end.
+    """Compute a 64-bit hash of each string, which depends neither on the machine nor on padding after the end.
 
     Args:
         symbols: `(n, max_length)`.
@@ -76,7 +76,7 @@ def string_hash(symbols: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def ragged(matrix: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    """The first `lengths[i]` entries of each row `i`, as a dataset's column of lists.
+    """Convert the first `lengths[i]` entries of each row `i` to a dataset column of lists.
 
     Args:
         matrix: `(n, width)`.

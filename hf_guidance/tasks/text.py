@@ -26,33 +26,33 @@ def language_modeling(
     max_eval_blocks: int = 2048,
     seed: int = 0,
 ) -> Task:
-    """Predict the next token of running text, cut into blocks of equal length.
+    """Build the task of predicting the next token of running text, cut into blocks of equal length.
 
     Args:
         dataset: Hub id or local folder with a column `text` and the splits train, validation and test.
-        dataset_config: Its configuration; `"default"` (or `None`) where it has only one.
-        text_files: UTF-8 files to read instead of `dataset`: joined, then cut at line ends into the first 90 % of
-            the characters to train on, 5 % to validate and 5 % to test with.
-        tokenizer: Hub id or folder of a tokenizer; `None` learns byte pairs from the first ten million characters of
-            the training text.
-        vocab_size: Number of tokens of the byte pairs.
+        dataset_config: Name of its configuration; `"default"` or `None` if it has only one.
+        text_files: UTF-8 files to read instead of `dataset`. They are joined and cut at line ends: the first 90 % of
+            the characters for training, 5 % for validation, 5 % for the test.
+        tokenizer: Hub id or folder of a tokenizer; `None` trains a byte-level BPE on the first ten million
+            characters of the training text.
+        vocab_size: Number of tokens of that BPE.
         block_size: Tokens in a row.
-        streaming: Whether to read the training split of `dataset` while training, shuffled within a buffer; if not,
-            it is downloaded and held in memory.
-        max_eval_blocks: Rows to validate and to test with at most, from the beginning of each split.
-        seed: Order of the stream.
+        streaming: Whether to stream the training split of `dataset`, shuffled within a buffer; otherwise it is
+            downloaded and held in memory.
+        max_eval_blocks: Maximum number of rows for validation, and for the test, from the beginning of each split.
+        seed: Seed of the stream's order.
 
     Returns:
-        The task; its metric is `perplexity` (per token), beside `word_perplexity`, a word being what stands between
-        white space in the decoded blocks: the text itself, if the tokenizer can write what it reads.
+        The task; its metrics are `perplexity` per token and `word_perplexity`. Words are separated by white space in
+        the decoded blocks, which equal the text if the tokenizer can reproduce it.
 
     Raises:
-        ValueError: If a file, a split or the column `text` is missing, or a split too short for one block.
+        ValueError: If a file, a split or the column `text` is missing, or if a split is too short for one block.
 
     Source: Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035), language modelling on WikiText-103.
     """
     if block_size < 2:
-        raise ValueError(f"block_size must be at least 2, as a block's first token is only read; got {block_size}")
+        raise ValueError(f"block_size must be at least 2, because the first token is not predicted; got {block_size}")
     if max_eval_blocks < 1:
         raise ValueError(f"max_eval_blocks must be at least 1, got {max_eval_blocks}")
     splits = load_splits(dataset, dataset_config, streaming) if text_files is None else read_files(text_files)
@@ -80,11 +80,11 @@ def language_modeling(
 
 
 def token_losses(outputs: Any, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each token but the first, in nats: all that perplexity needs of the logits.
+    """Compute the negative log-likelihood of each token but the first, in nats; perplexity needs no more.
 
     Args:
-        outputs: Logits, `(batch, length, vocab_size)`, perhaps the first of several outputs.
-        labels: Tokens, `(batch, length)`, -100 where none.
+        outputs: Logits, `(batch, length, vocab_size)`, or a tuple of outputs that begins with them.
+        labels: Tokens, `(batch, length)`, -100 where there is none.
 
     Returns:
         `(batch, length - 1)`, float32, 0 where there is no label.
@@ -95,7 +95,7 @@ def token_losses(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def _perplexity(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Perplexities of losses (n, length - 1) on labels (n, length)."""
+    """Compute perplexities from losses `(n, length - 1)` and labels `(n, length)`."""
     from .metrics import Perplexity
 
     labels = np.asarray(prediction.label_ids)

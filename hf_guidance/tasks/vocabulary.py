@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: a fixed list of symbols, or byte pairs learnt from a text."""
+"""Tokenizers built on the spot: from a fixed list of symbols, or a BPE trained on a text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, END = "<pad>", "<|endoftext|>"
-CHARACTERS = 10_000_000  # how much text byte pairs are learnt from; more hardly changes them
+CHARACTERS = 10_000_000  # length of the text that a BPE is trained on; more hardly changes it
 
 
 def symbol_tokenizer(symbols: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of symbols separated by spaces, numbered as given, and of `<pad>` after them.
+    """Build a tokenizer for symbols separated by spaces, numbered in the given order, with `<pad>` last.
 
     Args:
-        symbols: Every symbol there is; another one in a text is an error.
+        symbols: All symbols; any other symbol in a text is an error.
     """
     vocabulary = {symbol: index for index, symbol in enumerate([*symbols, PAD])}
     backend = Tokenizer(models.WordLevel(vocabulary))
@@ -24,14 +24,14 @@ def symbol_tokenizer(symbols: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, which can write any text; the same texts always make the same one.
+    """Train a byte-level BPE tokenizer, which can encode any text; the same texts always give the same one.
 
     Args:
-        texts: What to learn the merges from, as far as the first ten million characters.
+        texts: Texts to learn the merges from; only the first ten million characters are used.
         vocab_size: Number of tokens: 256 bytes, `<|endoftext|>` (also for padding), and the merges.
 
     Raises:
-        ValueError: If there is no room for the bytes.
+        ValueError: If `vocab_size` is too small for the 256 bytes.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):

@@ -1,4 +1,4 @@
-"""One similarity over all micro-batches of an optimizer step, though only one of them fits at a time with its graph."""
+"""One similarity over all micro-batches of an optimizer step, with the activations of one micro-batch in memory."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ NO_LABEL = -100
 
 
 class Accumulated:
-    """The guidance loss over micro-batches as over one batch, gradients included, at one more forward of the target.
+    """The guidance loss over all micro-batches of a step, with its exact gradient, at one more forward of the target.
 
-    First all micro-batches go through both networks without gradients, and their features are kept. Then each goes
-    through the target again, with the same dropout: in the Gram matrices its own features have their gradient, and the
-    others are constants. The sum over the micro-batches is the gradient of the whole. The Gram matrices of the whole
-    are computed for each of them. Batch norm and what else looks at a batch sees micro-batches all the same.
+    First, all micro-batches run through both networks without gradients, and their features are kept. Then each
+    micro-batch runs through the target again, with the same dropout. In the Gram matrices its own features carry a
+    gradient, and those of the others are constants. The sum over the micro-batches is the gradient of the whole. The
+    Gram matrices of the whole are computed once per micro-batch. Batch norm still sees single micro-batches.
 
     Args:
-        loss: of the target, the guide and the config.
-        batches: the micro-batches; sequences of several lengths need an ``attention_mask``.
-        step: the optimizer step.
-        rank: whose micro-batches they are.
-        leave_out: columns that the target is not run on.
+        loss: The guidance loss; it holds target, guide and config.
+        batches: The micro-batches; sequences of different lengths need an `attention_mask`.
+        step: Number of the optimizer step, from 0.
+        rank: Rank of the process that holds the micro-batches.
+        leave_out: Columns that the target does not receive.
 
     Raises:
-        ValueError: a target with LayerDrop, which skips other layers in each micro-batch.
+        ValueError: If the target has LayerDrop, which skips different layers in each micro-batch.
 
-    Source: the replay of gradients is Gao et al. 2021 (arXiv 2101.06983), who do so for contrastive losses.
+    Source: Gao et al. 2021 (arXiv 2101.06983) replay gradients in this way for contrastive losses.
 
     Example:
         >>> window = Accumulated(guidance, micro_batches, step=step)  # doctest: +SKIP
@@ -77,10 +77,10 @@ class Accumulated:
 
     @contextmanager
     def watch(self, number: int, log: bool = True) -> Iterator[Watched]:
-        """As `GuidanceLoss.watch`, of one of the micro-batches; they come in their order, once each.
+        """Watch the forward of one micro-batch, as `GuidanceLoss.watch` does. Call it for each in order, once.
 
-        The similarities are those of all of them, and so is the loss; its gradient is this micro-batch's part, times
-        the number of micro-batches, for a mean over these.
+        Similarities and loss are those of all micro-batches together. The gradient is the part of this micro-batch
+        times the number of micro-batches, so that the mean over micro-batches is the whole gradient.
         """
         loss, inputs = self.loss, without_guide(self.batches[number], self.loss.config.sample_id_column)
         watched = Watched(inputs, self.weights)
@@ -99,7 +99,9 @@ class Accumulated:
         loss.compare(watched, (self._samples, grams), (self._guide_samples, self._guide_grams), log=log, scale=scale)
 
     def _look(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-        """What the target's layers show of each micro-batch, and with which random state; no buffer moves."""
+        """Run the target on each micro-batch; keep its features and the random state of each run, and restore its
+        buffers.
+        """
         target, found = self.loss.target, []
         buffers = [(buffer, buffer.clone()) for buffer in target.buffers()]
         for batch in batches:
@@ -115,14 +117,14 @@ class Accumulated:
 
 
 def joined(batches: Sequence[Batch]) -> dict[str, Any]:
-    """Micro-batches as one batch, rows padded to the longest; only the tensors of them.
+    """Join the tensors of micro-batches into one batch, with rows padded to the longest.
 
     Raises:
-        ValueError: micro-batches with other columns, or of several lengths and without a mask.
+        ValueError: If the columns differ, or if the lengths differ and there is no mask.
     """
     first = batches[0]
     if any(batch.keys() != first.keys() for batch in batches):
-        raise ValueError(f"the micro-batches have columns of their own: {[sorted(batch) for batch in batches]}.")
+        raise ValueError(f"the micro-batches have different columns: {[sorted(batch) for batch in batches]}.")
     tensors = {name: [batch[name] for batch in batches] for name, value in first.items() if isinstance(value, Tensor)}
     tensors = {name: parts for name, parts in tensors.items() if parts[0].ndim}
     ragged = {name for name, parts in tensors.items() if len({part.shape[1:2] for part in parts}) > 1}
@@ -132,15 +134,14 @@ def joined(batches: Sequence[Batch]) -> dict[str, Any]:
         unknown |= of_decoder
     if unknown:
         raise ValueError(
-            f"the micro-batches differ in the length of {sorted(unknown)} and have no attention_mask: which positions "
-            "are padding is not known. Add a mask, or pad to a fixed length; rows of packed documents need "
-            "similarity_batch='local'."
+            f"the micro-batches differ in the length of {sorted(unknown)} and have no attention_mask, so padding is "
+            "unknown. Add a mask, or pad to a fixed length. Rows of packed documents need similarity_batch='local'."
         )
     return {name: _in_one(parts, NO_LABEL * (name == "labels")) for name, parts in tensors.items()}
 
 
 def _in_one(parts: Sequence[Tensor], fill: float = 0) -> Tensor:
-    """Along the first axis, the second padded to the longest."""
+    """Concatenate along the first axis; pad the second to the longest."""
     length = max((part.shape[1] for part in parts if part.ndim > 1), default=0)
     return torch.cat([_padded(part, length, fill) for part in parts])
 
@@ -153,7 +154,7 @@ def _padded(part: Tensor, length: int, fill: float) -> Tensor:
 
 
 def _kept(name: str, features: Tensor) -> Tensor:
-    """A copy of what may be overwritten."""
+    """Copy features that the network may overwrite."""
     return features.detach() if HIDDEN.fullmatch(name) else features.detach().clone()
 
 
@@ -162,7 +163,7 @@ def _grams(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, 
 
 
 def _devices() -> list[Any]:
-    """torch's modules of the devices with a random state of their own."""
+    """Return the torch modules of the devices that have a random state of their own."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return [torch] if accelerator is None else [torch, torch.get_device_module(accelerator)]
 
@@ -177,19 +178,19 @@ def _set_random_state(state: Sequence[Tensor]) -> None:
 
 
 def check_accumulates(args: Any, sharded: bool) -> None:
-    """Raise ValueError where micro-batches cannot be looked at before they are trained on."""
+    """Raise ValueError if `similarity_batch="accumulated"` cannot work with these settings."""
     if sharded:
         raise ValueError(
-            "similarity_batch='accumulated' runs the target outside of training too, which FSDP and DeepSpeed do not "
-            "allow: use 'global' over more processes, or DDP."
+            "similarity_batch='accumulated' also runs the target outside the training step, which FSDP and DeepSpeed "
+            "do not allow. Use similarity_batch='global' over more processes, or DDP."
         )
     if args.torch_compile:
         raise ValueError(
-            "similarity_batch='accumulated' needs the same dropout in two forwards, and torch_compile draws its own: "
-            "leave one of the two out."
+            "similarity_batch='accumulated' needs the same dropout in two forwards, and torch_compile draws its own. "
+            "Leave one of the two out."
         )
     if args.gradient_accumulation_steps < 2:
         raise ValueError(
-            "similarity_batch='accumulated' is over the micro-batches of a step, and gradient_accumulation_steps is "
-            f"{args.gradient_accumulation_steps}: set it to 2 or more, or use 'local', which is the same for one."
+            "similarity_batch='accumulated' compares over the micro-batches of a step, but gradient_accumulation_steps "
+            f"is {args.gradient_accumulation_steps}. Set it to 2 or more, or use 'local', which is the same for one."
         )

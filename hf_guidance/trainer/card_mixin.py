@@ -1,4 +1,4 @@
-"""The part of a trainer that writes its model card, with curves, and scrubs the arguments that are saved."""
+"""The part of the trainer that writes the model card with its figures, and scrubs the saved arguments."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MAPS_SHOW = "Similarity of all layers on rows to validate with, without dropout"
 
 
 class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """The part of `GuidanceMixin` that saves for others to read: card, curves, arguments without token and paths.
+    """The part of `GuidanceMixin` that writes the card, its figures, and arguments without token and paths.
 
     Attributes:
-        card_facts: what the card is to say beside what the trainer knows; see `run_facts`.
-        resumed: whether a call of `train` went on from a checkpoint.
-        layer_maps: similarities of all layers before training, where the run is to be pushed.
+        card_facts: Facts for the card that the trainer cannot know; see `run_facts`.
+        resumed: Whether a call of `train` resumed from a checkpoint.
+        layer_maps: Similarities of all layers before training, if the run will be pushed; else None.
     """
 
     guide: Any
@@ -51,7 +51,7 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             self.add_callback(self._kept_map)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; a resume is kept in mind, as the time that is logged is then that of the last part."""
+        """Train, and remember whether this is a resume: the logged time is then that of the last part only."""
         self.resumed = self.resumed or bool(resume_from_checkpoint)
         wanted = self.args.push_to_hub and self.layer_maps is None and is_matplotlib_available()
         if wanted and self.is_world_process_zero() and can_map(self):
@@ -59,15 +59,15 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card to ``<output_dir>/README.md``; without a guide, transformers' own.
+        """Write the card to `<output_dir>/README.md`. Without a guide, transformers writes its own card.
 
         Args:
-            language, license, tags, model_name, dataset, dataset_tags, finetuned_from: as of
+            language, license, tags, model_name, dataset, dataset_tags, finetuned_from: As in
                 `Trainer.create_model_card`.
         """
         folder = Path(str(self.args.output_dir))
         if self.is_world_process_zero():
-            without_links(folder, (CARD, CURVES, MAPS))  # what is written through one is outside
+            without_links(folder, (CARD, CURVES, MAPS))  # writing through a link would change a file elsewhere
         if self.guide is None and not self.card_facts:
             return super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
@@ -75,7 +75,7 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         given = given_facts(**kwargs)
         given |= {name: value for name, value in self.card_facts.items() if not given.get(name)}
-        facts = run_facts(self, **given)  # before the figures, which take memory and time of their own
+        facts = run_facts(self, **given)  # gathered before the figures, which take memory and time
         validated = ", validation, and" if validation_curve(self.state.log_history)[1] else " in training, and"
         figures = (
             (CURVES, self._draw_curves, f"Task loss{validated} similarity of every pair"),
@@ -90,14 +90,14 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def _look_before(self, resumed: bool) -> None:
         try:
             self.layer_maps = maps_of(self)
-            if self.layer_maps and not resumed:  # else the checkpoint has it
+            if self.layer_maps and not resumed:  # a resumed run has it in the checkpoint
                 self.layer_maps.look(self, "before")
                 self._kept_map.before = self.layer_maps.maps["before"]
-        except Exception:  # nothing that is only looked at keeps a network from being trained
+        except Exception:  # a diagnostic must not prevent training
             logger.exception("The similarities of all layers could not be computed; training begins without them.")
 
     def _drew(self, draw: Callable[[Path], bool], path: Path) -> bool:
-        """Draw a figure, where matplotlib is installed; whether it is there."""
+        """Draw a figure if matplotlib is installed, and return whether the file exists."""
         if not is_matplotlib_available():
             return False
         try:
@@ -107,7 +107,7 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             return False
 
     def _step(self) -> int:
-        """Of the weights that the model has now."""
+        """Return the optimizer step that the present weights are from."""
         return best_step(self) or self.state.global_step
 
     def _draw_curves(self, path: Path) -> bool:
@@ -125,10 +125,10 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def _try_to_write_a_card(self) -> None:
         try:
             self.create_model_card(model_name=(self.hub_model_id or "").split("/")[-1] or None)
-        except Exception:  # training goes on, and what is trained is kept, whatever ails a card
-            logger.exception("The model card could not be written; everything else was.")
+        except Exception:  # a failing card must not lose what was trained
+            logger.exception("The model card could not be written. Everything else was saved.")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:  # transformers' own holds token and paths in clear
+        if self.args.should_save:  # the file that transformers writes holds token and paths in clear text
             torch.save(scrub_arguments(self.args), Path(output_dir or str(self.args.output_dir)) / ARGUMENTS)

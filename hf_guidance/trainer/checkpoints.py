@@ -1,4 +1,4 @@
-"""Going on after a stop: only from a checkpoint that is whole, and only with what the run began with."""
+"""Resuming: only from a complete checkpoint, and only with the settings and the guide that the run began with."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ from hf_guidance.trainer.guided_steps import GuidedSteps
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer_state.json"  # written last, when every rank has written its part
-ORIGIN = "rng_state.json"  # what randomness and data order follow from, beside the saved random states
-ZIPPED = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")  # torch.save; a zip's directory is at its end
+STATE = "trainer_state.json"  # written last, after every rank has written its part
+ORIGIN = "rng_state.json"  # settings that decide randomness and data order, beside the random states
+ZIPPED = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")  # zip files; their directory is at the end
 WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 OPTIMIZER = ("optimizer*", "global_step*")
-GUIDED_STEPS = "guided_steps"  # of the same file
+GUIDED_STEPS = "guided_steps"  # key in the same file
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
 HARMLESS |= {"shard_guide"}
-FATAL = {"seed", "data_seed", "max_steps"}  # the last where a decay ends with the run
+FATAL = {"seed", "data_seed", "max_steps"}  # max_steps only where the decay ends with the run
 BATCH = {"per_device_train_batch_size", "world_size", "gradient_accumulation_steps", "split_batches"}
 
 
-# ---------------------------------------------------------------------------------------------------- whole or torn
+# ------------------------------------------------------------------------------------------- complete or incomplete
 
 
 def fault_of(checkpoint: str | Path) -> str | None:
-    """What keeps a checkpoint from being gone on with, in words; None if it is whole.
+    """Explain why a checkpoint cannot be resumed from; return None if it is complete.
 
-    A process can be killed between any two writes, so a file may be missing or cut off. Trainer writes the weights,
-    the optimizer, the scheduler, the random states and then its own state; only this last one can be relied on to
-    come after the others (`ResumingMixin` sees to the other ranks).
+    A process can be killed between any two writes, so a file may be missing or cut off. Trainer writes weights,
+    optimizer, scheduler, random states, and last its own state. `ResumingMixin` makes sure that the state comes after
+    the files of all ranks.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
     """
     place = Path(checkpoint)
     if not place.is_dir():
@@ -75,11 +78,11 @@ def _what_is_missing(place: Path) -> str | None:
     origin = _origin_of(place)
     ranks = origin.get("world_size", 1)
     needed = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
-    if not origin and any(place.glob("rng_state_*.pth")):  # plain Trainer's, of several processes
+    if not origin and any(place.glob("rng_state_*.pth")):  # written by plain Trainer with several processes
         needed = []
     if origin.get("guided"):
         needed.append(CONFIG_NAME)
-    if not any(place.glob("global_step*")):  # DeepSpeed keeps it with the rest
+    if not any(place.glob("global_step*")):  # DeepSpeed keeps the scheduler with the rest
         needed.append("scheduler.pt")
     for name in needed:
         if not (place / name).is_file():
@@ -88,37 +91,37 @@ def _what_is_missing(place: Path) -> str | None:
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The latest checkpoint in a run's folder that is whole; None if there is none."""
+    """Return the latest complete checkpoint in the folder of a run; None if there is none."""
     whole = (path for path in _checkpoints(folder) if fault_of(path) is None)
     return next(map(str, whole), None)
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
-    """Latest first."""
+    """List the checkpoints in a folder, latest first."""
     found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def checkpoint_to_resume(asked: str | bool | None, folder: str | Path) -> str | None:
-    """The checkpoint that `Trainer.train(resume_from_checkpoint=asked)` is to go on from.
+    """Choose the checkpoint that `Trainer.train(resume_from_checkpoint=asked)` resumes from.
 
     Raises:
-        ValueError: the one that is named, or with True every one in the folder, is not whole.
+        ValueError: If the named checkpoint is incomplete, or with True every checkpoint in the folder.
     """
     if not asked:
         return None
     if asked is not True:
         if fault := fault_of(asked):
             raise ValueError(
-                f"Cannot go on from {asked}: {fault}. resume_from_checkpoint=True takes the last whole checkpoint; "
-                "weights alone are for from_pretrained."
+                f"Cannot resume from {asked}: {fault}. resume_from_checkpoint=True takes the last complete checkpoint; "
+                "from_pretrained loads weights alone."
             )
         return str(asked)
     if whole := last_whole_checkpoint(folder):
         return whole
     faults = [f"{path.name}: {fault_of(path)}" for path in _checkpoints(folder)]
     found = f"; found {'; '.join(faults)}" if faults else ""
-    raise ValueError(f"There is no whole checkpoint in {folder} to go on from{found}. Start without resuming.")
+    raise ValueError(f"There is no complete checkpoint in {folder} to resume from{found}. Start without resuming.")
 
 
 # ------------------------------------------------------------------------------------------ what the run began with
@@ -127,12 +130,12 @@ def checkpoint_to_resume(asked: str | bool | None, folder: str | Path) -> str | 
 def _origin_of(place: Path) -> dict[str, Any]:
     try:
         return json.loads((place / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of an earlier version, or of plain Trainer
+    except (OSError, ValueError):  # written by an earlier version or by plain Trainer
         return {}
 
 
 def guided_steps_of(checkpoint: str | Path | None) -> int | None:
-    """How many steps of a run were guided up to a checkpoint; 0 without one, None if an earlier version wrote it."""
+    """Count the guided steps of a run up to a checkpoint: 0 without one, None if an earlier version wrote it."""
     return 0 if checkpoint is None else _origin_of(Path(checkpoint)).get(GUIDED_STEPS)
 
 
@@ -147,7 +150,7 @@ def _origin(args: Any, steps: int, guided: bool) -> dict[str, Any]:
 
 
 def _samples(origin: dict[str, Any], config: GuidanceConfig) -> int | None:
-    """How many rows a similarity was taken over; None where it is not known."""
+    """Count the rows that a similarity was computed over; return None if that is unknown."""
     rows = origin.get("per_device_train_batch_size")
     if rows and origin.get("split_batches"):
         rows //= origin.get("world_size", 1)
@@ -156,20 +159,23 @@ def _samples(origin: dict[str, Any], config: GuidanceConfig) -> int | None:
 
 
 def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dict[str, Any] | None) -> None:
-    """Compare a run with the checkpoint it is to go on from.
+    """Compare a run with the checkpoint that it resumes from.
+
+    Differences that training survives, without the same weights as an unbroken run, give a warning.
 
     Args:
-        guide: identity of the present guide, if there is one.
+        checkpoint: Folder of the checkpoint.
+        args: `TrainingArguments` of the run.
+        config: Guidance settings of the run.
+        guide: Identity of the guide; None without one.
 
     Raises:
-        ValueError: another guide, or a setting that changes what is trained, named with both values.
-
-    Warns of what the run can go on with, though not to the weights of an unbroken one.
+        ValueError: If the guide differs, or a setting that changes what is trained; it names both values.
     """
     place = Path(checkpoint)
     if guide is None:
         if (place / CONFIG_NAME).is_file():
-            logger.warning("%s was trained with guidance; from here on there is none.", place.name)
+            logger.warning("%s was trained with guidance; from here on there is none: no guide was given.", place.name)
         return
     if not (place / CONFIG_NAME).is_file():
         logger.warning("%s was trained without guidance; from here on there is guidance.", place.name)
@@ -179,7 +185,7 @@ def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dic
     changed = _changes(then.without_paths(), config.without_paths())
     began, now = _origin_of(place), _origin(args, args.max_steps, True)
     decays = config.guidance_schedule != "constant" and config.guidance_stop_step is None
-    if args.max_steps < 1 or not decays:  # the length is not known yet, or the schedule does not depend on it
+    if args.max_steps < 1 or not decays:  # the length is unknown, or the schedule does not depend on it
         began.pop("max_steps", None)
     origin = _changes(began, now)
     fatal = {name: words for name, words in changed.items() if name not in HARMLESS}
@@ -187,33 +193,33 @@ def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dic
     fatal |= {name: words for name, words in origin.items() if name in FATAL | (BATCH if other_batch else set())}
     if fatal:
         raise ValueError(
-            f"{place.name} was trained with other settings: {', '.join(fatal.values())}. Resuming would train towards "
-            "something else: give the same settings, or start a new run from its weights (from_pretrained)."
+            f"{place.name} was trained with other settings: {', '.join(fatal.values())}. Resuming would change "
+            "what is trained. Give the same settings, or start a new run from its weights (from_pretrained)."
         )
     if changed:
-        logger.warning("Going on from %s with other settings: %s.", place.name, ", ".join(changed.values()))
+        logger.warning("Resuming from %s with other settings: %s.", place.name, ", ".join(changed.values()))
     if origin:
         logger.warning(
-            "Going on from %s with other settings: %s. Data order, randomness or rounding will not be those of an "
-            "unbroken run.",
+            "Resuming from %s with other settings: %s. Data order, randomness or rounding will differ from an unbroken "
+            "run.",
             place.name,
             ", ".join(origin.values()),
         )
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Name → ``name was 1, is 2``, for the names that both have."""
+    """Return name → `name was 1, is 2`, for names that both have with different values."""
     return {k: f"{k} was {then[k]!r}, is {now[k]!r}" for k in then if k in now and then[k] != now[k]}
 
 
 class ResumingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """The part of `GuidanceMixin` that makes `trainer_state.json` the last word on a checkpoint."""
+    """The part of `GuidanceMixin` that writes `trainer_state.json` last, so that it marks a checkpoint as complete."""
 
     guide: Any
     _guided: GuidedSteps
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:  # one that lies there from an earlier run must not vouch for what is written now
+        if self.args.should_save:  # a state left by an earlier run must not mark a new checkpoint as complete
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
@@ -225,4 +231,4 @@ class ResumingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             origin[GUIDED_STEPS] = self._guided.total() if self.guide is not None else 0
             text = json.dumps(origin, indent=2) + "\n"
             (Path(output_dir) / ORIGIN).write_text(text, encoding="utf-8")
-        self.accelerator.wait_for_everyone()  # Trainer does not: rank 0 would be done before the others
+        self.accelerator.wait_for_everyone()  # Trainer does not wait, so rank 0 could finish before the others

@@ -1,4 +1,4 @@
-"""What accelerate and Trainer would pass over in silence, or guidance cannot do with: said or refused at the start."""
+"""Checks at the start: settings that accelerate or Trainer would ignore silently, or that guidance cannot work with."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ logger = logging.getLogger(__name__)
 
 
 def check_machine(args: Any) -> None:
-    """Compare what a run asks for with what the machine gives it.
+    """Check that the machine gives the run what it asks for.
+
+    fp16 without a GPU gives a warning, because Trainer then runs float32.
 
     Args:
         args: `TrainingArguments`.
 
     Raises:
-        ValueError: FSDP without a GPU, where Trainer would run plain DDP, or several processes that do not know of
-            each other, each of which would train alone.
-
-    Warns of fp16 without a GPU, where Trainer runs float32.
+        ValueError: If FSDP is set without a GPU, where Trainer would run plain DDP, or if several processes do not
+            form a group, so that each would train alone.
     """
     if args.device.type != "cpu":
         return
     if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         raise ValueError(
-            "FSDP was asked for, but this run is on the CPU, where Trainer would run plain DDP and shard nothing. Use "
-            "recipes/accelerate/cpu.yaml or another launch without FSDP, or a machine with GPUs."
+            "FSDP was asked for, but this run is on the CPU, where Trainer would run plain DDP and shard nothing. "
+            "Launch without FSDP (for example with recipes/accelerate/cpu.yaml), or use a machine with GPUs."
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != args.world_size:
         raise ValueError(
-            f"{started} processes were started, but this one trains in a world of {args.world_size}: there is no GPU, "
-            "and without --use_cpu (use_cpu=True) the processes do not meet, and each would train alone. Add it."
+            f"{started} processes were started, but this one trains in a world of {args.world_size}. Without a GPU and "
+            "without use_cpu=True the processes do not form a group, and each would train alone. Set use_cpu=True."
         )
     if args.fp16:
-        logger.warning("fp16 was asked for, but on the CPU Trainer runs float32. bf16 is possible here.")
+        logger.warning("fp16 was asked for, but on the CPU Trainer runs float32. Use bf16 for half precision here.")
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raise ValueError for a guided trainer under which guidance would not be what it says."""
+    """Raise ValueError if guidance would not do what its settings say in this trainer."""
     deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
     check_not_wrapped(trainer.model, "target")
     check_settings(trainer.args, config, deepspeed=deepspeed, sharded=deepspeed or trainer.is_fsdp_enabled)
@@ -60,23 +60,23 @@ def check_trainer(trainer: Any) -> None:
 
 
 def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False, sharded: bool = False) -> None:
-    """Raise ValueError for settings of a guided run under which guidance would not be what it says.
+    """Raise ValueError if guidance would not do what its settings say.
 
     Args:
         args: `TrainingArguments`.
-        config: of the guidance.
-        deepspeed: whether DeepSpeed takes the steps.
-        sharded: whether the target's weights are spread over the processes.
+        config: Settings of the guidance.
+        deepspeed: Whether DeepSpeed takes the optimizer steps.
+        sharded: Whether the weights of the target are sharded over the processes.
     """
     check_machine(args)
     if config.on_non_finite == "skip" and deepspeed:
         raise ValueError(
-            "on_non_finite='skip' cannot be had with DeepSpeed, which takes its step at the end of the backward "
-            "pass. Leave it at 'stop'."
+            "on_non_finite='skip' does not work with DeepSpeed, which takes its step at the end of the backward pass. "
+            "Use on_non_finite='stop'."
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is taken "
+            f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is computed "
             "over. Use `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
     if args.auto_find_batch_size:
@@ -87,7 +87,7 @@ def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False
     if config.similarity_batch == "accumulated":
         check_accumulates(args, sharded=sharded)
     if config.similarity_batch == "global":
-        Ranks()  # says what is missing
+        Ranks()  # raises an error that names what is missing
     rows, needed = rows_of_a_process(args), get_measure(config.measure).min_samples
     times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
     if config.sample_axis == "sequence" and rows * times.get(config.similarity_batch, 1) < needed:
@@ -99,36 +99,36 @@ def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False
 
 
 def rows_of_a_process(args: Any) -> int:
-    """How many rows a process has in a batch: with accelerate's `split_batches`, its part of one.
+    """Compute how many rows of a batch one process has; with `split_batches` of accelerate, its share.
 
     Raises:
-        ValueError: a batch that cannot be split evenly.
+        ValueError: If the batch cannot be split evenly.
     """
     if not splits_batches(args):
         return args.per_device_train_batch_size
     rows, left = divmod(args.per_device_train_batch_size, args.world_size)
     if left:
         raise ValueError(
-            f"split_batches gives each of the {args.world_size} processes its part of a batch, and "
+            f"split_batches gives each of the {args.world_size} processes its part of a batch, but "
             f"per_device_train_batch_size is {args.per_device_train_batch_size}: choose a multiple of "
-            f"{args.world_size}, or leave split_batches out."
+            f"{args.world_size}, or set split_batches=False."
         )
     return rows
 
 
 def splits_batches(args: Any) -> bool:
-    """Whether a batch is shared out among several processes, instead of each having one of its own."""
+    """Tell whether processes share one batch, instead of each having its own."""
     return bool(getattr(args.accelerator_config, "split_batches", False)) and args.world_size > 1
 
 
 def _is_default(collator: Any) -> bool:
-    """Whether it is no collator of the user's, which can add ``guide_*`` columns to those of the dataset."""
+    """Tell whether the collator is transformers' own, which cannot add `guide_*` columns."""
     modules = type(collator).__module__, getattr(collator, "__module__", "")
     return any(module.startswith("transformers.") for module in modules)
 
 
 def check_types(guide: Any, guidance: Any) -> None:
-    """Raise ValueError for a guide or a config that is none, or one without the other."""
+    """Raise ValueError for a guide or config of a wrong type, or for a guidance weight without a guide."""
     if guide is not None and not isinstance(guide, nn.Module):
         raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
     if guidance is not None and not isinstance(guidance, GuidanceConfig):

@@ -1,4 +1,4 @@
-"""What training steps take: processor time on a CPU, device time on a GPU, without making either wait."""
+"""The time that training steps take: CPU time or GPU time, measured without making either wait."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-MANY = 1000  # steps whose events are kept before they are read
+MANY = 1000  # steps whose events are kept before they are read, which waits for the device
 
 
 class Clock:
-    """Processor time of this process on a CPU, whatever else the machine does; device time between events on a GPU."""
+    """A clock that reads the CPU time of this process, or on a GPU the time between CUDA events.
+
+    CPU time does not count what other processes do.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def now(self) -> Any:
-        """A point in time, at the end of what the device has been given to do so far."""
+        """Return a point in time; on a GPU, after all work that was queued so far."""
         if self.device.type == "cpu":
             return time.process_time()
         event = torch.Event(self.device.type, enable_timing=True)
@@ -27,7 +30,7 @@ class Clock:
         return event
 
     def between(self, began: Any, ended: Any) -> float:
-        """Seconds between two points; waits for the device to get there."""
+        """Return the seconds between two points, after waiting for the device to reach the second."""
         if self.device.type == "cpu":
             return ended - began
         ended.synchronize()
@@ -35,26 +38,26 @@ class Clock:
 
 
 class TrainingClock(TrainerCallback, ExportableState):
-    """Time spent in training steps, evaluation, saving and the fetching of batches left out.
+    """A callback that adds up the time of training steps, without evaluation, saving and data loading.
 
-    Survives a resume with the checkpoint's other state.
+    The time is saved in checkpoints and survives a resume.
 
     Attributes:
-        steps: how many there were.
-        seconds: of all steps up to the last evaluation, save or end.
-        marks: ``(step, seconds so far)`` at every evaluation.
+        steps: Number of steps.
+        seconds: Time of all steps up to the last evaluation, save or end of training, in seconds.
+        marks: `(step, seconds so far)` at every evaluation.
     """
 
     def __init__(self) -> None:
         self.steps = 0
         self.marks: list[tuple[int, float]] = []
         self.seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []  # of steps that are not in the seconds yet
+        self._events: list[tuple[Any, Any]] = []  # of steps that are not yet in `seconds`
         self._clock = Clock(torch.device("cpu"))
 
     def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
         self._clock = Clock(args.device)
-        # Trainer restores callbacks only where it is asked to restore all, and saves only those its state knows
+        # Trainer restores callbacks only with restore_callback_states_from_checkpoint, and saves those its state knows
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             kept = (saved[-1] if isinstance(saved, list) else saved)["attributes"]

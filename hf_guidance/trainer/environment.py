@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure was made with."""
+"""The machine, the library versions and the command of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import torch
 from accelerate import PartialState
 
-# as words stand in a command line → as they are typed
+# name in the list of processes → words that a user types
 LAUNCHERS = {
     "accelerate.commands.launch": ["accelerate", "launch"],
     "accelerate-launch": ["accelerate", "launch"],
@@ -22,12 +22,15 @@ LAUNCHERS = {
 
 
 def usable_cpus() -> int:
-    """Processors this process may use, which may be fewer than the machine has."""
+    """Count the CPUs that this process may use, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def command_line() -> list[str] | None:
-    """The words that started this run, those of its launcher if it has one; None in a notebook, or if not known."""
+    """Return the words of the command that started this run, including its launcher.
+
+    Return None in a notebook, or if the command is unknown.
+    """
     if PartialState().num_processes > 1:
         return _launched()
     main, started = sys.modules["__main__"], sys.argv[:1]
@@ -42,7 +45,7 @@ def command_line() -> list[str] | None:
 
 
 def _launched() -> list[str] | None:
-    """The command line of the launcher among the processes that started this one."""
+    """Find the command line of the launcher among the parent processes."""
     for process in psutil.Process().parents():
         words = process.cmdline()
         for place, word in enumerate(words):
@@ -55,7 +58,7 @@ def _launched() -> list[str] | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware a figure was made with."""
+    """Return the versions and the hardware of this run."""
     import accelerate
     import transformers
 

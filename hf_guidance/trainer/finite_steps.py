@@ -1,4 +1,4 @@
-"""Training never goes on from a loss that is not finite: it stops and names the pair, or leaves the step out."""
+"""A loss that is not finite stops training with the name of the pair, or its step is left out."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from hf_guidance.trainer.logs import RunningMeans
 logger = logging.getLogger(__name__)
 
 GRADIENT = "norm of the gradient"
-MOST = 5  # of the values that are not finite, so many are named
+MOST = 5  # an error names at most this many values
 
 
 class FiniteSteps(TrainerCallback):
-    """Looks at what each optimizer step would follow, before it is taken, on all ranks together.
+    """A callback that checks losses, similarities and the gradient norm on all ranks before each optimizer step.
 
-    The values stay on the device until then: one reduction and one synchronisation per optimizer step. What a step
-    logs is kept back as long, so that a step that is left out is left out of the means too.
+    The values stay on the device until then, at one reduction and one synchronisation per optimizer step. The logs of a
+    step are held back as well, so that a step that is left out does not enter the means.
 
     Args:
-        accelerator: the trainer's.
-        logs: where the means of a step that is taken go.
-        skip: leave the step out instead of stopping.
+        accelerator: The accelerator of the trainer.
+        logs: Receives the means of every step that is taken.
+        skip: Leave the step out instead of stopping.
 
     Attributes:
-        sums: what the micro-steps of the present optimizer step log.
-        left_out: whether the present optimizer step is left out.
+        sums: Logs of the micro-steps in the present optimizer step.
+        left_out: Whether the present optimizer step is left out.
     """
 
     def __init__(self, accelerator: Any, logs: RunningMeans, skip: bool) -> None:
@@ -48,7 +48,12 @@ class FiniteSteps(TrainerCallback):
         self._seen: list[tuple[str, list[str], Tensor]] = []  # (where, names, their values)
 
     def look(self, values: Mapping[str, Any], where: str) -> None:
-        """Remember what has to be finite: scalars, detached, by the names they have in an error."""
+        """Remember scalars that must be finite.
+
+        Args:
+            values: Name in an error → detached scalar.
+            where: Place that an error names, such as the micro-step; may be empty.
+        """
         if values and self.active:
             device = self.accelerator.device
             scalars = [
@@ -57,7 +62,7 @@ class FiniteSteps(TrainerCallback):
             self._seen.append((where, list(values), torch.stack(scalars)))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.active = True  # only where the trainer calls back is there anybody to look
+        self.active = True  # without callbacks from the trainer nobody would read the values
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.active = False
@@ -65,12 +70,12 @@ class FiniteSteps(TrainerCallback):
 
     def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         self.reset()
-        if self.skip and model is not None:  # running statistics move in the forward, before anything is known
+        if self.skip and model is not None:  # the forward moves running statistics before the check
             moving = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
             self._buffers = [(buffer, buffer.clone()) for buffer in moving]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Raise FloatingPointError on every rank, or drop the gradients, if any rank has a value that is not finite."""
+        """Raise FloatingPointError on every rank, or drop the gradients, if a value on any rank is not finite."""
         if not self._any_not_finite():
             self.logs.take(self.sums)
             return
@@ -82,20 +87,20 @@ class FiniteSteps(TrainerCallback):
         step = state.global_step + 1
         if not self.skip:
             raise FloatingPointError(
-                f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate, look "
-                "at the data, or leave such steps out with on_non_finite='skip'."
+                f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate, "
+                "check the data, or leave such steps out with on_non_finite='skip'."
             )
         self.left_out = True
         for buffer, before in self._buffers:
             buffer.copy_(before)
-        optimizer.zero_grad()  # without gradients the optimizer leaves weights, moments and weight decay alone
+        optimizer.zero_grad()  # without gradients the optimizer changes neither weights nor moments
         if self.accelerator.is_main_process:
-            logger.warning("Optimizer step %d is left out, as it is not finite: %s.", step, names)
+            logger.warning("Optimizer step %d is left out because it is not finite: %s.", step, names)
             self.logs.add("guidance/skipped_steps", 1.0, 0)
 
     def _what_was_done(self) -> str:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its step is part of the backward pass
-            return "DeepSpeed had taken it by then; the checkpoints are those of earlier steps."
+            return "DeepSpeed had already taken it; the checkpoints are those of earlier steps."
         return "It was not taken: the weights and the checkpoints are those of earlier steps."
 
     def _any_not_finite(self) -> bool:
@@ -105,7 +110,7 @@ class FiniteSteps(TrainerCallback):
         return self.accelerator.reduce(count, reduction="sum").item() > 0
 
     def _not_finite(self) -> tuple[list[str], list[str]]:
-        """In words: losses and similarities, with their places, and what follows from those, the gradient."""
+        """Describe the values that are not finite: losses and similarities with their places, then gradients."""
         losses, gradients = [], []
         rank = [f"rank {self.accelerator.process_index}"] if self.accelerator.num_processes > 1 else []
         for where, names, values in self._seen:

@@ -1,4 +1,4 @@
-"""`GuidanceTrainer`: transformers' Trainer with a guidance loss; `GuidanceMixin` puts it on any other Trainer."""
+"""`GuidanceTrainer`: transformers' Trainer with a guidance loss; `GuidanceMixin` adds it to any other Trainer."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ GUIDE_FOLDER = "guide"
 
 
 class GuidanceMixin(PublishingMixin, ResumingMixin):
-    """Put in front of a Trainer class, adds a guidance loss to its task loss; everything else stays as it is.
+    """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
 
     Args:
-        guide: the frozen network, from `load_guide` or any `nn.Module`; None trains as the class behind does.
-        guidance: see `GuidanceConfig`.
-        *args, **kwargs: the Trainer's own.
+        guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance.
+        guidance: Settings of the guidance; None takes the defaults of `GuidanceConfig`.
+        *args, **kwargs: Arguments of the Trainer.
 
     Raises:
-        ValueError: at construction, for settings under which guidance would not be what it says.
+        ValueError: At construction, if guidance would not do what its settings say.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
-        self._in_window = 0  # micro-batches of it that have been trained on
+        self._in_window = 0  # number of its micro-batches that have been trained on
         self.add_callback(self._finite)
         if guide is None:
             return
@@ -72,13 +72,13 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._guided = GuidedSteps(partial(check_trainer, self), self._schedule, lambda: self._finite.left_out)
         self.add_callback(self._guided)
         check_whole(guide)
-        shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device is to hold all of it
+        shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device may hold the whole guide
         freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
         if self._calibrates():
-            calibrate_batch_norm(guide, ())  # forgets the statistics, which are then no part of the guide's identity
+            calibrate_batch_norm(guide, ())  # clears the statistics, which are no part of the identity
         self.guide_identity = identity(guide)
         if self.guidance.guidance_weight:
-            _ = self.guidance_loss  # resolves the layers, so that a wrong name is an error now
+            _ = self.guidance_loss  # resolves the layers now, so that a wrong name raises here
         for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
             for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
                 self.remove_callback(callback)
@@ -88,7 +88,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
 
     @property
     def guidance_loss(self) -> GuidanceLoss:
-        """The loss for the model now in training; made anew when `model_init` makes a new model."""
+        """Return the loss for the model that is being trained, rebuilt whenever `model_init` makes a new model."""
         target = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self._loss is None or self._loss.target is not target:
             if self._loss is not None:
@@ -110,7 +110,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Task loss plus weighted guidance loss while training; the task loss alone in evaluation."""
+        """Compute the task loss, plus the weighted guidance loss while training."""
         kwargs = {"num_items_in_batch": num_items_in_batch}
         if self.guide is None or not self.guidance.guidance_weight or not model.training:
             found = super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
@@ -138,13 +138,13 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; the micro-batches of the coming optimizer step are kept at hand."""
+        """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""
         found = super().get_batch_samples(*args, **kwargs)
-        self._batches, self._window, self._in_window = found[0], None, 0  # not two windows at once
+        self._batches, self._window, self._in_window = found[0], None, 0  # so that only one window is in memory
         return found
 
     def _logs_at(self, step: int) -> bool:
-        """Whether this is the last guided step before a log, so that what is only looked at is computed at no other."""
+        """Tell whether this is the last guided step before a log, so that values only logged are computed just then."""
         if self.args.logging_strategy != IntervalStrategy.STEPS or (self.args.logging_first_step and step == 0):
             return True
         every = max(1, self.state.logging_steps)
@@ -172,12 +172,12 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
                 sums.add(f"guidance/{group}/{pair}", value)
-        if task_is_scaled:  # then Trainer divides nothing by the accumulation steps
+        if task_is_scaled:  # then Trainer does not divide by the accumulation steps
             watched.loss = watched.loss / steps
         return watched.total(task_loss)
 
     def _loss_is_scaled(self, num_items: Any) -> bool:
-        """Whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
+        """Tell whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
         declared = getattr(self, "loss_is_scaled_for_ga", None)
         if declared is not None:
             return declared
@@ -186,13 +186,24 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaler = self.accelerator.scaler
-        if norm is not None and (scaler is None or scaler.get_scale() <= 1):  # else the scaler may mend it
+        if norm is not None and (scaler is None or scaler.get_scale() <= 1):  # else the loss scaler may repair it
             self._finite.look({GRADIENT: norm}, "")
         return norm
 
     # ----------------------------------------------------------------------------------------- around the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does, after checks of the checkpoint and preparation of the guide.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint; True takes the last complete one.
+            *args, **kwargs: Arguments of `Trainer.train`.
+
+        Raises:
+            ValueError: If the checkpoint is incomplete, or has other settings or another guide.
+            FloatingPointError: If a loss is not finite and `on_non_finite` is `stop`.
+            RuntimeError: If no step was guided that should have been.
+        """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint:
             identity_now = None if self.guide is None else self.guide_identity
@@ -217,11 +228,11 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return found
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers', which takes one step more when it goes on from the checkpoint of the last step."""
+        """Run an epoch, unless the checkpoint is of the last step: Trainer would then take one step more."""
         if (done := self.state.global_step) >= self.state.max_steps:
             if done > self.state.max_steps:
                 logger.warning(
-                    "The checkpoint is of step %d, after the last of %d: none is left.", done, self.state.max_steps
+                    "The checkpoint is of step %d, after the last step %d: no step is left.", done, self.state.max_steps
                 )
             self.control.should_training_stop = True
         else:
@@ -231,7 +242,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
 
     def _save_guide(self, folder: Path) -> None:
-        state = whole_state(self.guide) if is_sharded(self.guide) else None  # by all ranks together
+        state = whole_state(self.guide) if is_sharded(self.guide) else None  # a collective call of all ranks
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +272,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             self.guidance.save(output_dir or self.args.output_dir, self.guide_identity)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # a training log is written by every rank, at the same steps
+        # every rank logs at the same steps, so that the reduction is collective
         if "loss" in logs and (self.guide is not None or self._finite.skip):
             logs |= self._sums.drain(self.accelerator)
         super().log(logs, start_time)

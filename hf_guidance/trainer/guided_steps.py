@@ -1,4 +1,4 @@
-"""A run that was asked to be guided and is not says so: at the first such step, and by an error if none was."""
+"""Counts of guided steps: the first unguided step gives a warning, and a run without any guided step raises."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ NEVER = (
 
 
 class GuidedSteps(TrainerCallback):
-    """Counts the optimizer steps that were guided.
+    """A callback that counts the optimizer steps that were guided.
 
     Args:
-        check: raises ValueError for settings under which guidance would not be what it says; called when training
-            begins, as settings may have changed since the trainer was made (a hyperparameter search does that).
-        schedule: makes the function optimizer step → weights of guidance and task.
-        is_left_out: whether the present optimizer step is left out, as it is not finite.
+        check: Raises ValueError if guidance would not do what its settings say. It is called when training begins,
+            because settings may change after construction, as in a hyperparameter search.
+        schedule: Returns the function optimizer step → weights of guidance and task.
+        is_left_out: Returns whether the present optimizer step is left out because it is not finite.
 
     Attributes:
-        before: guided steps of the run before this call of `train`; None if they are not known.
-        guided: those of this call.
+        before: Guided steps of the run before this call of `train`; None if unknown.
+        guided: Guided steps of this call.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class GuidedSteps(TrainerCallback):
         self.check, self.schedule, self.is_left_out = check, schedule, is_left_out
         self.before: int | None = 0
         self.first, self.guided, self._pending = 0, 0, False
-        self._reasons: dict[str, str] = {}  # by their first word
+        self._reasons: dict[str, str] = {}  # first word → reason
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the call before, and check the settings once more."""
+        """Reset the counts, and check the settings again."""
         self.first, self.guided, self._reasons = state.global_step, 0, {}
         self.check()
         if not self.schedule()(state.max_steps - 1).task:
@@ -58,7 +58,7 @@ class GuidedSteps(TrainerCallback):
         self.guided += self._pending and not self.is_left_out()
 
     def note(self, watched: Watched, step: int) -> None:
-        """Take in a watched forward; warn of the first that should have been guided and was not, for each reason."""
+        """Record a watched forward. Warn, once per reason, if it should have been guided and was not."""
         if watched.loss is not None:
             self._pending = True
         elif watched.weights.guidance and (kind := watched.why_unguided.partition(" ")[0]) not in self._reasons:
@@ -70,19 +70,21 @@ class GuidedSteps(TrainerCallback):
             )
 
     def total(self) -> int | None:
-        """The guided steps of the whole run up to now; None if those before a resume are not known."""
+        """Return the guided steps of the whole run so far; None if those before a resume are unknown."""
         return None if self.before is None else self.before + self.guided
 
     def check_any(self, state: Any, keep: Callable[[], Any], folder: str) -> None:
-        """Compare what was guided, on any process, with what should have been.
+        """Compare the steps that were guided, on any process, with those that should have been.
+
+        If some but not all of them were guided, it warns.
 
         Args:
-            state: the trainer's, after training.
-            keep: saves the model, before anything is raised.
-            folder: where that is.
+            state: State of the trainer after training.
+            keep: Saves the model before an error is raised.
+            folder: Where the model is saved.
 
         Raises:
-            RuntimeError: no step of the run was guided. If some were, and not all, that is a warning.
+            RuntimeError: If no step of the run was guided.
         """
         counts: list[tuple[int | None, int]] = gather_object([(self.total(), self.guided)])
         weights = self.schedule()
@@ -91,7 +93,7 @@ class GuidedSteps(TrainerCallback):
             keep()
             raise RuntimeError(
                 f"No optimizer step of {state.global_step} was guided: {'; '.join(self._reasons.values()) or NEVER}. "
-                f"The network was trained on its task alone, and is in {folder}. For training without guidance set "
+                f"The network was trained on its task alone, and is in {folder}. To train without guidance, set "
                 "guidance_weight=0."
             )
         here, guided = sum(step >= self.first for step in asked), max(guided for _, guided in counts)

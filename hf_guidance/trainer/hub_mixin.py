@@ -1,4 +1,4 @@
-"""Pushes to the Hub: the model as saving it writes it, its card and figures, without token or path."""
+"""Pushes to the Hub: the saved model with its card and figures, without tokens or local paths."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ logger = logging.getLogger(__name__)
 
 
 class PublishingMixin(CardMixin):
-    """The part of `GuidanceMixin` that pushes: the whole model at every save, and a command when it cannot."""
+    """The part of `GuidanceMixin` that pushes the model at every save, and prints a command if a push fails."""
 
     push_in_progress: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._saved: dict[Path, list[str]] = {}  # folder → what the last save wrote into it
+        self._saved: dict[Path, list[str]] = {}  # folder → files that the last save wrote into it
         super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As transformers', which says nothing of a token that may not write until training is over.
+        """Create the repository, and check before training that the token may write to it.
 
         Raises:
-            PermissionError: the Hub does not know the token, or it may only read.
-            ConnectionError: the Hub does not answer, or not as it should.
+            PermissionError: If the Hub does not accept the token, or the token may only read.
+            ConnectionError: If the Hub does not answer, or answers with another error.
         """
         try:
             super().init_hf_repo(token=token, private=private)
         except NO_HUB as error:
             name = str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
-            trained = hasattr(self, "state") and self.state.global_step > 0  # the first call is before there is any
+            trained = hasattr(self, "state") and self.state.global_step > 0  # the first call comes before training
             raise refused(name, error, trained=trained) from error
         if not self.is_world_process_zero() or self.hub_model_id is None:
             return
@@ -58,11 +58,11 @@ class PublishingMixin(CardMixin):
             HfApi().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As transformers', with all that belongs to the model; a push that fails is said, and training goes on."""
+        """Push all files of the model; if the push fails, warn and continue training."""
         try:
             self._push_all_of(checkpoint_folder)
         except Exception as error:
-            logger.warning("The push of %s failed (%s); training goes on.", checkpoint_folder, one_line(error))
+            logger.warning("The push of %s failed (%s). Training continues.", checkpoint_folder, one_line(error))
 
     def _push_all_of(self, checkpoint_folder: str) -> None:
         args = self.args
@@ -75,7 +75,7 @@ class PublishingMixin(CardMixin):
         self.callback_handler.on_push_begin(args, self.state, self.control)
         output, checkpoint = Path(str(args.output_dir)), Path(checkpoint_folder)
         model = of_model(self._saved.get(checkpoint, ()))
-        for name in model:  # as copies: what is saved there later must not change the checkpoint
+        for name in model:  # copies, so that a later save does not change the checkpoint
             put(checkpoint / name, output / name, link=False)
         self._try_to_write_a_card()
         staged, message = make_empty(output / STAGING), f"Training in progress, step {self.state.global_step}"
@@ -85,7 +85,7 @@ class PublishingMixin(CardMixin):
         pushes = [(staged, options | {"commit_message": message})]
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         if place := places.get(HubStrategy(args.hub_strategy)):
-            whole = make_empty(output / f"_{checkpoint.name}")  # its own, as the run goes on and its state names paths
+            whole = make_empty(output / f"_{checkpoint.name}")  # its own folder, as its state names paths
             stage_checkpoint(checkpoint, model, whole)
             pushes.append((whole, options | {"commit_message": f"{message}, checkpoint", "path_in_repo": place}))
         jobs: Any = start_pushing(*pushes)
@@ -100,10 +100,10 @@ class PublishingMixin(CardMixin):
         current = getattr(self, "push_in_progress", None)
         for job in current.jobs if current is not None else ():
             if job.done() and not job.cancelled() and (error := job.exception()) is not None:
-                logger.warning("A push during training failed (%s); the last one brings all.", one_line(error))
+                logger.warning("A push during training failed (%s). The last push uploads everything.", one_line(error))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers'; which files it wrote is kept in mind, as these alone are pushed."""
+        """Save the model, and remember which files were written: only these are pushed."""
         if not self.args.should_save:
             return super().save_model(output_dir, _internal_call=_internal_call)
         folder = Path(output_dir or str(self.args.output_dir))
@@ -113,12 +113,12 @@ class PublishingMixin(CardMixin):
         return None
 
     def _stage_model(self) -> Path:
-        """Save the model into an empty folder, so that nothing else is in it, and from there into the output folder."""
+        """Save the model into an empty folder, which then holds nothing else, and copy it to the output folder."""
         output = Path(str(self.args.output_dir))
         staged, together = output / STAGING, self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.args.should_save:
             make_empty(staged)
-        if together:  # then every process may write a part
+        if together:  # every process may write a part
             self.accelerator.wait_for_everyone()
         self.save_model(str(staged), _internal_call=True)
         if together:
@@ -128,12 +128,12 @@ class PublishingMixin(CardMixin):
             for name in files_in(staged):
                 put(staged / name, output / name)
             (staged / ARGUMENTS).unlink(missing_ok=True)
-        if self.args.should_save and not self.is_world_process_zero():  # of another node, which pushes nothing
+        if self.args.should_save and not self.is_world_process_zero():  # on another node, which pushes nothing
             remove(staged)
         return staged
 
     def _complete(self, staged: Path, private: bool | None, token: str | None, **card: Any) -> None:
-        """Make the repository if there is none yet, write the card, and take both ready for the push."""
+        """Create the repository if needed, write the card, and add it to the staged model."""
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         tags = card.pop("tags", None) or []
@@ -152,14 +152,16 @@ class PublishingMixin(CardMixin):
         private: bool | None = None,
         **card: Any,
     ) -> Any:
-        """As transformers', of the files that saving the model writes, the card and its figures, and nothing else.
+        """Push the saved model with its card and figures, and no other file.
+
+        The arguments are those of `Trainer.push_to_hub`.
 
         Raises:
-            ConnectionError: the push failed; everything is on disk, and the message has the command to push it later.
+            ConnectionError: If the push failed. Everything is on disk, and the message has the command to push later.
         """
         output, token = Path(str(self.args.output_dir)), token or self.args.hub_token
         revision = revision or self.args.hub_revision
-        self._finish_current_push()  # it reads the files that are written below
+        self._finish_current_push()  # it still reads the files that are written below
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         staged = self._stage_model()
         if not self.is_world_process_zero():
@@ -171,16 +173,16 @@ class PublishingMixin(CardMixin):
             if blocking:
                 return push_staged(staged, **options)
             jobs: Any = start_pushing((staged, options))
-            self.push_in_progress = PushInProgress(jobs)  # for the next one to wait for
+            self.push_in_progress = PushInProgress(jobs)  # the next push waits for it
             return jobs[0]
         except Exception as error:
             if not (output / CARD).is_file():
                 self._try_to_write_a_card()
-            complete(staged, output)  # whatever failed before
+            complete(staged, output)  # complete the folder whatever failed before
             repository = str(self.hub_model_id or self.args.hub_model_id or output.name)
             is_private = self.args.hub_private_repo if private is None else private
             command = later(repository, staged, revision, is_private)
             raise ConnectionError(
-                f"The push to {repository} failed ({type(error).__name__}: {one_line(error)}). Nothing is lost: all "
-                f"of it is in {output}. To push it later: {command}"
+                f"The push to {repository} failed ({type(error).__name__}: {one_line(error)}). Nothing is lost: "
+                f"everything is in {output}. To push it later: {command}"
             ) from error

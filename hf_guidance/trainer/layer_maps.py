@@ -1,4 +1,4 @@
-"""Similarity of every target layer with every guide layer, before a trainer's training and after it."""
+"""Similarity of every target layer with every guide layer, before and after training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hf_guidance.trainer.preparation import first_batches
 
 
 class LayerMaps:
-    """Maps on one batch, which is kept at hand.
+    """Maps of all layer similarities on one batch.
 
     Args:
-        batch: collated, on any device; of as many samples as the measure needs.
+        batch: A collated batch on any device, with at least as many samples as the measure needs.
 
     Attributes:
-        maps: ``before`` and ``after``, as `similarity_map` gives them.
+        maps: `before` and `after`, each as `similarity_map` returns it.
     """
 
     def __init__(self, batch: dict[str, Any]) -> None:
@@ -29,7 +29,12 @@ class LayerMaps:
         self.maps: dict[str, dict[str, Any]] = {}
 
     def look(self, trainer: Any, when: str) -> None:
-        """Make one of the two maps, of the target as it is now."""
+        """Compute one of the two maps for the target as it is now.
+
+        Args:
+            trainer: The trainer that holds target, guide and settings.
+            when: `before` or `after`.
+        """
         target = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(trainer.args.device)
         batch = trainer._prepare_inputs(self.batch)
         autocast = trainer.accelerator.autocast()
@@ -37,7 +42,7 @@ class LayerMaps:
 
 
 class KeptMap(TrainerCallback, ExportableState):
-    """The map from before training, in the checkpoints of the run that it is of."""
+    """A callback that keeps the map from before training in the checkpoints of its run."""
 
     def __init__(self) -> None:
         self.before: dict[str, Any] | None = None
@@ -52,7 +57,7 @@ class KeptMap(TrainerCallback, ExportableState):
 
 
 def can_map(trainer: Any) -> bool:
-    """Whether there is guidance, and the first process can run target and guide whole and alone."""
+    """Tell whether there is guidance and the first process can run whole target and guide without the others."""
     if trainer.guide is None or not trainer.guidance.guidance_weight or is_sharded(trainer.guide):
         return False
     alone = trainer.args.world_size == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in trainer.model.modules())
@@ -60,9 +65,10 @@ def can_map(trainer: Any) -> bool:
 
 
 def maps_of(trainer: Any) -> LayerMaps | None:
-    """Maps on the first batch to validate with; None where there is none, or too small a one.
+    """Prepare maps on the first validation batch; return None if there is none or it is too small.
 
-    Neither a stream is touched, which may not begin anew, nor what is trained on, whose rows may count their readings.
+    A stream is not read, because it may not start again. Training data are not read either, because their rows may
+    count how often they are read.
     """
     rows = trainer.eval_dataset
     if isinstance(rows, dict):

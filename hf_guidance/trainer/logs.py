@@ -1,4 +1,4 @@
-"""What a guided run logs, and what of it is printed."""
+"""Logs of a guided run, and the shorter form of them that is printed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 
 class RunningMeans:
-    """Means of what is logged, kept on the device between two logs so that no step waits for them."""
+    """Means of logged values, kept on the device between two logs so that no step waits for them."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
+        """Forget everything since the last log."""
         self._sums: dict[str, Tensor | float] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
+        """Add a scalar with a weight. With weight 0, the logged value is a plain sum."""
         self._sums[name] = self._sums.get(name, 0.0) + value
         self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def take(self, other: RunningMeans) -> None:
-        """Add what another has summed up."""
+        """Add the sums of another object."""
         for name, value in other._sums.items():
             self.add(name, value, other._weights[name])
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """Means over micro-steps and ranks since the last call; names added with weight 0 are plain sums."""
+        """Return the means over micro-steps and ranks since the last call, and reset them.
+
+        Names that were added with weight 0 are plain sums.
+        """
         sums = [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
         values = torch.stack(sums) if sums else torch.empty(0)
         mine = dict(zip(self._sums, zip(values.tolist(), self._weights.values(), strict=True), strict=True))
         totals: dict[str, tuple[float, float]] = {}
-        for rank in gather_object([mine]):  # ranks may have skipped different batches, and so hold different names
+        for rank in gather_object([mine]):  # ranks that skipped different batches hold different names
             for name, (value, weight) in rank.items():
                 total, weights = totals.get(name, (0.0, 0.0))
                 totals[name] = total + value, weights + weight
@@ -44,7 +49,7 @@ class RunningMeans:
 
 
 class _Short:
-    """Prints all but the similarity of every single pair."""
+    """A mixin for callbacks that leaves out the similarities of single pairs."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         short = {name: value for name, value in (logs or {}).items() if name.count("/") < 2}
@@ -52,8 +57,8 @@ class _Short:
 
 
 class ShortProgressCallback(_Short, ProgressCallback):
-    """Trainer's progress bar, in short."""
+    """Trainer's progress bar without the similarities of single pairs."""
 
 
 class ShortPrinterCallback(_Short, PrinterCallback):
-    """What Trainer prints without a progress bar, in short."""
+    """Trainer's printed logs, used without a progress bar, without the similarities of single pairs."""

@@ -1,4 +1,4 @@
-"""What a guided run does with the first rows of its data before the first step."""
+"""Preparation on the first rows of the training data: batch norm of the guide, and its cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from hf_guidance.guide.inputs import generator_for, guide_batch, seen_by
 
 
 def calibrate(trainer: Any) -> None:
-    """Estimate the guide's batch norm on the first batches of the training data, the same on every rank and resume."""
+    """Estimate the guide's batch norm on the first training batches, the same on every rank and resume.
+
+    Raises:
+        ValueError: If the training data have fewer batches than `calibration_batches`.
+    """
     seen, count = 0, trainer.guidance.calibration_batches
 
     def forwards() -> Iterator[Any]:
@@ -35,10 +39,10 @@ def calibrate(trainer: Any) -> None:
 
 
 def open_cache(trainer: Any) -> None:
-    """Open or create the guide's cache, and say how large it will be.
+    """Open or create the cache of the guide's features, and print how large it will be.
 
     Raises:
-        ValueError: data whose samples are not numbered or whose inputs change, or what `GuideCache` raises.
+        ValueError: If samples have no ids, or inputs change between epochs; also whatever `GuideCache` raises.
     """
     if not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError("cache_guide needs a dataset with a length and numbered samples; this one is a stream.")
@@ -52,10 +56,10 @@ def open_cache(trainer: Any) -> None:
     once, twice = (row_checksums(seen_by(trainer.guide, each)) for each in inputs)
     if (once != twice).any():
         raise ValueError(
-            "cache_guide needs inputs that are the same in every epoch, and the first rows differ when they are read "
-            "twice: leave augmentation out, or the cache."
+            "cache_guide needs inputs that are the same in every epoch, but the first rows differ when they are read "
+            "twice. Leave out augmentation or cache_guide."
         )
-    said = trainer.guidance_loss.running.cache is not None  # by an earlier `train`
+    said = trainer.guidance_loss.running.cache is not None  # an earlier `train` opened it
     who = {"architecture": type(trainer.guide).__name__, "fingerprint": fingerprint(trainer.guide)}  # as calibrated
     with trainer.args.main_process_first(local=False):
         create = trainer.is_world_process_zero()
@@ -65,9 +69,9 @@ def open_cache(trainer: Any) -> None:
 
 
 def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
-    """A trainer's data in order, in batches as they are trained on; no random state outside is moved.
+    """Yield batches of a dataset in order, as training would collate them, without changing any random state.
 
-    What is random in reading them follows the run's seed and the number of the reading.
+    Random augmentation follows the seed of the run and `reading`.
     """
     from torch.utils.data import DataLoader
 
@@ -83,7 +87,7 @@ def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict
 
 
 def _without_its_state(collator: Any) -> Any:
-    """A copy of a collator whose counters and generators move without those of the collator itself."""
+    """Copy a collator with its counters and generators, so that using the copy does not change the original."""
     fresh = copy.copy(collator)
     for name, value in getattr(fresh, "__dict__", {}).items():
         if isinstance(value, torch.Generator):
@@ -95,7 +99,7 @@ def _without_its_state(collator: Any) -> Any:
 
 @contextmanager
 def _randomness_of_its_own(seed: int) -> Iterator[None]:
-    """Inside, torch, Python and numpy draw from a seed; outside, as if nothing had been drawn."""
+    """Seed torch, Python and numpy inside the context, and restore their random states after it."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a model card says of a run, gathered from the trainer: the user writes nothing."""
+"""Facts about a run for its model card, gathered from the trainer."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ SIZES = (
     "vocab_size",
     "image_size",
 )
-EMISSIONS = "emissions.csv"  # codecarbon's
+EMISSIONS = "emissions.csv"  # written by codecarbon
 
 
 def run_facts(trainer: Any, **given: Any) -> Facts:
-    """Facts of a trainer's run as plain JSON values, for `model_card.render`.
+    """Gather the facts of a trainer's run as plain JSON values, for `render`.
 
     Args:
-        trainer: a `GuidanceTrainer` that has trained.
-        **given: facts that the trainer cannot know (license, language, tags, data, comparison, figures), in
-            place of those it does; those of the ``target`` and the ``data`` beside.
+        trainer: A `GuidanceTrainer` that has trained.
+        **given: Facts that the trainer cannot know, such as license, language, tags or comparison. They replace those
+            of the trainer; those in `target` and `data` are merged.
     """
     guided = trainer.guide is not None and trainer.guidance.guidance_weight > 0
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -79,7 +79,7 @@ def given_facts(
     finetuned_from: str | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    """What a user gives to `Trainer.create_model_card`, as facts."""
+    """Convert the arguments of `Trainer.create_model_card` to facts."""
     first = dataset_tags if isinstance(dataset_tags, str) or not dataset_tags else dataset_tags[0]
     name = dataset if isinstance(dataset, str) or not dataset else ", ".join(dataset)
     return {
@@ -93,7 +93,7 @@ def given_facts(
 
 
 def command_facts(words: list[str] | None, *parsers: type) -> Facts:
-    """Tell how a run was started, as far as anybody may read it, and whether that is only a part."""
+    """Return the command that started a run, as far as it may be published, and whether parts were left out."""
     command, cut = published_command(words, parsers) if words else ("", False)
     return {"command": command, "command_is_cut": cut or None} if command else {}
 
@@ -122,19 +122,20 @@ def _guide(trainer: Any) -> Facts:
 
 
 def timms_name(config: Facts) -> str | None:
-    """The architecture behind transformers' wrapper of timm, which is one class for all of them."""
+    """Return the architecture behind transformers' timm wrapper, which is one class for all of them."""
     return config.get("architecture") if config.get("model_type") == "timm_wrapper" else None
 
 
 def sizes_of(config: Facts) -> Facts:
-    """The sizes among a network's config, in words."""
+    """Select the sizes in a network's config, named in words."""
     return {name.replace("_", " "): config[name] for name in SIZES if config.get(name) is not None}
 
 
 def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
-    """Similarity of every pair in the first and the last log, each a mean over the steps since the log before.
+    """Return the similarity of every pair in the first and the last log.
 
-    None where LayerDrop skipped the pair's target layer in all of these steps.
+    Each is a mean over the steps since the previous log. It is None if LayerDrop skipped the target layer in all of
+    these steps.
     """
     if not points:
         return None
@@ -148,7 +149,7 @@ def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
 
 
 def best_step(trainer: Any) -> int | None:
-    """The step of the best weights, where training is over and has gone back to them."""
+    """Return the step of the best weights if training has ended and loaded them; else None."""
     state, args = trainer.state, trainer.args
     over = any("train_runtime" in log for log in state.log_history)  # logged after the best weights are loaded
     if not (args.load_best_model_at_end and state.best_model_checkpoint and over):
@@ -168,7 +169,7 @@ def _results(history: History, best: int | None = None) -> Facts | None:
 
 
 def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
-    """What of a run's `TrainingArguments`, as JSON values, its card shows."""
+    """Select the training settings that the card shows."""
     half = "bfloat16" if settings["bf16"] else "float16" if settings["fp16"] else None
     accumulated, decay, clip = (settings[n] for n in ("gradient_accumulation_steps", "weight_decay", "max_grad_norm"))
     schedule = str(settings["lr_scheduler_type"]).replace("_", " ")
@@ -196,7 +197,7 @@ def _cost(trainer: Any) -> Facts:
             _always(trainer)
         ]
         cost[what] = f"{clock.seconds / clock.steps:.3g} s {kind}"
-    if seconds and not trainer.resumed:  # else it is that of the last part
+    if seconds and not trainer.resumed:  # after a resume it is that of the last part only
         cost["time from first to last step"] = f"{seconds:.{0 if seconds >= 10 else 1}f} s, evaluations included"
     if torch.cuda.is_available():
         cost["peak memory of the GPU"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
@@ -208,7 +209,7 @@ def _cost(trainer: Any) -> Facts:
 
 
 def _always(trainer: Any) -> bool | None:
-    """Whether every step was guided; None where none was."""
+    """Tell whether every step was guided; None if no step was."""
     config = trainer.guidance
     if trainer.guide is None or not config.guidance_weight:
         return None
@@ -217,10 +218,10 @@ def _always(trainer: Any) -> bool | None:
 
 
 def _emissions(trainer: Any) -> float | None:
-    """Grams of CO₂ equivalents, where codecarbon watched this run."""
+    """Return the emissions in grams of CO₂ equivalents, if codecarbon measured this run."""
     measured = Path(str(trainer.args.output_dir)) / EMISSIONS
     callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     if "CodeCarbonCallback" not in callbacks or not measured.is_file():
         return None
-    rows = list(csv.DictReader(measured.read_text(encoding="utf-8").splitlines()))  # one a run, this one's the last
+    rows = list(csv.DictReader(measured.read_text(encoding="utf-8").splitlines()))  # a row per run, this run's last
     return 1000 * float(rows[-1]["emissions"]) if rows else None

@@ -1,4 +1,4 @@
-"""The folder that a push uploads: files of the model and its card, whatever else lies in the output folder."""
+"""The folder that a push uploads: files of the model and its card, but nothing else from the output folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CURVES, MAPS = "curves.png", "similarity.png"
 
 
 def files_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Find the regular files in a folder and its sub-folders; no link is followed, and none is in it.
+    """Find the regular files in a folder and its sub-folders, without links.
 
     Returns:
         Relative path → numbers that change whenever the file is written.
@@ -26,7 +26,7 @@ def files_in(folder: Path) -> dict[str, tuple[int, ...]]:
     for place, _, names in os.walk(folder):
         for name in sorted(names):
             path = Path(place, name)
-            with suppress(FileNotFoundError):  # another process may remove what is not the model's
+            with suppress(FileNotFoundError):  # another process may remove other files meanwhile
                 now = path.lstat()
                 if stat.S_ISREG(now.st_mode):
                     stamp = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
@@ -35,14 +35,14 @@ def files_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def make_empty(folder: Path) -> Path:
-    """Make a folder that is empty, in place of whatever is there; where a link points to stays as it is."""
+    """Make an empty folder in place of whatever is there; the destination of a link is not changed."""
     remove(folder)
     folder.mkdir(parents=True)
     return folder
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, a file, or a link."""
+    """Remove a folder with its content, a file, or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -50,17 +50,19 @@ def remove(path: Path) -> None:
 
 
 def without_links(folder: Path, names: Iterable[str | Path]) -> None:
-    """Remove those of the files in a folder that are links, so that writing them changes nothing elsewhere."""
+    """Remove those files that are links, so that writing them changes nothing elsewhere."""
     for path in (folder / name for name in names):
         if path.is_symlink():
             path.unlink()
 
 
 def put(source: Path, target: Path, link: bool = True) -> None:
-    """Put a file into another place at once, in place of a file or a link there.
+    """Put a file into another place atomically, replacing a file or link there.
 
     Args:
-        link: whether both may be one file on the disk; not where either may be written to later.
+        source: The file.
+        target: Its new path.
+        link: Whether both may share one file on disk. Use False if either may be written to later.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -69,14 +71,14 @@ def put(source: Path, target: Path, link: bool = True) -> None:
         if not link:
             raise OSError("a copy is asked for")
         os.link(source, partial)
-    except OSError:  # or another disk, or one without links
+    except OSError:  # also on another disk, or one without links
         shutil.copy2(source, partial)
     os.replace(partial, target)
-    partial.unlink(missing_ok=True)  # replacing a file by itself does nothing
+    partial.unlink(missing_ok=True)  # os.replace does nothing if both are the same file
 
 
 def stage(names: Iterable[str], source: Path, staged: Path) -> None:
-    """Put files into a staging folder, those that are there and are no links."""
+    """Put the named files into a staging folder, if they exist and are not links."""
     there = files_in(source)
     for name in names:
         if name in there:
@@ -84,6 +86,6 @@ def stage(names: Iterable[str], source: Path, staged: Path) -> None:
 
 
 def complete(staged: Path, output: Path) -> None:
-    """Add card and figures to a staged model, and take tokens and paths of this machine out of its settings."""
+    """Add card and figures to a staged model, and remove tokens and local paths from its settings."""
     stage((CARD, CURVES, MAPS), output, staged)
     scrub_settings(staged, output)

@@ -1,4 +1,4 @@
-"""The uploads to the Hub: what goes up, whether the token may write, and how to push later."""
+"""Uploads to the Hub: which files, whether the token may write, and the command to push later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # of the library that the client speaks through, and its own
+from huggingface_hub.errors import HTTPError  # of the HTTP library and of the client itself
 from transformers import TrainingArguments
 
 from hf_guidance.card.redaction import scrub_state
@@ -21,8 +21,8 @@ from hf_guidance.trainer.checkpoints import ORIGIN, STATE
 from hf_guidance.trainer.staging import CARD, files_in, stage
 
 ARGUMENTS = "training_args.bin"
-NO_HUB = (HTTPError, ConnectionError)  # it refuses, or is not reached; the second when HF_HUB_OFFLINE says so
-# in a checkpoint, for going on with the training, and no part of the model
+NO_HUB = (HTTPError, ConnectionError)  # refused or unreachable; ConnectionError with HF_HUB_OFFLINE
+# files of a checkpoint that serve only to resume training
 FOR_RESUMING = (
     *(r"optimizer\.(pt|bin)", r"scheduler\.pt", r"scaler\.pt", re.escape(STATE), re.escape(ORIGIN)),
     *(r"rng_state(_\d+)?\.pth", r"pytorch_model_fsdp\.bin", r"latest", r"zero_to_fp32\.py"),
@@ -44,11 +44,11 @@ def check_may_write(repository: str, token: str | None) -> None:
 
 
 def check_hub(args: TrainingArguments) -> None:
-    """Make the repository that is to be pushed to, if there is none, and see that the token may write to it.
+    """Create the repository if needed, and check that the token may write to it.
 
     Raises:
-        PermissionError: the Hub does not know the token, or it may only read.
-        ConnectionError: the Hub does not answer, or not as it should.
+        PermissionError: If the Hub does not accept the token, or the token may only read.
+        ConnectionError: If the Hub does not answer, or answers with another error.
     """
     name, token = str(args.hub_model_id), args.hub_token
     try:
@@ -63,31 +63,31 @@ def _says_no(error: Exception) -> bool:
 
 
 def refused(repository: str, error: Exception, trained: bool = False) -> OSError:
-    """What to raise where the Hub does not let a repository be made or written to, before any training or after it."""
+    """Make the error to raise if the Hub refuses to create a repository or to write to it."""
     nothing = "" if trained else "Nothing was trained: "
     if not _says_no(error):
         return ConnectionError(
-            f"The Hub does not answer as it should for {repository} ({one_line(error)}). {nothing}try "
+            f"The Hub does not answer as expected for {repository} ({one_line(error)}). {nothing}try "
             f"again{'.' if trained else ', or train without push_to_hub and push later.'}"
         )
     return PermissionError(
         f"The token may not write to {repository} ({one_line(error)}). {nothing}log in with a token that "
-        "has write access (`hf auth login`), pass hub_token, or name a repository of your own by hub_model_id."
+        "has write access (`hf auth login`), pass hub_token, or set hub_model_id to a repository of your own."
     )
 
 
 def of_model(names: Iterable[str]) -> list[str]:
-    """Those of the files that saving wrote which belong to the model: not the arguments, and nothing for resuming."""
+    """Select the saved files that belong to the model, without training arguments and files for resuming."""
     return [name for name in names if name != ARGUMENTS and not for_resuming(name)]
 
 
 def for_resuming(name: str) -> bool:
-    """Whether a checkpoint has a file for going on with the training, and not as a part of the model."""
+    """Tell whether a file of a checkpoint serves only to resume training, and is not part of the model."""
     return any(re.fullmatch(pattern, name) for pattern in FOR_RESUMING)
 
 
 def stage_checkpoint(checkpoint: Path, model: Sequence[str], staged: Path) -> None:
-    """Put what is needed to go on with a training into an empty folder: the model, and the files for resuming."""
+    """Put all that resuming needs into an empty folder: the model, and the files for resuming."""
     names = [name for name in files_in(checkpoint) if (name in model and name != CARD) or for_resuming(name)]
     stage(names, checkpoint, staged)
     scrub_state(staged / STATE)
@@ -95,10 +95,11 @@ def stage_checkpoint(checkpoint: Path, model: Sequence[str], staged: Path) -> No
 
 
 def push_staged(staged: Path, **options: Any) -> Any:
-    """Upload a staged folder, which is removed when all of it has arrived.
+    """Upload a staged folder, and remove it after all files have arrived.
 
     Args:
-        **options: of `HfApi.upload_folder`.
+        staged: The folder.
+        **options: Arguments of `HfApi.upload_folder`.
     """
     pushed = HfApi().upload_folder(folder_path=staged, **options)
     shutil.rmtree(staged, ignore_errors=True)
@@ -106,17 +107,22 @@ def push_staged(staged: Path, **options: Any) -> Any:
 
 
 def start_pushing(*staged: tuple[Path, dict[str, Any]]) -> list[Future[Any]]:
-    """Begin to push staged folders, one after the other, each with options of its own; the uploads that have begun."""
+    """Begin to push staged folders one after the other, each with its own options.
+
+    Returns:
+        The uploads that have begun.
+    """
     api = HfApi()
     return [api.run_as_future(push_staged, folder, **options) for folder, options in staged]
 
 
 def later(repository: str, staged: Path, revision: str | None = None, private: bool | None = None) -> str:
-    """The command that pushes a staged folder, to a private repository if there is none yet and it is to be one."""
-    words = ["hf", "upload", repository, str(staged.resolve()), "."]  # from wherever that is typed
+    """Return the command that pushes a staged folder. It creates a private repository if asked to."""
+    words = ["hf", "upload", repository, str(staged.resolve()), "."]  # works from any folder
     words += ["--revision", revision] if revision else []
     return shlex.join(words + (["--private"] if private else []))
 
 
 def one_line(error: Exception) -> str:
+    """Return the message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

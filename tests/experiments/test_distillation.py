@@ -84,7 +84,7 @@ def test_classes_of_a_saved_guide_are_compared_with_the_datas(tmp_path):
     FCNConfig(id2label=names, label2id={name: i for i, name in names.items()}).save_pretrained(tmp_path)
     check_classes(str(tmp_path), ["cat", "dog"])
     check_classes(str(tmp_path), ["0", "1"])  # other names may mean the same
-    with pytest.raises(ValueError, match=r"has 2 and the data has 3\. Name a guide that was trained on these data"):
+    with pytest.raises(ValueError, match=r"has 2 and the data has 3\. Choose a guide that was trained on these data"):
         check_classes(str(tmp_path), ["cat", "dog", "cow"])
     with pytest.raises(ValueError, match=r"in the same order: those of .* are cat, dog …, those of the data dog, cat"):
         check_classes(str(tmp_path), ["dog", "cat"])

@@ -166,7 +166,7 @@ def test_each_guided_run_has_a_cache_of_its_own_which_a_run_anew_only_reads(tmp_
     assert similarities[0] == similarities[1]
     assert str(tmp_path) not in json.dumps(reports[0]["runs"])
     with pytest.raises(
-        ValueError, match="the augmentation is 'crop_flip': set --augmentation none, or leave the cache"
+        ValueError, match="the augmentation is 'crop_flip': set augmentation='none', or leave cache_guide"
     ):
         run_here(monkeypatch, tmp_path / "augmented", augmentation="crop_flip", **options)
 
@@ -184,7 +184,7 @@ def test_a_guide_that_is_there_already_distils_on_the_images_it_was_trained_on(t
     data = run_here(monkeypatch, tmp_path / "out", **options)["runs"][0]["settings"]["data"]
     assert data["guide"] == {"size": 16, "mean": [0.1] * 3, "std": [0.7] * 3}
     assert data["target"] == {"size": 8, "mean": [0.1] * 3, "std": [0.7] * 3}
-    with pytest.raises(ValueError, match=r"the same classes: .*seven has 7 and the data has 10\. Name a guide"):
+    with pytest.raises(ValueError, match=r"the same classes: .*seven has 7 and the data has 10\. Choose a guide"):
         run_here(monkeypatch, tmp_path / "other", **options | {"guide": tmp_path / "seven"})
     assert not (tmp_path / "other").exists()
 
@@ -377,7 +377,7 @@ def test_a_dead_connection_is_an_error_that_says_how_to_go_on_and_leaves_the_che
     assert process.returncode == 1
     assert "The data could not be read any further (" in printed, printed[-2000:]
     last = last_whole_checkpoint(place)
-    assert f"The same command goes on from {Path(last).name}" in printed
+    assert f"Rerun the same command to resume from {Path(last).name}" in printed
     assert load_guide(last).config.hidden_size == 16
 
 
@@ -402,10 +402,10 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
         ({"runs": ["alone", "trained_guide"]}, "trained_guide needs a trained guide"),
         (
             {"runs": ["untrained_guide_stopped"], "stop_step": 4, "max_steps": 4},
-            "--stop_step is 4; untrained_guide_stopped stops guidance within its 4 steps: from 1 to 3",
+            "--stop_step is 4; untrained_guide_stopped stops guidance within its 4 steps: choose from 1 to 3",
         ),
         ({"runs": ["guide_itself"]}, "trains the guide on the data: add --train_guide"),
-        ({"target": "resnet50_without_skips"}, "--width and --dropout are of the FCNs"),
+        ({"target": "resnet50_without_skips"}, "--width and --dropout apply to the FCNs only"),
         ({"per_device_train_batch_size": 52}, "1197 training images in batches of 52 leave one over"),
         ({"sample_axis": "token"}, "has no positions; sample_axis='token' needs"),
         ({"layer_mapping": "last_99"}, "last_99"),
@@ -413,7 +413,7 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
         ({"max_steps": -1}, "--max_steps is -1; it must be at least 1"),
         ({"guide_layers": ["Conv3d"]}, "guide layer 'Conv3d' not found; the guide has"),
         ({"guide": "timm/vit_tiny_patch16_224", "guide_image_size": 30},
-         "guide timm/vit_tiny_patch16_224 cannot take images of 30 × 30 pixels .*choose another --guide_image_size"),
+         "guide timm/vit_tiny_patch16_224 cannot take images of 30 × 30 pixels .*choose another guide_image_size"),
         ({"guide": "/nowhere/at/all"}, "Cannot load guide '/nowhere/at/all'"),
         ({"target": "resnet50_without_skips", "width": [], "depth": 4}, "depth must be one of 18, 34, 50, got 4"),
         ({"width": 0}, "--width is 0; it must be at least 1"),

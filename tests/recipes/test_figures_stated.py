@@ -1,5 +1,6 @@
-"""The figures in the READMEs are those of the committed results, which a command made."""
+"""The figures in the READMEs are those of the committed results, which a command made; docstrings hold none."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -47,6 +48,42 @@ def test_every_difference_on_the_first_page_is_that_of_its_row():
         difference = float(guided) - float(alone)
         assert (difference < 0) == (sign == "−"), row
         assert abs(abs(difference) - float(size)) < 0.051, row
+
+
+FIGURE = re.compile(
+    r"\d\.\d|\d ?%|\b(accuracy|perplexity)\b[^.\n]*\d|\d[^.\n]*\b(accuracy|perplexity)\b", re.IGNORECASE
+)
+
+
+def figures_in(source: str) -> list[str]:
+    """Return the lines of a file's docstrings that hold a figure, commands aside."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    lines = [line.strip() for node in nodes for line in (ast.get_docstring(node) or "").splitlines()]
+    return [line for line in lines if FIGURE.search(line) and not line.startswith("accelerate launch ")]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_docstring_of_a_recipe_holds_no_accuracy_or_perplexity(path):
+    assert figures_in(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("copy-paste 43.0 against 21.6 % (untrained guide)", True),
+        ("an accuracy of 43", True),
+        ("97% of the images", True),
+        ("Shakespeare at perplexity 137", True),
+        ("accelerate launch recipes/x.py --learning_rate 0.1", False),
+        ("accelerate launch recipes/x.py --guide timm/resnet18.a1_in1k --seeds 0 1 2", False),
+        ("Results, full commands and hardware: recipes/README.md.", False),
+        ("floor: 64/64/512 and depth 18, 34 or 50", False),
+    ],
+)
+def test_a_figure_in_a_docstring_would_be_found(line, found):
+    assert figures_in(f'"""Summary.\n\n{line}\n"""') == ([line] if found else [])
+    assert figures_in(f'def measure():\n    """Measure.\n\n    {line}\n    """') == ([line] if found else [])
 
 
 def test_there_are_results():

@@ -129,20 +129,23 @@ def test_goals_stand_beside_what_they_are_of_only(tmp_path):
         ({"rows": "8/32"}, "--rows 8/32: expected batch/image/width, such as 64/64/512, or table"),
         ({"batch_sizes": [4]}, "--rows names batch, image size and width: leave --batch_sizes out"),
         ({"image_size": 32, "width": 8}, "leave --image_size, --width out"),
-        ({"similarity_batch": "global"}, "needs several processes, and the cost is that of one: leave it out"),
-        ({"batches": 0}, "batches is 0; it must be at least 1"),
-        ({"threads": 0}, "threads is 0; it must be at least 1"),
+        (
+            {"similarity_batch": "global"},
+            "--similarity_batch global needs several processes, but this recipe measures one: leave it out",
+        ),
+        ({"batches": 0}, "--batches is 0; it must be at least 1"),
+        ({"threads": 0}, "--threads is 0; it must be at least 1"),
         ({"target": "deepfcn"}, "target 'deepfcn' is none of deep_fcn, wide_fcn"),
-        ({"max_steps": 3}, "--max_steps: this recipe takes --rounds and --steps"),
+        ({"max_steps": 3}, "--max_steps: use --rounds and --steps instead"),
         ({"rounds": 0}, "rounds is 0; it must be at least 1"),
         ({"target": "/nowhere/at/all", **BARE}, "target '/nowhere/at/all' is none of deep_fcn, wide_fcn"),
-        ({"target": "timm/resnet10t"}, "width and depth are of deep_fcn, wide_fcn, resnet50_without_skips"),
-        ({"target": "resnet50_without_skips"}, "width is of the FCNs; a ResNet has depth 18, 34 or 50"),
+        ({"target": "timm/resnet10t"}, "width and depth apply to deep_fcn, wide_fcn, resnet50_without_skips only"),
+        ({"target": "resnet50_without_skips"}, "width applies to the FCNs only; a ResNet takes depth 18, 34 or 50"),
         ({"guide": "/nowhere/at/all"}, "Cannot load guide '/nowhere/at/all'"),
         ({"guide_layers": "Conv3d"}, "guide layer 'Conv3d' not found; the guide has"),
         ({"measure": "linear_ckka"}, "Unknown measure 'linear_ckka'.*Did you mean 'linear_cka'"),
         ({"rows": "2/32/8"}, "linear_cka needs at least 3 samples a batch"),
-        ({"guide": "timm/vit_tiny_patch16_224", "guide_image_size": 30}, "choose another --guide_image_size"),
+        ({"guide": "timm/vit_tiny_patch16_224", "guide_image_size": 30}, "choose another guide_image_size"),
     ],
 )
 def test_bad_flags_are_named(options, words, tmp_path, monkeypatch):
@@ -158,5 +161,5 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tm
 
 def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda args: 2))
-    with pytest.raises(ValueError, match="2 processes: the cost is that of one; start one, and name one GPU"):
+    with pytest.raises(ValueError, match=r"2 processes: this recipe measures one process\. Start one, with one GPU"):
         run_here(monkeypatch, tmp_path / "out")

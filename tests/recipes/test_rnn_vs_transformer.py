@@ -90,7 +90,7 @@ def test_what_is_pushed_gives_the_figure_of_its_card_in_a_clean_process(copy_pas
     ("wrong", "words"),
     [
         ({"HF_TOKEN": "hf_wrong"}, "PermissionError: The token may not write to tester/copy-untrained-guide-seed0 "),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "^The Hub does not answer as it should for tester/copy-"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "^The Hub does not answer as expected for tester/copy-"),
     ],
 )
 def test_a_hub_that_takes_no_push_is_found_before_the_first_run(wrong, words, tmp_path):
@@ -145,7 +145,7 @@ def test_ctrl_c_leaves_what_was_done_and_the_same_command_goes_on_to_the_same_re
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "the same command goes on from there" in printed
+    assert "Rerun the same command to resume." in printed
     assert not (folder / "results.json").exists()
     with pytest.raises(ValueError, match=r"a run with other settings: weight_decay was 0\.0, is 0\.1\. Give another"):
         run_here(monkeypatch, folder, weight_decay=0.1)
@@ -250,8 +250,8 @@ def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
         ({"task": "copypaste"}, "--task copypaste: possible are copy_paste, parity, language_modeling"),
         ({"preset": "large"}, "--preset large: possible are small, paper"),
         ({"runs": ["guided"]}, "--runs guided: possible are alone, untrained_guide, trained_guide, guide_itself"),
-        ({"seed": 7}, "--seed: this recipe takes --seeds and --max_steps"),
-        ({"longer_baseline": True}, "the run 'alone' for longer, but --runs does not name it"),
+        ({"seed": 7}, "--seed: use --seeds and --max_steps instead; rerun the same command"),
+        ({"longer_baseline": True}, "trains the run 'alone' for longer, but --runs does not name it"),
         ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
         ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
         ({"similarity_batch": "global"}, "compares over the batches of all processes, but there is no process group"),

@@ -55,7 +55,7 @@ def test_a_network_that_cannot_take_a_size_is_named(tmp_path):
     )
     guide = load_guide(tmp_path / "vit", untrained=True)
     check_takes(guide, PixelFormat(32), "vit")
-    with pytest.raises(ValueError, match=r"the guide vit cannot take images of 28 × 28 pixels \(.*--guide_image_size"):
+    with pytest.raises(ValueError, match=r"the guide vit cannot take images of 28 × 28 pixels \(.*guide_image_size"):
         check_takes(guide, PixelFormat(28), "vit")
 
 

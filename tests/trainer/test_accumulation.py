@@ -183,10 +183,10 @@ def test_no_second_forward_where_guidance_weighs_nothing(tmp_path: Path) -> None
 
 
 BAD = [
-    ({"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1: set it to 2 or more"),
+    ({"similarity_batch": "accumulated"}, r"gradient_accumulation_steps is 1\. Set it to 2 or more"),
     (
         {"similarity_batch": "accumulated", "gradient_accumulation_steps": 2, "torch_compile": True},
-        "torch_compile draws its own: leave one of the two out",
+        r"torch_compile draws its own\. Leave one of the two out",
     ),
     (
         {"similarity_batch": "accumulated", "gradient_accumulation_steps": 2, "guide_input": "shuffled"},

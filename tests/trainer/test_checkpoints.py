@@ -47,7 +47,7 @@ def test_a_checkpoint_with_a_file_cut_off_is_passed_over_and_refused_by_name(run
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
     trainer = make_trainer(run, gpt2(), llama(), **SAVING)
-    with pytest.raises(ValueError, match=rf"Cannot go on from .*checkpoint-3: its {name} is cut off\. resume_"):
+    with pytest.raises(ValueError, match=rf"Cannot resume from .*checkpoint-3: its {name} is cut off\. resume_"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
 
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_with_a_file_cut_off_is_passed_over_and_refused_by_name(run
 def test_a_checkpoint_that_lacks_a_file_is_not_whole(run: Path, name: str, words: str) -> None:
     (run / "checkpoint-3" / name).unlink()
     trainer = make_trainer(run, gpt2(), llama(), **SAVING)
-    with pytest.raises(ValueError, match=rf"Cannot go on from .*checkpoint-3: {words}"):
+    with pytest.raises(ValueError, match=rf"Cannot resume from .*checkpoint-3: {words}"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
 
@@ -106,12 +106,12 @@ def test_words_when_there_is_no_whole_checkpoint(run: Path, tmp_path: Path) -> N
         (tmp_path, r"\."),
     ):
         trainer = make_trainer(folder, gpt2(), llama(), **SAVING)
-        with pytest.raises(ValueError, match=rf"There is no whole checkpoint in .* to go on from{words}"):
+        with pytest.raises(ValueError, match=rf"There is no complete checkpoint in .* to resume from{words}"):
             trainer.train(resume_from_checkpoint=True)
 
 
 def test_words_when_the_named_checkpoint_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Cannot go on from /nowhere: there is no such folder"):
+    with pytest.raises(ValueError, match="Cannot resume from /nowhere: there is no such folder"):
         make_trainer(tmp_path, gpt2()).train(resume_from_checkpoint="/nowhere")
 
 
@@ -157,7 +157,7 @@ def test_a_change_of_what_is_trained_is_refused_and_named(run: Path, change: dic
     [
         ({"log_measures": ["rsa"]}, "log_measures was ['debiased_cka'], is ['rsa']."),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1, is 2. Data order, randomness or"),
-        ({"bf16": True}, "precision was 'float32', is 'bf16'. Data order, randomness or rounding will not be those"),
+        ({"bf16": True}, "precision was 'float32', is 'bf16'. Data order, randomness or rounding will differ"),
     ],
 )
 def test_a_harmless_change_is_said(
@@ -165,7 +165,7 @@ def test_a_harmless_change_is_said(
 ) -> None:
     with caplog.at_level(logging.WARNING, "hf_guidance.trainer.checkpoints"):
         make_trainer(run, gpt2(), llama(), **SAVING, **change).train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    assert f"Going on from checkpoint-2 with other settings: {words}" in caplog.text
+    assert f"Resuming from checkpoint-2 with other settings: {words}" in caplog.text
 
 
 @pytest.mark.parametrize(("rows", "steps", "is_refused"), [(4, 4, True), (2, 4, False)])
@@ -280,7 +280,7 @@ def test_fsdp_on_a_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"2 processes were started, but this one trains in a world of 1.*--use_cpu"):
+    with pytest.raises(ValueError, match=r"2 processes were started, but this one trains in a world of 1.*use_cpu"):
         check_machine(args)
 
 
@@ -294,7 +294,7 @@ def test_reentrant_checkpointing_of_a_layer_inside_is_refused(tmp_path: Path) ->
 def test_skipping_under_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, gpt2(), llama(), on_non_finite="skip")
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
-    with pytest.raises(ValueError, match="on_non_finite='skip' cannot be had with DeepSpeed"):
+    with pytest.raises(ValueError, match="on_non_finite='skip' does not work with DeepSpeed"):
         check_trainer(trainer)
 
 

@@ -1,1 +1,1 @@
-"""What a guided step costs: measured in turns beside a plain step, the guide and the paper's formulation."""
+"""Cost of a guided step, measured in turns with a plain step, the guide and the paper's formulation."""

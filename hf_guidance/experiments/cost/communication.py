@@ -1,4 +1,4 @@
-"""Which features are compared, and what a global batch sends of them between processes, counted on one."""
+"""The features that are compared, and the bytes that a global batch sends between processes, counted on one process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from hf_guidance.features.distributed import Ranks
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.half_precision import for_tensor_cores
 
-FEW = 8  # rows that are enough to count with
+FEW = 8  # rows that suffice for counting
 
 
 class Compared(NamedTuple):
-    """A layer in a pair: its samples, its features (sketched if they are), their type, whose it is, and whether a GPU
-    multiplies them on its tensor cores."""
+    """A layer in a pair: samples, features after a sketch, type, whether of the target, whether on tensor cores."""
 
     samples: int
     features: int
@@ -30,7 +29,7 @@ class Compared(NamedTuple):
 
 
 class _Counting(Ranks):
-    """One process that counts what it would send if there were others."""
+    """A single process that counts what it would send to others."""
 
     def __init__(self) -> None:
         self.rank, self.scale, self.bytes_sent = 0, 1, 0
@@ -59,20 +58,25 @@ def bytes_of_global_batch(
     batch: Mapping[str, Any],
     sketch: int | None,
 ) -> int | None:
-    """Bytes of features and masks that a process sends to each of the others in a step of the global batch.
+    """Count the bytes of features and masks that a process sends to each other one in a step with a global batch.
 
-    On the token axis at most so many: the tokens are chosen from the batch of all.
+    On the token axis this is an upper bound, because tokens are chosen from the whole batch.
 
     Args:
-        autocast: context for the guide's forward.
-        batch: of one process; all its tensors have a row for each sample.
-        sketch: as of `GuidanceConfig`.
+        target: The target.
+        guide: The guide.
+        config: Settings of the guidance.
+        autocast: Context for the guide's forward.
+        batch: Batch of one process; all its tensors have a row per sample.
+        sketch: As in `GuidanceConfig`.
 
     Returns:
-        The bytes; None for a sketch of more numbers than the widest layer has features.
+        The bytes; None for a sketch with more dimensions than the widest layer has features.
     """
     count = len(next(iter(batch.values())))
-    rows = count if config.sample_axis == "token" else min(FEW, count)  # tokens are as many, whatever the rows
+    rows = (
+        count if config.sample_axis == "token" else min(FEW, count)
+    )  # the number of tokens does not depend on the rows
     few = {name: value[:rows] for name, value in batch.items()}
     try:
         counted = _count(target, guide, replace(config.alone(), sketch=sketch), autocast, few)
@@ -90,7 +94,7 @@ def compared_features(
     autocast: Callable[[], AbstractContextManager[Any]],
     batch: Mapping[str, Any],
 ) -> list[Compared]:
-    """The layers that are in a pair."""
+    """Return the layers that are in a pair."""
     return _count(target, guide, config, autocast, batch).compared
 
 
@@ -105,7 +109,7 @@ def _count(
     always: dict[str, Any] = {"guidance_schedule": "constant", "guidance_stop_step": None, "guidance_weight": 1.0}
     loss = GuidanceLoss(target, guide, replace(config.alone(), log_measures=[], **always), autocast=autocast)
     try:
-        for _ in range(2):  # the first finds out which layers are in a pair
+        for _ in range(2):  # the first pass finds the layers that are in a pair
             loss.ranks = counting = _Counting()
             with loss.watch(batch) as watched:
                 target(**watched.inputs)

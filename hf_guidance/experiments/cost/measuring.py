@@ -1,8 +1,8 @@
-"""What guidance costs: time and memory of the real trainers' steps, measured in turns.
+"""Cost of guidance: time and memory of the real trainers' steps, measured in turns.
 
-*floor* = plain step + forward of the whole guide without gradients, in the precision, layout and compile mode that it
-has in the guided step, as often as a step runs it (never, for a cached guide: then the floor is the plain step);
-*overhead* = guided step / floor. What the guided step takes above the plain one is split by its forwards:
+The *floor* is a plain step plus the forward of the whole guide without gradients. The guide runs in the precision,
+layout and compile mode, and as often, as in the guided step. With a cached guide the floor is the plain step alone.
+The *overhead* is guided step / floor. The extra time of the guided step is split by its forwards:
 
     guided − plain = guide forward + Grams and measures + extra backward
 """
@@ -41,20 +41,20 @@ from hf_guidance.similarity.representation import later
 
 logger = logging.getLogger(__name__)
 
-BUSY_STEPS = 2  # that a GPU's work is added up over
-SKETCH = 1024  # that an exact comparison's bytes are set beside
+BUSY_STEPS = 2  # steps over which the work of a GPU is summed
+SKETCH = 1024  # dimensions of the sketch whose bytes are compared with the exact ones
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How often is measured.
+    """The number of measurements.
 
     Args:
-        rounds: turns that each variant gets.
-        steps: counted steps a turn.
-        discard: steps before them, in which caches and the allocator come back to the variant.
-        paper: measure the paper's formulation too.
-        arithmetic: count floating point operations and measure the device's rate too.
+        rounds: Turns per variant.
+        steps: Counted steps per turn.
+        discard: Uncounted steps before them, in which caches and allocator adapt to the variant.
+        paper: Measure the paper's formulation too.
+        arithmetic: Count floating point operations and measure the rate of the device too.
     """
 
     rounds: int = 5
@@ -80,26 +80,29 @@ def measure_cost(
     """Measure a plain step, the guide's forward, the guided step and the paper's formulation in turns.
 
     Args:
-        target: is copied for each variant, so that all begin alike.
-        guide: the one guide of all.
-        rows: some batches, over and over; a column that `guidance` names for the samples' ids is added for the guided
-            trainer alone.
+        target: The target, copied for each variant so that all start equally.
+        guide: The guide, shared by all variants.
+        rows: Rows of some batches, which are repeated. The column of sample ids that `guidance` names is added for the
+            guided trainer only.
+        args: Training arguments of all variants.
+        guidance: Settings of the guidance.
+        plan: Number of measurements.
 
     Returns:
-        Of each variant seconds a step (median, minimum, all of them), samples a second and peak bytes; the split, the
-        floor, overhead and the other ratios, the latter from medians and from minima, see `summary`; the overhead of
-        each round, see `overhead_of_rounds`. On a GPU, how long it is at work in a step. Bytes that a
-        process would send to each other one for a global batch, exact and sketched (None where nothing is that wide).
+        For each variant, seconds per step (median, minimum, all), samples per second and peak bytes. Split, floor,
+        overhead and other ratios, from medians and from minima: see `summary`. The overhead of each round: see
+        `overhead_of_rounds`. On a GPU, its busy seconds per step. The bytes that a process would send to each other
+        one for a global batch, exact and sketched (None if no layer is that wide).
 
     Raises:
-        ValueError: counted steps of which some are guided and others are not, but for `guidance_every`, or rows that
-            are not whole steps.
+        ValueError: If some counted steps are guided and others are not, other than by `guidance_every`, or if the rows
+            are no multiple of the rows of a step.
     """
     cycle = guidance.guidance_every
     counted = math.ceil(plan.steps / cycle) * cycle
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if len(rows) % a_step:
-        raise ValueError(f"there are {len(rows)} rows, and a step takes {a_step}: give a multiple of these.")
+        raise ValueError(f"there are {len(rows)} rows, and a step takes {a_step}: give a multiple of {a_step}.")
     trainers = make_trainers(target, guide, rows, args, guidance, paper=plan.paper)
     variants: dict[str, Any] = {name: Steps(trainer, plan.discard, cycle) for name, trainer in trainers.items()}
     guided: Any = trainers["guided"]
@@ -107,10 +110,10 @@ def measure_cost(
     alone = GuideForwards(guided, plan.discard)
     variants = {"plain": variants.pop("plain"), "guide": alone, **variants}
     steps: StepMeter = variants["guided"].meter
-    runs: list[bool] = []  # of the guide within guided steps, and whether these are counted; a cache runs it before
+    runs: list[bool] = []  # one entry per run of the guide in a guided step: whether the step is counted
     handle = guide.register_forward_pre_hook(lambda *_: runs.append(steps.counted) if steps.in_step else None)
-    enough = max(len(alone.batches), counted, BUSY_STEPS * cycle)  # a cache of the guide fills, on the same batches
-    for variant in variants.values():  # and allocators, the processor's caches, optimizer states
+    enough = max(len(alone.batches), counted, BUSY_STEPS * cycle)  # fills a cache of the guide, on the same batches
+    for variant in variants.values():  # warms up allocators, CPU caches and optimizer states
         variant.advance(plan.discard + enough)
         variant.meter.steps, variant.meter.forwards = [], []
     runs.clear()
@@ -125,7 +128,7 @@ def measure_cost(
     found["pairs"] = len(guided.guidance_loss.pairs or [])
     size = guidance.sketch or SKETCH
     networks = guided.model, guided.guide, guidance, guided.accelerator.autocast, alone.batches[0]
-    comparisons = share * args.gradient_accumulation_steps  # a step
+    comparisons = share * args.gradient_accumulation_steps  # per step
     sent = {"exact": bytes_of_global_batch(*networks, None), "sketched": bytes_of_global_batch(*networks, size)}
     of_step = {kind: None if count is None else round(comparisons * count) for kind, count in sent.items()}
     found["global_bytes"] = {"sketch": size, **of_step}
@@ -147,10 +150,10 @@ def measure_cost(
 
 
 def _guided_share(loss: GuidanceLoss, steps: range) -> float:
-    """The share of the counted steps that are guided, as many of them every so often.
+    """Return the share of the counted steps that are guided, which must be the same in every cycle.
 
     Raises:
-        ValueError: where there are more at the beginning or at the end.
+        ValueError: If the cycles have different numbers of guided steps.
     """
     loss.total_steps, config = steps.stop, loss.config
     guided = [bool(loss.weights(step).guidance) for step in steps]
@@ -159,28 +162,28 @@ def _guided_share(loss: GuidanceLoss, steps: range) -> float:
         raise ValueError(
             f"steps {steps.start} to {steps.stop - 1} of each turn are counted, and they are not guided alike "
             f"(guidance_stop_step={config.guidance_stop_step}, prealign_steps={config.prealign_steps}, guidance_every="
-            f"{config.guidance_every}): their times would be of two kinds. Leave the first two out, or choose other "
-            "--discard and --steps."
+            f"{config.guidance_every}): their times would be of two kinds. Leave out guidance_stop_step and "
+            "prealign_steps, or choose other values of discard and steps."
         )
     return sum(guided) / len(steps)
 
 
 def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance: GuidanceConfig) -> list[Compared]:
-    """The layers of each comparison in a guided step, from those of one micro-batch."""
+    """Return the layers of each comparison in a guided step, from those of one micro-batch."""
     times = args.gradient_accumulation_steps
     if guidance.similarity_batch != "accumulated":
         return layers * times
     whole = [layer._replace(samples=times * layer.samples) for layer in layers]
-    return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # the guide's once
+    return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # layers of the guide appear once
 
 
 def _padded(batch: dict[str, Any], guidance: GuidanceConfig) -> bool:
-    """Whether a mask says which positions of a sample count, whose Gram matrices are made by themselves."""
+    """Tell whether masks mark the valid positions of a sample; Gram matrices are then computed one by one."""
     return guidance.sample_axis == "sequence" and bool(Samples(batch).masks)
 
 
 def _is_thin(layer: Compared, device: torch.device) -> bool:
-    """Whether a step makes no n × n matrix of it, where it makes none of any other either."""
+    """Tell whether a step computes no n × n matrix of this layer, provided that it computes none of the others."""
     x = torch.empty(1, device=device).expand(layer.samples, layer.features)
     kept = later(x, x.dtype, thin=True)
     return few(x) and (kept is None or kept.thin)
@@ -196,7 +199,7 @@ def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str,
 
 
 def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[str, Any]:
-    """Peak bytes of each variant, and what the guided step may take: see the keys."""
+    """Return the peak bytes of each variant, and the bounds of the guided step; see the keys."""
     peaks: dict[str, Any] = {}
     for name, variant in variants.items():
         extra = variant.read(partial(peak_memory, alone.meter.clock.device), steps)
@@ -207,10 +210,13 @@ def _memory(variants: dict[str, Any], alone: GuideForwards, steps: int) -> dict[
 
 
 def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: list[bool]) -> dict[str, Any] | None:
-    """Of each variant how long a GPU works on a step and on fetching its batch, and the overhead of that.
+    """Measure how long a GPU works per step, loading its batch included, for each variant, and the overhead from that.
 
     Args:
-        runs: grows by each run of the guide in a guided trainer's step: whether that is counted.
+        variants: Name → variant.
+        device: The device; any other than a GPU gives None.
+        cycle: Steps in a cycle of `guidance_every`.
+        runs: A list that each run of the guide in a guided step extends by whether the step is counted.
     """
     if device.type != "cuda":
         return None
@@ -223,10 +229,10 @@ def _busy(variants: dict[str, Any], device: torch.device, cycle: int, runs: list
 
 
 def _arithmetic(variants: dict[str, Any], args: TrainingArguments, cycle: int, runs: list[bool]) -> dict[str, Any]:
-    """What products and convolutions alone would take at the rate the device multiplies large matrices with.
+    """Compute the time of products and convolutions at the rate of large products on this device.
 
     Args:
-        runs: as of `_busy`.
+        runs: As in `_busy`.
     """
     runs.clear()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

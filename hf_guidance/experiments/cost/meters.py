@@ -1,4 +1,4 @@
-"""Time and memory of training steps, and the arithmetic they consist of."""
+"""Time, memory and arithmetic of training steps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hf_guidance.similarity.numpy_products import outer
 from hf_guidance.similarity.representation import later
 from hf_guidance.trainer.clock import Clock
 
-LARGEST = {"cpu": 1024, "cuda": 8192}  # matrices that a rate of products is taken from
+LARGEST = {"cpu": 1024, "cuda": 8192}  # size of the square matrices that a rate is measured on
 
 
 @dataclass
 class Reading:
-    """What was measured of a stretch of work, once that is over; None where it cannot be told."""
+    """A measurement of a stretch of work, available once that work is done; None if it cannot be measured."""
 
     value: float | None = None
 
@@ -37,10 +37,10 @@ Probe = Callable[[], AbstractContextManager[Reading]]
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Reading]:
-    """How many bytes more than at the start are allocated inside at the peak, on the device.
+    """Measure by how many bytes the allocated memory of the device rises at the peak inside the context.
 
-    On a CPU torch and numpy (with all else of Python) are watched by tools of their own, and their peaks added up: it
-    is at most that.
+    On a CPU, torch and Python (numpy included) are measured by separate tools, and their peaks are added. The sum is an
+    upper bound.
     """
     peak = Reading()
     if device.type == "cuda":
@@ -52,7 +52,7 @@ def peak_memory(device: torch.device) -> Iterator[Reading]:
     if device.type != "cpu":
         yield peak
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports that there is no GPU otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports that there is no GPU
     tracemalloc.start()
     try:
         start, _ = tracemalloc.get_traced_memory()
@@ -72,12 +72,12 @@ def peak_memory(device: torch.device) -> Iterator[Reading]:
 
 @contextmanager
 def busy_seconds(device: torch.device) -> Iterator[Reading]:
-    """Seconds that a GPU's kernels and copies take inside, without its waits for the CPU; None on a CPU."""
+    """Measure the seconds of GPU kernels and copies inside the context, without waits for the CPU; None on a CPU."""
     busy = Reading()
     if device.type != "cuda":
         yield busy
         return
-    torch.cuda.synchronize()  # what was begun before is no part of it
+    torch.cuda.synchronize()  # earlier work does not count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         yield busy
         torch.cuda.synchronize()
@@ -87,11 +87,16 @@ def busy_seconds(device: torch.device) -> Iterator[Reading]:
 
 @contextmanager
 def operations() -> Iterator[Reading]:
-    """Floating point operations of the products and convolutions inside, as torch counts them: all of a Gram matrix,
-    of which a CPU computes half."""
+    """Count the floating point operations of products and convolutions inside the context, as torch does.
+
+    It counts a whole Gram matrix, of which a CPU computes half.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    products = {torch.ops.aten.mm: _of_product, torch.ops.aten.bmm: _of_product}  # torch's own fail at an out_dtype
+    products = {
+        torch.ops.aten.mm: _of_product,
+        torch.ops.aten.bmm: _of_product,
+    }  # torch's own formulas fail with out_dtype
     count = Reading()
     with FlopCounterMode(display=False, custom_mapping=products) as counter:
         yield count
@@ -103,22 +108,25 @@ def _of_product(a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def weights_of(network: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
+    """List the parameters and buffers of a network."""
     return [*network.parameters(), *network.buffers()]
 
 
 @dataclass(eq=False)
 class StepMeter(TrainerCallback):
-    """Times optimizer steps of `Trainer.train`, from the first forward to the cleared gradients, and the forwards
-    within; or takes a reading of each. Fetching batches and writing logs happen between steps.
+    """A callback that times the optimizer steps of `Trainer.train` and the forwards within them.
+
+    A step lasts from the first forward to the cleared gradients. Loading batches and writing logs happen between steps.
+    With a probe, each step is read by the probe instead of being timed.
 
     Args:
-        clock: of the device.
-        discard: steps at the start of each call of `train` that are not counted.
+        clock: Clock of the device.
+        discard: Number of steps at the start of each call of `train` that are not counted.
     """
 
     clock: Clock
@@ -130,19 +138,26 @@ class StepMeter(TrainerCallback):
         self._marks: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
         self._probe: Probe | None = None
         self._fetching = False
-        self._inside = ExitStack()  # what was entered at the start of the step under way
+        self._inside = ExitStack()  # contexts entered for the present step
         self._readings: list[Reading] = []
-        self.in_step = self.counted = False  # whether this step is
+        self.in_step = self.counted = False  # of the present step
 
     @contextmanager
     def reading(self, probe: Probe, fetching: bool = False) -> Iterator[list[Reading]]:
-        """Inside, counted steps are not timed, but each is read by the probe; with all that comes between the step
-        before and its own end, if that is asked for."""
+        """Read each counted step by a probe instead of timing it.
+
+        Args:
+            probe: Makes the context that reads a step.
+            fetching: Read also the time between the end of the previous step and this one.
+
+        Returns:
+            The readings, one per counted step.
+        """
         self._probe, self._fetching, self._readings = probe, fetching, []
         try:
             yield self._readings
         finally:
-            self._inside.close()  # open where a step failed
+            self._inside.close()  # still open if a step failed
             self._probe = None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -166,14 +181,14 @@ class StepMeter(TrainerCallback):
             self._readings.append(self._inside.enter_context(self._probe()))
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `run` returns; its time is that of a forward of the step under way."""
+        """Call `run` and count its time as a forward of the present step."""
         began = self.clock.now()
         found = run(*args, **kwargs)
         self._forwards.append((began, self.clock.now()))
         return found
 
     def collect(self, cycle: int = 1) -> None:
-        """Take over what was measured since, as averages over `cycle` steps: what happens every so often counts."""
+        """Store the measurements since the last call as averages over `cycle` steps, so that rare work counts too."""
         marks, self._marks = self._marks, []
         steps = [self.clock.between(began, ended) for began, ended, _ in marks]
         forwards = [sum(self.clock.between(*pair) for pair in pairs) for _, _, pairs in marks]
@@ -182,7 +197,13 @@ class StepMeter(TrainerCallback):
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Floating point operations a second of this device in the best of some large square products."""
+    """Measure the floating point operations per second of this device on large square products.
+
+    Args:
+        device: The device.
+        dtype: Type of the matrices.
+        repeats: Number of products, of which the fastest counts.
+    """
     n, clock = LARGEST.get(device.type, 1024), Clock(device)
     x = torch.randn(n, n, device=device, dtype=dtype)
     seconds = []
@@ -194,11 +215,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
 
 
 def products_alone(compared: Iterable[Compared], device: torch.device, repeats: int = 9) -> float:
-    """Least seconds that the products of a comparison take and nothing else: ``X Xᵀ`` of each layer, as fast as this
-    package has it, and ``G X`` for the gradient of those of the target.
+    """Measure the least seconds that the products of a comparison take alone.
+
+    These are `X Xᵀ` of each layer, by the fastest kernel of this package, and `G X` for the gradient of target layers.
 
     Args:
-        compared: the layers; those that are made together on this device are so here.
+        compared: The layers. Those that this device computes in one batch are measured in one batch.
+        device: The device.
+        repeats: Number of runs of each product.
     """
     total = 0.0
     for layer, count in Counter(compared).items():
@@ -218,7 +242,7 @@ def products_alone(compared: Iterable[Compared], device: torch.device, repeats: 
 
 
 def _least(product: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
-    """Seconds of the best of some runs; on a GPU those it is at work on average, as most end before the next begins."""
+    """Return the seconds of the fastest run; on a GPU its mean busy time, because runs overlap."""
     product()
     if device.type == "cuda":
         with busy_seconds(device) as busy:

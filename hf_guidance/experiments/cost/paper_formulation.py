@@ -1,9 +1,9 @@
-"""The paper's formulation of guidance, written straight from its description: a yardstick of what a step must not cost.
+"""The paper's formulation of guidance, written from its description: a cost that this package must stay below.
 
-Each step runs the target twice, once for its activations and once for the task loss; hooks keep all activations of
-both networks; every pair of layers takes three HSICs, each of two Gram matrices that it centres by products with
-``H = I − 11ᵀ/n``: six Gram matrices and twelve n × n products a pair. Nothing is shared between pairs. The value is
-that of `GuidanceLoss` with linear CKA on the sequence axis, without padding.
+Each step runs the target twice, once for its activations and once for the task loss. Hooks keep all activations of
+both networks. Every pair of layers takes three HSICs, and each HSIC centres two Gram matrices by products with
+`H = I − 11ᵀ/n`. That makes six Gram matrices and twelve n × n products per pair, and pairs share nothing. Without
+padding, the value equals that of `GuidanceLoss` with linear CKA on the sequence axis.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from hf_guidance.mapping import Pair, pair_layers, parse_pair
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """Biased HSIC ``tr(KHLH) / (n − 1)²`` of linear kernels of features ``(n, d_x)`` and ``(n, d_y)``."""
+    """Compute the biased HSIC `tr(KHLH) / (n − 1)²` of linear kernels.
+
+    Args:
+        x: Features, `(n, d_x)`.
+        y: Features, `(n, d_y)`.
+    """
     n = len(x)
     h = torch.eye(n, dtype=x.dtype, device=x.device) - 1 / n
     k, l = x @ x.T, y @ y.T  # noqa: E741
@@ -29,18 +34,18 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA, ``HSIC(x, y) / √(HSIC(x, x) HSIC(y, y))``."""
+    """Compute linear CKA, `HSIC(x, y) / √(HSIC(x, x) HSIC(y, y))`."""
     return hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
 
 
 class PaperTrainer(Trainer):
-    """A Trainer whose loss is the paper's: task loss plus Σ over the pairs of (1 − CKA).
+    """A Trainer with the paper's loss: task loss plus the sum over the pairs of (1 − CKA).
 
     Args:
-        guide: the frozen network.
-        guidance: which layers are compared, and the sum's weight; whatever its measure and sample axis are, this is
-            linear CKA with one sample a row.
-        *args, **kwargs: the Trainer's own.
+        guide: The frozen network.
+        guidance: Layers to compare, and the weight of the sum. Measure and sample axis are ignored: the measure is
+            linear CKA with one sample per row.
+        *args, **kwargs: Arguments of the Trainer.
 
     Source: Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035), and its released code.
     """
@@ -61,7 +66,7 @@ class PaperTrainer(Trainer):
         return (found[0] + weighted, *found[1:]) if isinstance(found, tuple) else found + weighted
 
     def paper_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Σ over the pairs of (1 − CKA), from a forward of each network of its own."""
+        """Compute the sum over the pairs of (1 − CKA), with a separate forward of each network."""
         with torch.no_grad(), self.accelerator.autocast(), self._guide_reader.reading(_keep) as theirs:
             positional, named = forward_arguments(self.guide, guide_batch(inputs, model))
             self.guide(*positional, **named)

@@ -1,4 +1,4 @@
-"""Rows of noise in memory, for what depends on their sizes alone."""
+"""Random rows in memory, for measurements that depend only on sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RandomRows(Dataset[dict[str, Tensor]]):
     """A fixed number of random rows, the same for the same seed.
 
     Args:
-        columns: name of each column → rows, first axis the row.
+        columns: Name of each column → tensor whose first axis is the row.
     """
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
@@ -27,12 +27,12 @@ class RandomRows(Dataset[dict[str, Tensor]]):
         return {name: values[row] for name, values in self.columns.items()}
 
     def with_ids(self, name: str) -> RandomRows:
-        """The same rows, numbered in a column of that name."""
+        """Return the same rows with a column of ids."""
         return RandomRows({**self.columns, name: torch.arange(len(self))})
 
 
 def random_images(rows: int, size: int, labels: int, *, guide_size: int | None = None, seed: int = 0) -> RandomRows:
-    """Normal pixels ``(3, size, size)`` and a label a row; ``guide_pixel_values`` too if the guide's size differs."""
+    """Draw normal pixels `(3, size, size)` and labels; `guide_pixel_values` too if the guide's size differs."""
     generator = torch.Generator().manual_seed(seed)
     columns = {"pixel_values": torch.randn(rows, 3, size, size, generator=generator)}
     if guide_size not in (None, size):
@@ -41,7 +41,7 @@ def random_images(rows: int, size: int, labels: int, *, guide_size: int | None =
 
 
 def random_tokens(rows: int, length: int, vocabulary: int, *, seed: int = 0) -> RandomRows:
-    """Token ids ``(length,)`` a row, the labels the same."""
+    """Draw rows of token ids `(length,)`, with equal labels."""
     ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
     kinds: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     return RandomRows(kinds)

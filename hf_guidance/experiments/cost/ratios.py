@@ -1,4 +1,4 @@
-"""What measured seconds are beside each other."""
+"""Ratios of measured seconds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ KINDS = ("median", "minimum")
 
 
 def middle_and_least(values: list[float]) -> dict[str, float]:
-    """Median and minimum."""
+    """Compute median and minimum."""
     return {"median": statistics.median(values), "minimum": min(values)}
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Split, floor and ratios from the seconds of the variants.
+    """Compute split, floor and ratios from the seconds of the variants.
 
     Args:
-        found: ``plain``, ``guide``, ``guided`` and, if measured, ``paper`` → ``median`` and ``minimum`` of their
-            seconds, those of plain and guided with ``forward``; ``guide_forwards``: runs of the guide a guided step;
-            ``batches_of_a_step``: those of the paper's.
+        found: `plain`, `guide`, `guided` and, if measured, `paper` → `median` and `minimum` of their seconds; those of
+            plain and guided also hold `forward`. `guide_forwards` is the number of runs of the guide per guided step,
+            and `batches_of_a_step` that of the paper's formulation.
     """
     plain, guided, runs = found["plain"], found["guided"], found["guide_forwards"]
     guide = {kind: runs * found["guide"][kind] for kind in KINDS}
     floor = {kind: plain[kind] + guide[kind] for kind in KINDS}
     more = {kind: guided["forward"][kind] - plain["forward"][kind] for kind in KINDS}
-    every = found["batches_of_a_step"]  # for each of which the paper's runs the guide
+    every = found["batches_of_a_step"]  # the paper's formulation runs the guide for each of them
     whole = {kind: plain[kind] + every * found["guide"][kind] for kind in KINDS}
     ratios = {
         "overhead": {kind: guided[kind] / floor[kind] for kind in KINDS},
@@ -43,11 +43,13 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def overhead_of_rounds(found: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Overhead of each round, and mean and standard error of these (None of one round): in a round the variants run one
-    after the other, so that a processor whose speed changes more slowly is as fast for all of them.
+    """Compute the overhead of each round, and its mean and standard error (None for one round).
+
+    In a round the variants run one after the other, so a slow drift of the CPU's speed affects all of them equally.
 
     Args:
-        found: as of `summary`, with ``all`` seconds of plain, guide and guided, as many of every round.
+        found: As in `summary`; plain, guide and guided also hold `all` seconds, equally many per round.
+        rounds: Number of rounds.
     """
 
     def of_round(name: str, number: int) -> float:

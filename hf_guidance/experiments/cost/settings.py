@@ -1,4 +1,4 @@
-"""Networks and data of a cost measurement: only their sizes matter, so weights and rows are random."""
+"""Networks and data of a cost measurement. Only their sizes matter, so weights and rows are random."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Setting:
     """The sizes of one measurement.
 
     Args:
-        batch_size: rows a batch.
-        image_size: of the target, in pixels; of no meaning to a language model.
-        width: of an FCN's blocks; None for 512, or for another target.
+        batch_size: Rows per batch.
+        image_size: Image size of the target, in pixels; ignored by a language model.
+        width: Width of an FCN's blocks; None means 512, and is required for other targets.
     """
 
     batch_size: int
@@ -39,12 +39,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """``batch/image/width``, as `parse_rows` reads it."""
+        """Return `batch/image/width`, as `parse_rows` reads it."""
         return "/".join(str(n) for n in (self.batch_size, self.image_size, self.width) if n is not None)
 
 
 def parse_rows(texts: Sequence[str]) -> list[Setting]:
-    """Read ``batch/image/width``. Raises ValueError for anything else."""
+    """Parse texts of the form `batch/image/width`. Raise ValueError for anything else."""
     for text in texts:
         if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*){2}", text):
             raise ValueError(f"--rows {text}: expected batch/image/width, such as 64/64/512, or table.")
@@ -53,14 +53,14 @@ def parse_rows(texts: Sequence[str]) -> list[Setting]:
 
 @dataclass(frozen=True)
 class Networks:
-    """What is guided by what.
+    """The target and the guide of a measurement.
 
     Args:
-        target: one of `VISION_TARGETS`, Hub id, folder or ``timm/<architecture>``.
-        depth: of one of the `VISION_TARGETS`; None for the paper's.
-        guide: name of the guide, for its image size.
-        guide_image_size: in pixels; None for what the guide needs, or the target's.
-        length: tokens a row of a language model.
+        target: One of `VISION_TARGETS`, Hub id, folder or `timm/<architecture>`.
+        guide: Name of the guide, which decides its image size.
+        depth: Depth of one of the `VISION_TARGETS`; None takes the paper's.
+        guide_image_size: Image size of the guide, in pixels; None takes what the guide needs, or the target's.
+        length: Tokens per row of a language model.
     """
 
     target: str
@@ -70,10 +70,16 @@ class Networks:
     length: int = 128
 
     def build(self, setting: Setting, guide: nn.Module, batches: int, seed: int) -> tuple[PreTrainedModel, RandomRows]:
-        """The target, drawn from torch's random state, and some batches of rows for both networks.
+        """Build the target, from torch's random state, and rows for both networks.
+
+        Args:
+            setting: Sizes of the measurement.
+            guide: The guide.
+            batches: Number of batches of rows.
+            seed: Seed of the rows.
 
         Raises:
-            ValueError: a target that is none, sizes that it has not, or images that the guide cannot take.
+            ValueError: If there is no such target, it has no such size, or the guide cannot take the images.
         """
         count = batches * setting.batch_size
         if self.target in VISION_TARGETS:
@@ -81,7 +87,7 @@ class Networks:
         else:
             kind = self._auto_class()
             if setting.width or self.depth:
-                raise ValueError(f"width and depth are of {', '.join(VISION_TARGETS)}; {self.target} has its own.")
+                raise ValueError(f"width and depth apply to {', '.join(VISION_TARGETS)} only: leave them out.")
             target = untrained_network(self.target, kind)
             if target.main_input_name == "input_ids":
                 vocabulary = min(v for v in (vocabulary_size(target), vocabulary_size(guide)) if v)
@@ -96,7 +102,7 @@ class Networks:
     def _vision_target(self, setting: Setting) -> PreTrainedModel:
         if self.target == "resnet50_without_skips":
             if setting.width:
-                raise ValueError("width is of the FCNs; a ResNet has depth 18, 34 or 50.")
+                raise ValueError("width applies to the FCNs only; a ResNet takes depth 18, 34 or 50.")
             return vision_target(self.target, setting.image_size, depth=self.depth, num_labels=LABELS)
         width = setting.width or 512
         return vision_target(self.target, setting.image_size, width=width, depth=self.depth, num_labels=LABELS)

@@ -15,10 +15,10 @@ MARKERS = "os^Dv"
 
 
 def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Tables of times, of memory and throughput, and of arithmetic where it was counted.
+    """Format tables of times, of memory and throughput, and of arithmetic if it was counted.
 
     Args:
-        rows: of `measure_cost`, each with a ``name`` and the ``goal`` of its overhead or None.
+        rows: Results of `measure_cost`, each with a `name` and a `goal` for its overhead, or None.
     """
     tables = [
         "Seconds a step (median); overhead = guided / (plain + guide forward), from medians, from minima, and the mean "
@@ -113,11 +113,11 @@ def _arithmetic(row: dict[str, Any]) -> list[str]:
 
 
 def plot_overhead(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw overhead against batch size, the paper's formulation beside it, and save it as a picture.
+    """Draw overhead against batch size, with the paper's formulation if it was measured, and save the figure.
 
     Args:
-        rows: as of `cost_tables`, with ``batch_size``; a line for each ``image_size`` and ``width`` among them.
-        path: of the picture; its suffix decides the format.
+        rows: As in `cost_tables`, with `batch_size`; each `image_size` and `width` gives a line.
+        path: Where to save the figure; the suffix decides the format.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What is measured in turns: trainers, stepped by their own `train`, and the guide's forward alone."""
+"""The variants that are measured in turns: trainers, stepped by their own `train`, and the guide's forward alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
 
 
 class Steps:
-    """A trainer, its steps timed as `train` takes them."""
+    """A trainer whose steps are timed within its `train`."""
 
     def __init__(self, trainer: Trainer, discard: int, cycle: int) -> None:
         self.trainer, self.cycle = trainer, cycle
@@ -32,11 +32,18 @@ class Steps:
         trainer.compute_loss = lambda *args, **kwargs: self.meter.forward(compute_loss, *args, **kwargs)  # type: ignore[method-assign]
 
     def advance(self, steps: int) -> None:
+        """Train for a number of steps and store their times."""
         self._train(steps)
         self.meter.collect(self.cycle)
 
     def read(self, probe: Probe, steps: int, fetching: bool = False) -> list[float | None]:
-        """What a probe tells of each of so many counted steps, and of the fetching of their batches."""
+        """Return the readings of a probe for each of `steps` counted steps.
+
+        Args:
+            probe: Makes the context that reads a step.
+            steps: Number of counted steps.
+            fetching: Read also the loading of the batches.
+        """
         with self.meter.reading(probe, fetching) as readings:
             self._train(self.meter.discard + steps)
         return [reading.value for reading in readings]
@@ -46,7 +53,7 @@ class Steps:
         self.trainer.train()
 
     def resident(self) -> int:
-        """Bytes held between steps: weights, optimizer state, the guide's weights."""
+        """Count the bytes held between steps: weights, optimizer state, weights of the guide."""
         trainer: Any = self.trainer
         states = trainer.optimizer.state.values()
         held = bytes_of(value for state in states for value in state.values() if isinstance(value, torch.Tensor))
@@ -55,7 +62,7 @@ class Steps:
 
 
 class GuideForwards:
-    """The forward of the guide alone, as the guided step makes it."""
+    """The forward of the guide alone, as in the guided step."""
 
     def __init__(self, trainer: GuidanceTrainer, discard: int) -> None:
         self.trainer: Any = trainer
@@ -63,11 +70,13 @@ class GuideForwards:
         self.batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
 
     def forward(self, number: int) -> None:
+        """Run the guide on one of the batches, counted cyclically."""
         batch = guide_batch(self.batches[number % len(self.batches)], self.trainer.model)
         with torch.no_grad(), self.trainer.accelerator.autocast():
             self.trainer.guidance_loss.forward_guide(batch)
 
     def advance(self, steps: int) -> None:
+        """Run the guide a number of times and store the times."""
         clock, found = self.meter.clock, []
         for number in range(steps):
             began = clock.now()
@@ -76,7 +85,7 @@ class GuideForwards:
         self.meter.steps += [clock.between(*pair) for pair in found[self.meter.discard :]]
 
     def read(self, probe: Probe, steps: int, fetching: bool = False) -> list[float | None]:
-        """What a probe tells of each of so many forwards, whose batches have been fetched."""
+        """Return the values of a probe for each of `steps` forwards; the batches are already loaded."""
         found = []
         for number in range(steps):
             with probe() as reading:
@@ -85,10 +94,11 @@ class GuideForwards:
         return found
 
     def resident(self) -> int:
+        """Count the bytes of the guide's weights."""
         return bytes_of(weights_of(self.trainer.guide))
 
     def largest_layer(self) -> int:
-        """Bytes of the largest output of a module without children."""
+        """Count the bytes of the largest output of a module without children."""
         sizes: list[int] = []
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -112,11 +122,15 @@ def make_trainers(
     *,
     paper: bool = True,
 ) -> dict[str, Trainer]:
-    """The trainers of a plain run, of a guided one and, if asked for, of the paper's formulation, from one start.
+    """Make the trainers of a plain run, a guided run and, if asked for, the paper's formulation, from one start.
 
     Args:
-        target: copied for each.
-        rows: a column that `guidance` names for the samples' ids is added for the guided trainer alone.
+        target: The target, copied for each trainer.
+        guide: The guide, shared by the trainers.
+        rows: Training rows. The column of sample ids that `guidance` names is added for the guided trainer only.
+        args: Training arguments.
+        guidance: Settings of the guidance.
+        paper: Whether to make the trainer of the paper's formulation.
     """
     column = getattr(guidance, "sample_id_column", None)
     numbered = rows.with_ids(column) if column else rows
@@ -131,6 +145,6 @@ def make_trainers(
             own = copy.copy(args)
             own.save_strategy = own.eval_strategy = "no"
             own.disable_tqdm, own.max_steps = True, 1
-            own.remove_unused_columns = name != "paper"  # the paper's trainer drops the guide's own itself
+            own.remove_unused_columns = name != "paper"  # the paper's trainer drops the guide's columns itself
             trainers[name] = make(model=copy.deepcopy(target), args=own, train_dataset=data, **more)
     return trainers
