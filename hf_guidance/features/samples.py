@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.reader import HIDDEN
 from hf_guidance.features.rows import content_of, masks_of, mix
-from hf_guidance.similarity.grams import flat, gram
+from hf_guidance.similarity.grams import flat, layer_gram
 from hf_guidance.similarity.narrow import Thin, few
 from hf_guidance.similarity.representation import Kernel, later
 from hf_guidance.similarity.sketch import Sketch
@@ -115,7 +115,7 @@ class Samples:
             if thin:
                 return Thin.apply(precision, features)[0]
         sketch = partial(self.sketch, name) if self.sketch else None
-        return gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)
+        return layer_gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)
 
     # ------------------------------------------------------------------------------------------------------ ranks
 

@@ -43,7 +43,23 @@ def exact_float32(device: torch.device) -> AbstractContextManager[None]:
     return half_precision.float32_products("ieee", device)
 
 
-def gram(
+def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Gram matrix of the centred features, scaled to a mean diagonal of 1; zero for a dead layer.
+
+    Args:
+        features: ``(n, …)``; everything after the sample axis is one feature axis.
+        mask: ``(n, length)``, true where valid, for features ``(n, length, …)``. A column's mean is then taken over its
+            valid entries and the invalid ones are set to it; what such a mean takes from the product of two samples on
+            average is given back, so that padding carries no signal of its own.
+
+    Returns:
+        ``(n, n)`` in float32 (float64 for float64 features). The scale is a constant for the gradient, which is exact
+        all the same for every measure here: none depends on it.
+    """
+    return layer_gram(features, mask)
+
+
+def layer_gram(
     features: Tensor,
     mask: Tensor | None = None,
     *,
@@ -52,22 +68,15 @@ def gram(
     keep_copy: bool = False,
     in_region: bool = False,
 ) -> Tensor:
-    """Gram matrix of the centred features, scaled to a mean diagonal of 1; zero for a dead layer.
+    """Compute `gram` of a layer while its network runs.
 
     Args:
-        features: ``(n, …)``; everything after the sample axis is one feature axis.
-        mask: ``(n, length)``, true where valid, for features ``(n, length, …)``. A column's mean is then taken over its
-            valid entries and the invalid ones are set to it; what such a mean takes from the product of two samples on
-            average is given back, so that padding carries no signal of its own.
+        features, mask: as of `gram`.
         sketch: applied to the masked, centred features ``(n, d)``; without a mask, sketch them before.
         precision: what the features were computed in, if they are in another now.
         keep_copy: for features that are overwritten in place before the backward, as a module's output may be.
         in_region: for features of a network that runs now; those in float32 are no finer than what an autocast around
             it computes in, and a GPU multiplies them with 10 bits.
-
-    Returns:
-        ``(n, n)`` in float32 (float64 for float64 features). The scale is a constant for the gradient, which is exact
-        all the same for every measure here: none depends on it.
     """
     if features.ndim < 2 or (mask is not None and features.shape[:2] != mask.shape):
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …), as the mask has it"
