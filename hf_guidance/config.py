@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import sys
+import textwrap
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from hf_guidance.mapping import check_mapping, parse_pair
 from hf_guidance.schedule import check_schedule
 from hf_guidance.similarity.measures import MEASURES, get_measure
+
+Config = TypeVar("Config")
 
 CONFIG_NAME = "guidance_config.json"
 HIDDEN_STATES = "hidden_states"
@@ -29,12 +33,24 @@ CHOICES = {
 }
 
 
+def _describe_fields(config: type[Config]) -> type[Config]:
+    """Add the help text of every field to a dataclass's docstring."""
+    texts = "".join(_entry(f"{f.name}: {f.metadata['help']}") for f in fields(config))  # type: ignore[arg-type]
+    config.__doc__ = f"{inspect.cleandoc(config.__doc__ or '')}\n\nFields:{texts}\n"
+    return config
+
+
+def _entry(text: str) -> str:
+    return "\n" + textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+
+
 def _knob(default: Any, text: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
+@_describe_fields
 @dataclass
 class GuidanceConfig:
     """What is compared, how much it weighs and when. Stands beside `TrainingArguments`; both parse as flags.
