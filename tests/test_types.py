@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from scripts.anys import parameters
+from transformers import Seq2SeqTrainer, Trainer
 
 import hf_guidance
 
@@ -86,3 +89,82 @@ def test_the_citation_is_complete_and_of_this_version() -> None:
     assert f"{{{paper['year']}}}" in bibtex
     assert paper["collection-title"] in bibtex
     assert paper["url"] in readme
+
+
+def names_of(shown: object) -> list[str]:
+    return [name for name in inspect.signature(shown).parameters if name != "self"]
+
+
+def test_the_trainers_arguments_are_those_of_transformers_and_the_guidance() -> None:
+    own, theirs = (inspect.signature(cls.__init__).parameters for cls in (hf_guidance.GuidanceTrainer, Trainer))
+    assert list(own) == [*theirs, "guide", "guidance"]
+    assert all(own[name].default == theirs[name].default and own[name].kind == theirs[name].kind for name in theirs)
+    assert names_of(hf_guidance.GuidanceTrainer) == list(own)[1:]  # what help() shows
+
+
+def test_a_trainer_behind_the_mixin_shows_its_own_arguments() -> None:
+    class Guided(hf_guidance.GuidanceMixin, Seq2SeqTrainer):
+        """Has no `__init__`."""
+
+    class Special(Guided):
+        def __init__(self, number: int, **kwargs: object) -> None:
+            super().__init__(**kwargs)
+
+    class Behind(Trainer):
+        def __init__(self, model: object, **kwargs: object) -> None:
+            super().__init__(model, **kwargs)
+
+    class InFront(hf_guidance.GuidanceMixin, Behind):
+        """Passes on what it does not know."""
+
+    assert names_of(Guided) == [*names_of(Seq2SeqTrainer), "guide", "guidance"]
+    assert names_of(Special) == ["number", "kwargs"]
+    assert names_of(InFront) == ["model", "guide", "guidance", "kwargs"]
+
+
+USERS = """
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, TrainingArguments
+from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceMixin, GuidanceTrainer, linear_cka, load_guide
+
+guide = load_guide("gpt2", untrained=True, seed=0, dtype=torch.float32)
+config = GuidanceConfig(measure="debiased_cka", guidance_weight=0.5)
+model: nn.Module = nn.Linear(2, 2)
+trainer = GuidanceTrainer(model, TrainingArguments("out"), guide=guide, guidance=config)
+trainer.train()
+trainer.push_to_hub()
+step: int = trainer.state.global_step
+loss = GuidanceLoss(model, guide, config)
+with loss.watch({"input_ids": torch.zeros(8, 4)}, step=step) as watched:
+    total: Tensor = watched.total(torch.zeros(()))
+similarity: Tensor = linear_cka(torch.randn(8, 4), torch.randn(8, 5))
+"""
+MISTAKEN = (
+    USERS
+    + """
+GuidanceTrainer(model, guide="gpt2")
+GuidanceTrainer(model, guidanc=config)
+linear_cka([1.0], [2.0])
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_users_script_is_checked_against_the_wheel(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target"]
+    subprocess.run([*install, str(tmp_path / "installed"), str(wheel)], check=True, capture_output=True)
+    (tmp_path / "script.py").write_text(USERS)
+    (tmp_path / "mistaken.py").write_text(MISTAKEN)
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "script.py", "mistaken.py"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    errors = [line for line in checked.stdout.splitlines() if "error:" in line]
+    assert len(errors) == 4, checked.stdout + checked.stderr
+    assert all(line.startswith("mistaken.py:") for line in errors), checked.stdout

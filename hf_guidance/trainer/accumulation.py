@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hf_guidance.features.reader import HIDDEN, not_recomputed
 from hf_guidance.guide.inputs import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
@@ -176,7 +177,7 @@ def _set_random_state(state: Sequence[Tensor]) -> None:
         device.set_rng_state(own)
 
 
-def check_accumulates(args: Any, sharded: bool) -> None:
+def check_accumulates(args: TrainingArguments, sharded: bool) -> None:
     """Raise ValueError where micro-batches cannot be looked at before they are trained on."""
     if sharded:
         raise ValueError(

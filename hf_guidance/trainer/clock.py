@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 MANY = 1000  # steps whose events are kept before they are read
@@ -52,10 +52,11 @@ class TrainingClock(TrainerCallback, ExportableState):
         self._events: list[tuple[Any, Any]] = []  # of steps that are not in the seconds yet
         self._clock = Clock(torch.device("cpu"))
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._clock = Clock(args.device)
         # Trainer restores callbacks only where it is asked to restore all, and saves only those its state knows
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        callbacks: Any = state.stateful_callbacks  # annotated as a list, and is a dict
+        saved = callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             kept = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
             self.seconds, self.marks = kept["seconds"], [(step, at) for step, at in kept["marks"]]
@@ -70,7 +71,7 @@ class TrainingClock(TrainerCallback, ExportableState):
         if len(self._events) >= MANY:
             self._settle()
 
-    def on_evaluate(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._settle()
         self.marks.append((state.global_step, self.seconds))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_guidance.loss import Watched
 from hf_guidance.schedule import Schedule
@@ -42,7 +42,9 @@ class GuidedSteps(TrainerCallback):
         self.first, self.guided, self._pending = 0, 0, False
         self._reasons: dict[str, str] = {}  # by their first word
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Forget the call before, and check the settings once more."""
         self.first, self.guided, self._reasons = state.global_step, 0, {}
         self.check()
@@ -73,7 +75,7 @@ class GuidedSteps(TrainerCallback):
         """The guided steps of the whole run up to now; None if those before a resume are not known."""
         return None if self.before is None else self.before + self.guided
 
-    def check_any(self, state: Any, keep: Callable[[], Any], folder: str) -> None:
+    def check_any(self, state: TrainerState, keep: Callable[[], Any], folder: str) -> None:
         """Compare what was guided, on any process, with what should have been.
 
         Args:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.similarity.measures import get_measure
 from hf_guidance.trainer.preparation import first_batches
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 
 class LayerMaps:
@@ -24,11 +25,11 @@ class LayerMaps:
         maps: ``before`` and ``after``, as `similarity_map` gives them.
     """
 
-    def __init__(self, batch: dict[str, Any]) -> None:
+    def __init__(self, batch: dict[str, Tensor]) -> None:
         self.batch = batch
         self.maps: dict[str, dict[str, Any]] = {}
 
-    def look(self, trainer: Any, when: str) -> None:
+    def look(self, trainer: GuidedTrainer, when: str) -> None:
         """Make one of the two maps, of the target as it is now."""
         target = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(trainer.args.device)
         batch = trainer._prepare_inputs(self.batch)
@@ -42,8 +43,9 @@ class KeptMap(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.before: dict[str, Any] | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        callbacks: Any = state.stateful_callbacks  # annotated as a list, and is a dict
+        saved = callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             self.before = (saved[-1] if isinstance(saved, list) else saved)["attributes"]["before"]
 
@@ -51,7 +53,7 @@ class KeptMap(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"before": self.before}}
 
 
-def can_map(trainer: Any) -> bool:
+def can_map(trainer: GuidedTrainer) -> bool:
     """Whether there is guidance, and the first process can run target and guide whole and alone."""
     if trainer.guide is None or not trainer.guidance.guidance_weight or is_sharded(trainer.guide):
         return False
@@ -59,7 +61,7 @@ def can_map(trainer: Any) -> bool:
     return alone and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
 
 
-def maps_of(trainer: Any) -> LayerMaps | None:
+def maps_of(trainer: GuidedTrainer) -> LayerMaps | None:
     """Maps on the first batch to validate with; None where there is none, or too small a one.
 
     Neither a stream is touched, which may not begin anew, nor what is trained on, whose rows may count their readings.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 
@@ -29,7 +31,7 @@ class RunningMeans:
         for name, value in other._sums.items():
             self.add(name, value, other._weights[name])
 
-    def drain(self, accelerator: Any) -> dict[str, float]:
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over micro-steps and ranks since the last call; names added with weight 0 are plain sums."""
         sums = [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
         values = torch.stack(sums) if sums else torch.empty(0)
@@ -46,7 +48,14 @@ class RunningMeans:
 class _Short:
     """Prints all but the similarity of every single pair."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         short = {name: value for name, value in (logs or {}).items() if name.count("/") < 2}
         super().on_log(args, state, control, logs=short, **kwargs)  # type: ignore[misc]
 

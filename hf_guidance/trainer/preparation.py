@@ -16,9 +16,10 @@ from hf_guidance.guide.cache import row_checksums
 from hf_guidance.guide.freezing import calibrate_batch_norm
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.inputs import generator_for, guide_batch, seen_by
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 
-def calibrate(trainer: Any) -> None:
+def calibrate(trainer: GuidedTrainer) -> None:
     """Estimate the guide's batch norm on the first batches of the training data, the same on every rank and resume."""
     seen, count = 0, trainer.guidance.calibration_batches
 
@@ -34,7 +35,7 @@ def calibrate(trainer: Any) -> None:
         raise ValueError(f"calibration_batches is {count}, but the training data has {seen} full batches.")
 
 
-def open_cache(trainer: Any) -> None:
+def open_cache(trainer: GuidedTrainer) -> None:
     """Open or create the guide's cache, and say how large it will be.
 
     Raises:
@@ -64,7 +65,7 @@ def open_cache(trainer: Any) -> None:
         print(f"The guide's features will take {trainer.guidance_loss.running.cache}.")
 
 
-def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
+def first_batches(trainer: GuidedTrainer, dataset: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
     """A trainer's data in order, in batches as they are trained on; no random state outside is moved.
 
     What is random in reading them follows the run's seed and the number of the reading.

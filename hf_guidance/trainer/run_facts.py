@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_guidance.analysis.history import History, metrics_of, similarity_curves
 from hf_guidance.card.command import published_command
@@ -17,6 +17,7 @@ from hf_guidance.card.facts import HUB_ID, example_of, known, processing_facts, 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import command_line, environment
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 Facts = dict[str, Any]
 VERSIONS = ("python", "torch", "transformers", "accelerate")
@@ -35,7 +36,7 @@ SIZES = (
 EMISSIONS = "emissions.csv"  # codecarbon's
 
 
-def run_facts(trainer: Any, **given: Any) -> Facts:
+def run_facts(trainer: GuidedTrainer, **given: Any) -> Facts:
     """Facts of a trainer's run as plain JSON values, for `model_card.render`.
 
     Args:
@@ -48,7 +49,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
     repository = trainer.hub_model_id if trainer.args.push_to_hub or trainer.hub_model_id else None
     args, history = trainer.args, trainer.state.log_history
     facts: Facts = {
-        "name": (repository or os.path.basename(os.path.abspath(args.output_dir))).split("/")[-1],
+        "name": (repository or os.path.basename(os.path.abspath(str(args.output_dir)))).split("/")[-1],
         "repository": repository,
         "target": _target(model),
         "guide": _guide(trainer) if guided else None,
@@ -70,12 +71,12 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
 
 
 def given_facts(
-    language: Any = None,
+    language: str | list[str] | None = None,
     license: str | None = None,
-    tags: Any = None,
+    tags: str | list[str] | None = None,
     model_name: str | None = None,
-    dataset: Any = None,
-    dataset_tags: Any = None,
+    dataset: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
     finetuned_from: str | None = None,
     **_: Any,
 ) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _target(model: Any) -> Facts:
     }
 
 
-def _guide(trainer: Any) -> Facts:
+def _guide(trainer: GuidedTrainer) -> Facts:
     from hf_guidance.guide.freezing import BATCH_NORM
 
     guide, config = trainer.guide, getattr(trainer.guide, "config", None)
@@ -147,7 +148,7 @@ def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
     return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
 
 
-def best_step(trainer: Any) -> int | None:
+def best_step(trainer: Trainer | GuidedTrainer) -> int | None:
     """The step of the best weights, where training is over and has gone back to them."""
     state, args = trainer.state, trainer.args
     over = any("train_runtime" in log for log in state.log_history)  # logged after the best weights are loaded
@@ -186,7 +187,7 @@ def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
     }
 
 
-def _cost(trainer: Any) -> Facts:
+def _cost(trainer: GuidedTrainer) -> Facts:
     seconds = next((log["train_runtime"] for log in trainer.state.log_history[::-1] if "train_runtime" in log), None)
     cost: Facts = {"hardware": environment()["device"]}
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
@@ -207,7 +208,7 @@ def _cost(trainer: Any) -> Facts:
     return cost
 
 
-def _always(trainer: Any) -> bool | None:
+def _always(trainer: GuidedTrainer) -> bool | None:
     """Whether every step was guided; None where none was."""
     config = trainer.guidance
     if trainer.guide is None or not config.guidance_weight:
@@ -216,7 +217,7 @@ def _always(trainer: Any) -> bool | None:
     return not stops and config.guidance_every == 1
 
 
-def _emissions(trainer: Any) -> float | None:
+def _emissions(trainer: GuidedTrainer) -> float | None:
     """Grams of CO₂ equivalents, where codecarbon watched this run."""
     measured = Path(str(trainer.args.output_dir)) / EMISSIONS
     callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
