@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Column: TypeAlias = Tensor | Sequence[str] | Sequence[int] | Sequence[float] | str | int | float | bool | None
+Batch: TypeAlias = Mapping[str, Column]  # as a collator makes it; only tensors are computed with
 
-def content_of(batch: Mapping[str, Any]) -> Tensor:
+
+def content_of(batch: Batch) -> Tensor:
     """What the rows of a batch are made of: token ids, pixels, embeddings, or else its first tensor of two axes."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
     if not tensors:

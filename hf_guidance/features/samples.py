@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import content_of, masks_of, mix
+from hf_guidance.features.rows import Batch, content_of, masks_of, mix
 from hf_guidance.similarity.grams import flat, layer_gram
 from hf_guidance.similarity.narrow import Thin, few
 from hf_guidance.similarity.representation import Kernel, later
@@ -47,7 +45,7 @@ class Samples:
 
     def __init__(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         axis: str = "sequence",
         max_tokens: int = 1024,
         seed: int = 0,

@@ -17,7 +17,7 @@ from accelerate.utils import convert_bytes
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
-from hf_guidance.features.rows import content_of, mix
+from hf_guidance.features.rows import Batch, content_of, mix
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class GuideCache:
         folder: str | os.PathLike[str],
         first: Features,
         ids: Tensor,
-        inputs: Mapping[str, Any],
+        inputs: Batch,
         rows: int,
         identity: Mapping[str, Any],
         create: bool = True,
@@ -91,7 +91,7 @@ class GuideCache:
         parts = f"{self.rows} samples, {len(self.widths)} layers, {sum(self.widths.values())} numbers each in float16"
         return f"{convert_bytes(self.size)} in {self.folder} ({parts})"
 
-    def features(self, ids: Tensor, inputs: Mapping[str, Any], run: Callable[[Tensor], Features]) -> Features:
+    def features(self, ids: Tensor, inputs: Batch, run: Callable[[Tensor], Features]) -> Features:
         """The guide's features of a batch: read, or else computed and kept.
 
         Args:
@@ -144,7 +144,7 @@ class GuideCache:
                 "changed."
             )
 
-    def _check_first(self, first: Features, ids: Tensor, inputs: Mapping[str, Any]) -> None:
+    def _check_first(self, first: Features, ids: Tensor, inputs: Batch) -> None:
         """Compare what is kept of the first rows with what the guide computes of them now; keep it where nothing is."""
         where, seen = self._places(ids), row_checksums(inputs)
         assert self._file is not None
@@ -217,7 +217,7 @@ def _in_words(name: str) -> str:
     return {"fingerprint": "guide weights"}.get(name, name)
 
 
-def row_checksums(inputs: Mapping[str, Any]) -> Any:
+def row_checksums(inputs: Batch) -> Any:
     """A number for each row of the guide's inputs ``(n, …)``, int64, from a few of the values of each."""
     rows, sums = len(content_of(inputs)), torch.zeros((), dtype=torch.int64)
     for name, value in inputs.items():
