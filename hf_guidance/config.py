@@ -10,15 +10,17 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeAlias, TypeVar
 
 from hf_guidance.mapping import check_mapping, parse_pair
 from hf_guidance.schedule import check_schedule
 from hf_guidance.similarity.measures import MEASURES, get_measure
 
 Config = TypeVar("Config")
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
 
 CONFIG_NAME = "guidance_config.json"
 HIDDEN_STATES = "hidden_states"
@@ -218,14 +220,15 @@ class GuidanceConfig:
         return self.to_dict() | {"cache_guide": cache}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GuidanceConfig:
+    def from_dict(cls, values: Mapping[str, Json]) -> GuidanceConfig:
         """Build from plain values. Raises ValueError for an unknown field or a value of the wrong type."""
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"Unknown guidance fields {unknown}; this version knows {known}.")
-        return cls(**values)
+        given: dict[str, Any] = dict(values)
+        return cls(**given)  # which checks their types
 
-    def save(self, directory: str | os.PathLike[str], guide: dict[str, Any] | None = None) -> Path:
+    def save(self, directory: str | os.PathLike[str], guide: Mapping[str, Json] | None = None) -> Path:
         """Write `guidance_config.json`, the guide's identity in a section of its own; return its path."""
         path = Path(directory) / CONFIG_NAME
         content = {"guidance": self.without_paths(), "guide": guide or {}}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
@@ -188,7 +188,7 @@ class GuidanceLoss:
         return forward(self.guide, inputs)
 
     @torch.no_grad()
-    def open_cache(self, batch: Batch, rows: int, identity: Mapping[str, Any], create: bool = True) -> None:
+    def open_cache(self, batch: Batch, rows: int, identity: Mapping[str, Json], create: bool = True) -> None:
         """Open or create the config's `cache_guide`; call it once, before the first step.
 
         Args:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-History = list[dict[str, Any]]
+Log = dict[str, float]
+History = list[Log]
 SIMILARITY = "guidance/similarity/"
 # what Trainer logs of an evaluation beside metrics
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
-def metrics_of(log: dict[str, Any], split: str) -> dict[str, float]:
+def metrics_of(log: Log, split: str) -> dict[str, float]:
     """Name → value of the metrics that a log holds of an evaluation, ``eval`` or ``test``."""
     values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}
     return {n: float(v) for n, v in values.items() if not n.endswith(SPEED) and isinstance(v, (int, float))}

@@ -9,7 +9,13 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers import TrainingArguments
+
+from hf_guidance.config import Json
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
 SECRET = re.compile(r"token|secret|password|api_?key")
@@ -46,7 +52,7 @@ def own_names() -> set[str]:
     return {os.environ.get("USER", ""), Path.home().name, node, node.partition(".")[0]} - {"", *ANYBODY}
 
 
-def scrub_arguments(args: Any) -> Any:
+def scrub_arguments(args: Arguments) -> Arguments:
     """A copy of training arguments without tokens and without paths of this machine."""
     clean = copy.copy(args)
     for field in dataclasses.fields(args):
@@ -74,7 +80,7 @@ def scrub_state(path: Path) -> None:
     replace_text(path, as_json(content))
 
 
-def as_json(content: Any) -> str:
+def as_json(content: Json) -> str:
     """Format a JSON value as it stands in a file."""
     return json.dumps(content, indent=2) + "\n"
 

@@ -17,6 +17,7 @@ from accelerate.utils import convert_bytes
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
+from hf_guidance.config import Json
 from hf_guidance.features.rows import Batch, content_of, mix
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class GuideCache:
         ids: Tensor,
         inputs: Batch,
         rows: int,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Json],
         create: bool = True,
     ) -> None:
         self.folder, self.rows = Path(folder), rows

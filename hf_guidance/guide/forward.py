@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.reader import AllRead, LayerReader, Reduce
 from hf_guidance.features.rows import Batch
 from hf_guidance.features.samples import Samples
@@ -105,7 +105,7 @@ class GuideRunning:
         inputs: Batch,
         batch: Batch,
         rows: int,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Json],
         create: bool,
     ) -> None:
         """See `GuidanceLoss.open_cache`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from hf_guidance.similarity import half_precision
 from hf_guidance.similarity.half_precision import for_tensor_cores
@@ -18,6 +18,19 @@ from hf_guidance.similarity.numpy_products import features_on_cpu, for_numpy, ke
 
 SUM_ROUNDING = 2**-18  # of a sum of products in float32, squared numbers as they are; measured below a fourth of it
 EXPECTED = "gradient_is_centred"
+
+
+class Context(FunctionCtx):
+    """The context of a Function, with what torch's own type leaves out."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
+class KernelContext(Context):
+    """The context of a `CentredKernel`."""
+
+    factor: float | Tensor
+    has_mean: bool
 
 
 def without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +136,7 @@ class CentredKernel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, precision: torch.dtype, in_region: bool, keep_copy: bool) -> Tensor:
+    def forward(ctx: KernelContext, x: Tensor, precision: torch.dtype, in_region: bool, keep_copy: bool) -> Tensor:
         kernel, ctx.factor, kept = _scaled_kernel(x, precision, in_region, keep=True)
         ctx.has_mean = kept is x
         ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept)
@@ -131,7 +144,7 @@ class CentredKernel(torch.autograd.Function):
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: KernelContext, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
             factor = 2 * ctx.factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.config import CONFIG_NAME, GuidanceConfig, Json
 from hf_guidance.guide.identity import check_same_guide
 from hf_guidance.trainer.checks import splits_batches
 from hf_guidance.trainer.guided_steps import GuidedSteps
@@ -161,7 +162,7 @@ def _samples(origin: dict[str, Any], config: GuidanceConfig) -> int | None:
 
 
 def check_goes_on(
-    checkpoint: str, args: TrainingArguments, config: GuidanceConfig, guide: dict[str, Any] | None
+    checkpoint: str, args: TrainingArguments, config: GuidanceConfig, guide: Mapping[str, Json] | None
 ) -> None:
     """Compare a run with the checkpoint it is to go on from.
 
