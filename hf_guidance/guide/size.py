@@ -15,6 +15,8 @@ import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
+from hf_guidance.config import Json
+
 SECONDS = 60  # to lay a network out, imports included
 PER_SECOND = 50 * 2**20  # bytes of weights that are drawn, at the slowest
 SPARE = 2**30  # bytes that a network's own code may take beside its weights
@@ -36,7 +38,7 @@ class Size:
     largest: int
 
 
-def size_of(config: Mapping[str, Any], seconds: float = SECONDS) -> Size:
+def size_of(config: Mapping[str, Json], seconds: float = SECONDS) -> Size:
     """Lay out the network of a config in another process, and then build it there.
 
     That process reaches no Hub and finds no module in the present folder. It is ended when it takes too long or more

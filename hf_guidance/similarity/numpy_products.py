@@ -11,13 +11,16 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+Array: TypeAlias = NDArray[np.float32]
 
 # Centring the Gram matrix instead of the features spares a pass over them, and multiplies its rounding by the energy of
 # the mean relative to that of the signal: up to here that stays about 1e-6 of a similarity, and below 1e-4 of its
@@ -70,7 +73,7 @@ def _blas() -> list[Any]:
 
 
 @one_thread()
-def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
+def kernel_on_cpu(array: Array, keep: bool) -> tuple[Any, float, Any] | None:
     """Gram matrix of float32 features ``(n, d)``, centred and scaled as `kernels.gram` does, with the fewest passes.
 
     Args:
@@ -138,7 +141,7 @@ def _kernel_in_blocks(array: Any, mean: Any) -> Any:
     return kernel
 
 
-def features_on_cpu(array: Any) -> tuple[Any, float] | None:
+def features_on_cpu(array: Array) -> tuple[Any, float] | None:
     """Features ``(n, d)``, centred and scaled as `kernels.centred_features` does, and the scale; None as above.
 
     No library of products is asked, so that its threads need not be held.
