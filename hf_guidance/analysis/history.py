@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 Log = dict[str, float]
 History = list[Log]
+
+
+class SimilarityMap(TypedDict):
+    """Similarity of every target layer (a row each) with every guide layer, as `similarity_map` makes it."""
+
+    measure: str
+    target_layers: list[str]
+    guide_layers: list[str]
+    similarity: list[list[float]]
+    pairs: list[str]
+
+
+class Curves(TypedDict, total=False):
+    """What a run's record holds for figures; `when` is the titles of its two maps."""
+
+    run: str
+    seed: int
+    curve: list[dict[str, Any]]
+    training: list[dict[str, Any]]
+    similarity: list[dict[str, Any]]
+    similarity_maps: dict[str, SimilarityMap]
+    when: tuple[str, str]
+    settings: dict[str, Any]
+
+
 SIMILARITY = "guidance/similarity/"
 # what Trainer logs of an evaluation beside metrics
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -22,7 +47,7 @@ def training_curve(history: History) -> list[dict[str, Any]]:
     return [{"step": h["step"], "loss": h.get("task/loss", h["loss"])} for h in history if "loss" in h]
 
 
-def similarity_curves(history: History) -> list[dict[str, Any]]:
+def similarity_curves(history: History) -> History:
     """Points of ``step`` and the similarity of every pair, by its name."""
     points = []
     for log in history:

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
+
+from torch.utils.data import Dataset, IterableDataset
+from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+
+if TYPE_CHECKING:
+    import datasets
+
+Value = TypeVar("Value")
+Rows: TypeAlias = "Dataset[Any] | IterableDataset[Any] | datasets.Dataset | datasets.IterableDataset"
+Processing: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
 Facts = dict[str, Any]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -28,31 +39,32 @@ OPTIONS = {
 NOT_SHOWN = ("task", "train_size", "dataset", "text_files", "guide_source", "target", "guide")
 
 
-def known(facts: Facts) -> Facts:
+def known(facts: Mapping[str, Value]) -> dict[str, Value]:
     """The facts that are neither None nor empty."""
     return {name: value for name, value in facts.items() if value is not None and value not in ({}, [], "")}
 
 
-def rows_facts(rows: Any) -> Facts:
+def rows_facts(rows: Rows | None) -> Facts:
     """Name, Hub id and revision of a training set, where it knows them, and its size."""
     name = getattr(getattr(rows, "info", None), "dataset_name", None)
     kept = [Path(file["filename"]).as_posix() for file in getattr(rows, "cache_files", None) or ()]
     source = next((match for file in kept if (match := FROM_HUB.search(file))), None)
     facts: Facts = {"name": name}
     facts |= {"id": f"{source[1]}/{source[2]}", "revision": source[3]} if source else {}
-    return known(facts | {"rows to train on": f"{len(rows):,}" if hasattr(rows, "__len__") else None})
+    return known(facts | {"rows to train on": f"{len(rows):,}" if isinstance(rows, Sized) else None})
 
 
-def processing_facts(processing: Any) -> Facts:
+def processing_facts(processing: Processing | None) -> Facts:
     """How a tokenizer or an image processor prepares its input; nothing of any other class."""
     if _is_text(processing):
         return {"tokenizer": f"{type(processing).__name__}, {len(processing):,} tokens"}
-    if not getattr(processing, "image_mean", None):
+    images: Any = processing
+    if not getattr(images, "image_mean", None):
         return {}
-    crop = processing.crop_size if getattr(processing, "do_center_crop", False) else None
-    sides = [side for side in dict(crop or processing.size or {}).values() if side]
+    crop = images.crop_size if getattr(images, "do_center_crop", False) else None
+    sides = [side for side in dict(crop or images.size or {}).values() if side]
     return known({"images": " × ".join(map(str, sides)) + " pixels" if sides else None}) | {
-        "normalised by": _mean_and_std(processing.image_mean, processing.image_std)
+        "normalised by": _mean_and_std(images.image_mean, images.image_std)
     }
 
 
@@ -61,11 +73,11 @@ def _mean_and_std(mean: Any, std: Any) -> str:
     return f"mean {few[0]}, std {few[1]}"
 
 
-def _is_text(processing: Any) -> bool:
+def _is_text(processing: Processing | None) -> TypeGuard[PreTrainedTokenizerBase]:
     return hasattr(processing, "all_special_ids") and hasattr(processing, "__len__")
 
 
-def example_of(processing: Any) -> Facts | None:
+def example_of(processing: Processing | None) -> Facts | None:
     """A text that the tokenizer knows, for the card's code: a beginning of a tale, or else some of its own tokens."""
     if not _is_text(processing):
         return None

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from hf_guidance.config import Json
 
+Value = TypeVar("Value")
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
@@ -28,16 +29,21 @@ ANYBODY = ("root", "user", "localhost")  # tell nobody from anybody else
 LEAST = 4  # letters of a name that is cut out wherever it stands; shorter ones are parts of words
 
 
-def scrub(value: Any) -> Any:
+def scrub(value: Value) -> Value:
     """A JSON value whose texts hold neither a token nor the folders of a path nor this machine's names."""
+    found: Any = _scrubbed(value)
+    return found
+
+
+def _scrubbed(value: Any) -> Any:
     if isinstance(value, str):
         text = WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value)))
         return (
             _own_names().sub("…", text) if " " in text else text
         )  # one word is an id or a setting, whoever has its name
     if isinstance(value, dict):
-        return {name: scrub(entry) for name, entry in value.items()}
-    return [scrub(entry) for entry in value] if isinstance(value, list) else value
+        return {name: _scrubbed(entry) for name, entry in value.items()}
+    return [_scrubbed(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _own_names() -> re.Pattern[str]:

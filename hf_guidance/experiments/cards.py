@@ -18,7 +18,7 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.rendering import render
 from hf_guidance.experiments.record_facts import facts_of_record
-from hf_guidance.experiments.report import comparison_rows, differences, markdown_table
+from hf_guidance.experiments.report import Record, Report, comparison_rows, differences, markdown_table
 from hf_guidance.trainer.staging import CARD, STAGING, make_empty, put, stage, without_links
 from hf_guidance.trainer.uploads import later, push_staged
 
@@ -30,7 +30,6 @@ FIGURES = {
     "similarity.png": "Similarity of every target layer with every guide layer, before and after training, of rows to "
     "validate with, without dropout",
 }
-Report = dict[str, Any]
 
 
 def write_cards(report: Report, folder: Path) -> list[Path]:
@@ -67,18 +66,18 @@ def write_model_cards(results: Path, folder: Path) -> list[Path]:
     return written
 
 
-def first_guided(report: Report) -> list[dict[str, Any]]:
+def first_guided(report: Report) -> list[Record]:
     """The guided runs of a report, of each kind that of the first seed."""
     return list({run["run"]: run for run in reversed(report["runs"]) if run["guide"]}.values())[::-1]
 
 
-def model_card_of(run: dict[str, Any], report: Report, title: str) -> str:
+def model_card_of(run: Record, report: Report, title: str) -> str:
     """The card of a committed result as markdown."""
     figures = ["comparison.png", *(["similarity.png"] if run.get("similarity_maps") else [])]
     return card_of(run, report, figures, name=f"{title}-{run['run']}")
 
 
-def draw(run: dict[str, Any], report: Report, place: Path) -> None:
+def draw(run: Record, report: Report, place: Path) -> None:
     """The figures of a committed result, into a folder."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     runs = [r for r in report["runs"] if _belongs(r["run"], run) and r["run"] != "alone_longer"]
@@ -86,7 +85,7 @@ def draw(run: dict[str, Any], report: Report, place: Path) -> None:
     plot_similarity_maps([run], place / "similarity.png")
 
 
-def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: Any) -> str:
+def card_of(run: Record, report: Report, figures: list[str], **given: Any) -> str:
     """The card of one run as markdown, with the comparison it is part of."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run)]
@@ -100,10 +99,11 @@ def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: An
             "seeds": len({r["seed"] for r in report["runs"]}),
         },
     }
-    return render(facts | given)
+    told: Any = facts | given
+    return render(told)
 
 
-def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[str, str]:
+def _cost(run: Record, report: Report, known: dict[str, str]) -> dict[str, str]:
     """What the run says of itself, after what the comparison knows: the time of its steps beside the unguided ones."""
     kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "of the device"
     alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
@@ -118,7 +118,7 @@ def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[st
     return cost | known
 
 
-def _in_words(run: dict[str, Any], report: Report) -> str:
+def _in_words(run: Record, report: Report) -> str:
     text = "Matched runs: same seeds, same initial weights, same data order"
     text += "; the learning rate is the best one without guidance." if report["learning_rate_search"] else "."
     several = len({other["seed"] for other in report["runs"]}) > 1
@@ -138,7 +138,7 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _belongs(row: str, run: dict[str, Any]) -> bool:
+def _belongs(row: str, run: Record) -> bool:
     """Whether a row of the table is about this run: itself, the unguided ones, and that of its own guide."""
     return row == run["run"] or row.startswith("alone") or row == run["guide"]["source"]
 

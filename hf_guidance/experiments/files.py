@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from hf_guidance.config import Json
+from hf_guidance.experiments.report import Record, Report
 
 
 def check_writable(folder: Path) -> None:
@@ -20,7 +21,7 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): name another folder.") from error
 
 
-def write_json(path: Path, content: Json) -> None:
+def write_json(path: Path, content: Json | Record | Report) -> None:
     """Write all of a file or nothing of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

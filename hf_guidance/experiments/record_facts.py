@@ -8,14 +8,16 @@ from typing import Any
 
 import hf_guidance.targets as own_networks
 from hf_guidance.analysis.history import SPEED
+from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import EXAMPLES, known, task_facts
+from hf_guidance.experiments.report import Record, Report
 from hf_guidance.trainer.run_facts import VERSIONS, pairs_facts, sizes_of, timms_name, training_facts
 
 Facts = dict[str, Any]
 LICENSE = "apache-2.0"
 
 
-def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
+def facts_of_record(run: Record, report: Report) -> RunFacts:
     """Facts of one guided run of a recipe, for `model_card.render`; those kept in its ``card`` add to them.
 
     Args:
@@ -50,17 +52,18 @@ def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
         "versions": {name: run["environment"][name] for name in VERSIONS},
     }
     own = {name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")}
-    return known(merged(facts, own))  # the command that made the report may have gone on with earlier ones' runs
+    found: Any = known(merged(facts, own))
+    return found  # the command that made the report may have gone on with earlier ones' runs
 
 
-def _guide(run: dict[str, Any]) -> Facts:
+def _guide(run: Record) -> Facts:
     norm = run["settings"]["guidance"]["guide_batch_norm"] != "eval"
     config = run["guide"].get("config") or {}
     timms = known({"timm": timms_name(config)})
     return run["guide"] | {"sizes": sizes_of(config), "batch_norm": norm} | timms
 
 
-def _folder(run: dict[str, Any], report: dict[str, Any]) -> str | None:
+def _folder(run: Record, report: Report) -> str | None:
     """Where the command leaves the network, if the command says so."""
     words = shlex.split(report["command"])
     if "--output_dir" not in words[:-1] or Path(words[words.index("--output_dir") + 1]).is_absolute():

@@ -48,11 +48,11 @@ class Task:
     labels: tuple[str, ...] = ()
 
 
-def main_logits(outputs: Any) -> Tensor:
+def main_logits(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The logits among a model's outputs, which `Trainer` hands on as a tuple when there are several."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def argmax_predictions(outputs: Any, labels: Tensor) -> Tensor:
+def argmax_predictions(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Each position's best class, for metrics that need no more: `(batch, ..., classes)` to `(batch, ...)`."""
     return main_logits(outputs).argmax(-1)

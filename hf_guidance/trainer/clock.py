@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+Moment: TypeAlias = float | torch.Event
 
 MANY = 1000  # steps whose events are kept before they are read
 
@@ -18,7 +20,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def now(self) -> Any:
+    def now(self) -> Moment:
         """A point in time, at the end of what the device has been given to do so far."""
         if self.device.type == "cpu":
             return time.process_time()
@@ -26,10 +28,12 @@ class Clock:
         event.record()
         return event
 
-    def between(self, began: Any, ended: Any) -> float:
+    def between(self, began: Moment, ended: Moment) -> float:
         """Seconds between two points; waits for the device to get there."""
-        if self.device.type == "cpu":
+        if isinstance(began, float):
+            assert isinstance(ended, float)
             return ended - began
+        assert not isinstance(ended, float)
         ended.synchronize()
         return began.elapsed_time(ended) / 1000
 
@@ -49,7 +53,7 @@ class TrainingClock(TrainerCallback, ExportableState):
         self.steps = 0
         self.marks: list[tuple[int, float]] = []
         self.seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []  # of steps that are not in the seconds yet
+        self._events: list[tuple[Moment, Moment]] = []  # of steps that are not in the seconds yet
         self._clock = Clock(torch.device("cpu"))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:

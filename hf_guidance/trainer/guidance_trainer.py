@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
@@ -16,12 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
-    BaseImageProcessor,
     EvalPrediction,
-    FeatureExtractionMixin,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -29,7 +25,9 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_guidance.card.facts import Processing
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import calibrate_batch_norm, freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import (
@@ -53,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import datasets
-
-Processing: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
 GUIDE_FOLDER = "guide"
 
@@ -128,7 +124,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
@@ -145,7 +141,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _watch(self, inputs: dict[str, Any]) -> AbstractContextManager[Watched]:
+    def _watch(self, inputs: Batch) -> AbstractContextManager[Watched]:
         step, seen = self._micro_step
         self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
         self.guidance_loss.total_steps = self.state.max_steps
@@ -265,10 +261,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         else:
             save_model(self.guide, str(folder / "model.safetensors"))
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
 
-    def _for_target(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _for_target(self, inputs: Batch) -> dict[str, Any]:
         return without_guide(inputs, self.guidance.sample_id_column)
 
     def _set_signature_columns_if_needed(self) -> None:

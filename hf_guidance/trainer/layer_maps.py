@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_guidance.analysis.heat_maps import similarity_map
+from hf_guidance.analysis.history import SimilarityMap
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.similarity.measures import get_measure
 from hf_guidance.trainer.preparation import first_batches
@@ -27,7 +28,7 @@ class LayerMaps:
 
     def __init__(self, batch: dict[str, Tensor]) -> None:
         self.batch = batch
-        self.maps: dict[str, dict[str, Any]] = {}
+        self.maps: dict[str, SimilarityMap] = {}
 
     def look(self, trainer: GuidedTrainer, when: str) -> None:
         """Make one of the two maps, of the target as it is now."""
@@ -41,7 +42,7 @@ class KeptMap(TrainerCallback, ExportableState):
     """The map from before training, in the checkpoints of the run that it is of."""
 
     def __init__(self) -> None:
-        self.before: dict[str, Any] | None = None
+        self.before: SimilarityMap | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         callbacks: Any = state.stateful_callbacks  # annotated as a list, and is a dict

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_guidance.card.facts import Rows
 from hf_guidance.guide.cache import row_checksums
 from hf_guidance.guide.freezing import calibrate_batch_norm
 from hf_guidance.guide.identity import fingerprint
@@ -65,7 +66,7 @@ def open_cache(trainer: GuidedTrainer) -> None:
         print(f"The guide's features will take {trainer.guidance_loss.running.cache}.")
 
 
-def first_batches(trainer: GuidedTrainer, dataset: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
+def first_batches(trainer: GuidedTrainer, dataset: Rows, reading: int = 0) -> Iterator[dict[str, Any]]:
     """A trainer's data in order, in batches as they are trained on; no random state outside is moved.
 
     What is random in reading them follows the run's seed and the number of the reading.

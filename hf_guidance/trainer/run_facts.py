@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import Trainer, TrainingArguments
 
 from hf_guidance.analysis.history import History, metrics_of, similarity_curves
 from hf_guidance.card.command import published_command
+from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import HUB_ID, example_of, known, processing_facts, rows_facts
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import command_line, environment
 from hf_guidance.trainer.protocol import GuidedTrainer
@@ -36,7 +38,7 @@ SIZES = (
 EMISSIONS = "emissions.csv"  # codecarbon's
 
 
-def run_facts(trainer: GuidedTrainer, **given: Any) -> Facts:
+def run_facts(trainer: GuidedTrainer, **given: Any) -> RunFacts:
     """Facts of a trainer's run as plain JSON values, for `model_card.render`.
 
     Args:
@@ -67,7 +69,8 @@ def run_facts(trainer: GuidedTrainer, **given: Any) -> Facts:
         "versions": {k: v for k, v in environment().items() if k in VERSIONS},
     }
     facts |= {name: facts[name] | (given.pop(name, None) or {}) for name in ("target", "data")}
-    return known(facts | known(given))
+    found: Any = known(facts | known(given))
+    return found
 
 
 def given_facts(
@@ -122,17 +125,18 @@ def _guide(trainer: GuidedTrainer) -> Facts:
     return trainer.guide_identity | {"sizes": sizes, "batch_norm": norm} | timms
 
 
-def timms_name(config: Facts) -> str | None:
+def timms_name(config: Mapping[str, Json]) -> str | None:
     """The architecture behind transformers' wrapper of timm, which is one class for all of them."""
-    return config.get("architecture") if config.get("model_type") == "timm_wrapper" else None
+    name = config.get("architecture") if config.get("model_type") == "timm_wrapper" else None
+    return None if name is None else str(name)
 
 
-def sizes_of(config: Facts) -> Facts:
+def sizes_of(config: Mapping[str, Json]) -> dict[str, Json]:
     """The sizes among a network's config, in words."""
     return {name.replace("_", " "): config[name] for name in SIZES if config.get(name) is not None}
 
 
-def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
+def pairs_facts(points: list[dict[str, float]]) -> Facts | None:
     """Similarity of every pair in the first and the last log, each a mean over the steps since the log before.
 
     None where LayerDrop skipped the pair's target layer in all of these steps.

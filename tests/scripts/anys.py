@@ -19,7 +19,7 @@ CONTAINERS = {
     *("Sequence", "Iterable", "Iterator", "Collection", "set", "Set", "frozenset", "Optional", "Union", "Annotated"),
     *("Final", "ClassVar", "Required", "NotRequired"),
 }
-OVERRIDING = ("Trainer", "TrainerCallback", "Mixin")  # how the bases end whose methods a class here overrides
+OVERRIDING = ("Trainer", "TrainerCallback", "Mixin", "Behind")  # how the bases end whose methods a class here overrides
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-KINDS = ("median", "minimum")
+KINDS: tuple[Literal["median"], Literal["minimum"]] = ("median", "minimum")
+
+
+class Seconds(TypedDict, total=False):
+    """Seconds of one variant; `forward` and `all` where they are known."""
+
+    median: float
+    minimum: float
+    forward: Seconds
+    all: list[float]
+
+
+class Measured(TypedDict, total=False):
+    """Seconds of the variants, and how often a guided step runs the guide and the paper's has a batch."""
+
+    plain: Seconds
+    guide: Seconds
+    guided: Seconds
+    paper: Seconds
+    guide_forwards: int
+    batches_of_a_step: int
 
 
 def middle_and_least(values: list[float]) -> dict[str, float]:
@@ -13,7 +33,7 @@ def middle_and_least(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "minimum": min(values)}
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
+def summary(found: Measured) -> dict[str, Any]:
     """Split, floor and ratios from the seconds of the variants.
 
     Args:
@@ -42,7 +62,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     return {"floor": floor, "split": split, **ratios}
 
 
-def overhead_of_rounds(found: dict[str, Any], rounds: int) -> dict[str, Any]:
+def overhead_of_rounds(found: Measured, rounds: int) -> dict[str, Any]:
     """Overhead of each round, and mean and standard error of these (None of one round): in a round the variants run one
     after the other, so that a processor whose speed changes more slowly is as fast for all of them.
 
@@ -50,7 +70,7 @@ def overhead_of_rounds(found: dict[str, Any], rounds: int) -> dict[str, Any]:
         found: as of `summary`, with ``all`` seconds of plain, guide and guided, as many of every round.
     """
 
-    def of_round(name: str, number: int) -> float:
+    def of_round(name: Literal["plain", "guide", "guided"], number: int) -> float:
         seconds = found[name]["all"]
         count = len(seconds) // rounds
         return statistics.fmean(seconds[number * count : (number + 1) * count])
