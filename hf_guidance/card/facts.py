@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 from torch.utils.data import Dataset, IterableDataset
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
+from hf_guidance.config import Json
+
 if TYPE_CHECKING:
     import datasets
 
@@ -91,15 +93,16 @@ def example_of(processing: Processing | None) -> Facts | None:
     return {"text": processing.decode([i for i in range(len(processing)) if i not in special][:4])}
 
 
-def task_facts(name: str, description: str, data: Facts) -> Facts:
+def task_facts(name: str, description: str, data: Mapping[str, Json]) -> Facts:
     """What a card says of a task's data, from what they were made from."""
-    source = data.get("dataset") if not data.get("text_files") else None
-    files = [file["name"] for file in data.get("text_files") or ()]
+    made_from: Facts = dict(data)
+    source = made_from.get("dataset") if not made_from.get("text_files") else None
+    files = [file["name"] for file in made_from.get("text_files") or ()]
     folder = source.get("name") if isinstance(source, dict) else None
     if isinstance(source, str) and Path(source).is_absolute():
         folder = Path(source).name
     source = source if isinstance(source, str) and not folder and "/" in source and HUB_ID.fullmatch(source) else None
-    title = folder or source or data.get("dataset") if not files else ", ".join(files)
+    title = folder or source or made_from.get("dataset") if not files else ", ".join(files)
     facts: Facts = {"name": title or f"{name.replace('_', ' ')} data made on the fly", "id": source}
     facts["task"] = description
     for option, value in data.items():
@@ -107,10 +110,10 @@ def task_facts(name: str, description: str, data: Facts) -> Facts:
         shown = shown and (option != "shuffle_buffer" or bool(data.get("streaming")))
         if shown and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             facts[OPTIONS.get(option, option.replace("_", " "))] = value
-    if isinstance(pixels := data.get("target"), dict) and "mean" in pixels:
+    if isinstance(pixels := made_from.get("target"), dict) and "mean" in pixels:
         facts["images"] = f"{pixels['size']} × {pixels['size']} pixels"
         facts["normalised by"] = _mean_and_std(pixels["mean"], pixels["std"])
-        theirs = data.get("guide") or pixels
+        theirs = made_from.get("guide") or pixels
         if theirs["size"] != pixels["size"]:
             facts["images of the guide"] = f"{theirs['size']} × {theirs['size']} pixels"
     return known(facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import hf_guidance.targets as own_networks
 from hf_guidance.analysis.history import SPEED
 from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import EXAMPLES, known, task_facts
+from hf_guidance.config import Json
 from hf_guidance.experiments.report import Record, Report
 from hf_guidance.trainer.run_facts import VERSIONS, pairs_facts, sizes_of, timms_name, training_facts
 
@@ -51,7 +53,9 @@ def facts_of_record(run: Record, report: Report) -> RunFacts:
         "command_is_cut": report.get("command_is_cut"),
         "versions": {name: run["environment"][name] for name in VERSIONS},
     }
-    own = {name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")}
+    own: dict[str, Any] = {
+        name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")
+    }
     found: Any = known(merged(facts, own))
     return found  # the command that made the report may have gone on with earlier ones' runs
 
@@ -71,11 +75,10 @@ def _folder(run: Record, report: Report) -> str | None:
     return f"{words[words.index('--output_dir') + 1]}/seed-{run['seed']}/{run['run']}"
 
 
-def merged(facts: Facts, more: Facts) -> Facts:
+def merged(facts: Mapping[str, Json], more: Mapping[str, Json]) -> dict[str, Json]:
     """Facts with more of them, section by section; what both have is taken from the latter."""
-    return {
-        name: facts[name] | more[name]
-        if isinstance(facts.get(name), dict) and isinstance(more.get(name), dict)
-        else more.get(name, facts.get(name))
-        for name in [*facts, *(name for name in more if name not in facts)]
-    }
+    found: dict[str, Json] = {**facts, **more}
+    for name, theirs in more.items():
+        if isinstance(ours := facts.get(name), dict) and isinstance(theirs, dict):
+            found[name] = ours | theirs
+    return found

@@ -172,17 +172,18 @@ def _results(history: History, best: int | None = None) -> Facts | None:
     return None
 
 
-def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
+def training_facts(settings: Mapping[str, Json], steps: int, seed: int) -> Facts:
     """What of a run's `TrainingArguments`, as JSON values, its card shows."""
     half = "bfloat16" if settings["bf16"] else "float16" if settings["fp16"] else None
-    accumulated, decay, clip = (settings[n] for n in ("gradient_accumulation_steps", "weight_decay", "max_grad_norm"))
+    numbers: dict[str, Any] = dict(settings)
+    accumulated, decay, clip = (numbers[n] for n in ("gradient_accumulation_steps", "weight_decay", "max_grad_norm"))
     schedule = str(settings["lr_scheduler_type"]).replace("_", " ")
     return {
         "steps": steps,
         "batch size": settings["per_device_train_batch_size"],
         "accumulated over": f"{accumulated} batches" if accumulated > 1 else None,
         "processes": settings["world_size"],
-        "learning rate": f"{settings['learning_rate']:g}, {schedule}",
+        "learning rate": f"{numbers['learning_rate']:g}, {schedule}",
         "optimizer": str(settings["optim"]),
         "weight decay": f"{decay:g}" if decay else None,
         "gradients clipped at": f"{clip:g}" if clip else None,
