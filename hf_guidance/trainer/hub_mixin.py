@@ -82,7 +82,8 @@ class PublishingMixin(CardMixin):
         staged, message = make_empty(output / STAGING), f"Training in progress, step {self.state.global_step}"
         stage(model, checkpoint, staged)
         complete(staged, output)
-        options: Upload = {"repo_id": str(self.hub_model_id), "token": args.hub_token, "revision": args.hub_revision}
+        repository: Any = self.hub_model_id  # known since the repository was made
+        options: Upload = {"repo_id": repository, "token": args.hub_token, "revision": args.hub_revision}
         pushes: list[tuple[Path, Upload]] = [(staged, {**options, "commit_message": message})]
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         if place := places.get(HubStrategy(args.hub_strategy)):
