@@ -10,13 +10,17 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeAlias, TypeVar
 
 from hf_guidance.mapping import check_mapping, parse_pair
 from hf_guidance.schedule import check_schedule
 from hf_guidance.similarity.measures import MEASURES, get_measure
+
+Config = TypeVar("Config")
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
 
 CONFIG_NAME = "guidance_config.json"
 HIDDEN_STATES = "hidden_states"
@@ -31,12 +35,24 @@ CHOICES = {
 }
 
 
+def _describe_fields(config: type[Config]) -> type[Config]:
+    """Add the help text of every field to a dataclass's docstring."""
+    texts = "".join(_entry(f"{f.name}: {f.metadata['help']}") for f in fields(config))  # type: ignore[arg-type]
+    config.__doc__ = f"{inspect.cleandoc(config.__doc__ or '')}\n\nFields:{texts}\n"
+    return config
+
+
+def _entry(text: str) -> str:
+    return "\n" + textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+
+
 def _knob(default: Any, text: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
+@_describe_fields
 @dataclass
 class GuidanceConfig:
     """Settings of guidance: which layers are compared, how, with which weight and when.
@@ -224,7 +240,7 @@ class GuidanceConfig:
         return self.to_dict() | {"cache_guide": cache}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GuidanceConfig:
+    def from_dict(cls, values: Mapping[str, Json]) -> GuidanceConfig:
         """Build a config from JSON values.
 
         Raises:
@@ -233,9 +249,10 @@ class GuidanceConfig:
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"Unknown guidance fields {unknown}; this version knows {known}.")
-        return cls(**values)
+        given: dict[str, Any] = dict(values)
+        return cls(**given)  # which checks their types
 
-    def save(self, directory: str | os.PathLike[str], guide: dict[str, Any] | None = None) -> Path:
+    def save(self, directory: str | os.PathLike[str], guide: Mapping[str, Json] | None = None) -> Path:
         """Write `guidance_config.json`.
 
         Args:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
+from hf_guidance.features.rows import Batch
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, freeze
@@ -140,7 +141,7 @@ class GuidanceLoss:
 
     @contextmanager
     def watch(
-        self, batch: Mapping[str, Any], *, step: int = 0, micro_step: int = 0, rank: int = 0, log: bool = True
+        self, batch: Batch, *, step: int = 0, micro_step: int = 0, rank: int = 0, log: bool = True
     ) -> Iterator[Watched]:
         """Run the guide on a batch, then watch the one forward of the target inside the `with` block.
 
@@ -188,7 +189,7 @@ class GuidanceLoss:
         self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
 
     def samples_of(
-        self, batch: Mapping[str, Any], like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0
+        self, batch: Batch, like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0
     ) -> Samples:
         """Make the samples of a batch.
 
@@ -205,7 +206,7 @@ class GuidanceLoss:
         options |= {"ranks": self.ranks, "sketch": self.sketch, "thin": thin, "together": True}
         return Samples(batch, config.sample_axis, config.max_tokens, **options)
 
-    def forward_guide(self, inputs: Mapping[str, Any]) -> Any:
+    def forward_guide(self, inputs: Batch) -> Any:
         """Run the guide on those of the inputs that it accepts, moved to its device.
 
         Args:
@@ -221,7 +222,7 @@ class GuidanceLoss:
         return forward(self.guide, inputs)
 
     @torch.no_grad()
-    def open_cache(self, batch: Mapping[str, Any], rows: int, identity: Mapping[str, Any], create: bool = True) -> None:
+    def open_cache(self, batch: Batch, rows: int, identity: Mapping[str, Json], create: bool = True) -> None:
         """Open or create the cache that the config's `cache_guide` names. Call it once, before the first step.
 
         Args:
@@ -236,7 +237,7 @@ class GuidanceLoss:
         self.running.open_cache(guide_batch(batch, self.target), batch, rows, identity, create)
 
     @torch.no_grad()
-    def _run_guide(self, batch: Mapping[str, Any], samples: Samples, key: tuple[int, ...]) -> tuple[Samples, Grams]:
+    def _run_guide(self, batch: Batch, samples: Samples, key: tuple[int, ...]) -> tuple[Samples, Grams]:
         inputs = guide_batch(batch, self.target)
         if self.pairs is None:
             if not self.config.guide_shares_tokenizer:

@@ -237,3 +237,9 @@ def test_types_are_not_converted(name: str, value: Any, expected: str) -> None:
 
 def test_a_whole_number_is_a_weight() -> None:
     assert GuidanceConfig(guidance_weight=2).guidance_weight == 2
+
+
+def test_help_describes_every_field() -> None:
+    words = " ".join((GuidanceConfig.__doc__ or "").split())
+    for name, field in FIELDS.items():
+        assert f" {name}: {' '.join(field.metadata['help'].split())}" in words

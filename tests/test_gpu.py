@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, debiased_cka, linear_cka
-from hf_guidance.similarity.grams import gram
+from hf_guidance.similarity.grams import gram, layer_gram
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -43,7 +43,7 @@ def test_float32_of_a_network_that_computes_in_half_precision_is_multiplied_as_s
     exact = gram(x.double())
     with torch.autocast("cuda", torch.bfloat16):
         assert (gram(x) - exact).norm() < 1e-5 * exact.norm()
-        residual = gram(x, in_region=True)
+        residual = layer_gram(x, in_region=True)
     assert 1e-6 < (residual - exact).norm() / exact.norm() < 5e-3
 
 
@@ -63,7 +63,7 @@ def test_a_dead_layer_is_found_in_half_precision():
     for dead in (x.bfloat16(), x.half()):
         assert not gram(dead).any()
     with torch.autocast("cuda", torch.bfloat16):
-        assert not gram(torch.full_like(x, 3.1), in_region=True).any()
+        assert not layer_gram(torch.full_like(x, 3.1), in_region=True).any()
 
 
 def test_one_constant_massive_activation_does_not_make_a_layer_dead():

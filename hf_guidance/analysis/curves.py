@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from hf_guidance.analysis.figures import save
-from hf_guidance.analysis.history import History, similarity_curves, training_curve, validation_curve
+from hf_guidance.analysis.history import Curves, History, similarity_curves, training_curve, validation_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Points: TypeAlias = Literal["curve", "training", "similarity"]
 
 MANY_PAIRS = 8  # above this, a colour bar replaces the legend, which would hide the lines
 
 
 def plot_comparison(
-    results: Sequence[dict[str, Any]],
+    results: Sequence[Curves],
     metric: str,
     path: str | os.PathLike[str],
     percent: bool = True,
@@ -78,7 +80,7 @@ def plot_run(history: History, path: str | os.PathLike[str], measure: str | None
     from matplotlib.figure import Figure
 
     metric, curve = validation_curve(history)
-    run: dict[str, Any] = {
+    run: Curves = {
         "curve": curve,
         "training": training_curve(history),
         "similarity": similarity_curves(history),
@@ -105,7 +107,7 @@ def plot_run(history: History, path: str | os.PathLike[str], measure: str | None
     return True
 
 
-def _curve(panel: Axes, runs: Sequence[dict[str, Any]], name: str, color: str, factor: float) -> None:
+def _curve(panel: Axes, runs: Sequence[Curves], name: str, color: str, factor: float) -> None:
     by_step = _by_step(runs, "curve", "value")
     steps = list(by_step)
     means = [statistics.fmean(by_step[s]) * factor for s in steps]
@@ -115,8 +117,9 @@ def _curve(panel: Axes, runs: Sequence[dict[str, Any]], name: str, color: str, f
         panel.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
 
 
-def _losses(panel: Axes, runs: Sequence[dict[str, Any]], color: str) -> None:
-    for points, style in (("curve", "-"), ("training", "--")):
+def _losses(panel: Axes, runs: Sequence[Curves], color: str) -> None:
+    styles: dict[Points, str] = {"curve": "-", "training": "--"}
+    for points, style in styles.items():
         by_step = _by_step(runs, points, "loss")
         means = [statistics.fmean(values) for values in by_step.values()]
         panel.plot(list(by_step), means, style, marker=_marker(by_step), color=color, linewidth=1.0)
@@ -127,7 +130,7 @@ def _marker(points: Sized) -> str | None:
     return "." if len(points) == 1 else None
 
 
-def _by_step(runs: Sequence[dict[str, Any]], points: str, name: str) -> dict[int, list[float]]:
+def _by_step(runs: Sequence[Curves], points: Points, name: str) -> dict[int, list[float]]:
     """Return step → values of the runs, at the steps that all runs have."""
     by_step: dict[int, list[float]] = {}
     for run in runs:
@@ -137,7 +140,7 @@ def _by_step(runs: Sequence[dict[str, Any]], points: str, name: str) -> dict[int
     return {step: by_step[step] for step in sorted(by_step) if len(by_step[step]) == len(runs)}
 
 
-def _similarities(panel: Axes, runs: Sequence[dict[str, Any]], name: str) -> None:
+def _similarities(panel: Axes, runs: Sequence[Curves], name: str) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
 

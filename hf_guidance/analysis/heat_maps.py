@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.analysis.figures import save
+from hf_guidance.analysis.history import Curves, SimilarityMap
 from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
 from hf_guidance.guide.freezing import BATCH_NORM, freeze
 from hf_guidance.loss import GuidanceLoss, Watched
@@ -31,7 +32,7 @@ def similarity_map(
     config: GuidanceConfig,
     batch: Mapping[str, Tensor],
     autocast: AbstractContextManager[Any] | None = None,
-) -> dict[str, Any]:
+) -> SimilarityMap:
     """Compute the similarity of every target layer with every guide layer on one batch.
 
     The target runs as in training but without dropout: batch norm uses the statistics of the batch and keeps none.
@@ -77,7 +78,7 @@ def _watch(loss: GuidanceLoss, batch: Mapping[str, Tensor]) -> Watched:
     return watched
 
 
-def plot_similarity_maps(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
+def plot_similarity_maps(results: Sequence[Curves], path: str | os.PathLike[str]) -> bool:
     """Draw the maps of each guided run before and after training, for its first seed, and save the figure.
 
     Args:
@@ -106,7 +107,7 @@ def plot_similarity_maps(results: Sequence[dict[str, Any]], path: str | os.PathL
     return True
 
 
-def _draw(panel: Axes, content: dict[str, Any]) -> Any:
+def _draw(panel: Axes, content: SimilarityMap) -> Any:
     rows, columns = content["target_layers"], content["guide_layers"]
     image = panel.imshow(content["similarity"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
     places = [pair.split("~") for pair in content["pairs"]]

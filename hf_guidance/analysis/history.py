@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
-History = list[dict[str, Any]]
+Log = dict[str, float]
+History = list[Log]
+
+
+class SimilarityMap(TypedDict):
+    """Similarity of every target layer (a row each) with every guide layer, as `similarity_map` makes it."""
+
+    measure: str
+    target_layers: list[str]
+    guide_layers: list[str]
+    similarity: list[list[float]]
+    pairs: list[str]
+
+
+class Curves(TypedDict, total=False):
+    """What a run's record holds for figures; `when` is the titles of its two maps."""
+
+    run: str
+    seed: int
+    curve: list[dict[str, Any]]
+    training: list[dict[str, Any]]
+    similarity: list[dict[str, Any]]
+    similarity_maps: dict[str, SimilarityMap]
+    when: tuple[str, str]
+    settings: dict[str, Any]
+
+
 SIMILARITY = "guidance/similarity/"
 # what Trainer logs for an evaluation beside the metrics
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
-def metrics_of(log: dict[str, Any], split: str) -> dict[str, float]:
+def metrics_of(log: Log, split: str) -> dict[str, float]:
     """Return name → value of the metrics that a log entry holds for the split `eval` or `test`."""
     values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}
     return {n: float(v) for n, v in values.items() if not n.endswith(SPEED) and isinstance(v, (int, float))}
@@ -21,7 +47,7 @@ def training_curve(history: History) -> list[dict[str, Any]]:
     return [{"step": h["step"], "loss": h.get("task/loss", h["loss"])} for h in history if "loss" in h]
 
 
-def similarity_curves(history: History) -> list[dict[str, Any]]:
+def similarity_curves(history: History) -> History:
     """Return points with `step` and the similarity of every pair, under the name of the pair."""
     points = []
     for log in history:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from hf_guidance.card.contents import Network, PairRow, RunFacts, Values
 from hf_guidance.card.markdown import count, escape, shown, table
 from hf_guidance.config import GuidanceConfig
 
-Facts = dict[str, Any]
 PAPER = "https://arxiv.org/abs/2410.20035"
 HUB = "https://huggingface.co"  # not the endpoint that this machine uses
 SEEN = {
@@ -29,12 +29,12 @@ OTHER_NAMES = {
 }  # GPT-2's config has both names
 
 
-def _once(sizes: Facts) -> list[tuple[str, Any]]:
+def _once(sizes: Values) -> list[tuple[str, Any]]:
     """Keep one name for each size, if a config has two for the same size."""
     return [(name, value) for name, value in sizes.items() if sizes.get(OTHER_NAMES.get(name, "")) != value]
 
 
-def summary(facts: Facts) -> str:
+def summary(facts: RunFacts) -> str:
     """Summarise the target in two sentences."""
     target, guide = facts["target"], facts.get("guide")
     data = f" on {escape(facts['data']['name'])}" if facts.get("data", {}).get("name") else ""
@@ -57,7 +57,7 @@ def _a(name: str) -> str:
     return ("An " if name[:1] in ("AEFHILMNORSX" if spelt else "AEIO") else "A ") + escape(name)
 
 
-def networks(facts: Facts) -> str:
+def networks(facts: RunFacts) -> str:
     """Compare target and guide in a table."""
     sides = [facts["target"], *([facts["guide"]] if facts.get("guide") else [])]
     names = (f"{side['timm']} of timm" if side.get("timm") else side["architecture"] for side in sides)
@@ -71,7 +71,7 @@ def networks(facts: Facts) -> str:
     return table(["", "target", "guide"][: len(sides) + 1], rows)
 
 
-def _origin(side: Facts) -> str:
+def _origin(side: Network) -> str:
     if side.get("untrained"):
         return f"random, seed {side['seed']}"
     if side.get("untrained") is False and not side.get("revision"):
@@ -80,7 +80,7 @@ def _origin(side: Facts) -> str:
     return source + (f" at {side['revision']}" if side.get("revision") else "")
 
 
-def guide(facts: Facts) -> str:
+def guide(facts: RunFacts) -> str:
     """Identify the guide, and tell how to load it again."""
     own = facts.get("guide")
     if not own:
@@ -95,12 +95,12 @@ def guide(facts: Facts) -> str:
     return text
 
 
-def on_the_hub(own: Facts) -> bool:
+def on_the_hub(own: Network) -> bool:
     """Tell whether a guide was loaded from the Hub. Only then is its commit known."""
     return bool(own.get("source") and own.get("revision"))
 
 
-def guidance(facts: Facts) -> str:
+def guidance(facts: RunFacts) -> str:
     """List the settings of the guidance."""
     if not facts.get("guide"):
         return ""
@@ -140,7 +140,7 @@ def _not_default(config: GuidanceConfig) -> list[list[str]]:
     return [[name, value] for name, value in rows.items() if value is not None]
 
 
-def pairs(facts: Facts) -> str:
+def pairs(facts: RunFacts) -> str:
     """Tabulate the similarity of each pair of layers, before and after training."""
     found = facts.get("pairs")
     if not found:
@@ -148,14 +148,14 @@ def pairs(facts: Facts) -> str:
     first, last = _span(0, found["first"]), _span(found["before_last"], found["last"])
     header = ["target layer", "guide layer", f"similarity in training, {first}", last]
     rows = [
-        [p["target"], p["guide"], *("–" if p[when] is None else shown(p[when], 3) for when in ("first", "last"))]
+        [p["target"], p["guide"], *("–" if value is None else shown(value, 3) for value in (p["first"], p["last"]))]
         for p in sorted(found["rows"], key=_in_order)
     ]
     note = "\n\n–: LayerDrop skipped the target layer in all of these steps." if any("–" in row for row in rows) else ""
     return table(header, rows) + note
 
 
-def _in_order(row: Facts) -> list[tuple[int, str]]:
+def _in_order(row: PairRow) -> list[tuple[int, str]]:
     """Return a key that sorts layer 9 before layer 10. Logs are sorted alphabetically."""
     parts = re.split(r"(\d+)", f"{row['target']}~{row['guide']}")
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+from hf_guidance.config import Json
 
 
-def escape(text: Any) -> str:
+def escape(text: Json) -> str:
     """Escape a text, so that markdown and HTML show it unchanged, in a table cell too."""
     text = re.sub(r"\s+", " ", str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~{}])", r"\\\1", text)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[Json]]) -> str:
     """Format a markdown table. Cells are escaped."""
     lines = [[escape(cell) for cell in line] for line in [header, *rows]]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]

@@ -9,7 +9,14 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers import TrainingArguments
+
+from hf_guidance.config import Json
+
+Value = TypeVar("Value")
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{20,})")
 SECRET = re.compile(r"token|secret|password|api_?key")
@@ -22,15 +29,20 @@ ANYBODY = ("root", "user", "localhost")  # names that identify nobody
 LEAST = 4  # shortest name to cut out everywhere; shorter ones are parts of words
 
 
-def scrub(value: Any) -> Any:
+def scrub(value: Value) -> Value:
     """Remove tokens, the folders of paths, and the names of user and machine from the texts of a JSON value."""
+    found: Any = _scrubbed(value)
+    return found
+
+
+def _scrubbed(value: Any) -> Any:
     if isinstance(value, str):
         text = WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value)))
         # a single word is an id or a setting, even if it is also a name
         return _own_names().sub("…", text) if " " in text else text
     if isinstance(value, dict):
-        return {name: scrub(entry) for name, entry in value.items()}
-    return [scrub(entry) for entry in value] if isinstance(value, list) else value
+        return {name: _scrubbed(entry) for name, entry in value.items()}
+    return [_scrubbed(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _own_names() -> re.Pattern[str]:
@@ -45,7 +57,7 @@ def own_names() -> set[str]:
     return {os.environ.get("USER", ""), Path.home().name, node, node.partition(".")[0]} - {"", *ANYBODY}
 
 
-def scrub_arguments(args: Any) -> Any:
+def scrub_arguments(args: Arguments) -> Arguments:
     """Copy training arguments without tokens and without paths of this machine."""
     clean = copy.copy(args)
     for field in dataclasses.fields(args):
@@ -73,7 +85,7 @@ def scrub_state(path: Path) -> None:
     replace_text(path, as_json(content))
 
 
-def as_json(content: Any) -> str:
+def as_json(content: Json) -> str:
     """Format a JSON value as files store it."""
     return json.dumps(content, indent=2) + "\n"
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_guidance.card import guidance_sections, result_sections
+from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.markdown import code, escape
 from hf_guidance.card.redaction import scrub
 
@@ -26,10 +27,9 @@ USES = {
 LABEL = "print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])"
 GENERATED = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
 EACH_POSITION = "print(tokenizer.decode(model(**inputs).logits[0].argmax(-1)))"
-Facts = dict[str, Any]
 
 
-def render(facts: Facts) -> str:
+def render(facts: RunFacts) -> str:
     """Render the card as markdown, with its metadata in front. A section without facts is left out.
 
     Args:
@@ -48,12 +48,12 @@ def render(facts: Facts) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _use(facts: Facts) -> tuple[str, str] | None:
+def _use(facts: RunFacts) -> tuple[str, str] | None:
     name = facts["target"]["architecture"]
     return next((use for ending, use in USES.items() if name.endswith(ending)), None)
 
 
-def _metadata(facts: Facts) -> str:
+def _metadata(facts: RunFacts) -> str:
     guide, use, data = facts.get("guide"), _use(facts), facts.get("data", {})
     tags = ["hf_guidance", *(["guidance"] if guide else []), *([use[1]] if use else []), *facts.get("tags", [])]
     results = [
@@ -69,7 +69,7 @@ def _metadata(facts: Facts) -> str:
         for name, value in facts.get("results", {}).get("values", {}).items()
         if data.get("name") and math.isfinite(value)
     ]
-    extra: Facts = {}
+    extra: dict[str, Any] = {}
     if guide and guidance_sections.on_the_hub(guide):
         extra = {"guide": guide["source"], "guide_revision": guide["revision"]}
     values = facts.get("results", {}).get("values", {})
@@ -91,7 +91,7 @@ def _metadata(facts: Facts) -> str:
     return content.to_yaml()
 
 
-def _usage(facts: Facts) -> str:
+def _usage(facts: RunFacts) -> str:
     use, place = _use(facts), facts.get("repository") or facts.get("folder")
     example = facts.get("example") or {}
     if use is None or not place or not (use[1] == "image-classification" or example):
@@ -125,7 +125,7 @@ def _usage(facts: Facts) -> str:
     return code("python", "\n".join(lines))
 
 
-def _loading(facts: Facts) -> str:
+def _loading(facts: RunFacts) -> str:
     text = ""
     if not facts.get("repository"):
         text = "This network is in no repository: the command below makes it, in that folder. "

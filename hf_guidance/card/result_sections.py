@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.guidance_sections import HUB, on_the_hub
 from hf_guidance.card.markdown import code, escape, shown, table
 
-Facts = dict[str, Any]
 CITATION = """@inproceedings{subramaniam2025guidance,
   title     = {Training the Untrainable: Introducing Inductive Bias via
                Representational Alignment},
@@ -22,7 +22,7 @@ CUT = "Arguments other than the known training settings are left out."
 WIDTH = 60  # width of a line of the command after which the next flag starts a new line
 
 
-def results(facts: Facts) -> str:
+def results(facts: RunFacts) -> str:
     """Tabulate this network's own metrics."""
     own = facts.get("results")
     if not own:
@@ -34,27 +34,28 @@ def results(facts: Facts) -> str:
     return text
 
 
-def comparison(facts: Facts) -> str:
+def comparison(facts: RunFacts) -> str:
     """Show the table of this run and the runs it is matched with."""
     own = facts.get("comparison")
     return f"{escape(own['text'])}\n\n{own['table']}" if own else ""
 
 
-def figures(facts: Facts) -> list[str]:
+def figures(facts: RunFacts) -> list[str]:
     return [f"![{escape(figure['caption'])}]({figure['file']})" for figure in facts.get("figures", [])]
 
 
-def rows_of(name: str) -> Callable[[Facts], str]:
+def rows_of(name: str) -> Callable[[RunFacts], str]:
     """Make a section that shows one part of the facts as a table."""
 
-    def part(facts: Facts) -> str:
-        rows = [[k.replace("_", " "), v] for k, v in facts.get(name, {}).items() if v is not None and k != "id"]
+    def part(facts: RunFacts) -> str:
+        section: Any = facts.get(name, {})
+        rows = [[k.replace("_", " "), v] for k, v in section.items() if v is not None and k != "id"]
         return table([name, ""], rows) if rows else ""
 
     return part
 
 
-def limitations(facts: Facts) -> str:
+def limitations(facts: RunFacts) -> str:
     text = f"A network for the study of training, not for use: {_learnt(facts)}, "
     text += "and was tested on no other. " if facts.get("results") else "and was not tested. "
     if facts.get("guide"):
@@ -63,7 +64,7 @@ def limitations(facts: Facts) -> str:
     return text + (f"The figures are of {seeds} seed{'s' if seeds > 1 else ''}." if seeds else "One seed.")
 
 
-def _learnt(facts: Facts) -> str:
+def _learnt(facts: RunFacts) -> str:
     data = "the data above" if facts.get("data") else "data that are not named here"
     if facts["target"].get("untrained"):
         return f"it has learnt from {data}" + (" and from nothing else" if facts.get("data") else "")
@@ -72,11 +73,11 @@ def _learnt(facts: Facts) -> str:
     return f"it has learnt from {data}, and what its weights had learnt before is not known here"
 
 
-def versions(facts: Facts) -> str:
+def versions(facts: RunFacts) -> str:
     return "Made with " + ", ".join(f"{escape(k)} {escape(v)}" for k, v in facts["versions"].items()) + "."
 
 
-def command(facts: Facts) -> str:
+def command(facts: RunFacts) -> str:
     """Format the command, broken between its flags so that a page shows all of it."""
     if not facts.get("command"):
         return ""
@@ -90,7 +91,7 @@ def command(facts: Facts) -> str:
     return f"{text}\n\n{CUT}" if facts.get("command_is_cut") else text
 
 
-def citation(facts: Facts) -> str:
+def citation(facts: RunFacts) -> str:
     """Cite the paper, and the guide if it is from the Hub."""
     own = facts.get("guide") or {}
     if not on_the_hub(own):

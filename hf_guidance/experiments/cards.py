@@ -18,7 +18,7 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.rendering import render
 from hf_guidance.experiments.record_facts import facts_of_record
-from hf_guidance.experiments.report import comparison_rows, differences, markdown_table
+from hf_guidance.experiments.report import Record, Report, comparison_rows, differences, markdown_table
 from hf_guidance.trainer.staging import CARD, STAGING, make_empty, put, stage, without_links
 from hf_guidance.trainer.uploads import later, push_staged
 
@@ -30,7 +30,6 @@ FIGURES = {
     "similarity.png": "Similarity of every target layer with every guide layer, before and after training, of rows to "
     "validate with, without dropout",
 }
-Report = dict[str, Any]
 
 
 def write_cards(report: Report, folder: Path) -> list[Path]:
@@ -75,18 +74,18 @@ def write_model_cards(results: Path, folder: Path) -> list[Path]:
     return written
 
 
-def first_guided(report: Report) -> list[dict[str, Any]]:
+def first_guided(report: Report) -> list[Record]:
     """Select the guided runs of a report, one per kind, each of the first seed."""
     return list({run["run"]: run for run in reversed(report["runs"]) if run["guide"]}.values())[::-1]
 
 
-def model_card_of(run: dict[str, Any], report: Report, title: str) -> str:
+def model_card_of(run: Record, report: Report, title: str) -> str:
     """Return the card of a committed result as Markdown."""
     figures = ["comparison.png", *(["similarity.png"] if run.get("similarity_maps") else [])]
     return card_of(run, report, figures, name=f"{title}-{run['run']}")
 
 
-def draw(run: dict[str, Any], report: Report, place: Path) -> None:
+def draw(run: Record, report: Report, place: Path) -> None:
     """Draw the figures of a committed result into a folder."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     runs = [r for r in report["runs"] if _belongs(r["run"], run) and r["run"] != "alone_longer"]
@@ -94,7 +93,7 @@ def draw(run: dict[str, Any], report: Report, place: Path) -> None:
     plot_similarity_maps([run], place / "similarity.png")
 
 
-def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: Any) -> str:
+def card_of(run: Record, report: Report, figures: list[str], **given: Any) -> str:
     """Return the card of one run as Markdown, with the comparison that it is part of."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run)]
@@ -108,10 +107,11 @@ def card_of(run: dict[str, Any], report: Report, figures: list[str], **given: An
             "seeds": len({r["seed"] for r in report["runs"]}),
         },
     }
-    return render(facts | given)
+    told: Any = facts | given
+    return render(told)
 
 
-def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[str, str]:
+def _cost(run: Record, report: Report, known: dict[str, str]) -> dict[str, str]:
     """Combine the times from the comparison with the costs that the run itself reports."""
     kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "of the device"
     alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
@@ -126,7 +126,7 @@ def _cost(run: dict[str, Any], report: Report, known: dict[str, str]) -> dict[st
     return cost | known
 
 
-def _in_words(run: dict[str, Any], report: Report) -> str:
+def _in_words(run: Record, report: Report) -> str:
     text = "Matched runs: same seeds, same initial weights, same data order"
     text += "; the learning rate is the best one without guidance." if report["learning_rate_search"] else "."
     several = len({other["seed"] for other in report["runs"]}) > 1
@@ -146,7 +146,7 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _belongs(row: str, run: dict[str, Any]) -> bool:
+def _belongs(row: str, run: Record) -> bool:
     """Tell whether a row of the table is about this run: the run, an unguided one, or its guide."""
     return row == run["run"] or row.startswith("alone") or row == run["guide"]["source"]
 

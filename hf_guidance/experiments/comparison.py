@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,10 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.card.contents import RunFacts
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.report import Record
 from hf_guidance.experiments.run import SETTINGS, Run, check_same_settings, first_rows, record_of, settings_of
 from hf_guidance.guide.identity import check_same_guide, identity
 from hf_guidance.guide.sharding import built_whole
@@ -88,9 +90,9 @@ def carry_out(
     args: TrainingArguments,
     guidance: GuidanceConfig,
     folder: Path,
-    data: dict[str, Any],
-    facts: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    data: Mapping[str, Json],
+    facts: RunFacts | None = None,
+) -> Record:
     """Train, evaluate, test and save one run under `folder`, or read the result of an earlier call.
 
     Args:
@@ -179,7 +181,7 @@ def _numbered(rows: Any, column: str) -> Any:
     return rows.add_column(column, list(range(len(rows))))
 
 
-def _read(path: Path, run: Run) -> dict[str, Any]:
+def _read(path: Path, run: Run) -> Record:
     result = json.loads(path.read_text(encoding="utf-8"))
     if run.guide is not None:
         check_same_guide(identity(run.guide()), result["guide"], str(path.parent))
@@ -200,8 +202,8 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
 
 
 def best_learning_rate(
-    runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], dict[str, Any]], higher_is_better: bool
-) -> tuple[float, list[dict[str, Any]]]:
+    runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], Record], higher_is_better: bool
+) -> tuple[float, list[Record]]:
     """Train the unguided runs at each learning rate and choose the best on validation data, averaged over seeds.
 
     A rate at which the loss of a run stops being finite counts as the worst.
@@ -220,7 +222,7 @@ def best_learning_rate(
     """
     worst = -math.inf if higher_is_better else math.inf
     means: dict[float, float] = {}
-    results: list[dict[str, Any]] = []
+    results: list[Record] = []
     for rate in dict.fromkeys(rates):
         found = [_tried(run, rate, carry) for run in runs]
         values = [math.nan if result["validation"] is None else result["validation"] for result in found]
@@ -232,7 +234,7 @@ def best_learning_rate(
     return best, results
 
 
-def _tried(run: Run, rate: float, carry: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+def _tried(run: Run, rate: float, carry: Callable[[Run], Record]) -> Record:
     name = f"{run.name}-lr{rate:g}"
     try:
         return carry(dataclasses.replace(run, name=name, training={**run.training, "learning_rate": rate}))

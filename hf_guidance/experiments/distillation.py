@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Trainer
 
+from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_guide
@@ -71,7 +72,11 @@ class DistillationTrainer(Trainer):
         self.distillation_weight, self.temperature = distillation_weight, temperature
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the weighted loss while training, and the task loss alone in evaluation."""
         if not model.training:
@@ -92,9 +97,10 @@ class DistillationTrainer(Trainer):
             reduction="batchmean",
             log_target=True,
         )
-        hard = cross_entropy(ours, inputs["labels"])
+        labels: Any = inputs["labels"]
+        hard = cross_entropy(ours, labels)
         loss = (1 - self.distillation_weight) * hard + self.distillation_weight * self.temperature**2 * soft
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, without_guide(inputs), *args, **kwargs)

@@ -6,7 +6,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from hf_guidance.config import Json
+from hf_guidance.experiments.report import Record, Report
 
 
 def check_writable(folder: Path) -> None:
@@ -19,7 +21,7 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): name another folder.") from error
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Json | Record | Report) -> None:
     """Write a JSON file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

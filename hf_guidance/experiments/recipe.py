@@ -22,7 +22,7 @@ from hf_guidance.experiments.command_line import check_choice, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.record_facts import LICENSE
-from hf_guidance.experiments.report import comparison_rows, markdown_table
+from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import Run
 from hf_guidance.tasks import Task
 from hf_guidance.trainer.checkpoints import last_whole_checkpoint
@@ -187,7 +187,7 @@ def _parse(
 
 def compare(
     recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
-) -> dict[str, Any]:
+) -> Report:
     """Train every run; read the results of finished runs, and resume interrupted ones."""
     task, folder = comparison.task, Path(str(args.output_dir))
     alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
@@ -198,16 +198,16 @@ def compare(
     name = Path(sys.argv[0]).name
     command = ["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]
     started = command_facts(command, type(recipe), TrainingArguments, GuidanceConfig)
-    facts: dict[str, Any] = started | {"license": LICENSE}
+    facts: Any = started | {"license": LICENSE}
     facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
     for run in comparison.runs(recipe.seeds[0]):
         check(run, task, args, guidance, folder)
 
-    def carry(run: Run) -> dict[str, Any]:
+    def carry(run: Run) -> Record:
         own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
         return carry_out(run, own, args, guidance, folder, comparison.data, facts)
 
-    search: list[dict[str, Any]] = []
+    search: list[Record] = []
     if recipe.learning_rates:
         args.learning_rate, search = best_learning_rate(alone, recipe.learning_rates, carry, task.higher_is_better)
     found = {r["seed"]: r | {"run": "alone"} for r in search if r["settings"]["learning_rate"] == args.learning_rate}
@@ -218,7 +218,7 @@ def compare(
     ]
     if recipe.longer_baseline:
         results += [carry(_longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
-    return {
+    made: Any = {
         "recipe": Path(name).stem,
         **started,
         "environment": environment(),
@@ -231,9 +231,10 @@ def compare(
         "learning_rate_search": [{k: r[k] for k in ("run", "seed", "validation")} for r in search],
         "runs": results,
     }
+    return made
 
 
-def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
+def _longer(run: Run, steps: int, results: list[Record]) -> Run:
     """Return the unguided run, trained for twice the steps or 1.25 times the time of the slowest guided run of its
     seed.
 
@@ -246,7 +247,7 @@ def _longer(run: Run, steps: int, results: list[dict[str, Any]]) -> Run:
     return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
 
 
-def publish(report: dict[str, Any], folder: Path, args: TrainingArguments) -> None:
+def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     """Write table, results.json, figures and cards, the numbers first: a later failure must not lose them."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     report["table"] = comparison_rows(report["runs"], metric=metric)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hf_guidance.targets as own_networks
 from hf_guidance.analysis.history import SPEED
+from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import EXAMPLES, known, task_facts
+from hf_guidance.config import Json
+from hf_guidance.experiments.report import Record, Report
 from hf_guidance.trainer.run_facts import VERSIONS, pairs_facts, sizes_of, timms_name, training_facts
 
 Facts = dict[str, Any]
 LICENSE = "apache-2.0"
 
 
-def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
+def facts_of_record(run: Record, report: Report) -> RunFacts:
     """Gather the facts of one guided run of a recipe, for `render`. Those in its `card` take precedence.
 
     Args:
@@ -49,18 +53,21 @@ def facts_of_record(run: dict[str, Any], report: dict[str, Any]) -> Facts:
         "command_is_cut": report.get("command_is_cut"),
         "versions": {name: run["environment"][name] for name in VERSIONS},
     }
-    own = {name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")}
-    return known(merged(facts, own))  # the report's command may have resumed the runs of earlier ones
+    own: dict[str, Any] = {
+        name: fact for name, fact in (run.get("card") or {}).items() if not name.startswith("command")
+    }
+    found: Any = known(merged(facts, own))
+    return found  # the report's command may have resumed the runs of earlier ones
 
 
-def _guide(run: dict[str, Any]) -> Facts:
+def _guide(run: Record) -> Facts:
     norm = run["settings"]["guidance"]["guide_batch_norm"] != "eval"
     config = run["guide"].get("config") or {}
     timms = known({"timm": timms_name(config)})
     return run["guide"] | {"sizes": sizes_of(config), "batch_norm": norm} | timms
 
 
-def _folder(run: dict[str, Any], report: dict[str, Any]) -> str | None:
+def _folder(run: Record, report: Report) -> str | None:
     """Return the folder of the network, if the command names its output folder."""
     words = shlex.split(report["command"])
     if "--output_dir" not in words[:-1] or Path(words[words.index("--output_dir") + 1]).is_absolute():
@@ -68,11 +75,10 @@ def _folder(run: dict[str, Any], report: dict[str, Any]) -> str | None:
     return f"{words[words.index('--output_dir') + 1]}/seed-{run['seed']}/{run['run']}"
 
 
-def merged(facts: Facts, more: Facts) -> Facts:
+def merged(facts: Mapping[str, Json], more: Mapping[str, Json]) -> dict[str, Json]:
     """Merge two sets of facts section by section; the second takes precedence."""
-    return {
-        name: facts[name] | more[name]
-        if isinstance(facts.get(name), dict) and isinstance(more.get(name), dict)
-        else more.get(name, facts.get(name))
-        for name in [*facts, *(name for name in more if name not in facts)]
-    }
+    found: dict[str, Json] = {**facts, **more}
+    for name, theirs in more.items():
+        if isinstance(ours := facts.get(name), dict) and isinstance(theirs, dict):
+            found[name] = ours | theirs
+    return found

@@ -5,9 +5,48 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
-Result = dict[str, Any]
+from hf_guidance.analysis.history import Curves
+from hf_guidance.card.contents import RunFacts
+
+
+class Record(Curves, total=False):
+    """A run of a report: what it was made with and what came of it."""
+
+    steps: int
+    parameters: int
+    target: str
+    guide: Any  # its identity; None without guidance
+    environment: dict[str, Any]
+    validation: Any  # a number; None where the loss did not stay finite
+    test: dict[str, float]
+    seconds: float
+    card: RunFacts
+
+
+class Report(TypedDict, total=False):
+    """The content of ``results.json``."""
+
+    recipe: str
+    command: str
+    command_is_cut: bool
+    environment: dict[str, Any]
+    task: dict[str, Any]
+    learning_rate_search: list[dict[str, Any]]
+    runs: list[Record]
+    table: list[Row]
+
+
+class Row(TypedDict):
+    """The runs of one name, over their seeds: means, and (mean, standard deviation)."""
+
+    run: str
+    seeds: list[int]
+    steps: int
+    seconds: float
+    validation: tuple[float, float | None] | None
+    test: tuple[float, float | None] | None
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -15,7 +54,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def value_at(result: Result, *, step: float = math.inf, seconds: float = math.inf) -> float | None:
+def value_at(result: Record, *, step: float = math.inf, seconds: float = math.inf) -> float | None:
     """Return the first validation value of a run at or after `step` or `seconds` of training.
 
     Measured time varies, so a run may end slightly before `seconds`. If it came within five percent, its last value
@@ -28,8 +67,8 @@ def value_at(result: Result, *, step: float = math.inf, seconds: float = math.in
 
 
 def comparison_rows(
-    results: Sequence[Result], baseline: str = "alone", longer: str = "alone_longer", metric: str = "accuracy"
-) -> list[dict[str, Any]]:
+    results: Sequence[Record], baseline: str = "alone", longer: str = "alone_longer", metric: str = "accuracy"
+) -> list[Row]:
     """Return one row per run name, over its seeds, in order of appearance.
 
     If there are runs called `longer`, their curves give two more rows for the baseline. One is at twice the steps, the
@@ -64,7 +103,7 @@ def comparison_rows(
     return rows
 
 
-def _row(name: str, runs: Sequence[Result], validation: Sequence[Any], test: Sequence[Any]) -> dict[str, Any]:
+def _row(name: str, runs: Sequence[Record], validation: Sequence[Any], test: Sequence[Any]) -> Row:
     return {
         "run": name,
         "seeds": [r["seed"] for r in runs],
@@ -75,13 +114,13 @@ def _row(name: str, runs: Sequence[Result], validation: Sequence[Any], test: Seq
     }
 
 
-def differences(results: Sequence[Result], name: str, baseline: str = "alone") -> dict[int, float]:
+def differences(results: Sequence[Record], name: str, baseline: str = "alone") -> dict[int, float]:
     """Return seed → validation value of the runs called `name` minus that of the baseline with the same seed."""
     base = {r["seed"]: r["validation"] for r in results if r["run"] == baseline}
     return {r["seed"]: r["validation"] - base[r["seed"]] for r in results if r["run"] == name and r["seed"] in base}
 
 
-def markdown_table(rows: Sequence[dict[str, Any]], metric: str, percent: bool) -> str:
+def markdown_table(rows: Sequence[Row], metric: str, percent: bool) -> str:
     """Format rows as a Markdown table with aligned columns."""
     header = ["run", "seeds", "steps", "training time", f"validation {metric}", f"test {metric}"]
     cells = [header] + [

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_guidance.analysis.history import similarity_curves, training_curve, validation_curve
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
+from hf_guidance.experiments.report import Record
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import environment
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 if TYPE_CHECKING:
     from hf_guidance.tasks import Task
@@ -61,7 +63,7 @@ class Run:
 
 
 def settings_of(
-    model: PreTrainedModel, args: TrainingArguments, guidance: GuidanceConfig | None, data: dict[str, Any]
+    model: PreTrainedModel, args: TrainingArguments, guidance: GuidanceConfig | None, data: Mapping[str, Json]
 ) -> dict[str, Any]:
     """Return everything that the weights and curves of a run depend on, as JSON values.
 
@@ -83,7 +85,7 @@ def settings_of(
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_same_settings(place: Path, now: dict[str, Any]) -> None:
+def check_same_settings(place: Path, now: Mapping[str, Json]) -> None:
     """Raise ValueError if a folder holds a run with other settings, naming each that differs."""
     if not (place / SETTINGS).is_file():
         return
@@ -97,7 +99,7 @@ def check_same_settings(place: Path, now: dict[str, Any]) -> None:
         )
 
 
-def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changed(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
     """Return the settings that differ as `name was 1, is 2`; a setting in a group is named `group.name`."""
     words: list[str] = []
     for name in sorted(then.keys() | now.keys()):
@@ -117,7 +119,9 @@ def first_rows(task: Task, size: int) -> dict[str, Any]:
     return dict(task.data_collator(list(rows)))
 
 
-def record_of(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, float], metric: str) -> dict[str, Any]:
+def record_of(
+    run: Run, trainer: GuidedTrainer, settings: Mapping[str, Json], test: dict[str, float], metric: str
+) -> Record:
     """Collect the record of a finished run as JSON values.
 
     Args:
@@ -139,7 +143,7 @@ def record_of(run: Run, trainer: Any, settings: dict[str, Any], test: dict[str, 
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "target": type(trainer.model).__name__,
         "guide": trainer.guide_identity if run.guide else None,
-        "settings": settings,
+        "settings": dict(settings),
         "environment": environment(),
         "validation": curve[-1]["value"],
         "test": {k.removeprefix("test_"): v for k, v in test.items() if k.startswith("test_")},

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_guidance.features.layer_stacks import (
     Stack,
@@ -110,7 +110,7 @@ class LayerDrop:
             layers = every[int(index) - 1 : int(index)] if int(index) else every
         return bool(layers) and owner in self._ran and not any(layer in self._ran for layer in layers)
 
-    def in_full(self, kind: str, states: Sequence[Any]) -> Sequence[Any]:
+    def in_full(self, kind: str, states: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Put each hidden state at its index in the full network, and None for layers that did not run.
 
         Index 0 is the input of the first layer that ran. If the last layer did not run, transformers returns the normed

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from hf_guidance.features.layer_drop import LayerDrop
 
@@ -19,6 +20,7 @@ from hf_guidance.features.layer_drop import LayerDrop
 STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
 Reduce = Callable[[str, Any], Any]
+Output: TypeAlias = "Tensor | PackedSequence | Mapping[str, Output] | Sequence[Output] | None"  # of a module
 
 
 class AllRead(Exception):
@@ -207,7 +209,7 @@ def reaches_weights(loss: Tensor) -> bool:
     return False
 
 
-def first_tensor(output: Any) -> Any:
+def first_tensor(output: Output) -> Any:
     """Return the features in a module's output: the tensor itself, or the first one in a tuple or model output.
 
     Raises:
@@ -215,7 +217,7 @@ def first_tensor(output: Any) -> Any:
     """
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, torch.nn.utils.rnn.PackedSequence):
+    if isinstance(output, PackedSequence):
         raise ValueError("a packed sequence has no batch axis: choose a layer after the sequence is unpacked.")
     if isinstance(output, dict):
         output = list(output.values())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Column: TypeAlias = Tensor | Sequence[str] | Sequence[int] | Sequence[float] | str | int | float | bool | None
+Batch: TypeAlias = Mapping[str, Column]  # as a collator makes it; only tensors are computed with
 
-def content_of(batch: Mapping[str, Any]) -> Tensor:
+
+def content_of(batch: Batch) -> Tensor:
     """Return the content of a batch's rows: token ids, pixels, embeddings, or else its first tensor with two axes.
 
     Args:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import content_of, masks_of, mix
-from hf_guidance.similarity.grams import flat, gram
+from hf_guidance.features.rows import Batch, content_of, masks_of, mix
+from hf_guidance.similarity.grams import flat, layer_gram
 from hf_guidance.similarity.narrow import Thin, few
 from hf_guidance.similarity.representation import Kernel, later
 from hf_guidance.similarity.sketch import Sketch
@@ -48,7 +46,7 @@ class Samples:
 
     def __init__(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         axis: str = "sequence",
         max_tokens: int = 1024,
         seed: int = 0,
@@ -121,7 +119,7 @@ class Samples:
             if thin:
                 return Thin.apply(precision, features)[0]
         sketch = partial(self.sketch, name) if self.sketch else None
-        return gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)
+        return layer_gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)
 
     # ------------------------------------------------------------------------------------------------------ ranks
 

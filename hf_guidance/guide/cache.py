@@ -17,7 +17,8 @@ from accelerate.utils import convert_bytes
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
-from hf_guidance.features.rows import content_of, mix
+from hf_guidance.config import Json
+from hf_guidance.features.rows import Batch, content_of, mix
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ class GuideCache:
         folder: str | os.PathLike[str],
         first: Features,
         ids: Tensor,
-        inputs: Mapping[str, Any],
+        inputs: Batch,
         rows: int,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Json],
         create: bool = True,
     ) -> None:
         self.folder, self.rows = Path(folder), rows
@@ -93,7 +94,7 @@ class GuideCache:
         parts = f"{self.rows} samples, {len(self.widths)} layers, {sum(self.widths.values())} numbers each in float16"
         return f"{convert_bytes(self.size)} in {self.folder} ({parts})"
 
-    def features(self, ids: Tensor, inputs: Mapping[str, Any], run: Callable[[Tensor], Features]) -> Features:
+    def features(self, ids: Tensor, inputs: Batch, run: Callable[[Tensor], Features]) -> Features:
         """Return the guide's features of a batch. Those not in the cache are computed and stored.
 
         Args:
@@ -148,7 +149,7 @@ class GuideCache:
                 "augmentation or cache_guide out. If the preprocessing or the data have changed, choose another folder."
             )
 
-    def _check_first(self, first: Features, ids: Tensor, inputs: Mapping[str, Any]) -> None:
+    def _check_first(self, first: Features, ids: Tensor, inputs: Batch) -> None:
         """Compare the stored features of the first rows with those computed now. Store those that are missing."""
         where, seen = self._places(ids), row_checksums(inputs)
         assert self._file is not None
@@ -224,7 +225,7 @@ def _in_words(name: str) -> str:
     return {"fingerprint": "guide weights"}.get(name, name)
 
 
-def row_checksums(inputs: Mapping[str, Any]) -> Any:
+def row_checksums(inputs: Batch) -> Any:
     """Compute an int64 checksum of each row of the guide's inputs `(n, …)`, from a few values of each input."""
     rows, sums = len(content_of(inputs)), torch.zeros((), dtype=torch.int64)
     for name, value in inputs.items():

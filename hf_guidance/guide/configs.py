@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hf_guidance.config import Json
 from hf_guidance.guide.source import PLACES, check_config, commit_of, in_timm, only, read_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def config_of(source: Any, **kwargs: Any) -> Any:
+
+def config_of(source: str | PreTrainedConfig, **kwargs: Any) -> Any:
     """Return the config of a config, a `timm/<architecture>`, a folder or a Hub id.
 
     Args:
@@ -36,7 +40,7 @@ def config_of(source: Any, **kwargs: Any) -> Any:
     return _with_classes_once(AutoConfig.from_pretrained(source, **kwargs))
 
 
-def config_if_timm_exported(source: Any, written: Mapping[str, Any], **kwargs: Any) -> Any:
+def config_if_timm_exported(source: str, written: Mapping[str, Json], **kwargs: Any) -> Any:
     """Return the config of a network that timm exported, changed for transformers; None for any other network.
 
     Args:
@@ -46,7 +50,8 @@ def config_if_timm_exported(source: Any, written: Mapping[str, Any], **kwargs: A
     """
     from transformers import AutoConfig
 
-    if "num_classes" not in (written.get("model_args") or {}):
+    model_args = written.get("model_args")
+    if not isinstance(model_args, Mapping) or "num_classes" not in model_args:
         return None
     return _with_classes_once(AutoConfig.from_pretrained(source, **only(PLACES, kwargs), trust_remote_code=False))
 

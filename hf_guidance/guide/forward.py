@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.reader import AllRead, LayerReader, Reduce
+from hf_guidance.features.rows import Batch
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import GuideCache
 from hf_guidance.guide.inputs import accepted_columns, documents_of, forward_arguments, seen_by, take_rows
@@ -53,7 +54,7 @@ class GuideRunning:
         """Return the guide's layers in order. A batch must have been seen."""
         return self.reader.names() if self.cache is None else list(self.cache.widths)
 
-    def grams(self, inputs: Mapping[str, Any], batch: Mapping[str, Any], samples: Samples) -> dict[str, Kernel]:
+    def grams(self, inputs: Batch, batch: Batch, samples: Samples) -> dict[str, Kernel]:
         """Compute the Gram matrix of each layer, or what it will be computed from.
 
         Args:
@@ -76,7 +77,7 @@ class GuideRunning:
         keep = self.reader.keep
         return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
 
-    def read(self, inputs: Mapping[str, Any], reduce: Reduce) -> dict[str, Any]:
+    def read(self, inputs: Batch, reduce: Reduce) -> dict[str, Any]:
         """Run one forward, and reduce each layer as soon as it is computed. It ends after the last layer in a pair."""
         own_forward = getattr(self.guide.forward, "__func__", None) is type(self.guide).forward
         placed = hasattr(self.guide, "hf_device_map")  # weights are fetched for each forward and put back
@@ -86,14 +87,14 @@ class GuideRunning:
             forward(self.guide, inputs)
         return read
 
-    def check_tells_documents_apart(self, inputs: Mapping[str, Any]) -> None:
+    def check_tells_documents_apart(self, inputs: Batch) -> None:
         """Warn if the guide's features of a packed document differ from those of the document alone."""
         documents = documents_of(inputs)
-        names = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
-        if len(documents) < 2 or "input_ids" not in names:
+        columns = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
+        if len(documents) < 2 or "input_ids" not in columns:
             return
         place = documents[1]  # the first document has nothing before it
-        alone = {name: inputs[name][:, place] for name in names & {"input_ids", "position_ids"}}
+        alone = {name: columns[name][:, place] for name in columns.keys() & {"input_ids", "position_ids"}}
         together, apart = (self.read(batch, lambda _, output: output) for batch in (inputs, alone))
         for name, features in apart.items():
             packed = together[name][:, place]
@@ -111,10 +112,10 @@ class GuideRunning:
 
     def open_cache(
         self,
-        inputs: Mapping[str, Any],
-        batch: Mapping[str, Any],
+        inputs: Batch,
+        batch: Batch,
         rows: int,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Json],
         create: bool,
     ) -> None:
         """Open or create the cache, as `GuidanceLoss.open_cache` does."""
@@ -145,17 +146,17 @@ class GuideRunning:
         assert self.sketch is not None
         return self.sketch(name, flat(features))
 
-    def _ids(self, batch: Mapping[str, Any]) -> Tensor:
+    def _ids(self, batch: Batch) -> Tensor:
         column = str(self.config.sample_id_column)
-        if not isinstance(batch.get(column), Tensor):
+        if not isinstance(ids := batch.get(column), Tensor):
             raise ValueError(
                 f"the batch has {sorted(batch)}, but no column of sample ids {column!r}: add one with "
                 f"dataset.add_column({column!r}, range(len(dataset))), and let the collator pass it on as a tensor."
             )
-        return batch[column]
+        return ids
 
 
-def forward(guide: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def forward(guide: nn.Module, inputs: Batch) -> Any:
     """Run a guide on those of the inputs that it accepts, moved to its device.
 
     Args:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 
+from hf_guidance.config import Json
 from hf_guidance.guide.sharding import is_sharded, whole_state
 
 IDENTITY = "guidance_identity"  # attribute of a loaded guide that holds its origin
@@ -53,7 +55,7 @@ def _config(guide: nn.Module) -> dict[str, Any] | None:
     return json.loads(config.to_json_string(use_diff=True)) if hasattr(config, "to_json_string") else None
 
 
-def check_same_guide(now: dict[str, Any], then: dict[str, Any], where: str) -> None:
+def check_same_guide(now: Mapping[str, Json], then: Mapping[str, Json], where: str) -> None:
     """Raise ValueError if a run would resume with a guide other than the one it started with.
 
     Args:
@@ -69,6 +71,7 @@ def check_same_guide(now: dict[str, Any], then: dict[str, Any], where: str) -> N
         )
 
 
-def _in_words(guide: dict[str, Any]) -> str:
+def _in_words(guide: Mapping[str, Json]) -> str:
     kind = f"untrained, seed {guide.get('seed')}" if guide.get("untrained") else "with given weights"
-    return f"{guide.get('architecture')} ({guide.get('source') or 'live module'}, {kind}, {guide['fingerprint'][:19]}…)"
+    weights = str(guide["fingerprint"])
+    return f"{guide.get('architecture')} ({guide.get('source') or 'live module'}, {kind}, {weights[:19]}…)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hf_guidance.features.reader import base_model_of
+from hf_guidance.features.rows import Batch
 
 GUIDE_PREFIX = "guide_"
 GUIDE_PIXELS = "guide_pixel_values"
@@ -34,13 +35,13 @@ def accepted_columns(guide: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind not in variadic and p.name not in LABELS]
 
 
-def guide_batch(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
+def guide_batch(batch: Batch, target: nn.Module) -> dict[str, Any]:
     """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns."""
     own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
     return own or with_decoder_inputs(batch, target)
 
 
-def with_decoder_inputs(batch: Mapping[str, Any], target: nn.Module) -> dict[str, Any]:
+def with_decoder_inputs(batch: Batch, target: nn.Module) -> dict[str, Any]:
     """Add the decoder inputs that an encoder-decoder target makes by shifting the labels, unless the batch has them."""
     shift = getattr(base_model_of(target), "prepare_decoder_input_ids_from_labels", None)
     if shift is not None and "labels" in batch and "decoder_input_ids" not in batch:
@@ -48,7 +49,7 @@ def with_decoder_inputs(batch: Mapping[str, Any], target: nn.Module) -> dict[str
     return dict(batch)
 
 
-def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[str, Any]]:
     """Choose the arguments of the guide's forward: accepted columns by name, else its one input by position.
 
     Args:
@@ -75,13 +76,13 @@ def forward_arguments(guide: nn.Module, batch: Mapping[str, Any]) -> tuple[list[
     return [batch[main]], named
 
 
-def seen_by(guide: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def seen_by(guide: nn.Module, inputs: Batch) -> dict[str, Any]:
     """Select the inputs that the guide's forward accepts. Positional ones are named by their number."""
     args, kwargs = forward_arguments(guide, inputs)
     return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
 
 
-def documents_of(batch: Mapping[str, Any]) -> list[slice]:
+def documents_of(batch: Batch) -> list[slice]:
     """Return the positions of each document in a packed batch: one row, in which position ids restart.
 
     The list is empty for any other batch.
@@ -94,12 +95,12 @@ def documents_of(batch: Mapping[str, Any]) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 else []
 
 
-def is_packed(batch: Mapping[str, Any]) -> bool:
+def is_packed(batch: Batch) -> bool:
     """Tell whether a batch is one row of several documents, as `DataCollatorWithFlattening` makes it."""
     return bool(documents_of(batch)) or "cu_seq_lens_q" in batch or "seq_idx" in batch
 
 
-def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str, Any]:
+def without_guide(batch: Batch, ids: str | None = None) -> dict[str, Any]:
     """Return the target's columns of a batch.
 
     Args:
@@ -109,7 +110,7 @@ def without_guide(batch: Mapping[str, Any], ids: str | None = None) -> dict[str,
     return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
 
 
-def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
+def noise_like(batch: Batch, vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
     """Replace the inputs of a batch by noise: random token ids, or noisy pixels in [0, 1]. Masks and labels stay.
 
     The guide's own images (`guide_pixel_values`) become the target's noise, resized by nearest neighbours.
@@ -132,8 +133,8 @@ def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torc
         raise ValueError(f"both networks cannot see the same noise: the batch has {own} for the guide alone.")
     if not any(name in batch for name in MAIN_INPUTS):
         raise ValueError(f"noise replaces one of {', '.join(MAIN_INPUTS)}; the batch has {sorted(batch)}.")
-    noisy = dict(batch)
-    for name, value in batch.items():
+    noisy: dict[str, Any] = dict(batch)
+    for name, value in list(noisy.items()):
         if name.removeprefix("decoder_") == "input_ids":
             high = vocabulary or int(value.max()) + 1
             noisy[name] = torch.randint(high, value.shape, generator=generator).to(value)
@@ -141,12 +142,12 @@ def noise_like(batch: Mapping[str, Any], vocabulary: int | None, generator: torc
             noise = torch.randn(value.shape, generator=generator) + 0.1 * torch.randn(value.shape, generator=generator)
             noisy[name] = noise.clamp(0, 1).to(value)
     if own:  # nearest neighbours, because averaging would remove the noise
-        theirs = batch[GUIDE_PIXELS]
+        theirs = noisy[GUIDE_PIXELS]
         noisy[GUIDE_PIXELS] = interpolate(noisy["pixel_values"], theirs.shape[-2:], mode="nearest").to(theirs)
     return noisy
 
 
-def shuffle_rows(batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+def shuffle_rows(batch: Batch, generator: torch.Generator) -> dict[str, Any]:
     """Replace each row of a batch by another row, at random; no row stays in its place.
 
     Args:
@@ -160,7 +161,7 @@ def shuffle_rows(batch: Mapping[str, Any], generator: torch.Generator) -> dict[s
     return take_rows(batch, source)
 
 
-def take_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+def take_rows(batch: Batch, rows: Tensor) -> dict[str, Any]:
     """Return a batch of these rows, given by their indices."""
     return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 

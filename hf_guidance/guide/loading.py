@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,6 +17,12 @@ from hf_guidance.guide.freezing import check_not_wrapped, freeze
 from hf_guidance.guide.identity import IDENTITY
 from hf_guidance.guide.sharding import built_whole
 from hf_guidance.guide.source import check_config, check_files, commit_of, in_timm, read_config, without_pickles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+AutoClass: TypeAlias = "type[_BaseAutoModelClass]"
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +39,13 @@ NOT_GIVEN = {  # arguments that would make from_pretrained read pickles, or file
 
 
 def load_guide(
-    source: str | os.PathLike[str] | Any,
+    source: str | os.PathLike[str] | PreTrainedConfig | nn.Module,
     *,
     untrained: bool = False,
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    auto_class: Any = None,
+    auto_class: AutoClass | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a pretrained network as a guide, build one with random weights, or freeze a module.
@@ -113,11 +119,11 @@ def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
     return freeze(module)
 
 
-def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
+def _or_explain(source: str | PreTrainedConfig, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # a network's own code may raise anything on such files
-        known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
+        known = "" if os.path.isdir(source) or not in_timm(str(source)) else f" timm has it: 'timm/{source}'."
         weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
         said = (str(error).strip().splitlines() or [""])[0]
@@ -126,7 +132,7 @@ def _or_explain(source: Any, load: Callable[[], Any]) -> Any:
         raise ValueError(f"Cannot load guide {str(source)!r}: {kind}{said}{weights}{known} {POSSIBLE}") from error
 
 
-def _about_weights(source: Any) -> str:
+def _about_weights(source: str | PreTrainedConfig) -> str:
     """Tell what to do about weights that are missing or pickled."""
     if os.path.isdir(source) and not any(path.suffix in WEIGHTS for path in Path(source).iterdir()):
         return " The folder has no weights: for random ones pass untrained=True."
@@ -141,7 +147,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> tuple[nn.Module, str | None]:
+def _load_pretrained(source: str, seed: int, auto_class: AutoClass, **kwargs: Any) -> tuple[nn.Module, str | None]:
     """Load a network from safetensors. Return it with its commit on the Hub."""
     from transformers import PreTrainedConfig
     from transformers.utils import logging as reports
@@ -172,7 +178,9 @@ def _load_pretrained(source: Any, seed: int, auto_class: Any, **kwargs: Any) -> 
     return guide, commit
 
 
-def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = False, **changes: Any) -> Any:
+def untrained_network(
+    source: str | PreTrainedConfig, auto_class: AutoClass, trust_remote_code: bool = False, **changes: Any
+) -> Any:
     """Build a network with random weights, to be trained. They are drawn from torch's random state.
 
     Args:
@@ -193,7 +201,7 @@ def untrained_network(source: Any, auto_class: Any, trust_remote_code: bool = Fa
     return _build(config, auto_class, trust_remote_code)
 
 
-def _build(config: Any, auto_class: Any, trust_remote_code: bool) -> Any:
+def _build(config: Any, auto_class: AutoClass, trust_remote_code: bool) -> Any:
     """Build a network with random weights, drawn by the architecture's own initialisation."""
     state = torch.random.get_rng_state()
     with torch.device("cpu"):

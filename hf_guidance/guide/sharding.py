@@ -9,13 +9,15 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +107,10 @@ def is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
-def whole(value: Any) -> Any:
+def whole(value: Value) -> Value:
     """Return a tensor or number in full. A sharded one is gathered from all processes, which must all call this."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    found: Any = value.full_tensor() if isinstance(value, DTensor) else value
+    return found
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
+from hf_guidance.config import Json
+
 SECONDS = 60  # limit for laying a network out, imports included
 PER_SECOND = 50 * 2**20  # bytes of weights that the slowest machine draws
 SPARE = 2**30  # bytes that a network's code may take in addition to its weights
@@ -36,7 +38,7 @@ class Size:
     largest: int
 
 
-def size_of(config: Mapping[str, Any], seconds: float = SECONDS) -> Size:
+def size_of(config: Mapping[str, Json], seconds: float = SECONDS) -> Size:
     """Measure a network in another process: lay it out, then build it there.
 
     That process has no access to the Hub, and imports nothing from the current folder. It is ended if it takes too

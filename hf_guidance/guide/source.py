@@ -9,10 +9,15 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+
+from hf_guidance.config import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ADAPTER = "adapter_config.json"
 SAFE = (".safetensors", ".safetensors.index.json")
@@ -22,14 +27,14 @@ ONE_AT_A_TIME = threading.RLock()
 ONE_PLACE = "but all of a guide must come from one place"
 
 
-def in_timm(name: Any) -> bool:
+def in_timm(name: Json) -> bool:
     """Tell whether timm has an architecture of that name."""
     import timm
 
     return bool(timm.is_model(str(name)))
 
 
-def read_config(source: Any, **kwargs: Any) -> dict[str, Any]:
+def read_config(source: str, **kwargs: Any) -> dict[str, Any]:
     """Read the `config.json` of a source and check it, before anything is built from it.
 
     Args:
@@ -55,7 +60,10 @@ def read_config(source: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def commit_of(
-    source: Any, revision: str | None = None, cache_dir: Any = None, subfolder: str | None = None
+    source: str | PreTrainedConfig,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    subfolder: str | None = None,
 ) -> str | None:
     """Return the Hub commit that a config was just read from; None if it is not from the Hub.
 
@@ -74,7 +82,7 @@ def commit_of(
     return Path(config.removesuffix(name)).name if isinstance(config, str) else None
 
 
-def check_config(config: Mapping[str, Any], given: Mapping[str, Any] | None = None, source: str = "") -> None:
+def check_config(config: Mapping[str, Json], given: Mapping[str, Any] | None = None, source: str = "") -> None:
     """Raise ValueError for a config that would make libraries read pickles, or files from another repository.
 
     Args:
@@ -157,7 +165,7 @@ def check_files(source: str, weights: str | None, kwargs: Mapping[str, Any]) -> 
             raise ValueError(f"its {index} names {shard!r}; weights must be safetensors beside it.")
 
 
-def _check_no_adapter(source: Any, subfolder: str | None = None, **places: Any) -> None:
+def _check_no_adapter(source: str, subfolder: str | None = None, **places: Any) -> None:
     for where in {"", subfolder or ""}:
         if path := _cached(source, ADAPTER, subfolder=where, **places):
             base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -167,7 +175,7 @@ def _check_no_adapter(source: Any, subfolder: str | None = None, **places: Any) 
             )
 
 
-def _cached(source: Any, name: str, **places: Any) -> Path | None:
+def _cached(source: str, name: str, **places: Any) -> Path | None:
     """Return the path of a source's file on this machine, downloaded if necessary; None if there is no such file."""
     from transformers.utils import cached_file
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from hf_guidance.similarity import half_precision
 from hf_guidance.similarity.half_precision import for_tensor_cores
@@ -18,6 +18,19 @@ from hf_guidance.similarity.numpy_products import features_on_cpu, for_numpy, ke
 
 SUM_ROUNDING = 2**-18  # relative rounding of a sum of products in float32; measurements stay below a fourth of it
 EXPECTED = "gradient_is_centred"
+
+
+class Context(FunctionCtx):
+    """The context of a Function, with what torch's own type leaves out."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
+class KernelContext(Context):
+    """The context of a `CentredKernel`."""
+
+    factor: float | Tensor
+    has_mean: bool
 
 
 def without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +56,26 @@ def exact_float32(device: torch.device) -> AbstractContextManager[None]:
     return half_precision.float32_products("ieee", device)
 
 
-def gram(
+def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute the Gram matrix of the centred features, scaled to a mean diagonal of 1; zero for a dead layer.
+
+    Args:
+        features: `(n, …)`. All axes after the first are flattened into one feature axis.
+        mask: `(n, length)`, true at valid positions, for features `(n, length, …)`. Each column's mean is taken over
+            its valid entries, and its invalid entries are set to that mean. Such a mean lowers the product of two
+            samples on average. That amount is added back, so that padding carries no signal.
+
+    Returns:
+        `(n, n)` in float32, or float64 for float64 features. The gradient treats the scale as a constant. That is exact
+        for every measure here, because none depends on the scale.
+
+    Raises:
+        ValueError: the features have fewer than two axes, or do not match the mask.
+    """
+    return layer_gram(features, mask)
+
+
+def layer_gram(
     features: Tensor,
     mask: Tensor | None = None,
     *,
@@ -52,25 +84,15 @@ def gram(
     keep_copy: bool = False,
     in_region: bool = False,
 ) -> Tensor:
-    """Compute the Gram matrix of the centred features, scaled to a mean diagonal of 1; zero for a dead layer.
+    """Compute `gram` of a layer while its network runs.
 
     Args:
-        features: `(n, …)`. All axes after the first are flattened into one feature axis.
-        mask: `(n, length)`, true at valid positions, for features `(n, length, …)`. Each column's mean is taken over
-            its valid entries, and its invalid entries are set to that mean. Such a mean lowers the product of two
-            samples on average. That amount is added back, so that padding carries no signal.
+        features, mask: as of `gram`.
         sketch: function applied to the masked, centred features `(n, d)`. Without a mask, sketch the features before.
         precision: dtype in which the features were computed, if it is not their present one.
         keep_copy: keep a copy for the backward, because the features may be overwritten in place before it.
         in_region: the features come from a network that runs now. Under autocast, features in float32 are then as
             coarse as the autocast dtype, so a GPU may multiply them on its tensor cores.
-
-    Returns:
-        `(n, n)` in float32, or float64 for float64 features. The gradient treats the scale as a constant. That is exact
-        for every measure here, because none depends on the scale.
-
-    Raises:
-        ValueError: the features have fewer than two axes, or do not match the mask.
     """
     if features.ndim < 2 or (mask is not None and features.shape[:2] != mask.shape):
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …) to match the mask"
@@ -120,7 +142,7 @@ class CentredKernel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, precision: torch.dtype, in_region: bool, keep_copy: bool) -> Tensor:
+    def forward(ctx: KernelContext, x: Tensor, precision: torch.dtype, in_region: bool, keep_copy: bool) -> Tensor:
         kernel, ctx.factor, kept = _scaled_kernel(x, precision, in_region, keep=True)
         ctx.has_mean = kept is x
         ctx.save_for_backward(kept.clone() if keep_copy and kept is x else kept)
@@ -128,7 +150,7 @@ class CentredKernel(torch.autograd.Function):
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: KernelContext, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         if getattr(ctx, EXPECTED, False):
             factor = 2 * ctx.factor

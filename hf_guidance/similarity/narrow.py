@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.mapping import Pair
-from hf_guidance.similarity.grams import EXPECTED, centred_features, exact_float32, without_second_derivative
+from hf_guidance.similarity.grams import EXPECTED, Context, centred_features, exact_float32, without_second_derivative
 from hf_guidance.similarity.matrices import ROUNDINGS, norms
 from hf_guidance.similarity.numpy_products import for_numpy, one_thread
 
@@ -30,6 +30,13 @@ def is_thin(kernel: Tensor) -> bool:
     return kernel.shape[1] != kernel.shape[0]
 
 
+class ThinContext(Context):
+    """The context of a `Thin`."""
+
+    stacked: bool
+    factors: Any  # of each layer, or of all as one tensor
+
+
 class Thin(torch.autograd.Function):
     """Centred features of layers of one shape `(n, d)`, whose Gram matrices are those of `gram`.
 
@@ -37,7 +44,7 @@ class Thin(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, precision: torch.dtype, *features: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: ThinContext, precision: torch.dtype, *features: Tensor) -> tuple[Tensor, ...]:
         ctx.stacked = len(features) > 1 and in_one_stack(features[0])
         if not ctx.stacked:
             made = [centred_features(x, precision) for x in features]
@@ -49,7 +56,7 @@ class Thin(torch.autograd.Function):
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: ThinContext, *gradients: Tensor) -> tuple[Any, ...]:
         def of_features(gradient: Tensor, factor: float | Tensor) -> Tensor:
             expected = getattr(ctx, EXPECTED, False)
             return (gradient if expected else gradient - gradient.mean(-2, keepdim=True)) * factor
@@ -68,13 +75,13 @@ class _Outer(torch.autograd.Function):
     """Product `F Fᵀ`, whose gradient is one product."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
+    def forward(ctx: Context, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
         return features @ features.T
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Context, gradient: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
         with exact_float32(features.device):
             return (gradient + gradient.T) @ features

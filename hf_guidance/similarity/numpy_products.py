@@ -12,13 +12,16 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+Array: TypeAlias = NDArray[np.float32]
 
 # Centring the Gram matrix instead of the features saves a pass over them. It amplifies the rounding by the energy of
 # the mean relative to that of the signal. Up to these limits the error is about 1e-6 of a similarity and below 1e-4 of
@@ -70,7 +73,7 @@ def _blas() -> list[Any]:
 
 
 @one_thread()
-def kernel_on_cpu(array: Any, keep: bool) -> tuple[Any, float, Any] | None:
+def kernel_on_cpu(array: Array, keep: bool) -> tuple[Any, float, Any] | None:
     """Compute the centred, scaled Gram matrix of float32 features as `grams.gram` does, with the fewest passes.
 
     Args:
@@ -138,7 +141,7 @@ def _kernel_in_blocks(array: Any, mean: Any) -> Any:
     return kernel
 
 
-def features_on_cpu(array: Any) -> tuple[Any, float] | None:
+def features_on_cpu(array: Array) -> tuple[Any, float] | None:
     """Centre and scale features `(n, d)` as `grams.centred_features` does.
 
     It calls no BLAS, so that BLAS threads need not be limited.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_guidance.mapping import Pair, pair_name
-from hf_guidance.similarity.grams import exact_float32, expect_centred, without_second_derivative
+from hf_guidance.similarity.grams import Context, exact_float32, expect_centred, without_second_derivative
 from hf_guidance.similarity.matrices import dot, inverse_norms, inverse_of, norms
 from hf_guidance.similarity.measures import Measure
 from hf_guidance.similarity.narrow import cosines, is_thin, whole
@@ -74,13 +73,13 @@ class ZeroWithSlope(torch.autograd.Function):
     """Zero whose gradient in a matrix is a factor times a given slope. The backward need not keep the matrix."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Context, matrix: Tensor, slope: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(slope, factor)
         return matrix.new_zeros(())
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:
         slope, factor = ctx.saved_tensors
         return slope * (gradient * factor), None, None
 

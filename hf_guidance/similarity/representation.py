@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_guidance.similarity import half_precision
-from hf_guidance.similarity.grams import exact_float32, scaled_kernels, scaled_product, without_second_derivative
+from hf_guidance.similarity.grams import (
+    Context,
+    exact_float32,
+    scaled_kernels,
+    scaled_product,
+    without_second_derivative,
+)
 from hf_guidance.similarity.half_precision import for_tensor_cores
 from hf_guidance.similarity.matrices import center_in_place
 from hf_guidance.similarity.narrow import Thin
@@ -126,11 +132,17 @@ def complete(kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
     return {name: made[name] if isinstance(kernel, Later) else kernel for name, kernel in kernels.items()}
 
 
+class KernelsContext(Context):
+    """The context of a `CentredKernels`."""
+
+    factor: Tensor
+
+
 class CentredKernels(torch.autograd.Function):
     """Several `grams.CentredKernel` of layers of one shape: `(layers, n, n)`."""
 
     @staticmethod
-    def forward(ctx: Any, precision: torch.dtype, *features: Tensor) -> Tensor:
+    def forward(ctx: KernelsContext, precision: torch.dtype, *features: Tensor) -> Tensor:
         x = torch.stack(features)
         x = x if for_tensor_cores(x) or x.dtype == torch.float64 else x.float()
         if for_tensor_cores(x):
@@ -142,7 +154,7 @@ class CentredKernels(torch.autograd.Function):
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: KernelsContext, gradient: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         gradient = center_in_place(gradient + gradient.mT).mul_(ctx.factor[:, None, None])
         if x.dtype in half_precision.HALF:
@@ -155,12 +167,12 @@ class ZerosWithSlopes(torch.autograd.Function):
     """Several `pair_loss.ZeroWithSlope`: zero with a given gradient in each of several matrices, `(layers, n, n)`."""
 
     @staticmethod
-    def forward(ctx: Any, slopes: Tensor, *matrices: Tensor) -> Tensor:
+    def forward(ctx: Context, slopes: Tensor, *matrices: Tensor) -> Tensor:
         ctx.save_for_backward(slopes)
         return slopes.new_zeros(())
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Any, ...]:
         (slopes,) = ctx.saved_tensors
         return None, *(slopes * gradient).unbind()

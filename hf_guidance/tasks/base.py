@@ -48,11 +48,11 @@ class Task:
     labels: tuple[str, ...] = ()
 
 
-def main_logits(outputs: Any) -> Tensor:
+def main_logits(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Return the logits among the outputs of a model, which `Trainer` passes as a tuple if there are several."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def argmax_predictions(outputs: Any, labels: Tensor) -> Tensor:
+def argmax_predictions(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Return the best class at each position: `(batch, ..., classes)` to `(batch, ...)`."""
     return main_logits(outputs).argmax(-1)

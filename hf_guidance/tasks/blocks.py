@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
     return {name: found[name].select_columns("text") for name in SPLITS}
 
 
-def lines(rows: Any) -> Iterator[str]:
+def lines(rows: Iterable[Mapping[str, str]]) -> Iterator[str]:
     """Yield the text of each non-empty row, ended by a line break so that words of two rows are not joined."""
     for row in rows:
         if row["text"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,7 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
     return dict(found)
 
 
-def features_of(split: Any, dataset: str) -> Features:
+def features_of(split: Dataset | IterableDataset, dataset: str) -> Features:
     """Return the features of a split, which a stream may have to read first. Raise ValueError if it has no rows."""
     features = split.features or split._resolve_features().features
     if not features:
@@ -151,7 +151,9 @@ def training_rows(split: Dataset | IterableDataset, label: str, dataset: str, si
     return _rows(split, label, size)
 
 
-def evaluation_splits(splits: dict[str, Any], label: str, dataset: str, size: int | None) -> tuple[Dataset, Dataset]:
+def evaluation_splits(
+    splits: Mapping[str, Dataset | IterableDataset], label: str, dataset: str, size: int | None
+) -> tuple[Dataset, Dataset]:
     """Select validation and test rows, held in memory. A split without labels (ImageNet's test) counts as missing."""
     validation = next((splits[name] for name in VALIDATION if name in splits), None)
     test = splits.get("test")

@@ -148,7 +148,7 @@ def _metrics(metric: Any, prediction: EvalPrediction) -> dict[str, float]:
     return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 
-def _best_classes(outputs: Any, labels: Tensor) -> Tensor:
+def _best_classes(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Return the five best classes of each image, best first: `(batch, classes)` to `(batch, 5)`."""
     logits = main_logits(outputs)
     return logits.topk(min(TOP, logits.shape[-1])).indices

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -79,7 +78,7 @@ def language_modeling(
     )
 
 
-def token_losses(outputs: Any, labels: Tensor) -> Tensor:
+def token_losses(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Compute the negative log-likelihood of each token but the first, in nats; perplexity needs no more.
 
     Args:

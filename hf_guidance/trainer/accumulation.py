@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hf_guidance.features.reader import HIDDEN, not_recomputed
+from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.similarity.representation import Kernel, complete
@@ -17,7 +19,6 @@ from hf_guidance.similarity.representation import Kernel, complete
 if TYPE_CHECKING:
     from hf_guidance.features.samples import Samples
 
-Batch = Mapping[str, Any]
 NO_LABEL = -100
 
 
@@ -125,7 +126,8 @@ def joined(batches: Sequence[Batch]) -> dict[str, Any]:
     first = batches[0]
     if any(batch.keys() != first.keys() for batch in batches):
         raise ValueError(f"the micro-batches have different columns: {[sorted(batch) for batch in batches]}.")
-    tensors = {name: [batch[name] for batch in batches] for name, value in first.items() if isinstance(value, Tensor)}
+    columns: dict[str, list[Any]] = {name: [batch[name] for batch in batches] for name in first}
+    tensors = {name: parts for name, parts in columns.items() if isinstance(parts[0], Tensor)}
     tensors = {name: parts for name, parts in tensors.items() if parts[0].ndim}
     ragged = {name for name, parts in tensors.items() if len({part.shape[1:2] for part in parts}) > 1}
     of_decoder = {name for name in ragged if name.startswith("decoder_") or name == "labels"}
@@ -177,7 +179,7 @@ def _set_random_state(state: Sequence[Tensor]) -> None:
         device.set_rng_state(own)
 
 
-def check_accumulates(args: Any, sharded: bool) -> None:
+def check_accumulates(args: TrainingArguments, sharded: bool) -> None:
     """Raise ValueError if `similarity_batch="accumulated"` cannot work with these settings."""
     if sharded:
         raise ValueError(

@@ -16,18 +16,25 @@ from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.history import validation_curve
 from hf_guidance.card.redaction import scrub_arguments
 from hf_guidance.card.rendering import render
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.loss import GuidanceLoss
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.layer_maps import KeptMap, LayerMaps, can_map, maps_of
 from hf_guidance.trainer.run_facts import best_step, given_facts, run_facts
 from hf_guidance.trainer.staging import CARD, CURVES, MAPS, without_links
 from hf_guidance.trainer.uploads import ARGUMENTS
 
+if TYPE_CHECKING:
+    Behind = Trainer
+else:
+    Behind = object
+
 logger = logging.getLogger(__name__)
 
 MAPS_SHOW = "Similarity of all layers on rows to validate with, without dropout"
 
 
-class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+class CardMixin(Behind):
     """The part of `GuidanceMixin` that writes the card, its figures, and arguments without token and paths.
 
     Attributes:
@@ -37,7 +44,13 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """
 
     guide: Any
-    guidance: Any
+    guidance: GuidanceConfig
+    guide_identity: dict[str, Any]
+
+    if TYPE_CHECKING:
+
+        @property
+        def guidance_loss(self) -> GuidanceLoss: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.card_facts: dict[str, Any] = {}
@@ -50,7 +63,7 @@ class CardMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         if self.args.push_to_hub:
             self.add_callback(self._kept_map)
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, and remember whether this is a resume: the logged time is then that of the last part only."""
         self.resumed = self.resumed or bool(resume_from_checkpoint)
         wanted = self.args.push_to_hub and self.layer_maps is None and is_matplotlib_available()

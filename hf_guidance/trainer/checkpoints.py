@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.config import CONFIG_NAME, GuidanceConfig, Json
 from hf_guidance.guide.identity import check_same_guide
 from hf_guidance.trainer.checks import splits_batches
 from hf_guidance.trainer.guided_steps import GuidedSteps
+
+if TYPE_CHECKING:
+    Behind = Trainer
+else:
+    Behind = object
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +145,7 @@ def guided_steps_of(checkpoint: str | Path | None) -> int | None:
     return 0 if checkpoint is None else _origin_of(Path(checkpoint)).get(GUIDED_STEPS)
 
 
-def _origin(args: Any, steps: int, guided: bool) -> dict[str, Any]:
+def _origin(args: TrainingArguments, steps: int, guided: bool) -> dict[str, Any]:
     names = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
     return {name: getattr(args, name) for name in names} | {
         "split_batches": splits_batches(args),
@@ -158,7 +164,9 @@ def _samples(origin: dict[str, Any], config: GuidanceConfig) -> int | None:
     return rows and rows * (origin.get(times, 1) if times else 1)
 
 
-def check_goes_on(checkpoint: str, args: Any, config: GuidanceConfig, guide: dict[str, Any] | None) -> None:
+def check_goes_on(
+    checkpoint: str, args: TrainingArguments, config: GuidanceConfig, guide: Mapping[str, Json] | None
+) -> None:
     """Compare a run with the checkpoint that it resumes from.
 
     Differences that training survives, without the same weights as an unbroken run, give a warning.
@@ -212,7 +220,7 @@ def _changes(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {k: f"{k} was {then[k]!r}, is {now[k]!r}" for k in then if k in now and then[k] != now[k]}
 
 
-class ResumingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+class ResumingMixin(Behind):
     """The part of `GuidanceMixin` that writes `trainer_state.json` last, so that it marks a checkpoint as complete."""
 
     guide: Any

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import str_to_bool
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import Ranks
@@ -15,11 +16,12 @@ from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies
 from hf_guidance.similarity.measures import get_measure
 from hf_guidance.trainer.accumulation import check_accumulates
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def check_machine(args: Any) -> None:
+def check_machine(args: TrainingArguments) -> None:
     """Check that the machine gives the run what it asks for.
 
     fp16 without a GPU gives a warning, because Trainer then runs float32.
@@ -48,7 +50,7 @@ def check_machine(args: Any) -> None:
         logger.warning("fp16 was asked for, but on the CPU Trainer runs float32. Use bf16 for half precision here.")
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: GuidedTrainer) -> None:
     """Raise ValueError if guidance would not do what its settings say in this trainer."""
     deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
     check_not_wrapped(trainer.model, "target")
@@ -59,7 +61,9 @@ def check_trainer(trainer: Any) -> None:
             check_vocabularies(trainer.model, trainer.guide, columns)
 
 
-def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False, sharded: bool = False) -> None:
+def check_settings(
+    args: TrainingArguments, config: GuidanceConfig, *, deepspeed: bool = False, sharded: bool = False
+) -> None:
     """Raise ValueError if guidance would not do what its settings say.
 
     Args:
@@ -98,7 +102,7 @@ def check_settings(args: Any, config: GuidanceConfig, *, deepspeed: bool = False
         )
 
 
-def rows_of_a_process(args: Any) -> int:
+def rows_of_a_process(args: TrainingArguments) -> int:
     """Compute how many rows of a batch one process has; with `split_batches` of accelerate, its share.
 
     Raises:
@@ -116,7 +120,7 @@ def rows_of_a_process(args: Any) -> int:
     return rows
 
 
-def splits_batches(args: Any) -> bool:
+def splits_batches(args: TrainingArguments) -> bool:
     """Tell whether processes share one batch, instead of each having its own."""
     return bool(getattr(args.accelerator_config, "split_batches", False)) and args.world_size > 1
 
@@ -127,7 +131,7 @@ def _is_default(collator: Any) -> bool:
     return any(module.startswith("transformers.") for module in modules)
 
 
-def check_types(guide: Any, guidance: Any) -> None:
+def check_types(guide: nn.Module | None, guidance: GuidanceConfig | None) -> None:
     """Raise ValueError for a guide or config of a wrong type, or for a guidance weight without a guide."""
     if guide is not None and not isinstance(guide, nn.Module):
         raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")

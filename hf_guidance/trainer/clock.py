@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+Moment: TypeAlias = float | torch.Event
 
 MANY = 1000  # steps whose events are kept before they are read, which waits for the device
 
@@ -21,7 +23,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def now(self) -> Any:
+    def now(self) -> Moment:
         """Return a point in time; on a GPU, after all work that was queued so far."""
         if self.device.type == "cpu":
             return time.process_time()
@@ -29,10 +31,12 @@ class Clock:
         event.record()
         return event
 
-    def between(self, began: Any, ended: Any) -> float:
+    def between(self, began: Moment, ended: Moment) -> float:
         """Return the seconds between two points, after waiting for the device to reach the second."""
-        if self.device.type == "cpu":
+        if isinstance(began, float):
+            assert isinstance(ended, float)
             return ended - began
+        assert not isinstance(ended, float)
         ended.synchronize()
         return began.elapsed_time(ended) / 1000
 
@@ -52,13 +56,14 @@ class TrainingClock(TrainerCallback, ExportableState):
         self.steps = 0
         self.marks: list[tuple[int, float]] = []
         self.seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []  # of steps that are not yet in `seconds`
+        self._events: list[tuple[Moment, Moment]] = []  # of steps that are not yet in `seconds`
         self._clock = Clock(torch.device("cpu"))
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._clock = Clock(args.device)
         # Trainer restores callbacks only with restore_callback_states_from_checkpoint, and saves those its state knows
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        callbacks: Any = state.stateful_callbacks  # annotated as a list, and is a dict
+        saved = callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             kept = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
             self.seconds, self.marks = kept["seconds"], [(step, at) for step, at in kept["marks"]]
@@ -73,7 +78,7 @@ class TrainingClock(TrainerCallback, ExportableState):
         if len(self._events) >= MANY:
             self._settle()
 
-    def on_evaluate(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._settle()
         self.marks.append((state.global_step, self.seconds))
 

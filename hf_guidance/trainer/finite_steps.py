@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_guidance.guide.sharding import whole
 from hf_guidance.trainer.logs import RunningMeans
@@ -37,7 +39,7 @@ class FiniteSteps(TrainerCallback):
         left_out: Whether the present optimizer step is left out.
     """
 
-    def __init__(self, accelerator: Any, logs: RunningMeans, skip: bool) -> None:
+    def __init__(self, accelerator: Accelerator, logs: RunningMeans, skip: bool) -> None:
         self.accelerator, self.logs, self.skip, self.active = accelerator, logs, skip, False
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self.reset()
@@ -47,7 +49,7 @@ class FiniteSteps(TrainerCallback):
         self.sums, self.left_out = RunningMeans(), False
         self._seen: list[tuple[str, list[str], Tensor]] = []  # (where, names, their values)
 
-    def look(self, values: Mapping[str, Any], where: str) -> None:
+    def look(self, values: Mapping[str, Tensor | float], where: str) -> None:
         """Remember scalars that must be finite.
 
         Args:
@@ -68,13 +70,15 @@ class FiniteSteps(TrainerCallback):
         self.active = False
         self.reset()
 
-    def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_begin(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         self.reset()
         if self.skip and model is not None:  # the forward moves running statistics before the check
             moving = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
             self._buffers = [(buffer, buffer.clone()) for buffer in moving]
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Optimizer | None = None, **kwargs: Any
+    ) -> None:
         """Raise FloatingPointError on every rank, or drop the gradients, if a value on any rank is not finite."""
         if not self._any_not_finite():
             self.logs.take(self.sums)
@@ -93,6 +97,7 @@ class FiniteSteps(TrainerCallback):
         self.left_out = True
         for buffer, before in self._buffers:
             buffer.copy_(before)
+        assert optimizer is not None
         optimizer.zero_grad()  # without gradients the optimizer changes neither weights nor moments
         if self.accelerator.is_main_process:
             logger.warning("Optimizer step %d is left out because it is not finite: %s.", step, names)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, IterableDataset
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_guidance.card.facts import Processing
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import calibrate_batch_norm, freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import (
@@ -35,6 +48,9 @@ from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortPr
 from hf_guidance.trainer.preparation import calibrate, open_cache
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    import datasets
 
 GUIDE_FOLDER = "guide"
 
@@ -84,6 +100,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
                 self.remove_callback(callback)
                 self.add_callback(short)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+
     # ---------------------------------------------------------------------------------------------------- the loss
 
     @property
@@ -106,23 +126,24 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """Compute the task loss, plus the weighted guidance loss while training."""
         kwargs = {"num_items_in_batch": num_items_in_batch}
         if self.guide is None or not self.guidance.guidance_weight or not model.training:
             found = super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
             if model.training:
-                self._finite.look({"task loss": (found[0] if return_outputs else found).detach()}, "")
+                task_loss = found[0] if isinstance(found, tuple) else found
+                self._finite.look({"task loss": task_loss.detach()}, "")
             return found
         with self._watch(inputs) as watched:
             task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _watch(self, inputs: dict[str, Any]) -> AbstractContextManager[Watched]:
+    def _watch(self, inputs: Batch) -> AbstractContextManager[Watched]:
         step, seen = self._micro_step
         self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
         self.guidance_loss.total_steps = self.state.max_steps
@@ -151,7 +172,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         logged = (step // every + 1) * every - 1  # the next step that is logged
         return step + self.guidance.guidance_every > logged
 
-    def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Any) -> Tensor:
+    def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Tensor | int | None) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         task_is_scaled = self._loss_is_scaled(num_items)
         sums, compared = self._finite.sums, watched.similarities.get(self.guidance.measure, {})
@@ -176,7 +197,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             watched.loss = watched.loss / steps
         return watched.total(task_loss)
 
-    def _loss_is_scaled(self, num_items: Any) -> bool:
+    def _loss_is_scaled(self, num_items: Tensor | int | None) -> bool:
         """Tell whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
         declared = getattr(self, "loss_is_scaled_for_ga", None)
         if declared is not None:
@@ -217,7 +238,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
             open_cache(self)
         if self.guide is not None and self.guidance.save_guide:
-            self._save_guide(Path(self.args.output_dir) / GUIDE_FOLDER)
+            self._save_guide(Path(str(self.args.output_dir)) / GUIDE_FOLDER)
         try:
             found = super().train(checkpoint, *args, **kwargs)
         finally:
@@ -253,10 +274,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         else:
             save_model(self.guide, str(folder / "model.safetensors"))
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
 
-    def _for_target(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _for_target(self, inputs: Batch) -> dict[str, Any]:
         return without_guide(inputs, self.guidance.sample_id_column)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -264,12 +285,13 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         if getattr(self, "guide", None) is not None:
             ids = self.guidance.sample_id_column
             own = [GUIDE_PREFIX + name for name in accepted_columns(self.guide)] + ([ids] if ids else [])
-            self._signature_columns += [name for name in own if name not in self._signature_columns]
+            columns: Any = self._signature_columns  # annotated as None, and is a list by now
+            columns += [name for name in own if name not in columns]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.guide is not None and self.args.should_save:
-            self.guidance.save(output_dir or self.args.output_dir, self.guide_identity)
+            self.guidance.save(output_dir or str(self.args.output_dir), self.guide_identity)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # every rank logs at the same steps, so that the reduction is collective
@@ -278,5 +300,53 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         super().log(logs, start_time)
 
 
+def _signature(cls: type) -> inspect.Signature:
+    """Make the signature that `help` shows: the Trainer's behind the mixin, with `guide` and `guidance`."""
+    written = next(base for base in cls.__mro__ if "__init__" in vars(base) and base not in GuidanceMixin.__mro__)
+    parameters = list(inspect.signature(vars(written)["__init__"]).parameters.values())[1:]
+    if not issubclass(written, GuidanceMixin):
+        own = inspect.signature(GuidanceMixin.__init__).parameters
+        place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+        parameters[place:place] = own["guide"], own["guidance"]
+    return inspect.Signature(parameters)
+
+
 class GuidanceTrainer(GuidanceMixin, Trainer):
     """transformers' Trainer with a guidance loss; see `GuidanceMixin`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset[Any] | IterableDataset[Any] | datasets.Dataset | None = None,
+        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | datasets.Dataset | None = None,
+        processing_class: Processing | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        guide: nn.Module | None = None,
+        guidance: GuidanceConfig | None = None,
+    ) -> None:
+        given = {
+            "model": model,
+            "args": args,
+            "data_collator": data_collator,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "model_init": model_init,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        super().__init__(**given, guide=guide, guidance=guidance)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_guidance.loss import Watched
 from hf_guidance.schedule import Schedule
@@ -42,7 +42,9 @@ class GuidedSteps(TrainerCallback):
         self.first, self.guided, self._pending = 0, 0, False
         self._reasons: dict[str, str] = {}  # first word → reason
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Reset the counts, and check the settings again."""
         self.first, self.guided, self._reasons = state.global_step, 0, {}
         self.check()
@@ -73,7 +75,7 @@ class GuidedSteps(TrainerCallback):
         """Return the guided steps of the whole run so far; None if those before a resume are unknown."""
         return None if self.before is None else self.before + self.guided
 
-    def check_any(self, state: Any, keep: Callable[[], Any], folder: str) -> None:
+    def check_any(self, state: TrainerState, keep: Callable[[], Any], folder: str) -> None:
         """Compare the steps that were guided, on any process, with those that should have been.
 
         If some but not all of them were guided, it warns.

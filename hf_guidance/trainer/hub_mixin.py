@@ -15,6 +15,7 @@ from hf_guidance.trainer.staging import CARD, STAGING, complete, files_in, make_
 from hf_guidance.trainer.uploads import (
     ARGUMENTS,
     NO_HUB,
+    Upload,
     check_may_write,
     later,
     of_model,
@@ -81,13 +82,14 @@ class PublishingMixin(CardMixin):
         staged, message = make_empty(output / STAGING), f"Training in progress, step {self.state.global_step}"
         stage(model, checkpoint, staged)
         complete(staged, output)
-        options = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
-        pushes = [(staged, options | {"commit_message": message})]
+        repository: Any = self.hub_model_id  # known since the repository was made
+        options: Upload = {"repo_id": repository, "token": args.hub_token, "revision": args.hub_revision}
+        pushes: list[tuple[Path, Upload]] = [(staged, {**options, "commit_message": message})]
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         if place := places.get(HubStrategy(args.hub_strategy)):
             whole = make_empty(output / f"_{checkpoint.name}")  # its own folder, as its state names paths
             stage_checkpoint(checkpoint, model, whole)
-            pushes.append((whole, options | {"commit_message": f"{message}, checkpoint", "path_in_repo": place}))
+            pushes.append((whole, {**options, "commit_message": f"{message}, checkpoint", "path_in_repo": place}))
         jobs: Any = start_pushing(*pushes)
         self._say_what_failed()
         self.push_in_progress = PushInProgress(jobs)
@@ -168,7 +170,7 @@ class PublishingMixin(CardMixin):
             return None
         try:
             self._complete(staged, private, token, **card)
-            options = {"commit_message": commit_message, "token": token, "revision": revision}
+            options: Upload = {"commit_message": commit_message, "token": token, "revision": revision}
             options["repo_id"] = str(self.hub_model_id)
             if blocking:
                 return push_staged(staged, **options)

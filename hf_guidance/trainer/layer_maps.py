@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_guidance.analysis.heat_maps import similarity_map
+from hf_guidance.analysis.history import SimilarityMap
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.similarity.measures import get_measure
 from hf_guidance.trainer.preparation import first_batches
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 
 class LayerMaps:
@@ -24,11 +26,11 @@ class LayerMaps:
         maps: `before` and `after`, each as `similarity_map` returns it.
     """
 
-    def __init__(self, batch: dict[str, Any]) -> None:
+    def __init__(self, batch: dict[str, Tensor]) -> None:
         self.batch = batch
-        self.maps: dict[str, dict[str, Any]] = {}
+        self.maps: dict[str, SimilarityMap] = {}
 
-    def look(self, trainer: Any, when: str) -> None:
+    def look(self, trainer: GuidedTrainer, when: str) -> None:
         """Compute one of the two maps for the target as it is now.
 
         Args:
@@ -45,10 +47,11 @@ class KeptMap(TrainerCallback, ExportableState):
     """A callback that keeps the map from before training in the checkpoints of its run."""
 
     def __init__(self) -> None:
-        self.before: dict[str, Any] | None = None
+        self.before: SimilarityMap | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        callbacks: Any = state.stateful_callbacks  # annotated as a list, and is a dict
+        saved = callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             self.before = (saved[-1] if isinstance(saved, list) else saved)["attributes"]["before"]
 
@@ -56,7 +59,7 @@ class KeptMap(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"before": self.before}}
 
 
-def can_map(trainer: Any) -> bool:
+def can_map(trainer: GuidedTrainer) -> bool:
     """Tell whether there is guidance and the first process can run whole target and guide without the others."""
     if trainer.guide is None or not trainer.guidance.guidance_weight or is_sharded(trainer.guide):
         return False
@@ -64,7 +67,7 @@ def can_map(trainer: Any) -> bool:
     return alone and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
 
 
-def maps_of(trainer: Any) -> LayerMaps | None:
+def maps_of(trainer: GuidedTrainer) -> LayerMaps | None:
     """Prepare maps on the first validation batch; return None if there is none or it is too small.
 
     A stream is not read, because it may not start again. Training data are not read either, because their rows may

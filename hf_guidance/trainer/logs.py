@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 
@@ -31,7 +33,7 @@ class RunningMeans:
         for name, value in other._sums.items():
             self.add(name, value, other._weights[name])
 
-    def drain(self, accelerator: Any) -> dict[str, float]:
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means over micro-steps and ranks since the last call, and reset them.
 
         Names that were added with weight 0 are plain sums.
@@ -51,7 +53,14 @@ class RunningMeans:
 class _Short:
     """A mixin for callbacks that leaves out the similarities of single pairs."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         short = {name: value for name, value in (logs or {}).items() if name.count("/") < 2}
         super().on_log(args, state, control, logs=short, **kwargs)  # type: ignore[misc]
 

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_guidance.card.facts import Rows
 from hf_guidance.guide.cache import row_checksums
 from hf_guidance.guide.freezing import calibrate_batch_norm
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.inputs import generator_for, guide_batch, seen_by
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 
-def calibrate(trainer: Any) -> None:
+def calibrate(trainer: GuidedTrainer) -> None:
     """Estimate the guide's batch norm on the first training batches, the same on every rank and resume.
 
     Raises:
@@ -38,7 +40,7 @@ def calibrate(trainer: Any) -> None:
         raise ValueError(f"calibration_batches is {count}, but the training data has {seen} full batches.")
 
 
-def open_cache(trainer: Any) -> None:
+def open_cache(trainer: GuidedTrainer) -> None:
     """Open or create the cache of the guide's features, and print how large it will be.
 
     Raises:
@@ -68,7 +70,7 @@ def open_cache(trainer: Any) -> None:
         print(f"The guide's features will take {trainer.guidance_loss.running.cache}.")
 
 
-def first_batches(trainer: Any, dataset: Any, reading: int = 0) -> Iterator[dict[str, Any]]:
+def first_batches(trainer: GuidedTrainer, dataset: Rows, reading: int = 0) -> Iterator[dict[str, Any]]:
     """Yield batches of a dataset in order, as training would collate them, without changing any random state.
 
     Random augmentation follows the seed of the run and `reading`.

@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_guidance.analysis.history import History, metrics_of, similarity_curves
 from hf_guidance.card.command import published_command
+from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import HUB_ID, example_of, known, processing_facts, rows_facts
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import command_line, environment
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 Facts = dict[str, Any]
 VERSIONS = ("python", "torch", "transformers", "accelerate")
@@ -35,7 +38,7 @@ SIZES = (
 EMISSIONS = "emissions.csv"  # written by codecarbon
 
 
-def run_facts(trainer: Any, **given: Any) -> Facts:
+def run_facts(trainer: GuidedTrainer, **given: Any) -> RunFacts:
     """Gather the facts of a trainer's run as plain JSON values, for `render`.
 
     Args:
@@ -48,7 +51,7 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
     repository = trainer.hub_model_id if trainer.args.push_to_hub or trainer.hub_model_id else None
     args, history = trainer.args, trainer.state.log_history
     facts: Facts = {
-        "name": (repository or os.path.basename(os.path.abspath(args.output_dir))).split("/")[-1],
+        "name": (repository or os.path.basename(os.path.abspath(str(args.output_dir)))).split("/")[-1],
         "repository": repository,
         "target": _target(model),
         "guide": _guide(trainer) if guided else None,
@@ -66,16 +69,17 @@ def run_facts(trainer: Any, **given: Any) -> Facts:
         "versions": {k: v for k, v in environment().items() if k in VERSIONS},
     }
     facts |= {name: facts[name] | (given.pop(name, None) or {}) for name in ("target", "data")}
-    return known(facts | known(given))
+    found: Any = known(facts | known(given))
+    return found
 
 
 def given_facts(
-    language: Any = None,
+    language: str | list[str] | None = None,
     license: str | None = None,
-    tags: Any = None,
+    tags: str | list[str] | None = None,
     model_name: str | None = None,
-    dataset: Any = None,
-    dataset_tags: Any = None,
+    dataset: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
     finetuned_from: str | None = None,
     **_: Any,
 ) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _target(model: Any) -> Facts:
     }
 
 
-def _guide(trainer: Any) -> Facts:
+def _guide(trainer: GuidedTrainer) -> Facts:
     from hf_guidance.guide.freezing import BATCH_NORM
 
     guide, config = trainer.guide, getattr(trainer.guide, "config", None)
@@ -121,17 +125,18 @@ def _guide(trainer: Any) -> Facts:
     return trainer.guide_identity | {"sizes": sizes, "batch_norm": norm} | timms
 
 
-def timms_name(config: Facts) -> str | None:
+def timms_name(config: Mapping[str, Json]) -> str | None:
     """Return the architecture behind transformers' timm wrapper, which is one class for all of them."""
-    return config.get("architecture") if config.get("model_type") == "timm_wrapper" else None
+    name = config.get("architecture") if config.get("model_type") == "timm_wrapper" else None
+    return None if name is None else str(name)
 
 
-def sizes_of(config: Facts) -> Facts:
+def sizes_of(config: Mapping[str, Json]) -> dict[str, Json]:
     """Select the sizes in a network's config, named in words."""
     return {name.replace("_", " "): config[name] for name in SIZES if config.get(name) is not None}
 
 
-def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
+def pairs_facts(points: list[dict[str, float]]) -> Facts | None:
     """Return the similarity of every pair in the first and the last log.
 
     Each is a mean over the steps since the previous log. It is None if LayerDrop skipped the target layer in all of
@@ -148,7 +153,7 @@ def pairs_facts(points: list[dict[str, Any]]) -> Facts | None:
     return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
 
 
-def best_step(trainer: Any) -> int | None:
+def best_step(trainer: Trainer | GuidedTrainer) -> int | None:
     """Return the step of the best weights if training has ended and loaded them; else None."""
     state, args = trainer.state, trainer.args
     over = any("train_runtime" in log for log in state.log_history)  # logged after the best weights are loaded
@@ -168,17 +173,18 @@ def _results(history: History, best: int | None = None) -> Facts | None:
     return None
 
 
-def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
+def training_facts(settings: Mapping[str, Json], steps: int, seed: int) -> Facts:
     """Select the training settings that the card shows."""
     half = "bfloat16" if settings["bf16"] else "float16" if settings["fp16"] else None
-    accumulated, decay, clip = (settings[n] for n in ("gradient_accumulation_steps", "weight_decay", "max_grad_norm"))
+    numbers: dict[str, Any] = dict(settings)
+    accumulated, decay, clip = (numbers[n] for n in ("gradient_accumulation_steps", "weight_decay", "max_grad_norm"))
     schedule = str(settings["lr_scheduler_type"]).replace("_", " ")
     return {
         "steps": steps,
         "batch size": settings["per_device_train_batch_size"],
         "accumulated over": f"{accumulated} batches" if accumulated > 1 else None,
         "processes": settings["world_size"],
-        "learning rate": f"{settings['learning_rate']:g}, {schedule}",
+        "learning rate": f"{numbers['learning_rate']:g}, {schedule}",
         "optimizer": str(settings["optim"]),
         "weight decay": f"{decay:g}" if decay else None,
         "gradients clipped at": f"{clip:g}" if clip else None,
@@ -187,7 +193,7 @@ def training_facts(settings: dict[str, Any], steps: int, seed: int) -> Facts:
     }
 
 
-def _cost(trainer: Any) -> Facts:
+def _cost(trainer: GuidedTrainer) -> Facts:
     seconds = next((log["train_runtime"] for log in trainer.state.log_history[::-1] if "train_runtime" in log), None)
     cost: Facts = {"hardware": environment()["device"]}
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
@@ -208,7 +214,7 @@ def _cost(trainer: Any) -> Facts:
     return cost
 
 
-def _always(trainer: Any) -> bool | None:
+def _always(trainer: GuidedTrainer) -> bool | None:
     """Tell whether every step was guided; None if no step was."""
     config = trainer.guidance
     if trainer.guide is None or not config.guidance_weight:
@@ -217,7 +223,7 @@ def _always(trainer: Any) -> bool | None:
     return not stops and config.guidance_every == 1
 
 
-def _emissions(trainer: Any) -> float | None:
+def _emissions(trainer: GuidedTrainer) -> float | None:
     """Return the emissions in grams of CO₂ equivalents, if codecarbon measured this run."""
     measured = Path(str(trainer.args.output_dir)) / EMISSIONS
     callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]

@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HTTPError  # of the HTTP library and of the client itself
 from transformers import TrainingArguments
 
@@ -19,6 +19,9 @@ from hf_guidance.card.redaction import scrub_state
 from hf_guidance.card.settings_redaction import scrub_settings
 from hf_guidance.trainer.checkpoints import ORIGIN, STATE
 from hf_guidance.trainer.staging import CARD, files_in, stage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ARGUMENTS = "training_args.bin"
 NO_HUB = (HTTPError, ConnectionError)  # refused or unreachable; ConnectionError with HF_HUB_OFFLINE
@@ -29,6 +32,16 @@ FOR_RESUMING = (
     r"(optimizer|pytorch_model_fsdp)_\d+/(\.metadata|__\d+_\d+\.distcp)",  # FSDP's shards
     r"global_step\d+/\w+_states\.pt",  # DeepSpeed's
 )
+
+
+class Upload(TypedDict, total=False):
+    """Options of `HfApi.upload_folder`."""
+
+    repo_id: str
+    commit_message: str | None
+    token: str | None
+    revision: str | None
+    path_in_repo: str
 
 
 def check_may_write(repository: str, token: str | None) -> None:
@@ -94,19 +107,19 @@ def stage_checkpoint(checkpoint: Path, model: Sequence[str], staged: Path) -> No
     scrub_settings(staged, checkpoint.parent)
 
 
-def push_staged(staged: Path, **options: Any) -> Any:
+def push_staged(staged: Path, **options: Unpack[Upload]) -> CommitInfo:
     """Upload a staged folder, and remove it after all files have arrived.
 
     Args:
         staged: The folder.
         **options: Arguments of `HfApi.upload_folder`.
     """
-    pushed = HfApi().upload_folder(folder_path=staged, **options)
+    pushed: CommitInfo = HfApi().upload_folder(folder_path=staged, **options)
     shutil.rmtree(staged, ignore_errors=True)
     return pushed
 
 
-def start_pushing(*staged: tuple[Path, dict[str, Any]]) -> list[Future[Any]]:
+def start_pushing(*staged: tuple[Path, Upload]) -> list[Future[CommitInfo]]:
     """Begin to push staged folders one after the other, each with its own options.
 
     Returns:

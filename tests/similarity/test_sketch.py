@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.similarity import pair_loss, representation
-from hf_guidance.similarity.grams import gram
+from hf_guidance.similarity.grams import gram, layer_gram
 from hf_guidance.similarity.sketch import Sketch
 
 
@@ -79,14 +79,15 @@ def test_a_masked_gram_sketches_what_is_left_of_the_mask() -> None:
     x = torch.randn(40, 6, 50, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(6) < torch.tensor([6, 3, 4, 5] * 10)[:, None]
     exact = gram(x, mask)
-    errors = [gram(x, mask, sketch=lambda c, i=i: Sketch(200)(f"{i}", c)) - exact for i in range(30)]
+    errors = [layer_gram(x, mask, sketch=lambda c, i=i: Sketch(200)(f"{i}", c)) - exact for i in range(30)]
     relative = torch.stack([error.norm() / exact.norm() for error in errors]).square().mean().sqrt()
     values = torch.linalg.eigvalsh(exact.double())
     bound = ((values.sum().square() / values.square().sum() + 1) / 200) ** 0.5
     assert 0.3 * bound < relative < 1.3 * bound
     junk = torch.where(mask[..., None], x, 1e3)
     assert torch.equal(
-        gram(junk, mask, sketch=lambda c: Sketch(200)("a", c)), gram(x, mask, sketch=lambda c: Sketch(200)("a", c))
+        layer_gram(junk, mask, sketch=lambda c: Sketch(200)("a", c)),
+        layer_gram(x, mask, sketch=lambda c: Sketch(200)("a", c)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.rows import Batch
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.half_precision import for_tensor_cores
 
@@ -55,7 +56,7 @@ def bytes_of_global_batch(
     guide: nn.Module,
     config: GuidanceConfig,
     autocast: Callable[[], AbstractContextManager[Any]],
-    batch: Mapping[str, Any],
+    batch: dict[str, Tensor],
     sketch: int | None,
 ) -> int | None:
     """Count the bytes of features and masks that a process sends to each other one in a step with a global batch.
@@ -92,7 +93,7 @@ def compared_features(
     guide: nn.Module,
     config: GuidanceConfig,
     autocast: Callable[[], AbstractContextManager[Any]],
-    batch: Mapping[str, Any],
+    batch: Batch,
 ) -> list[Compared]:
     """Return the layers that are in a pair."""
     return _count(target, guide, config, autocast, batch).compared
@@ -103,7 +104,7 @@ def _count(
     guide: nn.Module,
     config: GuidanceConfig,
     autocast: Callable[[], AbstractContextManager[Any]],
-    batch: Mapping[str, Any],
+    batch: Batch,
 ) -> _Counting:
     batch = {name: value for name, value in batch.items() if name != config.sample_id_column}
     always: dict[str, Any] = {"guidance_schedule": "constant", "guidance_stop_step": None, "guidance_weight": 1.0}

@@ -120,7 +120,7 @@ def measure_cost(
     for _ in range(plan.rounds):
         for variant in variants.values():
             variant.advance(plan.discard + counted)
-    found: dict[str, Any] = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
+    found: Any = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
     found["guide_forwards"] = sum(runs) / (plan.rounds * counted)
     found["batches_of_a_step"] = args.gradient_accumulation_steps
     found |= summary(found) | {"overhead_of_rounds": overhead_of_rounds(found, plan.rounds)}

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.reader import LayerReader
+from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_guide
 from hf_guidance.mapping import Pair, pair_layers, parse_pair
 
@@ -59,13 +60,13 @@ class PaperTrainer(Trainer):
         self._target_reader = LayerReader(self.accelerator.unwrap_model(self.model), ours, "target")
         self._guide_reader = LayerReader(guide, theirs, "guide")
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         guidance = self.paper_loss(model, inputs) if model.training else 0.0
         found = super().compute_loss(model, without_guide(inputs), *args, **kwargs)
         weighted = self.guidance.guidance_weight * guidance
         return (found[0] + weighted, *found[1:]) if isinstance(found, tuple) else found + weighted
 
-    def paper_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def paper_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Compute the sum over the pairs of (1 − CKA), with a separate forward of each network."""
         with torch.no_grad(), self.accelerator.autocast(), self._guide_reader.reading(_keep) as theirs:
             positional, named = forward_arguments(self.guide, guide_batch(inputs, model))

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-KINDS = ("median", "minimum")
+KINDS: tuple[Literal["median"], Literal["minimum"]] = ("median", "minimum")
+
+
+class Seconds(TypedDict, total=False):
+    """Seconds of one variant; `forward` and `all` where they are known."""
+
+    median: float
+    minimum: float
+    forward: Seconds
+    all: list[float]
+
+
+class Measured(TypedDict, total=False):
+    """Seconds of the variants, and how often a guided step runs the guide and the paper's has a batch."""
+
+    plain: Seconds
+    guide: Seconds
+    guided: Seconds
+    paper: Seconds
+    guide_forwards: int
+    batches_of_a_step: int
 
 
 def middle_and_least(values: list[float]) -> dict[str, float]:
@@ -13,7 +33,7 @@ def middle_and_least(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "minimum": min(values)}
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
+def summary(found: Measured) -> dict[str, Any]:
     """Compute split, floor and ratios from the seconds of the variants.
 
     Args:
@@ -42,7 +62,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     return {"floor": floor, "split": split, **ratios}
 
 
-def overhead_of_rounds(found: dict[str, Any], rounds: int) -> dict[str, Any]:
+def overhead_of_rounds(found: Measured, rounds: int) -> dict[str, Any]:
     """Compute the overhead of each round, and its mean and standard error (None for one round).
 
     In a round the variants run one after the other, so a slow drift of the CPU's speed affects all of them equally.
@@ -52,7 +72,7 @@ def overhead_of_rounds(found: dict[str, Any], rounds: int) -> dict[str, Any]:
         rounds: Number of rounds.
     """
 
-    def of_round(name: str, number: int) -> float:
+    def of_round(name: Literal["plain", "guide", "guided"], number: int) -> float:
         seconds = found[name]["all"]
         count = len(seconds) // rounds
         return statistics.fmean(seconds[number * count : (number + 1) * count])
