@@ -19,7 +19,7 @@ class SimilarityMap(TypedDict):
 
 
 class Curves(TypedDict, total=False):
-    """What a run's record holds for figures; `when` is the titles of its two maps."""
+    """Curves and maps of a run, as figures draw them; `when` titles its two maps."""
 
     run: str
     seed: int

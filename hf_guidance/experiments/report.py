@@ -26,7 +26,7 @@ class Record(Curves, total=False):
 
 
 class Report(TypedDict, total=False):
-    """The content of ``results.json``."""
+    """Content of `results.json`."""
 
     recipe: str
     command: str

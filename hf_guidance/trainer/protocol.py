@@ -40,7 +40,7 @@ class GuidedTrainer(Protocol):
         """The loss for the model now in training."""
 
     def is_world_process_zero(self) -> bool:
-        """Whether this is the first process of all."""
+        """Tell whether this is the first process of all."""
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
 

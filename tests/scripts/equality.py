@@ -137,7 +137,7 @@ def main(path: Path, names: list[str]) -> None:
 
 
 def both(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What came of one process and of two."""
+    """Return what one process and two came to."""
     here = Path(__file__)
     paths = os.pathsep.join([str(here.parents[1]), str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
