@@ -123,13 +123,15 @@ def _or_explain(source: str | PreTrainedConfig, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # a network's own code may raise anything on such files
-        known = "" if os.path.isdir(source) or not in_timm(str(source)) else f" timm has it: 'timm/{source}'."
-        weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
         said = (str(error).strip().splitlines() or [""])[0]
-        if isinstance(source, str) and source.startswith(("/", ".", "~")) and not os.path.isdir(source):
+        if not isinstance(source, str):
+            raise ValueError(f"Cannot build a guide from this {type(source).__name__}: {kind}{said}") from error
+        known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
+        weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
+        if source.startswith(("/", ".", "~")) and not os.path.isdir(source):
             said = "there is no such folder."
-        raise ValueError(f"Cannot load guide {str(source)!r}: {kind}{said}{weights}{known} {POSSIBLE}") from error
+        raise ValueError(f"Cannot load guide {source!r}: {kind}{said}{weights}{known} {POSSIBLE}") from error
 
 
 def _about_weights(source: str | PreTrainedConfig) -> str:

@@ -17,7 +17,7 @@ from builders import gpt2
 from hub import Hub
 from safetensors.torch import save_file
 from torch import nn
-from transformers import DPTConfig, GPT2Model, TimmWrapperConfig
+from transformers import DPTConfig, GPT2Config, GPT2Model, TimmWrapperConfig
 
 from hf_guidance import load_guide
 from hf_guidance.guide.identity import IDENTITY
@@ -216,3 +216,8 @@ def test_options_for_a_module_and_a_source_of_another_type_are_named() -> None:
         load_guide(None)
     with pytest.raises(ValueError, match=r"the guide is the result of torch\.compile\(guide\)"):
         load_guide(torch.compile(nn.Linear(2, 2)))
+
+
+def test_a_config_that_names_pickles_is_refused_by_its_class() -> None:
+    with pytest.raises(ValueError, match=r"guide from this GPT2Config: its config names the weights 'x\.bin'; only"):
+        load_guide(GPT2Config(transformers_weights="x.bin"))
