@@ -16,7 +16,7 @@ class Own:
 
 def parsed(monkeypatch, *words, defaults=lambda own: {"learning_rate": 0.5, "output_dir": "out", "use_cpu": True}):
     monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
-    return parse("what it is for", Own, defaults, refused={"--seed"}, instead="--seeds")
+    return parse("what it is for", Own, defaults, refused={"--seed"}, instead="Use --seeds instead")
 
 
 def test_flags_of_all_three_are_read_and_a_recipes_defaults_stand_where_nothing_is_given(monkeypatch):
@@ -36,7 +36,7 @@ def test_explicit_pairs_take_the_place_of_a_recipes_layers(monkeypatch):
 
 
 def test_refused_and_impossible_flags_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="--seed: this recipe takes --seeds"):
+    with pytest.raises(ValueError, match=r"--seed: Use --seeds instead\."):
         parsed(monkeypatch, "--seed=3")
     with pytest.raises(ValueError, match="--kind c: possible are a, b"):
         check_choice("kind", "c", ["a", "b"])

@@ -10,7 +10,7 @@ def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes() -> No
     ids, other = torch.zeros(2, 3), torch.ones(2, 4)
     assert content_of({"labels": other, "input_ids": ids}) is ids
     assert content_of({"id": torch.arange(2), "values": other}) is other
-    with pytest.raises(ValueError, match=r"no tensor with a sample axis and another one; it has \['id'\]"):
+    with pytest.raises(ValueError, match=r"no tensor with a sample axis and a second axis; it has \['id'\]"):
         content_of({"id": torch.arange(2)})
 
 

@@ -165,9 +165,7 @@ def test_each_guided_run_has_a_cache_of_its_own_which_a_run_anew_only_reads(tmp_
     similarities = [[run["similarity"] for run in report["runs"] if run["guide"]] for report in reports]
     assert similarities[0] == similarities[1]
     assert str(tmp_path) not in json.dumps(reports[0]["runs"])
-    with pytest.raises(
-        ValueError, match="the augmentation is 'crop_flip': set augmentation='none', or leave cache_guide"
-    ):
+    with pytest.raises(ValueError, match="augmentation is 'crop_flip': set augmentation='none', or leave cache_guide"):
         run_here(monkeypatch, tmp_path / "augmented", augmentation="crop_flip", **options)
 
 

@@ -26,7 +26,7 @@ def test_a_split_batch_is_shared_evenly_or_refused() -> None:
         ({"per_device_train_batch_size": 2}, {}, "per_device_train_batch_size is 2, but linear_cka needs at least 3"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size changes the batch size"),
         ({}, {"similarity_batch": "global"}, "there is no process group"),
-        ({}, {"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1: set it to 2 or more"),
+        ({}, {"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1. Set it to 2 or more"),
     ],
 )
 def test_settings_that_guidance_cannot_do_with_are_refused(settings, guidance, words, tmp_path) -> None:
