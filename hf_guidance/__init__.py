@@ -5,8 +5,8 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.guide.loading import load_guide
 from hf_guidance.guide.rebuilding import load_guide_of
 from hf_guidance.loss import GuidanceLoss
-from hf_guidance.similarity.grams import gram
-from hf_guidance.similarity.measures import debiased_cka, linear_cka, procrustes, rbf_cka, ridge, rsa
+from hf_guidance.similarity.layers import gram
+from hf_guidance.similarity.measures import debiased_cka, linear_cka, procrustes, rbf_cka, ridge, ridge_loo, rsa
 from hf_guidance.trainer.guidance_trainer import GuidanceMixin, GuidanceTrainer
 
 __version__ = "0.1.0"
@@ -24,5 +24,6 @@ __all__ = [
     "procrustes",
     "rbf_cka",
     "ridge",
+    "ridge_loo",
     "rsa",
 ]

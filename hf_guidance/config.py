@@ -17,7 +17,7 @@ from typing import Any, Optional, TypeAlias, TypeVar
 
 from hf_guidance.mapping import check_mapping, parse_pair
 from hf_guidance.schedule import check_schedule
-from hf_guidance.similarity.measures import MEASURES, get_measure
+from hf_guidance.similarity.registry import MEASURES, check_measure, min_samples
 
 Config = TypeVar("Config")
 Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
@@ -65,7 +65,15 @@ class GuidanceConfig:
     """
 
     # Optional[...] rather than `... | None`: on Python 3.10 HfArgumentParser reads only the former.
-    measure: str = _knob("linear_cka", f"Similarity measure to maximise: {', '.join(MEASURES)}.")
+    measure: str = _knob(
+        "linear_cka",
+        f"Similarity measure to maximise: {', '.join(MEASURES)}, a registered one, or module:function for your own.",
+    )
+    ridge_penalty: Optional[float] = _knob(
+        None,
+        "Penalty of ridge and ridge_loo, over the mean squared norm of the target's samples. Unset takes 0.1 for ridge "
+        "and 1 for ridge_loo.",
+    )
     guidance_weight: float = _knob(1.0, "Weight of the guidance loss. 0 turns guidance off.")
     guidance_reduction: str = _knob(
         "sum", "How to combine the losses of the layer pairs: sum (as in the paper) or mean."
@@ -146,7 +154,7 @@ class GuidanceConfig:
             if getattr(self, name) not in possible:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; possible are {', '.join(possible)}.")
         for name in [self.measure, *self.log_measures]:
-            get_measure(name)
+            check_measure(name)
         check_schedule(self.guidance_schedule)
         check_mapping(self.layer_mapping)
         self._check_numbers()
@@ -156,11 +164,13 @@ class GuidanceConfig:
     def _check_numbers(self) -> None:
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
             raise ValueError(f"guidance_weight is {self.guidance_weight}; it must be a finite number ≥ 0.")
-        least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": get_measure(self.measure).min_samples}
-        least |= {"guidance_every": 1, "sketch": 1}
+        least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": min_samples(self.measure)}
+        least |= {"guidance_every": 1, "sketch": 2}
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
+        if self.ridge_penalty is not None and not (math.isfinite(self.ridge_penalty) and self.ridge_penalty > 0):
+            raise ValueError(f"ridge_penalty is {self.ridge_penalty}; it must be a finite number above 0.")
         if self.guidance_stop_step is not None and self.guidance_stop_step < max(1, self.prealign_steps):
             raise ValueError(
                 f"guidance_stop_step is {self.guidance_stop_step}; it must be at least 1 and not before the end of "
@@ -282,16 +292,6 @@ class GuidanceConfig:
         if not isinstance(content, dict) or set(content) != {"guidance", "guide"}:
             raise ValueError(f"{path} is not a guidance config: expected the sections 'guidance' and 'guide'.")
         return cls.from_dict(content["guidance"]), content["guide"]
-
-
-def _describe(name: str, text: str) -> str:
-    return textwrap.fill(f"{name}: {text}", 112, initial_indent=" " * 4, subsequent_indent=" " * 8) + "\n"
-
-
-# `help(GuidanceConfig)` shows each field with its description
-GuidanceConfig.__doc__ = f"{inspect.getdoc(GuidanceConfig)}\n\nArgs:\n" + "".join(
-    _describe(entry.name, entry.metadata["help"]) for entry in fields(GuidanceConfig)
-)
 
 
 def _check_types(config: GuidanceConfig) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,22 +21,19 @@ from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, freeze
 from hf_guidance.guide.inputs import (
-    check_vocabularies,
     generator_for,
-    guide_batch,
     is_packed,
     noise_like,
-    shuffle_rows,
     vocabulary_size,
     with_decoder_inputs,
     without_guide,
 )
 from hf_guidance.guide.sharding import shard
-from hf_guidance.mapping import Pair, pair_layers, pair_name, parse_pair
+from hf_guidance.mapping import Pair, pair_layers, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule
-from hf_guidance.similarity.measures import Measure, get_measure
-from hf_guidance.similarity.pair_loss import Grams, guidance_loss, similarities
-from hf_guidance.similarity.representation import Kernel, complete
+from hf_guidance.similarity.layers import Layer
+from hf_guidance.similarity.pair_loss import guidance_loss, similarities
+from hf_guidance.similarity.registry import Measure, check_takes_sketch, get_measure
 from hf_guidance.similarity.sketch import Sketch
 
 
@@ -82,7 +81,7 @@ class GuidanceLoss:
 
     Raises:
         ValueError: a layer does not exist, guide and target share parameters, or a global batch has no process group or
-            meets LayerDrop. On the first batch: the vocabularies or the samples of the two networks do not match.
+            meets LayerDrop, or a measure takes no sketch. On the first batch: the vocabularies or the samples of the two networks do not match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -108,8 +107,12 @@ class GuidanceLoss:
         if self.config.shard_guide:
             shard(guide)
         names = [self.config.measure, *self.config.log_measures]
-        self.measures: list[Measure] = [get_measure(name) for name in dict.fromkeys(names)]
-        self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch)
+        self.measures: list[Measure] = [get_measure(n, self.config.ridge_penalty) for n in dict.fromkeys(names)]
+        as_features = any(math.isinf(measure.primal_below) for measure in self.measures)  # one of the user's own
+        self._primal_below = math.inf if as_features else self.measures[0].primal_below
+        for measure in self.measures if self.config.sketch is not None else ():
+            check_takes_sketch(measure)
+        self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch, "target")
         self.pairs: list[Pair] | None = None  # set on the first batch, which shows how many hidden states there are
         self._reaches_weights = False  # set once a gradient is seen to reach a weight
         explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
@@ -117,7 +120,7 @@ class GuidanceLoss:
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
         self.ranks = Ranks() if self.config.similarity_batch == "global" else None
-        self.running = GuideRunning(self.guide_reader, self.config, self.sketch, autocast)
+        self.running = GuideRunning(self.guide_reader, target, self.config, autocast)
 
     def weights(self, step: int) -> Weights:
         """Return the weights of guidance and task at an optimizer step.
@@ -172,21 +175,21 @@ class GuidanceLoss:
         seen = with_decoder_inputs(batch, self.target)
         samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
-        too_few = config.sample_axis == "sequence" and samples.count < self.measures[0].min_samples
+        measure, needed = self.measures[0].name, self.measures[0].min_samples
+        too_few = config.sample_axis == "sequence" and samples.count < needed
         if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
-            watched.why_unguided = self._too_few(samples.count, is_packed(seen))
-            yield watched
-            return
-        if config.guide_input == "shuffled" and samples.batch_size < 2:
+            watched.why_unguided = samples.why_too_few(measure, needed, samples.count, is_packed(seen))
+        elif config.guide_input == "shuffled" and samples.batch_size < 2:
             watched.why_unguided = (
                 "guide_input='shuffled' exchanges the rows of a batch, but this batch has only one row"
             )
+        if watched.why_unguided:
             yield watched
             return
-        guide_samples, guide_grams = self._run_guide(batch, samples, key)
-        with self.target_reader.reading(not_recomputed(samples.gram)) as target_grams:
+        guide = self.running.layers(batch, key, partial(self.samples_of, like=samples))
+        with self.target_reader.reading(not_recomputed(samples.layer)) as layers:
             yield watched
-        self.compare(watched, (samples, target_grams), (guide_samples, guide_grams), log=log)
+        self.compare(watched, (samples, layers), guide, log=log)
 
     def samples_of(
         self, batch: Batch, like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0
@@ -201,10 +204,11 @@ class GuidanceLoss:
             rank: index of this process.
         """
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
-        options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed()}
-        config, thin = self.config, self.measures[0].centred_slope
-        options |= {"ranks": self.ranks, "sketch": self.sketch, "thin": thin, "together": True}
-        return Samples(batch, config.sample_axis, config.max_tokens, **options)
+        options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
+        options["sketch"] = self.sketch if like is None else self.running.sketch
+        return Samples(
+            batch, self.config.sample_axis, self.config.max_tokens, primal_below=self._primal_below, **options
+        )
 
     def forward_guide(self, inputs: Batch) -> Any:
         """Run the guide on those of the inputs that it accepts, moved to its device.
@@ -221,7 +225,6 @@ class GuidanceLoss:
         """
         return forward(self.guide, inputs)
 
-    @torch.no_grad()
     def open_cache(self, batch: Batch, rows: int, identity: Mapping[str, Json], create: bool = True) -> None:
         """Open or create the cache that the config's `cache_guide` names. Call it once, before the first step.
 
@@ -234,22 +237,7 @@ class GuidanceLoss:
         Raises:
             ValueError: the batch has no ids, or has padding. Also all that `GuideCache` raises.
         """
-        self.running.open_cache(guide_batch(batch, self.target), batch, rows, identity, create)
-
-    @torch.no_grad()
-    def _run_guide(self, batch: Batch, samples: Samples, key: tuple[int, ...]) -> tuple[Samples, Grams]:
-        inputs = guide_batch(batch, self.target)
-        if self.pairs is None:
-            if not self.config.guide_shares_tokenizer:
-                check_vocabularies(self.target, self.guide, batch)
-            if is_packed(inputs):
-                self.running.check_tells_documents_apart(inputs)
-        if self.config.guide_input == "noise":
-            inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
-        elif self.config.guide_input == "shuffled":
-            inputs = shuffle_rows(inputs, generator_for(*key, 2))
-        guide_samples = self.samples_of(inputs, like=samples)
-        return guide_samples, complete(self.running.grams(inputs, batch, guide_samples))
+        self.running.open_cache(batch, rows, identity, create)
 
     def close(self) -> None:
         """Remove the hooks from both networks."""
@@ -260,97 +248,70 @@ class GuidanceLoss:
         sizes = [size for size in (vocabulary_size(self.target), vocabulary_size(self.guide)) if size]
         return min(sizes, default=None)
 
-    def _pairs_that_ran(self, kernels: Mapping[str, Kernel]) -> list[Pair]:
-        assert self.pairs is not None
-        self.target_reader.check_skipped([target for target, _ in self.pairs if target not in kernels])
-        return [pair for pair in self.pairs if pair[0] in kernels]
-
-    def _resolve_pairs(self, kernels: Mapping[str, Kernel], padded: bool) -> None:
+    def _resolve_pairs(self, layers: Mapping[str, Layer], padded: bool) -> None:
         targets, guides = self.target_reader.names(), self.running.names()
         if self.config.layer_pairs is not None:
             self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
         else:
             self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
-        all_seen = all(target in kernels for target, _ in self.pairs)
-        if self.sketch and all_seen and not padded and self.sketch.widest <= self.sketch.size:
+        all_seen = all(target in layers for target, _ in self.pairs)
+        widest = max(sketch.widest for sketch in (self.sketch, self.running.sketch) if sketch) if self.sketch else 0
+        if self.sketch and all_seen and not padded and widest <= self.sketch.size:
             cache = self.config.cache_guide
             raise ValueError(
-                f"sketch is {self.sketch.size}, but the widest layer that is compared has {self.sketch.widest} "
-                "features: there is nothing to sketch. Lower sketch, or leave it out to compare exactly."
+                f"sketch is {self.config.sketch}, but the widest layer that is compared has {widest} features: there "
+                "is nothing to sketch. Lower sketch, or leave it out to compare exactly."
                 + (f" In both cases remove {cache}, which was made with this sketch." if cache else "")
             )
         self.target_reader.keep = {target for target, _ in self.pairs}
         self.guide_reader.keep = {guide for _, guide in self.pairs}
 
-    def _check_aligned(self, samples: Samples, guide_samples: Samples, targets: Grams, guides: Grams) -> None:
-        for target, guide in (pair for pair in self.pairs or [] if pair[0] in targets):
-            ours = samples.positions.get(target), targets[target].shape[0]
-            theirs = guide_samples.positions.get(guide), guides[guide].shape[0]
-            if ours != theirs:
-                raise ValueError(
-                    f"pair {pair_name((target, guide))}: the target layer gives {ours[1]} samples ({ours[0]} positions "
-                    f"a row) and the guide layer {theirs[1]} ({theirs[0]}); with sample_axis='token' both layers need "
-                    "the same positions. Use sample_axis='sequence'."
-                )
-
-    def _too_few(self, samples: int, packed: bool = False) -> str:
-        """Explain why a batch is not guided, and what to do about it."""
-        way_out = "set sample_axis='token'" if packed else "raise per_device_train_batch_size"
-        if self.config.sample_axis == "token":
-            kind = "valid tokens"
-        else:
-            kind = "row" if samples == 1 else "rows"
-            if packed:
-                kind += ", into which documents are packed"
-            else:
-                way_out += ", or set dataloader_drop_last=True if it is an epoch's last batch"
-        needed = f"{self.measures[0].name} needs at least {self.measures[0].min_samples} samples"
-        return f"{needed}, and the batch has {samples} {kind}: {way_out}"
-
     def compare(
         self,
         watched: Watched,
-        target: tuple[Samples, Mapping[str, Kernel]],
-        guide: tuple[Samples, Grams],
+        target: tuple[Samples, Mapping[str, Layer]],
+        guide: tuple[Samples, Mapping[str, Layer]],
         *,
         log: bool = True,
         scale: float = 1.0,
     ) -> None:
-        """Compute loss and similarities from the Gram matrices of both networks, and store them in `watched`.
+        """Compute loss and similarities from the layers of both networks, and store them in `watched`.
 
         Args:
             watched: result to fill in.
-            target: the target's samples, and the kernel of each of its layers.
-            guide: the guide's samples, and the Gram matrix of each of its layers.
+            target: the target's samples, and its layers by name.
+            guide: the guide's samples, and its layers by name.
             log: whether to compute the config's `log_measures` too.
             scale: factor of the gradient, not of the value.
 
         Raises:
             ValueError: as `watch` does.
         """
-        (samples, kernels), (guide_samples, guides) = target, guide
-        if not (kernels or self.target_reader.layer_drop.has_run()):
+        (samples, targets), (guide_samples, guides) = target, guide
+        reader = self.target_reader
+        if not (targets or reader.has_run()):
             raise ValueError(
                 "the target did not run inside `watch`: run it in the `with` block, and the same network that this "
                 "loss was made with."
             )
         if self.pairs is None:
-            self._resolve_pairs(kernels, padded=bool(samples.masks))
-        pairs = self._pairs_that_ran(kernels)
-        watched.skipped_pairs = len(self.pairs or []) - len(pairs)
+            self._resolve_pairs(targets, padded=bool(samples.masks))
+        every = self.pairs or []
+        pairs = [pair for pair in every if pair[0] in targets]
+        watched.skipped_pairs = len(every) - len(pairs)
+        if watched.skipped_pairs:
+            reader.check_skipped([target for target, _ in every if target not in targets])
         if not pairs:
-            drop = in_words(self.target_reader.layer_drop.settings)
+            drop = in_words(reader.layer_drop.settings)
             watched.why_unguided = (
                 f"LayerDrop skipped the target layers of all pairs ({drop}): lower it, or compare more layers"
             )
             return
-        in_pairs = dict.fromkeys(target for target, _ in pairs)  # on the first batch, layers in no pair were read too
-        targets = complete({target: kernels[target] for target in in_pairs})
-        self._check_aligned(samples, guide_samples, targets, guides)
-        n = next(iter(targets.values())).shape[0]
+        samples.check_aligned(pairs, targets, guide_samples, guides)
+        n = targets[pairs[0][0]].samples
         trained_on, *logged = self.measures
         if n < trained_on.min_samples:
-            watched.why_unguided = self._too_few(n)
+            watched.why_unguided = samples.why_too_few(trained_on.name, trained_on.min_samples, n)
             return
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
         watched.loss, values = guidance_loss(pairs, trained_on, targets, guides, mean=mean, scale=scale)
@@ -361,7 +322,7 @@ class GuidanceLoss:
         if torch.is_grad_enabled() and not self._reaches_weights:
             self._reaches_weights = reaches_weights(watched.loss)
             if not self._reaches_weights:
-                self._refuse_without_gradient(watched, sorted(targets))
+                self._refuse_without_gradient(watched, sorted({target for target, _ in pairs}))
 
     def _refuse_without_gradient(self, watched: Watched, layers: list[str]) -> None:
         why = (

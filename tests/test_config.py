@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_guidance import GuidanceConfig
 from hf_guidance.config import CHOICES
 from hf_guidance.schedule import SCHEDULES
-from hf_guidance.similarity.measures import MEASURES
+from hf_guidance.similarity.registry import MEASURES
 
 FIELDS = {field.name: field for field in dataclasses.fields(GuidanceConfig)}
 
@@ -35,6 +35,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "max_tokens": 64,
     "similarity_batch": "global",
     "sketch": 512,
+    "ridge_penalty": 0.5,
     "guide_input": "prealign_noise",
     "guide_batch_norm": "batch",
     "calibration_batches": 3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,10 +29,11 @@ from builders import (
 from torch import Tensor, nn
 from transformers import BartConfig, BartModel, BertConfig, BertModel, MambaConfig, MambaModel, T5EncoderModel
 
-from hf_guidance import GuidanceConfig, GuidanceLoss, gram
+from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.loss import Watched
-from hf_guidance.similarity.measures import MEASURES
+from hf_guidance.similarity.layers import layer_of
 from hf_guidance.similarity.pair_loss import guidance_loss
+from hf_guidance.similarity.registry import MEASURES
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
 
 Batch = dict[str, Tensor]
@@ -530,19 +532,20 @@ def test_features_that_are_overwritten_in_place_have_the_gradient_of_what_they_w
 
 
 def test_between_forward_and_backward_one_matrix_a_target_layer_is_kept() -> None:
-    rows, width = 64, 8
-    kernels = {f"t{i}": gram(torch.randn(rows, width, requires_grad=True)) for i in range(3)}
-    guides = {f"g{i}": gram(torch.randn(rows, 5)) for i in range(4)}
+    rows = 64
     pairs = [("t0", "g0"), ("t1", "g1"), ("t1", "g2"), ("t2", "g3")]
-    for measure in MEASURES.values():
-        leaves = {name: kernel.clone() for name, kernel in kernels.items()}
-        loss, _ = guidance_loss(pairs, measure, leaves, guides)
-        graph = sum(tensor.numel() for tensor in _saved(loss))
-        assert graph <= 3 * rows**2 + 100, measure.name
+    for width in (8, 80):  # as features, and as Gram matrices
+        layers = {f"t{i}": layer_of(torch.randn(rows, width, requires_grad=True)) for i in range(3)}
+        guides = {f"g{i}": layer_of(torch.randn(rows, 5)) for i in range(4)}
+        for measure in MEASURES.values():
+            leaves = {name: replace(layer, values=layer.values.clone()) for name, layer in layers.items()}
+            loss, _ = guidance_loss(pairs, measure, leaves, guides)
+            graph = sum(tensor.numel() for tensor in _saved(loss))
+            assert graph <= 3 * rows * min(width, rows) + 100, measure.name
 
 
 def _saved(loss: Tensor) -> list[Tensor]:
-    """All tensors that the graph above the Gram matrices keeps."""
+    """All tensors that the graph above the layers' values keeps."""
     found, open_nodes, seen = [], [loss.grad_fn], set()
     while open_nodes:
         node = open_nodes.pop()

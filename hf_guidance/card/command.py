@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_guidance.card.redaction import own_names
 from hf_guidance.config import CHOICES
-from hf_guidance.similarity.measures import MEASURES
+from hf_guidance.similarity.registry import MEASURES
 
 # flags of `accelerate launch` and `torchrun` for the number and kind of processes
 COUNTS = ("num_processes", "num_machines", "nproc_per_node", "nnodes", "num_cpu_threads_per_process", "zero_stage")

@@ -30,7 +30,7 @@ from hf_guidance.experiments.run import SETTINGS, Run, check_same_settings, firs
 from hf_guidance.guide.identity import check_same_guide, identity
 from hf_guidance.guide.sharding import built_whole
 from hf_guidance.loss import GuidanceLoss
-from hf_guidance.similarity.measures import get_measure
+from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.checkpoints import last_whole_checkpoint
 from hf_guidance.trainer.checks import check_settings
 from hf_guidance.trainer.clock import TrainingClock
@@ -76,7 +76,7 @@ def _check_guidance(run: Run, task: Task, args: TrainingArguments, guidance: Gui
         check_settings(args, config, deepspeed=deepspeed, sharded=deepspeed or bool(args.fsdp))
     set_seed(run.seed)
     config = config.alone()
-    size = max(FEW, get_measure(config.measure).min_samples)
+    size = max(FEW, min_samples(config.measure))
     with built_whole():
         loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
     with torch.no_grad(), loss.watch(first_rows(run.task or task, size), step=0) as watched:
@@ -165,7 +165,7 @@ def carry_out(
 def _maps(trainer: Any, task: Task) -> LayerMaps | None:
     """Prepare the layer maps, and compute the one of the untrained network on the first validation rows."""
     size = trainer.args.per_device_train_batch_size
-    if not can_map(trainer) or min(size, len(task.eval_dataset)) < get_measure(trainer.guidance.measure).min_samples:
+    if not can_map(trainer) or min(size, len(task.eval_dataset)) < min_samples(trainer.guidance.measure):
         return None
     trainer.layer_maps = LayerMaps(first_rows(task, size))
     trainer.layer_maps.look(trainer, "before")

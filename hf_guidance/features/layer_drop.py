@@ -35,6 +35,7 @@ class LayerDrop:
     Attributes:
         settings: LayerDrop settings with their values that may skip a layer to read, such as `decoder_layerdrop`. Empty
             if no such layer can be skipped.
+        has_rate: whether the network has a LayerDrop rate at all, be it 0.
 
     Raises:
         ValueError: hidden states are to be read of a network with LayerDrop whose layers cannot be identified.
@@ -50,10 +51,12 @@ class LayerDrop:
         self._is_reading = False
         self._handles: list[Any] = []
         self._rates: list[tuple[nn.Module, float]] = []
+        self.has_rate = False
         if not any(p.requires_grad for p in base.parameters()):
             return  # a frozen network runs in evaluation mode, which skips nothing
         settings = {setting: module for module in base.modules() if (setting := rate_setting(module)) is not None}
         self._rates = [(module, rate_of(module)) for module in settings.values()]
+        self.has_rate = bool(self._rates)
         if not any(rate for _, rate in self._rates):
             return
         self._stacks = {kind: stack for kind in dict.fromkeys(kinds) if (stack := stack_of(base, kind))}

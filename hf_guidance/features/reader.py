@@ -86,11 +86,13 @@ class LayerReader:
             Layer → result of `reduce`, filled in during the forward.
         """
         self._reduce, self._read, self._counted = reduce, {}, {}
-        self.layer_drop.start()
+        if self.layer_drop.has_rate:
+            self.layer_drop.start()
         try:
             yield self._read
         finally:
-            self.layer_drop.stop()
+            if self.layer_drop.has_rate:
+                self.layer_drop.stop()
             self._seen = list(self._read)
             # keep nothing of a forward, so that the network can be copied and saved
             self._reduce, self._read = None, {}
@@ -104,11 +106,18 @@ class LayerReader:
         self.check_skipped([name for name in self._order if name not in self._seen])
         return [*self._counted, *self._order]
 
+    def has_run(self) -> bool:
+        """Tell whether the last forward reached a layer to read, or skipped it by LayerDrop."""
+        return bool(self._seen) or self.layer_drop.has_run()
+
     def check_skipped(self, missing: Sequence[str]) -> None:
         """Raise ValueError if the last forward left out these layers for a reason other than LayerDrop."""
-        missing = [name for name in missing if not self.layer_drop.has_skipped(name)]
+        missing = [name for name in missing if not self._skipped(name)]
         if missing:
             raise ValueError(f"{self.role} layers {missing} did not run in the {self.role}'s forward: leave them out.")
+
+    def _skipped(self, name: str) -> bool:
+        return bool(self.layer_drop.settings) and self.layer_drop.has_skipped(name)
 
     def remove(self) -> None:
         """Remove the hooks from the network."""
@@ -141,7 +150,7 @@ class LayerReader:
             return
         for kind, index in self._hidden:
             states = _states(output, kind)
-            if states is not None:
+            if states is not None and self.layer_drop.settings:
                 states = self.layer_drop.in_full(kind, states)
             if not states:
                 hint = ", as a tuple has no names: set config.return_dict=True" if isinstance(output, tuple) else ""
@@ -149,8 +158,7 @@ class LayerReader:
                     f"the {self.role} ({type(module).__name__}) returned no {kind}{hint}. If it has layers at all, "
                     f"name them with {self.role}_layers."
                 )
-            skipped = self.layer_drop.has_skipped
-            counted = [i for i, state in enumerate(states) if state is not None or skipped(f"{kind}.{i}")]
+            counted = [i for i, state in enumerate(states) if state is not None or self._skipped(f"{kind}.{i}")]
             if index is not None and index not in counted:  # some models return only the selected ones
                 raise ValueError(
                     f"{self.role} layer '{kind}.{index}' not found; the {self.role} returned {kind}.0 … "

@@ -57,3 +57,30 @@ def mix(value: Tensor) -> Tensor:
         value = value ^ (value >> 29)
         value *= factor
     return value ^ (value >> 32)
+
+
+def first_valid(mask: Tensor) -> Tensor:
+    """Return `(batch, length)`: true at as many first positions of each row as the mask has valid ones."""
+    return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+
+
+def in_front(mask: Tensor) -> Tensor | None:
+    """Return the order that moves each row's valid positions to its front; None if they are there."""
+    if (mask[:, :-1] >= mask[:, 1:]).all():
+        return None
+    return mask.int().argsort(dim=1, descending=True, stable=True)
+
+
+def hashes_of(content: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute a hash of each row's content, `(batch,)`, that does not depend on padding.
+
+    Args:
+        content: rows `(batch, …)`.
+        valid: which entries count, spread over the content; None for all.
+    """
+    content = content if not content.is_floating_point() else content.float().view(torch.int32)
+    if valid is not None:
+        content = torch.where(valid, content, -1)
+    content = content.flatten(1).long()
+    places = mix(torch.arange(content.shape[1], device=content.device) + 1)
+    return torch.where(content == -1, 0, mix(content + places)).sum(1)

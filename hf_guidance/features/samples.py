@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -9,10 +10,9 @@ from torch import Tensor
 
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import Batch, content_of, masks_of, mix
-from hf_guidance.similarity.grams import flat, layer_gram
-from hf_guidance.similarity.narrow import Thin, few
-from hf_guidance.similarity.representation import Kernel, later
+from hf_guidance.features.rows import Batch, content_of, first_valid, hashes_of, in_front, masks_of, mix
+from hf_guidance.mapping import Pair, pair_name
+from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, flat, layer_of
 from hf_guidance.similarity.sketch import Sketch
 
 INT64_MAX = torch.iinfo(torch.int64).max
@@ -20,7 +20,7 @@ Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and the number of 
 
 
 class Samples:
-    """Samples of one batch, over which the layers of a network become Gram matrices.
+    """Samples of one batch, over which the outputs of a network's layers are compared.
 
     Args:
         batch: inputs of the network. `attention_mask` `(batch, length)` tells the valid positions. Those of a decoder
@@ -33,8 +33,7 @@ class Samples:
         like: samples of the other network, whose choice of tokens is used.
         ranks: processes whose batches are taken as one; None for this process alone.
         sketch: sketch of wide layers.
-        thin: keep layers with few features as `Thin`, for a measure that is cheaper on them.
-        together: leave small layers to `representation.complete`, which is cheaper for many at once.
+        primal_below: as of `similarity.layer_of`.
 
     Attributes:
         count: number of rows, over all ranks.
@@ -53,14 +52,13 @@ class Samples:
         like: Samples | None = None,
         ranks: Ranks | None = None,
         sketch: Sketch | None = None,
-        thin: bool = False,
-        together: bool = False,
+        primal_below: float = PRIMAL_BELOW,
     ) -> None:
         self.content = content_of(batch)
         self.batch_size = self.content.shape[0]
         self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
         self.masks = masks_of({k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2})
-        self.ranks, self.sketch, self.thin, self.together = ranks, sketch, thin, together
+        self.ranks, self.sketch, self.primal_below = ranks, sketch, primal_below
         self.counts, self.lengths = self._across_ranks()
         self.count = sum(self.counts)
         self.positions: dict[str, int | str] = {}  # mask or number of positions of a layer's tokens; equal in a pair
@@ -69,12 +67,13 @@ class Samples:
         if like is not None and axis == "token":
             self._check_same_tokens(like)
 
-    def gram(self, name: str, features: Tensor) -> Kernel:
-        """Compute the Gram matrix `(n, n)` of a layer, its `Thin` features, or the `Later` that becomes one of them.
+    def layer(self, name: str, features: Tensor, parts: int = 1) -> Layer:
+        """Make a layer of its output on the batch.
 
         Args:
             name: name of the layer.
             features: output of the layer, `(batch, …)`.
+            parts: 2 if this is a sketch already.
 
         Raises:
             ValueError: the first axis of the output is not the batch, or its length is not that of the mask.
@@ -91,35 +90,71 @@ class Samples:
         kind = self._kind_of_mask(name, features)
         if kind is not None:
             features = self._aligned(features, kind)
-        mask, length = None, None
+        mask, length, sketch = None, None, None
         if self.axis == "token":
             self.positions[name] = features.shape[1] if kind is None else f"the {kind}'s"
             rows, positions, counts = self._tokens(name, features, kind)
             features = features[rows, positions]
         elif kind is not None:
-            mask, length = self._valid(self.masks[kind]).to(features.device), self.lengths[kind]
-        is_given = features is given
-        if self.sketch and mask is None:
-            unsketched = flat(features)
-            features = self.sketch(name, unsketched)
-            is_given = is_given and features is unsketched
+            mask, length = first_valid(self.masks[kind]).to(features.device), self.lengths[kind]
+        if self.sketch and parts == 1:
+            sketch = partial(self.sketch, name)
+            if mask is None:
+                exact = flat(features)
+                features = sketch(exact)
+                parts = 1 if features is exact else 2
         if self.ranks:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)
-            is_given = False
         # hidden states are returned to the user, and not overwritten
-        keep_copy = is_given and not HIDDEN.fullmatch(name)
-        if mask is None:
-            features = flat(features)
-            thin = self.thin and few(features)
-            # small layers on a CPU: a copy is cheap
-            to_copy = keep_copy or (is_given and features.device.type == "cpu")
-            if self.together and (kept := later(features, precision, to_copy, thin)):
-                return kept
-            if thin:
-                return Thin.apply(precision, features)[0]
-        sketch = partial(self.sketch, name) if self.sketch else None
-        return layer_gram(features, mask, sketch=sketch, precision=precision, keep_copy=keep_copy, in_region=True)
+        copy = not HIDDEN.fullmatch(name) and features.data_ptr() == given.data_ptr()
+        return layer_of(
+            features,
+            mask,
+            primal_below=self.primal_below,
+            sketch=sketch,
+            parts=parts,
+            precision=precision,
+            copy=copy,
+            in_region=True,
+        )
+
+    def check_aligned(
+        self, pairs: Sequence[Pair], layers: Mapping[str, Layer], guide: Samples, guides: Mapping[str, Layer]
+    ) -> None:
+        """Check that both layers of each pair have the same samples.
+
+        Args:
+            pairs: (target layer, guide layer).
+            layers: layers of the target.
+            guide: samples of the guide.
+            guides: layers of the guide.
+
+        Raises:
+            ValueError: they have not.
+        """
+        for target, other in pairs:
+            ours = self.positions.get(target), layers[target].samples
+            theirs = guide.positions.get(other), guides[other].samples
+            if ours != theirs:
+                raise ValueError(
+                    f"pair {pair_name((target, other))}: the target layer gives {ours[1]} samples ({ours[0]} positions "
+                    f"a row) and the guide layer {theirs[1]} ({theirs[0]}); with sample_axis='token' both layers need "
+                    "the same positions. Use sample_axis='sequence'."
+                )
+
+    def why_too_few(self, measure: str, needed: int, count: int, packed: bool = False) -> str:
+        """Explain why a batch of `count` samples is not guided, and what to do about it."""
+        way_out = "set sample_axis='token'" if packed else "raise per_device_train_batch_size"
+        if self.axis == "token":
+            kind = "valid tokens"
+        else:
+            kind = "row" if count == 1 else "rows"
+            if packed:
+                kind += ", into which documents are packed"
+            else:
+                way_out += ", or set dataloader_drop_last=True if it is an epoch's last batch"
+        return f"{measure} needs at least {needed} samples, and the batch has {count} {kind}: {way_out}"
 
     # ------------------------------------------------------------------------------------------------------ ranks
 
@@ -158,20 +193,9 @@ class Samples:
     def _aligned(self, features: Tensor, kind: str) -> Tensor:
         """Move each row's valid positions to its front, in their order."""
         if kind not in self._orders:
-            mask = self.masks[kind]
-            is_aligned = bool((mask[:, :-1] >= mask[:, 1:]).all())
-            self._orders[kind] = None if is_aligned else mask.int().argsort(dim=1, descending=True, stable=True)
+            self._orders[kind] = in_front(self.masks[kind])
         order = self._orders[kind]
-        if order is None:
-            return features
-        return features.take_along_dim(
-            order.to(features.device).reshape(order.shape + (1,) * (features.ndim - 2)), dim=1
-        )
-
-    @staticmethod
-    def _valid(mask: Tensor) -> Tensor:
-        """Return `(batch, length)`: true at as many first positions of each row as the mask has valid ones."""
-        return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+        return features if order is None else features.take_along_dim(_over(order.to(features.device), features), dim=1)
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
@@ -196,7 +220,7 @@ class Samples:
         key = features.shape[1] if kind is None else kind
         if key not in self._chosen:
             everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=self.content.device)
-            rows, positions = self._choose(everywhere if kind is None else self._valid(self.masks[kind]))
+            rows, positions = self._choose(everywhere if kind is None else first_valid(self.masks[kind]))
             counts = [len(rows)]
             if self.ranks is not None:
                 counts = [row[0] for row in self.ranks.numbers(counts, rows.device)]
@@ -213,7 +237,13 @@ class Samples:
             rows, positions = valid.nonzero(as_tuple=True)
             return rows, positions
         positions = torch.arange(valid.shape[1], device=valid.device)
-        score = mix(self._row_hashes()[:, None] + mix(positions + 1)[None, :] + self.seed) & INT64_MAX
+        mask = self.masks.get("encoder")  # the mask of the content, whichever layer the tokens are chosen for
+        content = self.content
+        if mask is not None and content.shape[:2] == mask.shape:
+            content, mask = self._aligned(content, "encoder"), _over(first_valid(mask), content)
+        else:
+            mask = None
+        score = mix(hashes_of(content, mask)[:, None] + mix(positions + 1)[None, :] + self.seed) & INT64_MAX
         score = torch.where(valid, score, INT64_MAX)
         if self.ranks is not None:
             scores = torch.cat([score.flatten(), score.new_full((self.max_tokens + 1,), INT64_MAX)])
@@ -225,17 +255,6 @@ class Samples:
         chosen = chosen[_below_the_last(smallest, smallest)]
         return chosen // valid.shape[1], chosen % valid.shape[1]
 
-    def _row_hashes(self) -> Tensor:
-        """Compute a hash of each row's content, `(batch,)`, that does not depend on padding."""
-        content = self.content if not self.content.is_floating_point() else self.content.float().view(torch.int32)
-        mask = self.masks.get("encoder")  # the mask of the content, whichever layer the tokens are chosen for
-        if mask is not None and content.shape[:2] == mask.shape:
-            valid = self._valid(mask).reshape(mask.shape + (1,) * (content.ndim - 2))
-            content = torch.where(valid, self._aligned(content, "encoder"), -1)
-        content = content.flatten(1).long()
-        places = mix(torch.arange(content.shape[1], device=content.device) + 1)
-        return torch.where(content == -1, 0, mix(content + places)).sum(1)
-
 
 def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
     """Select the scores below the last of the smallest ones; if there are none, those equal to it.
@@ -245,3 +264,8 @@ def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
     """
     last = smallest[-1]
     return torch.where(smallest[0] < last, score < last, score <= last)
+
+
+def _over(mask: Tensor, features: Tensor) -> Tensor:
+    """Append axes to `(batch, length)` so that it spreads over features `(batch, length, …)`."""
+    return mask.reshape(mask.shape + (1,) * (features.ndim - 2))

@@ -1,4 +1,4 @@
-"""The guide's side of a step: from its forward, or its cached features, to Gram matrices."""
+"""The guide's side of a step: from the batch, by its forward or its cached features, to its layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
@@ -15,11 +16,23 @@ from hf_guidance.features.reader import AllRead, LayerReader, Reduce
 from hf_guidance.features.rows import Batch
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import GuideCache
-from hf_guidance.guide.inputs import accepted_columns, documents_of, forward_arguments, seen_by, take_rows
+from hf_guidance.guide.inputs import (
+    accepted_columns,
+    check_vocabularies,
+    documents_of,
+    forward_arguments,
+    generator_for,
+    guide_batch,
+    is_packed,
+    noise_like,
+    seen_by,
+    shuffle_rows,
+    take_rows,
+    vocabulary_size,
+)
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.mapping import LAST
-from hf_guidance.similarity.grams import flat
-from hf_guidance.similarity.representation import Kernel
+from hf_guidance.similarity.layers import Layer, flat
 from hf_guidance.similarity.sketch import Sketch
 
 logger = logging.getLogger(__name__)
@@ -34,60 +47,87 @@ class GuideRunning:
 
     Args:
         reader: reader of the guide's layers.
+        target: network that it guides, which may make decoder inputs for both.
         config: settings of guidance.
-        sketch: sketch of wide layers, or None.
         autocast: makes the context of the forward.
     """
 
     def __init__(
         self,
         reader: LayerReader,
+        target: nn.Module,
         config: GuidanceConfig,
-        sketch: Sketch | None,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.reader, self.guide, self.config, self.sketch = reader, reader.model, config, sketch
-        self.autocast = autocast
+        self.reader, self.guide, self.target, self.config, self.autocast = (
+            reader,
+            reader.model,
+            target,
+            config,
+            autocast,
+        )
+        self.sketch = None if config.sketch is None else Sketch(config.sketch, "guide")
         self.cache: GuideCache | None = None
+        self._sketched_layers: set[str] = set()  # of the cache
+        self._ends_early: bool | None = None  # whether a forward may end after the last layer in a pair
+        self._has_seen_a_batch = False
 
     def names(self) -> list[str]:
         """Return the guide's layers in order. A batch must have been seen."""
         return self.reader.names() if self.cache is None else list(self.cache.widths)
 
-    def grams(self, inputs: Batch, batch: Batch, samples: Samples) -> dict[str, Kernel]:
-        """Compute the Gram matrix of each layer, or what it will be computed from.
+    @torch.no_grad()
+    def layers(
+        self, batch: Batch, key: tuple[int, ...], samples_of: Callable[[Batch], Samples]
+    ) -> tuple[Samples, dict[str, Layer]]:
+        """Run the guide on its input, and make its layers.
 
         Args:
-            inputs: inputs of the guide.
-            batch: batch with the sample ids, if there is a cache.
-            samples: samples of the guide's inputs.
+            batch: columns for both networks.
+            key: (seed, step, micro-step, rank), from which noise and shuffling are drawn.
+            samples_of: makes the samples of the guide's input.
 
         Returns:
-            Layer → kernel.
+            The guide's samples, and layer → its values.
 
         Raises:
-            ValueError: `cache_guide` is set, but the cache is not open or the batch has no ids.
+            ValueError: the two networks have different vocabularies, or `cache_guide` is set but the cache is not open
+                or the batch has no ids.
         """
+        inputs = guide_batch(batch, self.target)
+        if not self._has_seen_a_batch:
+            if not self.config.guide_shares_tokenizer:
+                check_vocabularies(self.target, self.guide, batch)
+            if is_packed(inputs):
+                self._check_tells_documents_apart(inputs)
+            self._has_seen_a_batch = True
+        if self.config.guide_input == "noise":
+            inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
+        elif self.config.guide_input == "shuffled":
+            inputs = shuffle_rows(inputs, generator_for(*key, 2))
+        samples = samples_of(inputs)
         if self.config.cache_guide is None:
-            return self.read(inputs, samples.gram)
+            return samples, self.read(inputs, samples.layer)
         if self.cache is None:
             raise ValueError("cache_guide is set: call open_cache once before the first step, as GuidanceTrainer does.")
         ids, seen = self._ids(batch), seen_by(self.guide, inputs)
         features = self.cache.features(ids, seen, lambda rows: self.read(take_rows(inputs, rows), self._sketched))
-        keep = self.reader.keep
-        return {name: samples.gram(name, x) for name, x in features.items() if keep is None or name in keep}
+        parts = {name: 2 if name in self._sketched_layers else 1 for name in features}
+        wanted = [name for name in features if self.reader.keep is None or name in self.reader.keep]
+        return samples, {name: samples.layer(name, features[name], parts[name]) for name in wanted}
 
     def read(self, inputs: Batch, reduce: Reduce) -> dict[str, Any]:
         """Run one forward, and reduce each layer as soon as it is computed. It ends after the last layer in a pair."""
-        own_forward = getattr(self.guide.forward, "__func__", None) is type(self.guide).forward
-        placed = hasattr(self.guide, "hf_device_map")  # weights are fetched for each forward and put back
-        whole_forward = placed or is_sharded(self.guide)  # the end of the forward puts back what it gathered
-        self.reader.stop_early = own_forward and not whole_forward and self.cache is None
+        if self._ends_early is None:
+            own_forward = getattr(self.guide.forward, "__func__", None) is type(self.guide).forward
+            placed = hasattr(self.guide, "hf_device_map")  # weights are fetched for each forward and put back
+            self._ends_early = own_forward and not (placed or is_sharded(self.guide))  # whose end puts weights back
+        self.reader.stop_early = self._ends_early and self.cache is None
         with self.autocast(), self.reader.reading(reduce) as read, suppress(AllRead):
             forward(self.guide, inputs)
         return read
 
-    def check_tells_documents_apart(self, inputs: Batch) -> None:
+    def _check_tells_documents_apart(self, inputs: Batch) -> None:
         """Warn if the guide's features of a packed document differ from those of the document alone."""
         documents = documents_of(inputs)
         columns = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
@@ -110,18 +150,12 @@ class GuideRunning:
                 )
                 return
 
-    def open_cache(
-        self,
-        inputs: Batch,
-        batch: Batch,
-        rows: int,
-        identity: Mapping[str, Json],
-        create: bool,
-    ) -> None:
+    @torch.no_grad()
+    def open_cache(self, batch: Batch, rows: int, identity: Mapping[str, Json], create: bool) -> None:
         """Open or create the cache, as `GuidanceLoss.open_cache` does."""
         assert self.config.cache_guide is not None
         assert self.sketch is not None
-        ids = self._ids(batch)
+        inputs, ids = guide_batch(batch, self.target), self._ids(batch)
         if Samples(inputs).masks:
             raise ValueError(
                 "cache_guide stores equally many numbers for every sample, but these rows have an attention_mask or "
@@ -132,7 +166,10 @@ class GuideRunning:
 
         def sketched(name: str, features: Tensor) -> Tensor:
             precision.append(str(features.dtype))
-            return self._sketched(name, features)
+            found = self._sketched(name, features)
+            if found.numel() != features.numel():
+                self._sketched_layers.add(name)
+            return found
 
         read = self.read(inputs, sketched)
         features = {name: read[name] for name in self.reader.names()}  # in the order of pairing

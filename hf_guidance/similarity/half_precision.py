@@ -7,11 +7,10 @@ features' own rounding is amplified in the same way, and is larger.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 from torch import Tensor
+
+from hf_guidance.similarity.matrices import exact_float32
 
 HALF = (torch.bfloat16, torch.float16)
 TOGETHER = 2**26  # most bytes of such products to hold before they are summed
@@ -33,46 +32,14 @@ def for_tensor_cores(x: Tensor, in_region: bool = False) -> bool:
     return x.dtype in HALF or (in_region and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"))
 
 
-def precision_of(x: Tensor) -> torch.dtype:
-    """Return the dtype in which such features were computed."""
-    return x.dtype if x.dtype in HALF else torch.get_autocast_dtype(x.device.type)
-
-
-@contextmanager
-def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Switch autocast off, and set the precision of float32 products on a GPU.
-
-    Args:
-        precision: `ieee` for all bits, or `tf32` for 10 bits, which suffice for features computed in half precision.
-        device: device of the products.
-    """
-    with torch.autocast(device.type, enabled=False), _precision(precision) if device.type == "cuda" else nullcontext():
-        yield
-
-
-@contextmanager
-def _precision(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = (
-        "none"  # falls back to the setting of torch.backends, to see whether `before` came from there
-    )
-    before = "none" if matmul.fp32_precision == before else before
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def outer(x: Tensor) -> Tensor:
-    """Compute `x xᵀ` in float32, for features `(n, d)`, or `(layers, n, d)` of several layers."""
-    with float32_products("tf32", x.device):
+    """Compute `x xᵀ` in float32, for features `(…, n, d)`."""
+    with exact_float32(x.device, "tf32"):
         pieces = x.shape[-1] // PIECE
         if x.ndim > 2 or pieces < 2:
             return _product(x, x.mT)
-        whole, rest = x[:, : pieces * PIECE], x[:, pieces * PIECE :]
-        parts = whole.unflatten(1, (pieces, PIECE)).transpose(0, 1).split(max(1, TOGETHER // max(1, 4 * len(x) ** 2)))
+        first, rest = x[:, : pieces * PIECE], x[:, pieces * PIECE :]
+        parts = first.unflatten(1, (pieces, PIECE)).transpose(0, 1).split(max(1, TOGETHER // max(1, 4 * len(x) ** 2)))
         kernel = _product(parts[0], parts[0].mT).sum(0)
         for more in parts[1:]:
             kernel += _product(more, more.mT).sum(0)
@@ -94,7 +61,7 @@ def times(matrix: Tensor, x: Tensor) -> Tensor:
     Rounded to bfloat16 the rows no longer sum to zero, and the mean of x would leak in. Two bfloat16 matrices, which
     hold 16 bits together, avoid that.
     """
-    with float32_products("ieee", x.device):
+    with exact_float32(x.device):
         if x.dtype != torch.bfloat16:  # in float16 the matrix might underflow or overflow
             return (matrix @ x.float()).to(x.dtype)
         high = matrix.to(x.dtype)

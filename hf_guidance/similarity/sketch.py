@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_guidance.similarity.grams import without_second_derivative
-from hf_guidance.similarity.numpy_products import for_numpy
+from hf_guidance.similarity.layers import without_second_derivative
+from hf_guidance.similarity.matrices import for_numpy
 
 SMALL = 2**20  # bytes of features up to which torch's calls cost more than moving the features twice
 SMALL_SKETCH = 2**16  # bytes of the sketch up to which that holds; for a larger one each call does more work
@@ -18,26 +18,34 @@ TABLES = 256  # tables of signs to keep; padded rows have another width in every
 
 
 class Sketch:
-    """Count sketch of features `(n, d)` to `(n, size)`: adds each feature, with a random sign, to one of `size` sums.
+    """Random projection of features `(n, d)` to `(n, size)`, in two independent halves.
 
-    The sketch is linear, and unbiased for the Gram matrix: `E⟨Sx, Sy⟩ = ⟨x, y⟩`, with a variance of at most `(‖x‖²‖y‖²
-    + ⟨x, y⟩²) / size`. Over all pairs of samples, the relative error of the Gram matrix K has a mean square of at most
-    `(r + 1) / size`. Here `r = tr(K)² / ‖K‖²` is the participation ratio of the centred features, roughly the number of
-    directions they spread over. Layers no wider than `size` are not sketched.
+    Each half is a count sketch: it adds each feature, with a random sign, to one of `size // 2` sums. It is linear, and
+    unbiased for the Gram matrix: `E⟨Sx, Sy⟩ = ⟨x, y⟩`. Over all pairs of samples, the relative error of the Gram matrix
+    K has a mean square of at most `(r + 1) / size`. Here `r = tr(K)² / ‖K‖²` is the participation ratio of the centred
+    features, roughly the number of directions they spread over. Layers no wider than `size` are not sketched.
 
-    Signs and sums depend only on the layer's name and width, and on `size`. So all runs, ranks and stored features
-    share them.
+    The square of a sketched Gram matrix is larger than that of K on average, by as much. The product of those of the
+    two halves is not: `E⟨K₁, K₂⟩ = ‖K‖²`. That is why there are two.
+
+    Signs and sums depend only on the layer's name and width, the network's role, and `size`. So all runs, ranks and
+    stored features share them, and guide and target never do.
 
     Args:
-        size: dimensions to project each sample to.
+        size: dimensions to project each sample to, at least 2.
+        role: `target` or `guide`.
 
     Source: Charikar, Chen, Farach-Colton 2002 (count sketch); the variance is Weinberger et al. 2009, lemma 2.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, role: str = "target") -> None:
+        self.size, self.role = size // 2 * 2, role
         self.widest = 0  # width of the widest layer seen so far
-        self._tables: dict[tuple[str, int, torch.device], _Table] = {}
+        self._tables: dict[tuple[str, int, torch.device], tuple[_Table, _Table]] = {}
+
+    def sketches(self, width: int) -> bool:
+        """Tell whether layers of this width are sketched."""
+        return width > self.size
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """Sketch a layer's features, in float32 or float64; differentiable.
@@ -47,30 +55,34 @@ class Sketch:
             x: features `(n, d)`.
 
         Returns:
-            `(n, size)`, or the features themselves if they are no wider than that.
+            `(n, size)`, the two halves over √2 side by side; or the features themselves if they are no wider than that.
         """
         width = x.shape[1]
         self.widest = max(self.widest, width)
-        if width <= self.size:
+        if not self.sketches(width):
             return x
         key = (name, width, x.device)
         if key not in self._tables:
             if len(self._tables) >= TABLES:
                 del self._tables[next(iter(self._tables))]
-            self._tables[key] = self._draw(name, width, x.device)
-        return _CountSketch.apply(x if x.dtype == torch.float64 else x.float(), self.size, self._tables[key])
+            a, b = (_draw(f"{self.role} {name} {half}", width, self.size // 2, x.device) for half in (0, 1))
+            self._tables[key] = a, b
+        x = x if x.dtype == torch.float64 else x.float()
+        halves = [_CountSketch.apply(x, self.size // 2, table) for table in self._tables[key]]
+        return torch.cat(halves, 1) * 0.5**0.5
 
-    def _draw(self, name: str, width: int, device: torch.device) -> _Table:
-        """Draw a sign for each feature, and a rotation of the sums for each block of `size` features."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {width} {self.size}".encode()))
-        signs = torch.randint(2, (width,), generator=generator).to(device, torch.float32) * 2 - 1
-        shifts = torch.randint(self.size, (-(-width // self.size),), generator=generator).to(device)
-        table = _Table(signs, shifts, _pieces(width, self.size, shifts.tolist()))
-        if width % self.size or width > NARROW:
-            return table
-        blocks = torch.arange(width, device=device) // self.size * self.size
-        order = (blocks + _sums(table, self.size)).argsort()
-        return table._replace(moves=(order, signs[order]))
+
+def _draw(name: str, width: int, size: int, device: torch.device) -> _Table:
+    """Draw a sign for each feature, and a rotation of the sums for each block of `size` features."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {width} {size}".encode()))
+    signs = torch.randint(2, (width,), generator=generator).to(device, torch.float32) * 2 - 1
+    shifts = torch.randint(size, (-(-width // size),), generator=generator).to(device)
+    table = _Table(signs, shifts, _pieces(width, size, shifts.tolist()))
+    if width % size or width > NARROW:
+        return table
+    blocks = torch.arange(width, device=device) // size * size
+    order = (blocks + _sums(table, size)).argsort()
+    return table._replace(moves=(order, signs[order]))
 
 
 class _Table(NamedTuple):

@@ -14,7 +14,7 @@ from hf_guidance.features.reader import HIDDEN, not_recomputed
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
 from hf_guidance.loss import GuidanceLoss, Watched
-from hf_guidance.similarity.representation import Kernel, complete
+from hf_guidance.similarity.layers import Layer
 
 if TYPE_CHECKING:
     from hf_guidance.features.samples import Samples
@@ -26,9 +26,9 @@ class Accumulated:
     """The guidance loss over all micro-batches of a step, with its exact gradient, at one more forward of the target.
 
     First, all micro-batches run through both networks without gradients, and their features are kept. Then each
-    micro-batch runs through the target again, with the same dropout. In the Gram matrices its own features carry a
+    micro-batch runs through the target again, with the same dropout. In each layer its own features carry a
     gradient, and those of the others are constants. The sum over the micro-batches is the gradient of the whole. The
-    Gram matrices of the whole are computed once per micro-batch. Batch norm still sees single micro-batches.
+    layers of the whole are made once per micro-batch. Batch norm still sees single micro-batches.
 
     Args:
         loss: The guidance loss; it holds target, guide and config.
@@ -70,11 +70,10 @@ class Accumulated:
         seen = [with_decoder_inputs(batch, loss.target) for batch in batches]
         guides = [guide_batch(batch, loss.target) for batch in batches]
         self._samples = loss.samples_of(joined(seen), step=step, rank=rank)
-        self._guide_samples = loss.samples_of(joined(guides), like=self._samples)
+        samples = loss.samples_of(joined(guides), like=self._samples)
         with torch.no_grad():
-            grams = _grams([loss.running.read(batch, _kept) for batch in guides], self._guide_samples)
-            self._guide_grams = complete(grams)
-            self._features = self._look(seen)
+            self._guide = samples, _layers([loss.running.read(batch, _kept) for batch in guides], samples)
+            self._features = self._run_ahead(seen)
 
     @contextmanager
     def watch(self, number: int, log: bool = True) -> Iterator[Watched]:
@@ -89,17 +88,16 @@ class Accumulated:
             yield watched
             return
 
-        def gram(name: str, features: Tensor) -> Kernel:
+        def layer(name: str, features: Tensor) -> Layer:
             others = [features if i == number else read[name] for i, read in enumerate(self._features)]
-            return self._samples.gram(name, _in_one(others))
+            return self._samples.layer(name, _in_one(others))
 
         _set_random_state(self._states[number])
-        with loss.target_reader.reading(not_recomputed(gram)) as grams:
+        with loss.target_reader.reading(not_recomputed(layer)) as layers:
             yield watched
-        scale = len(self.batches)
-        loss.compare(watched, (self._samples, grams), (self._guide_samples, self._guide_grams), log=log, scale=scale)
+        loss.compare(watched, (self._samples, layers), self._guide, log=log, scale=len(self.batches))
 
-    def _look(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    def _run_ahead(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
         """Run the target on each micro-batch; keep its features and the random state of each run, and restore its
         buffers.
         """
@@ -160,8 +158,8 @@ def _kept(name: str, features: Tensor) -> Tensor:
     return features.detach() if HIDDEN.fullmatch(name) else features.detach().clone()
 
 
-def _grams(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, Kernel]:
-    return {name: samples.gram(name, _in_one([features[name] for features in read])) for name in read[0]}
+def _layers(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, Layer]:
+    return {name: samples.layer(name, _in_one([features[name] for features in read])) for name in read[0]}
 
 
 def _devices() -> list[Any]:

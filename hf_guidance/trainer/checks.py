@@ -14,7 +14,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies
-from hf_guidance.similarity.measures import get_measure
+from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates
 from hf_guidance.trainer.protocol import GuidedTrainer
 
@@ -92,7 +92,7 @@ def check_settings(
         check_accumulates(args, sharded=sharded)
     if config.similarity_batch == "global":
         Ranks()  # raises an error that names what is missing
-    rows, needed = rows_of_a_process(args), get_measure(config.measure).min_samples
+    rows, needed = rows_of_a_process(args), min_samples(config.measure)
     times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
     if config.sample_axis == "sequence" and rows * times.get(config.similarity_batch, 1) < needed:
         split = f", split over {args.world_size} processes" if splits_batches(args) else ""

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
@@ -58,9 +59,8 @@ class FiniteSteps(TrainerCallback):
         """
         if values and self.active:
             device = self.accelerator.device
-            scalars = [
-                torch.as_tensor(whole(value), device=device).float() for value in values.values()
-            ]  # FSDP2's norm
+            found = [whole(value) if isinstance(value, DTensor) else value for value in values.values()]  # FSDP2's norm
+            scalars = [torch.as_tensor(value, device=device).float() for value in found]
             self._seen.append((where, list(values), torch.stack(scalars)))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

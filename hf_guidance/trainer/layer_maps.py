@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.analysis.history import SimilarityMap
 from hf_guidance.guide.sharding import is_sharded
-from hf_guidance.similarity.measures import get_measure
+from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.preparation import first_batches
 from hf_guidance.trainer.protocol import GuidedTrainer
 
@@ -78,6 +78,6 @@ def maps_of(trainer: GuidedTrainer) -> LayerMaps | None:
         rows = next(iter(rows.values()), None)
     has_places = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     batch = next(first_batches(trainer, rows), None) if has_places else None
-    if batch is None or len(next(iter(batch.values()))) < get_measure(trainer.guidance.measure).min_samples:
+    if batch is None or len(next(iter(batch.values()))) < min_samples(trainer.guidance.measure):
         return None
     return LayerMaps(batch)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.samples import Samples
-from hf_guidance.similarity.grams import gram
+from hf_guidance.similarity.layers import gram
 
 ROWS, LENGTH, WIDTH = 9, 7, 5
 LENGTHS = torch.tensor([7, 3, 5, 1, 6, 4, 2, 7, 5])
@@ -65,24 +65,24 @@ AXES = [
 def test_on_the_sequence_axis_a_row_is_a_sample() -> None:
     features = normal(ROWS, LENGTH, WIDTH)
     batch = {"input_ids": torch.ones(ROWS, LENGTH, dtype=torch.int64)}
-    torch.testing.assert_close(Samples(batch).gram("h", features), gram(features.flatten(1)))
+    torch.testing.assert_close(Samples(batch).layer("h", features).values, gram(features.flatten(1)))
 
 
 def test_on_the_sequence_axis_padding_is_masked() -> None:
     batch, features = network()
     expected = gram(features, torch.arange(LENGTH) < LENGTHS[:, None])
-    torch.testing.assert_close(Samples(batch).gram("h", features), expected)
+    torch.testing.assert_close(Samples(batch).layer("h", features).values, expected)
 
 
 def test_on_the_token_axis_every_valid_position_is_a_sample() -> None:
     batch, features = network()
     tokens = torch.cat([row[:n] for row, n in zip(features, LENGTHS, strict=True)])
-    torch.testing.assert_close(Samples(batch, "token").gram("h", features), gram(tokens))
+    torch.testing.assert_close(Samples(batch, "token").layer("h", features).gram(), gram(tokens))
 
 
 def test_on_the_token_axis_without_a_mask_every_position_is_a_sample() -> None:
     features = normal(ROWS, LENGTH, WIDTH)
-    kernel = Samples({"input_ids": torch.ones(ROWS, LENGTH, dtype=torch.int64)}, "token").gram("h", features)
+    kernel = Samples({"input_ids": torch.ones(ROWS, LENGTH, dtype=torch.int64)}, "token").layer("h", features).gram()
     torch.testing.assert_close(kernel, gram(features.flatten(0, 1)))
 
 
@@ -90,14 +90,14 @@ def test_of_an_image_a_token_is_a_place() -> None:
     features = normal(2, WIDTH, 3, 4)
     places = torch.stack([features[b, :, i, j] for b in range(2) for i in range(3) for j in range(4)])
     torch.testing.assert_close(
-        Samples({"pixel_values": torch.ones(2, 3, 8, 8)}, "token").gram("h", features), gram(places)
+        Samples({"pixel_values": torch.ones(2, 3, 8, 8)}, "token").layer("h", features).gram(), gram(places)
     )
 
 
 def test_a_layer_without_positions_is_compared_row_by_row_whatever_the_mask() -> None:
     batch, _ = network()
     pooled = normal(ROWS, WIDTH)
-    torch.testing.assert_close(Samples(batch).gram("pooler", pooled), gram(pooled))
+    torch.testing.assert_close(Samples(batch).layer("pooler", pooled).values, gram(pooled))
 
 
 # ----------------------------------------------------------------------------------------------------- invariances
@@ -107,15 +107,15 @@ def test_a_layer_without_positions_is_compared_row_by_row_whatever_the_mask() ->
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_amount_side_and_content_of_the_padding_do_not_matter(padding: str, settings: dict[str, Any]) -> None:
     (batch, features), (other, other_features) = network(), network(**PADDINGS[padding])
-    kernel = Samples(batch, **settings).gram("h", features)
-    torch.testing.assert_close(Samples(other, **settings).gram("h", other_features), kernel)
+    kernel = Samples(batch, **settings).layer("h", features).values
+    torch.testing.assert_close(Samples(other, **settings).layer("h", other_features).values, kernel)
 
 
 def test_where_the_padding_begins_does_matter() -> None:
     batch, features = network()
     shorter = {**batch, "attention_mask": batch["attention_mask"].clone()}
     shorter["attention_mask"][0, -1] = 0
-    assert not torch.allclose(Samples(shorter).gram("h", features), Samples(batch).gram("h", features))
+    assert not torch.allclose(Samples(shorter).layer("h", features).values, Samples(batch).layer("h", features).values)
 
 
 @pytest.mark.parametrize("settings", AXES)
@@ -124,8 +124,8 @@ def test_order_of_the_rows_does_not_matter(settings: dict[str, Any]) -> None:
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
     permuted = {name: value[order] for name, value in batch.items()}
     before, after = (
-        Samples(batch, **settings).gram("h", features),
-        Samples(permuted, **settings).gram("h", features[order]),
+        Samples(batch, **settings).layer("h", features).values,
+        Samples(permuted, **settings).layer("h", features[order]).values,
     )
     if settings["axis"] == "sequence":
         torch.testing.assert_close(after, before[order][:, order])
@@ -141,7 +141,7 @@ def chosen(
 ) -> set[tuple[int, int]]:
     """(row, position) of the tokens that are compared: those that get a gradient."""
     features = normal(*(shape or batch["input_ids"].shape), 3, seed=9).requires_grad_()
-    Samples(batch, "token", **settings).gram(layer, features).square().sum().backward()
+    Samples(batch, "token", **settings).layer(layer, features).values.square().sum().backward()
     return {(int(row), int(position)) for row, position in features.grad.abs().sum(-1).nonzero()}
 
 
@@ -156,7 +156,7 @@ def test_more_tokens_than_the_maximum_are_cut_down_to_it_and_fewer_are_all_kept(
     total = int(LENGTHS.sum())
     for most in (4, 12, total - 1, total, total + 1, 1000):
         assert len(chosen(batch, max_tokens=most)) == min(most, total)
-        assert len(Samples(batch, "token", most).gram("h", features)) == min(most, total)
+        assert len(Samples(batch, "token", most).layer("h", features).values) == min(most, total)
 
 
 def test_no_padding_is_ever_chosen() -> None:
@@ -218,7 +218,7 @@ def test_the_guide_takes_over_the_targets_choice_however_its_rows_are_padded(pad
     (batch, features), (other, other_features) = network(), network(**PADDINGS[padding], ids_seed=7)
     target = Samples(batch, "token", most, seed=3)
     guide = Samples(other, "token", most, seed=5, like=target)
-    torch.testing.assert_close(guide.gram("h", other_features), target.gram("h", features))
+    torch.testing.assert_close(guide.layer("h", other_features).values, target.layer("h", features).values)
 
 
 def test_a_guide_with_other_numbers_of_tokens_is_an_error_on_the_token_axis_alone() -> None:
@@ -237,7 +237,7 @@ def test_tokens_are_known_by_whose_they_are_so_that_pairs_of_unlike_ones_are_not
     masked, unmasked = Samples(batch, "token"), Samples({"input_ids": batch["input_ids"]}, "token")
     decoder = Samples({**batch, "decoder_attention_mask": batch["attention_mask"]}, "token")
     for samples in (masked, unmasked, decoder):
-        samples.gram("h", features)
+        samples.layer("h", features)
     assert len({masked.positions["h"], unmasked.positions["h"], decoder.positions["h"]}) == 3
 
 
@@ -263,26 +263,26 @@ def test_decoder_positions_are_masked_by_the_decoders_mask_or_its_labels(how: st
     samples, features = Samples(encoder_decoder(length, how)), normal(ROWS, length, WIDTH)
     lengths = LABEL_LENGTHS if how != "nothing" else torch.full((ROWS,), length)
     expected = gram(features, torch.arange(length) < lengths[:, None])
-    torch.testing.assert_close(samples.gram("hidden_states.1", features), expected)
+    torch.testing.assert_close(samples.layer("hidden_states.1", features).values, expected)
 
 
 @pytest.mark.parametrize("length", [5, LENGTH], ids=["other length", "the encoder's length"])
 def test_encoder_positions_are_masked_by_the_encoders_mask(length: int) -> None:
     samples, features = Samples(encoder_decoder(length, "labels")), normal(ROWS, LENGTH, WIDTH)
     expected = gram(features, torch.arange(LENGTH) < LENGTHS[:, None])
-    torch.testing.assert_close(samples.gram("encoder_hidden_states.1", features), expected)
+    torch.testing.assert_close(samples.layer("encoder_hidden_states.1", features).values, expected)
 
 
 def test_labels_of_a_network_without_a_decoder_mask_nothing() -> None:
     batch, features = network()
     labelled = {**batch, "labels": torch.full((ROWS, LENGTH), -100)}
-    torch.testing.assert_close(Samples(labelled).gram("h", features), Samples(batch).gram("h", features))
+    torch.testing.assert_close(Samples(labelled).layer("h", features).values, Samples(batch).layer("h", features))
 
 
 def test_encoder_and_decoder_of_one_length_have_tokens_of_their_own() -> None:
     samples = Samples(encoder_decoder(LENGTH, "labels"), "token")
-    assert len(samples.gram("encoder_hidden_states.1", normal(ROWS, LENGTH, WIDTH))) == LENGTHS.sum()
-    assert len(samples.gram("hidden_states.1", normal(ROWS, LENGTH, WIDTH))) == LABEL_LENGTHS.sum()
+    assert len(samples.layer("encoder_hidden_states.1", normal(ROWS, LENGTH, WIDTH)).values) == LENGTHS.sum()
+    assert len(samples.layer("hidden_states.1", normal(ROWS, LENGTH, WIDTH)).values) == LABEL_LENGTHS.sum()
 
 
 def test_padding_of_the_encoder_does_not_change_the_choice_of_the_decoders_tokens() -> None:
@@ -313,19 +313,19 @@ def test_a_batch_without_tensors_is_an_error() -> None:
 )
 def test_an_output_whose_first_axis_is_not_the_batch_is_an_error(output: Any, got: str) -> None:
     with pytest.raises(ValueError, match=rf"layer 'rnn' gave {got}; expected a tensor with the batch's {ROWS} samples"):
-        Samples(network()[0]).gram("rnn", output)
+        Samples(network()[0]).layer("rnn", output)
 
 
 def test_a_layer_with_another_length_than_the_mask_is_an_error() -> None:
     words = r"layer 'pool' has 4 positions, but the mask has another number \(encoder 7\)"
     with pytest.raises(ValueError, match=words):
-        Samples(network()[0]).gram("pool", normal(ROWS, 4, WIDTH))
+        Samples(network()[0]).layer("pool", normal(ROWS, 4, WIDTH))
 
 
 def test_a_layer_without_positions_has_no_tokens() -> None:
     words = rf"layer 'pooler' gave shape \({ROWS}, {WIDTH}\), which has no positions; sample_axis='token' needs"
     with pytest.raises(ValueError, match=words):
-        Samples(network()[0], "token").gram("pooler", normal(ROWS, WIDTH))
+        Samples(network()[0], "token").layer("pooler", normal(ROWS, WIDTH))
 
 
 class OneRank(Ranks):

@@ -15,6 +15,7 @@ from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.rows import Batch
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.half_precision import for_tensor_cores
+from hf_guidance.similarity.registry import get_measure
 
 FEW = 8  # rows that suffice for counting
 
@@ -72,8 +73,11 @@ def bytes_of_global_batch(
         sketch: As in `GuidanceConfig`.
 
     Returns:
-        The bytes; None for a sketch with more dimensions than the widest layer has features.
+        The bytes; None for a sketch that the measure does not take, or with more dimensions than the widest layer has
+        features.
     """
+    if sketch is not None and not get_measure(config.measure).takes_sketch:
+        return None
     count = len(next(iter(batch.values())))
     rows = (
         count if config.sample_axis == "token" else min(FEW, count)

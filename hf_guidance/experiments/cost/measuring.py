@@ -32,12 +32,8 @@ from hf_guidance.experiments.cost.meters import (
 from hf_guidance.experiments.cost.random_rows import RandomRows
 from hf_guidance.experiments.cost.ratios import middle_and_least, overhead_of_rounds, summary
 from hf_guidance.experiments.cost.variants import GuideForwards, Steps, make_trainers
-from hf_guidance.features.samples import Samples
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.half_precision import for_tensor_cores
-from hf_guidance.similarity.measures import get_measure
-from hf_guidance.similarity.narrow import few
-from hf_guidance.similarity.representation import later
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +135,7 @@ def measure_cost(
             arithmetic = _arithmetic(variants, args, cycle, runs)
             found["arithmetic"] = arithmetic
             compared = _compared_in_step(compared_features(*networks), args, guidance)
-            by_features = get_measure(guidance.measure).centred_slope and not _padded(alone.batches[0], guidance)
-            thin = by_features and all(_is_thin(layer, args.device) for layer in compared)
-            arithmetic["products_seconds"] = None if thin else share * products_alone(compared, args.device)
+            arithmetic["products_seconds"] = share * products_alone(compared, args.device) or None
         except Exception:
             found.pop("arithmetic", None)
             logger.exception("The arithmetic could not be counted; what was measured is kept.")
@@ -175,18 +169,6 @@ def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance:
         return layers * times
     whole = [layer._replace(samples=times * layer.samples) for layer in layers]
     return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # layers of the guide appear once
-
-
-def _padded(batch: dict[str, Any], guidance: GuidanceConfig) -> bool:
-    """Tell whether masks mark the valid positions of a sample; Gram matrices are then computed one by one."""
-    return guidance.sample_axis == "sequence" and bool(Samples(batch).masks)
-
-
-def _is_thin(layer: Compared, device: torch.device) -> bool:
-    """Tell whether a step computes no n × n matrix of this layer, provided that it computes none of the others."""
-    x = torch.empty(1, device=device).expand(layer.samples, layer.features)
-    kept = later(x, x.dtype, thin=True)
-    return few(x) and (kept is None or kept.thin)
 
 
 def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:

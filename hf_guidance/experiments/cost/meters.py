@@ -18,8 +18,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_guidance.experiments.cost.communication import Compared
 from hf_guidance.similarity import half_precision
-from hf_guidance.similarity.numpy_products import outer
-from hf_guidance.similarity.representation import later
+from hf_guidance.similarity.layers import PRIMAL_BELOW
+from hf_guidance.similarity.matrices import outer
 from hf_guidance.trainer.clock import Clock
 
 LARGEST = {"cpu": 1024, "cuda": 8192}  # size of the square matrices that a rate is measured on
@@ -220,19 +220,17 @@ def products_alone(compared: Iterable[Compared], device: torch.device, repeats: 
     These are `X Xᵀ` of each layer, by the fastest kernel of this package, and `G X` for the gradient of target layers.
 
     Args:
-        compared: The layers. Those that this device computes in one batch are measured in one batch.
+        compared: The layers. Those that stay features have no such products, and are left out.
         device: The device.
         repeats: Number of runs of each product.
     """
     total = 0.0
     for layer, count in Counter(compared).items():
+        if layer.features <= PRIMAL_BELOW * layer.samples:
+            continue
         dtype = layer.dtype if layer.on_tensor_cores else torch.promote_types(layer.dtype, torch.float32)
         x = torch.randn(layer.samples, layer.features, device=device, dtype=dtype)
-        kept = later(x.requires_grad_(layer.of_target), dtype)
-        x = x.detach()
-        if kept is not None and not kept.multiplied:
-            x, count = x.expand(count, *x.shape).contiguous(), 1
-        gradient = torch.randn(*x.shape[:-1], x.shape[-2], device=device)
+        gradient = torch.randn(layer.samples, layer.samples, device=device)
         products: list[Callable[[], Tensor]] = [partial(half_precision.outer if layer.on_tensor_cores else outer, x)]
         if layer.of_target:
             products.append(partial(half_precision.times if layer.on_tensor_cores else torch.matmul, gradient, x))

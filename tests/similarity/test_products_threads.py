@@ -5,13 +5,13 @@ import time
 import pytest
 import torch
 from builders import gpt2, token_batch
+from hf_guidance.similarity.grams import gram
+from hf_guidance.similarity.narrow import Thin
+from hf_guidance.similarity.numpy_products import MOST_THREADS, for_numpy, one_thread
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from hf_guidance import GuidanceLoss
-from hf_guidance.similarity.grams import gram
 from hf_guidance.similarity.measures import get_measure, linear_cka
-from hf_guidance.similarity.narrow import Thin
-from hf_guidance.similarity.numpy_products import MOST_THREADS, for_numpy, one_thread
 from hf_guidance.similarity.pair_loss import guidance_loss
 
 

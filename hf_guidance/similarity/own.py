@@ -1,0 +1,87 @@
+"""Measures of the user's own: a function of two feature matrices, with its gradient by autograd."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_guidance.similarity.layers import Layer
+
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_own(name: str) -> bool:
+    """Tell whether a measure's name has the form `module:function`."""
+    return bool(OWN.fullmatch(name))
+
+
+def find_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Import the function that `module:function` names.
+
+    Raises:
+        ValueError: there is no such module, or no such function in it.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        function: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"measure {name!r} cannot be imported ({error}): name a module on the Python path and a function in it, or "
+            "call register_measure."
+        ) from error
+    if not callable(function):
+        raise ValueError(f"measure {name!r} is {type(function).__name__}; expected a function of two feature matrices.")
+    return function
+
+
+@dataclass(frozen=True)
+class Own:
+    """A measure of the user's own.
+
+    Args:
+        name: name for messages.
+        function: (target features, guide features) → scalar.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def prepare(self, layer: Layer, with_slope: bool) -> tuple[Layer, bool]:
+        """Return the layer as it is: the function is called once per pair."""
+        return layer, with_slope
+
+    def compare(self, target: tuple[Layer, bool], guide: Layer) -> tuple[Tensor, Tensor | None]:
+        """Compute the similarity of a pair, and its slope in the target's features, if that is needed.
+
+        Raises:
+            ValueError: the function returns no scalar, a value that is not finite for finite features, or one without a
+                gradient in the target's features.
+        """
+        layer, with_slope = target
+        with torch.set_grad_enabled(with_slope):
+            features = layer.values.detach().requires_grad_(with_slope)
+            value = self.function(features, guide.values)
+        if not isinstance(value, Tensor) or value.ndim:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"measure {self.name!r} returned {got}; expected a scalar tensor.")
+        finite = all(bool(x.isfinite().all()) for x in (features, guide.values))
+        if finite and not value.isfinite():
+            raise ValueError(
+                f"measure {self.name!r} returned {value.item()} for finite features of shapes {tuple(features.shape)} "
+                f"and {tuple(guide.values.shape)}: it must be finite for any, those of a dead layer (zeros) included."
+            )
+        if not with_slope:
+            return value, None
+        slope = torch.autograd.grad(value, features, allow_unused=True)[0] if value.requires_grad else None
+        if slope is None:
+            raise ValueError(
+                f"measure {self.name!r} has no gradient in the target's features (its first argument): compute it with "
+                "differentiable operations of torch, without detach or numpy."
+            )
+        return value.detach(), slope

@@ -1,0 +1,174 @@
+"""Registry of measures: each in two stages for the guidance loss, work done once per layer and work per pair."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_guidance.similarity.cosines import Cosine, off_diagonal_cosines, rbf
+from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, layer_of
+from hf_guidance.similarity.own import Own, find_function, is_own
+from hf_guidance.similarity.pair_loss import compare_pairs, with_slopes
+from hf_guidance.similarity.regression import Ridge
+from hf_guidance.similarity.rotation import Rotation
+
+ALL_INVARIANCES = frozenset({"orthogonal", "isotropic_scaling", "translation", "permutation"})
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Similarity of two layers in two stages, so that pairs with a common layer share its work.
+
+    Args:
+        name: name of the public function.
+        min_samples: smallest number of samples for which the value is not a constant.
+        target_side: (target layer, whether slopes are needed) → work that the pairs of this layer share.
+        guide_side: guide layer → the same.
+        compare: (target side, guide side) → similarity, and its slope in the target layer's values or None.
+        primal_below: largest d / n at which a layer stays features instead of becoming a Gram matrix.
+        takes_sketch: whether the value of sketched layers estimates that of the layers.
+        invariant_to: transformations of either representation that do not change the value.
+    """
+
+    name: str
+    min_samples: int
+    target_side: Callable[[Layer, bool], Any]
+    guide_side: Callable[[Layer], Any]
+    compare: Callable[[Any, Any], tuple[Tensor, Tensor | None]]
+    primal_below: float = PRIMAL_BELOW
+    takes_sketch: bool = False
+    invariant_to: frozenset[str] = ALL_INVARIANCES
+
+    def __call__(self, features_target: Tensor, features_guide: Tensor) -> Tensor:
+        n_target, n_guide = features_target.shape[0], features_guide.shape[0]
+        if n_target != n_guide or n_target < self.min_samples:
+            raise ValueError(
+                f"{self.name}: got {n_target} target samples and {n_guide} guide samples; "
+                f"both must describe the same samples, at least {self.min_samples} of them."
+            )
+        dtype = torch.promote_types(features_target.dtype, features_guide.dtype)
+        as_float64 = dtype == torch.float64
+        x, y = ((x.double() if as_float64 else x) for x in (features_target, features_guide))
+        target, guide = ({"": layer_of(x, primal_below=self.primal_below)} for x in (x, y))
+        values, slopes = compare_pairs([("", "")], self, target, guide)
+        return with_slopes(values[0], target, slopes)
+
+
+def _cosine(name: str, min_samples: int, *, debiased: bool = False, kernel: Any = None, **options: Any) -> Measure:
+    method = Cosine(debiased, kernel)
+    prepare = method.prepare
+    return Measure(name, min_samples, prepare, partial(prepare, with_slope=False), method.compare, **options)
+
+
+def _ridge(name: str, penalty: float, leave_one_out: bool = False) -> Measure:
+    method = Ridge(penalty, leave_one_out)
+    return Measure(name, 3, method.prepare, lambda layer: layer, method.compare)
+
+
+def _rotation() -> Measure:
+    method = Rotation()
+    prepare = method.prepare
+    return Measure("procrustes", 3, prepare, partial(prepare, with_slope=False), method.compare, primal_below=1)
+
+
+def _own(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Measure:
+    method = Own(name, function)
+    sides = method.prepare, lambda layer: layer
+    return Measure(name, 2, *sides, method.compare, primal_below=float("inf"), invariant_to=frozenset())
+
+
+PENALTIES = {"ridge": 0.1, "ridge_loo": 1.0}  # λ over the mean squared norm of the target's samples
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        _cosine("linear_cka", 3, takes_sketch=True),
+        _cosine("debiased_cka", 4, debiased=True, takes_sketch=True),
+        _cosine("rbf_cka", 3, kernel=rbf, primal_below=0),
+        _cosine("rsa", 3, kernel=off_diagonal_cosines, primal_below=0),
+        _ridge("ridge", PENALTIES["ridge"]),
+        _ridge("ridge_loo", PENALTIES["ridge_loo"], leave_one_out=True),
+        _rotation(),
+    )
+}
+OWN: dict[str, Measure] = {}  # measures that the user has registered
+
+
+def register_measure(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Make a measure of your own known under a name, for `GuidanceConfig(measure=name)`.
+
+    It is slower than the others: all layers stay features, and autograd computes the gradient.
+
+    Args:
+        name: an identifier that is no name of a measure here.
+        function: (target features `(n, d_target)`, guide features `(n, d_guide)`) → similarity, a scalar,
+            differentiable in the first. The features are centred and scaled to a mean squared norm of 1, and 0 at
+            padding.
+
+    Raises:
+        ValueError: the name is taken or no identifier, or the function is not callable.
+
+    Example:
+        >>> register_measure("dot", lambda x, y: (x @ x.T * (y @ y.T)).mean())
+    """
+    if name in MEASURES or not name.isidentifier():
+        raise ValueError(f"register_measure: {name!r} must be an identifier other than {', '.join(MEASURES)}.")
+    if not callable(function):
+        raise ValueError(
+            f"register_measure: got {type(function).__name__} for {name!r}, expected a function of two matrices."
+        )
+    OWN[name] = _own(name, function)
+
+
+def check_measure(name: str) -> None:
+    """Check that a measure is known, or names a function of the user's own, which is not imported.
+
+    Raises:
+        ValueError: the name is unknown. The message lists the known ones.
+    """
+    if name not in MEASURES and name not in OWN and not is_own(name):
+        known = [*MEASURES, *OWN]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"Unknown measure {name!r}; possible are {', '.join(known)}, and 'module:function' for one of your own."
+            f"{hint}"
+        )
+
+
+def get_measure(name: str, penalty: float | None = None) -> Measure:
+    """Return the measure of a name. One of the form `module:function` is imported.
+
+    Args:
+        name: name of a measure.
+        penalty: λ of `ridge` and `ridge_loo` over the mean squared norm of the target's samples; None for their own.
+
+    Raises:
+        ValueError: the name is unknown, or the function cannot be imported.
+    """
+    check_measure(name)
+    if name in PENALTIES and penalty is not None:
+        return _ridge(name, penalty, leave_one_out=name == "ridge_loo")
+    if is_own(name):
+        return _own(name, find_function(name))
+    return MEASURES[name] if name in MEASURES else OWN[name]
+
+
+def check_takes_sketch(measure: Measure) -> None:
+    """Raise ValueError if the value of sketched layers is not that of the layers. The message names others."""
+    if not measure.takes_sketch:
+        possible = ", ".join(entry.name for entry in MEASURES.values() if entry.takes_sketch)
+        raise ValueError(
+            f"{measure.name} takes no sketch, as its value of sketched layers is not that of the layers: use one of "
+            f"{possible} in measure and log_measures, or leave sketch out."
+        )
+
+
+def min_samples(name: str) -> int:
+    """Return the fewest samples that a measure takes, without importing one of the user's own."""
+    return 2 if is_own(name) else get_measure(name).min_samples

@@ -1,0 +1,48 @@
+"""Procrustes similarity: the best alignment of two layers by a rotation or reflection, in both forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_guidance.similarity.layers import Layer
+
+
+@dataclass
+class Root:
+    """Features of a layer, or in dual form a root R of its Gram matrix, `R Rᵀ = K`, and the inverse of the root."""
+
+    layer: Layer
+    root: Tensor
+    inverse: Tensor | None
+    with_slope: bool
+
+
+class Rotation:
+    """Nuclear norm of `Xᵀ Y` over the norms of X and Y."""
+
+    def prepare(self, layer: Layer, with_slope: bool) -> Root:
+        """Do the work on one layer that its pairs share."""
+        if layer.form == "primal":
+            return Root(layer, layer.values, None, with_slope)
+        # eigh raises for NaN; NaN still reaches the result through K
+        values, vectors = torch.linalg.eigh(layer.gram().nan_to_num(0, 0, 0))
+        cutoff = len(values) * torch.finfo(values.dtype).eps * values[-1]  # below, eigenvalues are rounding
+        root = torch.where(values > cutoff, values, 0).sqrt()
+        inverse = torch.where(values > cutoff, 1 / root, 0)
+        return Root(layer, vectors * root, (vectors * inverse).T, with_slope)
+
+    def compare(self, target: Root, guide: Root) -> tuple[Tensor, Tensor | None]:
+        """Compute the similarity of a pair, and its slope in the values of the target's layer, if that is needed."""
+        n, broken = target.layer.samples, 0 * (target.layer.values.sum() + guide.layer.values.sum())  # NaN or 0
+        left, singular, right = torch.linalg.svd((target.root.T @ guide.root).nan_to_num(0, 0, 0), full_matrices=False)
+        value = singular.sum() / n + broken
+        if not target.with_slope:
+            return value, None
+        turned = guide.root @ (right.T @ left.T)
+        if target.inverse is None:
+            return value, turned / n
+        half = turned @ target.inverse / (2 * n)
+        return value, half + half.T - target.root @ (target.inverse @ half)

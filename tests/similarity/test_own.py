@@ -1,0 +1,98 @@
+"""Measures of the user's own, by name and registered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance.similarity import registry
+from hf_guidance.similarity.own import find_function, is_own
+from hf_guidance.similarity.registry import get_measure, register_measure
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    before = dict(registry.OWN)
+    yield
+    registry.OWN.clear()
+    registry.OWN.update(before)
+
+
+def test_a_name_of_the_form_module_function_is_one_of_the_users_own() -> None:
+    assert is_own("package.module:function")
+    for name in ("linear_cka", "a:b:c", "os;system:x", ":f", "m:", "a b:c"):
+        assert not is_own(name)
+
+
+@pytest.mark.parametrize("batch", [6, 200])
+def test_the_gradient_is_that_of_the_function_on_centred_scaled_features(batch: int) -> None:
+    torch.manual_seed(0)
+    target, guide, x = nn.Linear(5, 20).double(), nn.Linear(5, 8).double(), torch.randn(batch, 5, dtype=torch.float64)
+    layers = {"target_layers": ["**"], "guide_layers": ["**"]}
+    target, guide = nn.Sequential(target), nn.Sequential(guide)
+    config = GuidanceConfig(measure="own_measures:negative_distance", log_measures=["debiased_cka"], **layers)
+    with GuidanceLoss(target, guide, config).watch({"input": x}) as watched:
+        target(x)
+    watched.loss.backward()
+    found = [p.grad.clone() for p in target.parameters()]
+    target.zero_grad()
+    sides = []
+    for network in (target, guide):
+        y = network(x)
+        y = y - y.mean(0)
+        sides.append(y * (batch / y.square().sum()).sqrt())
+    expected = 1 - find_function("own_measures:negative_distance")(*sides)
+    expected.backward()
+    assert watched.loss.item() == pytest.approx(expected.item())
+    for p, gradient in zip(target.parameters(), found, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert set(watched.similarities) == {"own_measures:negative_distance", "debiased_cka"}
+
+
+def test_one_can_be_logged_beside_another(registered: None) -> None:
+    register_measure("dot", lambda x, y: (x @ x.T * (y @ y.T)).mean())
+    target, guide, x = (nn.Sequential(nn.Linear(5, d)) for d in (20, 8)), None, torch.randn(6, 5)
+    target, guide = target
+    layers = {"target_layers": ["**"], "guide_layers": ["**"]}
+    with GuidanceLoss(target, guide, GuidanceConfig(log_measures=["dot"], **layers)).watch({"input": x}) as watched:
+        target(x)
+    assert list(watched.similarities) == ["linear_cka", "dot"]
+
+
+def test_no_config_imports_one() -> None:
+    GuidanceConfig.from_dict({"measure": "no_such_module:function"})
+    with pytest.raises(ValueError, match=r"measure 'no_such_module:function' cannot be imported \(No module named"):
+        get_measure("no_such_module:function")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("two_numbers", r"returned shape \(2,\); expected a scalar tensor"),
+        ("number", r"returned float; expected a scalar tensor"),
+        ("nothing", r"returned .* for finite features of shapes \(6, 3\) and \(6, 3\): it must be finite"),
+        (
+            "constant",
+            r"has no gradient in the target's features \(its first argument\): compute it with",
+        ),
+        ("no_such_function", r"cannot be imported"),
+        ("NOT_A_FUNCTION", r"is int; expected a function of two feature matrices"),
+    ],
+)
+def test_what_is_no_measure_is_an_error(name: str, words: str) -> None:
+    x = torch.randn(6, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=f"measure 'own_measures:{name}' {words}"):
+        get_measure(f"own_measures:{name}")(x, x.detach())
+
+
+def test_broken_features_are_not_the_measures_fault() -> None:
+    x = torch.full((6, 3), torch.nan)
+    assert get_measure("own_measures:negative_distance")(x, x).isnan()
