@@ -81,7 +81,8 @@ class GuidanceLoss:
 
     Raises:
         ValueError: a layer does not exist, guide and target share parameters, or a global batch has no process group or
-            meets LayerDrop, or a measure takes no sketch. On the first batch: the vocabularies or the samples of the two networks do not match.
+            meets LayerDrop, or a measure takes no sketch. On the first batch: the vocabularies or the samples of the
+            two networks do not match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.similarity.layers import Layer
-from hf_guidance.similarity.matrices import center_in_place, inner, u_center
+from hf_guidance.similarity.matrices import center_in_place, inner, outer, u_center
 
 ROUNDINGS = 16  # a norm below this many roundings of the mean diagonal carries no signal
 Kernel = Callable[[Tensor], Tensor]
@@ -26,18 +26,21 @@ class Side:
 
     Attributes:
         layer: the layer, without its graph.
+        inverse: one over h(K, K), a scalar; 0 if that is 0 up to rounding.
         kernel: of a dual layer, its kernels `(parts, n, n)`.
-        added: of a primal layer, by how much of each sample `L X` differs from `Y Yᵀ X`, `(n, 1)`; None for no more.
-        norm: h(K, K), a scalar.
-        slope: half the slope of h(K, K) in the values of the layer, or in its kernel; None for a guide.
+        diagonal: of a primal layer with U-centred kernels, the diagonal of its Gram matrix, `(n,)`.
+        added: of such a layer, by how much of each sample `K x` differs from `X Xᵀ x`, `(n,)`.
+        own: of a target layer, what half the slope of h(K, K) is made from: that slope itself, or `Xᵀ X` of a primal
+            layer of one part.
         pull: slope in the kernel → slope in the values, of a kernel that is not the Gram matrix itself.
     """
 
     layer: Layer
-    norm: Tensor
+    inverse: Tensor
     kernel: Tensor | None = None
+    diagonal: Tensor | None = None
     added: Tensor | None = None
-    slope: Tensor | None = None
+    own: Tensor | None = None
     pull: Kernel | None = None
 
     def dual(self, debiased: bool) -> Tensor:
@@ -46,12 +49,6 @@ class Side:
             kernel = self.layer.gram()
             return u_center(kernel) if debiased else kernel
         return self.kernel[0] if len(self.kernel) == 1 else self.kernel.mean(0)
-
-    def times(self, x: Tensor) -> Tensor:
-        """Multiply the kernel by features `(n, d)`."""
-        if self.kernel is None:
-            return _times(self.layer.values, self.added, x)
-        return self.dual(False) @ x
 
 
 @dataclass(frozen=True)
@@ -79,80 +76,109 @@ class Cosine:
             return _of_features(layer, self.debiased, with_slope)
         kernel = layer.values if layer.parts > 1 else layer.values[None]
         kernel = u_center(kernel) if self.debiased else kernel
-        return Side(layer, inner(kernel[0], kernel[-1]), kernel, slope=kernel.flip(0) / layer.parts)
+        own = (kernel if layer.parts == 1 else kernel.flip(0) / 2) if with_slope else None
+        return Side(layer, _inverse(inner(kernel[0], kernel[-1]), layer), kernel, own=own)
 
     def compare(self, target: Side, guide: Side) -> tuple[Tensor, Tensor | None]:
         """Compute the similarity of a pair, and its slope in the values of the target's layer, if that is needed."""
-        parts = target.layer.parts
+        scale = (target.inverse * guide.inverse).sqrt()
         if target.kernel is None:
-            x = target.layer.values
-            slope = guide.times(x)
-            common = inner(x, slope)
-            slope = 2 * slope
+            return self._of_features(target, guide, scale)
+        other = guide.dual(self.debiased)
+        common = inner(target.dual(self.debiased), other)
+        if target.own is None:
+            return common * scale, None
+        slope = other * (scale / target.layer.parts) - target.own * (common * target.inverse * scale)
+        if target.pull is not None:
+            return common * scale, target.pull(slope)
+        return common * scale, slope if target.layer.parts > 1 else slope[0]
+
+    def _of_features(self, target: Side, guide: Side, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = target.layer.values
+        if guide.kernel is None:
+            y = guide.layer.values
+            cross = y.T @ x
+            common = cross.square().sum()
+            if guide.added is not None and target.diagonal is not None:
+                common = common + target.diagonal @ guide.added
+            slope = y @ (cross * (2 * scale)) if target.own is not None else None
         else:
-            slope = guide.dual(self.debiased)
-            common = inner(target.dual(self.debiased), slope)
-            slope = (slope / parts).expand(parts, -1, -1)
-        n = target.layer.samples
-        scale = (_inverse(target.norm, n) * _inverse(guide.norm, n)).sqrt()
-        value = common * scale
-        if target.slope is None:
-            return value, None
-        slope = (slope - target.slope * (common * _inverse(target.norm, n))) * scale
-        slope = slope if target.pull is None else target.pull(slope)
-        return value, slope if slope.ndim == 2 or parts > 1 else slope[0]
+            product = guide.dual(self.debiased) @ x
+            common = inner(x, product)
+            slope = product * (2 * scale) if target.own is not None else None
+        if slope is None or target.own is None:
+            return common * scale, None
+        share = common * target.inverse * scale
+        if target.layer.parts > 1:
+            slope -= target.own * share
+        else:
+            slope = slope.addmm(x, target.own * (-2 * share))
+        if self.debiased:
+            added = target.added * -share if target.added is not None and target.layer.parts == 1 else 0
+            added = 2 * (added if guide.added is None else added + guide.added * scale)
+            if isinstance(added, Tensor):
+                slope.addcmul_(x, added[:, None])
+                slope -= slope.mean(0)
+        return common * scale, slope
 
 
-def _inverse(norm: Tensor, n: int) -> Tensor:
-    """Compute one over a squared norm of kernels `(n, n)` with mean diagonal 1; 0 for one that is 0 up to rounding."""
-    least = (ROUNDINGS * torch.finfo(norm.dtype).eps * n) ** 2
-    return norm.reciprocal().masked_fill(norm <= least, 0)
+def _inverse(norm: Tensor, layer: Layer) -> Tensor:
+    """Compute one over the squared norm of kernels of a layer; 0 for one that is 0 up to rounding."""
+    least = (ROUNDINGS * torch.finfo(norm.dtype).eps * layer.samples) ** 2
+    return norm.reciprocal().masked_fill_(norm <= least, 0)
 
 
-def _times(y: Tensor, added: Tensor | None, x: Tensor) -> Tensor:
-    product = y @ (y.T @ x)
-    return product if added is None else product.addcmul_(added, x)
+def _diagonal(features: Tensor) -> Tensor:
+    """Compute the diagonal of `X Xᵀ`, `(…, n)`."""
+    return torch.linalg.vector_norm(features, dim=-1).square()
 
 
-def _added(features: Tensor) -> Tensor:
-    """Compute what U-centring the kernel `X Xᵀ` of centred features adds to each sample, `(…, n, 1)`."""
-    n = features.shape[-2]
-    diagonal = features.square().sum(-1, keepdim=True)
-    return diagonal.sum(-2, keepdim=True) / ((n - 1) * (n - 2)) - diagonal * (n / (n - 2))
+def _added(diagonal: Tensor) -> Tensor:
+    """Compute what U-centring the kernel `X Xᵀ` of centred features adds to each sample, from its diagonal `(…, n)`."""
+    n = diagonal.shape[-1]
+    return diagonal.sum(-1, keepdim=True) / ((n - 1) * (n - 2)) - diagonal * (n / (n - 2))
 
 
 def _of_features(layer: Layer, debiased: bool, with_slope: bool) -> Side:
-    halves = layer.halves
-    every = _added(halves) if debiased else None
-    added = None if every is None else every.mean(0)
-    if not with_slope:
-        a, b = halves[0], halves[-1]
-        norm = (a.T @ b).square().sum()
-        if every is not None:
-            norm = norm + (every[-1] * a.square()).sum()
-        return Side(layer, norm, added=added)
-    others = [
-        _times(y, None if every is None else every[-1 - i], x)
-        for i, (x, y) in enumerate(zip(halves, halves.flip(0), strict=True))
-    ]
-    slope = torch.cat(others, 1) * (2 / layer.parts**0.5)
-    return Side(layer, inner(halves[0], others[0]), added=added, slope=slope)
+    if layer.parts > 1:
+        return _of_halves(layer, debiased, with_slope)
+    x = layer.values
+    own = outer(x.T)
+    norm, diagonal, added = own.square().sum(), None, None
+    if debiased:
+        diagonal = _diagonal(x)
+        added = _added(diagonal)
+        norm = norm + diagonal @ added
+    return Side(layer, _inverse(norm, layer), None, diagonal, added, own if with_slope else None)
+
+
+def _of_halves(layer: Layer, debiased: bool, with_slope: bool) -> Side:
+    """Prepare a sketch in primal form, whose norm is the product of the kernels of its halves."""
+    halves = layer.values.unflatten(1, (2, -1)).transpose(0, 1) * 2**0.5
+    others = halves.flip(0)
+    products = others @ (others.mT @ halves)
+    diagonal, added = None, None
+    if debiased:
+        every = _added(_diagonal(halves))
+        products.addcmul_(every.flip(0)[..., None], halves)
+        products -= products.mean(1, keepdim=True)
+        diagonal, added = _diagonal(layer.values), every.mean(0)
+    own = torch.cat([*products], 1) * 2**0.5 if with_slope else None
+    return Side(layer, _inverse(inner(halves[0], products[0]), layer), None, diagonal, added, own)
 
 
 def _of_kernel(function: Kernel, layer: Layer, with_slope: bool) -> Side:
-    if not with_slope:
-        kernel = function(layer.gram())[None]
-        return Side(layer, inner(kernel[0], kernel[0]), kernel)
-    with torch.enable_grad():
-        leaf = layer.gram().detach().requires_grad_()
+    with torch.set_grad_enabled(with_slope):
+        leaf = layer.gram().detach().requires_grad_(with_slope)
         made = function(leaf)[None]
     kernel = made.detach()
 
     def pull(slope: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(made, leaf, slope, retain_graph=True)
-        return found if layer.form == "dual" else (found + found.T) @ layer.values
+        return layer.tangent(found if layer.form == "dual" else (found + found.T) @ layer.values)
 
-    return Side(layer, inner(kernel[0], kernel[0]), kernel, slope=kernel, pull=pull)
+    own, pull_back = (kernel, pull) if with_slope else (None, None)
+    return Side(layer, _inverse(inner(kernel[0], kernel[0]), layer), kernel, own=own, pull=pull_back)
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels

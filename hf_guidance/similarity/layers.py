@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from hf_guidance.similarity import half_precision
-from hf_guidance.similarity.matrices import center_in_place, centred_product, exact_float32, for_numpy, outer
+from hf_guidance.similarity.matrices import center_in_place, centred_product, exact_float32, for_numpy, inner, outer
 
 PRIMAL_BELOW = 0.4  # largest d / n at which the 7 n d² operations of a pair are fewer than 3 n² d
 SUM_ROUNDING = 2**-18  # relative rounding of a sum of products in float32; measurements stay below a fourth of it
@@ -23,8 +23,8 @@ Form: TypeAlias = Literal["primal", "dual"]
 class Layer:
     """Samples of a layer on a batch, centred and scaled to a mean squared norm of 1; zero for a dead layer.
 
-    The gradient of `values` may be any: the backward makes it symmetric and centred. It treats the scale as a constant,
-    so a slope must have no part along the values; `pair_loss` removes it.
+    The gradient of `values` must be symmetric if dual, and centred, as the backward takes it for that. It must have no
+    part along the values, as the backward takes the scale for a constant. `tangent` makes any slope one of this kind.
 
     Attributes:
         values: features `(n, d)` if primal; Gram matrix `(n, n)` if dual, or those of both halves of a sketch,
@@ -55,6 +55,15 @@ class Layer:
         if self.form == "primal":
             return outer(self.values)
         return self.values if self.parts == 1 else self.values.mean(0)
+
+    def tangent(self, slope: Tensor) -> Tensor:
+        """Leave of a slope in the values what they can follow: it becomes symmetric, centred, and keeps their scale."""
+        along = inner(slope, self.values) / self.samples
+        if self.form == "primal":
+            return (slope - slope.mean(0)).addcmul_(self.values, along, value=-1)
+        slope = (slope + slope.mT) / 2
+        slope.diagonal(dim1=-2, dim2=-1).sub_(along / self.parts)
+        return center_in_place(slope)
 
     def constant(self, like: Tensor) -> Layer:
         """Return the layer without its graph, on the device and in the dtype of another's values."""
@@ -91,7 +100,12 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: the features have fewer than two axes, or do not match the mask.
     """
-    return layer_of(features, mask, primal_below=0).values
+    kernel = layer_of(features, mask, primal_below=0).values
+    if not kernel.requires_grad:
+        return kernel
+    kernel = (kernel + kernel.T) / 2  # this and centring make any gradient symmetric and centred
+    mean = kernel.mean(0)
+    return kernel - mean[:, None] - (mean - mean.mean())
 
 
 def layer_of(
@@ -136,7 +150,7 @@ def layer_of(
     elif x.dtype not in half_precision.HALF:
         precision = torch.get_autocast_dtype(x.device.type)
     wanted = x.requires_grad and torch.is_grad_enabled()
-    with torch.no_grad(), exact_float32(x.device):
+    with torch.no_grad():
         if form == "primal":
             made = _primal(x.detach(), precision, noise)
         elif with_cores:
@@ -176,15 +190,16 @@ def _primal(x: Tensor, precision: torch.dtype, noise: Tensor | None) -> Made:
 
 
 def _dual(x: Tensor, parts: int, precision: torch.dtype, noise: Tensor | None, with_gradient: bool) -> Made:
-    if x.dtype == torch.float32 and parts == 1 and noise is None and for_numpy(x):
-        if found := centred_product(x, with_gradient):
-            kernel, energy, mean = found
-            if mean is None or not _may_be_dead(energy, mean, precision):
-                return Made(kernel.mul_(1 / energy), 1 / energy, mean)
+    plain = x.dtype == torch.float32 and parts == 1 and noise is None and for_numpy(x)
+    if plain and (found := centred_product(x, with_gradient)):
+        kernel, energy, mean = found
+        if mean is None or not _may_be_dead(energy, mean, precision):
+            return Made(kernel.mul_(1 / energy), 1 / energy, mean)
     mean = x.mean(0)
     centred = x - mean
     factor = _factor(centred.square().mean(0), mean, precision, noise)
-    kernel = center_in_place(outer(_halves(centred, parts)))  # again, to remove the rounding of the mean
+    with exact_float32(x.device):
+        kernel = center_in_place(outer(_halves(centred, parts)))  # again, to remove the rounding of the mean
     return Made(kernel.mul_(parts * factor), factor, mean)
 
 
@@ -309,9 +324,9 @@ class _Values(torch.autograd.Function):
     @without_second_derivative
     def backward(ctx: ValuesContext, gradient: Tensor) -> tuple[Any, ...]:
         if ctx.form == "primal":
-            return (gradient - gradient.mean(0)).mul_(ctx.factor**0.5), None, None, None, None
+            return gradient * ctx.factor**0.5, None, None, None, None
         x, *mean = ctx.saved_tensors
-        gradient = center_in_place(gradient + gradient.mT).mul_(ctx.parts * ctx.factor)
+        gradient = center_in_place(gradient * (2 * ctx.parts * ctx.factor))  # its rounding, which the mean amplifies
         with exact_float32(x.device):
             halves = _halves(x - mean[0] if mean else x, ctx.parts)
             product = half_precision.times(gradient, halves) if x.dtype in half_precision.HALF else gradient @ halves

@@ -84,4 +84,4 @@ class Own:
                 f"measure {self.name!r} has no gradient in the target's features (its first argument): compute it with "
                 "differentiable operations of torch, without detach or numpy."
             )
-        return value.detach(), slope
+        return value.detach(), layer.tangent(slope)

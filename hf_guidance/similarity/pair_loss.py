@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_guidance.mapping import PAIR_SEPARATOR, Pair
 from hf_guidance.similarity.layers import Context, Layer, without_second_derivative
-from hf_guidance.similarity.matrices import exact_float32, inner
+from hf_guidance.similarity.matrices import exact_float32
 
 Layers = Mapping[str, Layer]
 
@@ -97,18 +97,8 @@ def compare_pairs(
                 if wanted:
                     total = slope if total is None else total + slope
             if total is not None:
-                slopes[t] = _across_the_scale(total, layer).to(targets[t].values)
+                slopes[t] = total.to(targets[t].values)
     return torch.stack([values[pair] for pair in pairs]), slopes
-
-
-def _across_the_scale(slope: Tensor, layer: Layer) -> Tensor:
-    """Remove the part of a slope that changes the scale of the layer, as its values always have one scale."""
-    along = inner(slope, layer.values) / layer.samples
-    if layer.form == "primal":
-        return slope - layer.values * along
-    slope = slope.clone()
-    slope.diagonal(dim1=-2, dim2=-1).sub_(along / layer.parts)
-    return slope
 
 
 def with_slopes(value: Tensor, layers: Layers, slopes: Mapping[str, Tensor], factor: float = 1.0) -> Tensor:
@@ -121,20 +111,27 @@ def with_slopes(value: Tensor, layers: Layers, slopes: Mapping[str, Tensor], fac
         factor: factor of all slopes.
     """
     for name, slope in slopes.items():
-        value = value + ZeroWithSlope.apply(layers[name].values, slope * factor).to(value.device)
+        value = value + ZeroWithSlope.apply(layers[name].values, slope, factor).to(value.device)
     return value
 
 
+class SlopeContext(Context):
+    """The context of a `ZeroWithSlope`."""
+
+    factor: float
+
+
 class ZeroWithSlope(torch.autograd.Function):
-    """Zero whose gradient in a matrix is a given slope. The backward need not keep the matrix."""
+    """Zero whose gradient in a matrix is a factor times a given slope. The backward need not keep the matrix."""
 
     @staticmethod
-    def forward(ctx: Context, matrix: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx: SlopeContext, matrix: Tensor, slope: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         ctx.save_for_backward(slope)
         return matrix.new_zeros(())
 
     @staticmethod
     @without_second_derivative
-    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: SlopeContext, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * gradient, None
+        return slope * (gradient * ctx.factor), None, None

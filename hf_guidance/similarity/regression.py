@@ -75,7 +75,7 @@ class Ridge:
         else:
             residual, slope, energy = _primal(target, guide, self.penalty)
         value = (energy * (total / n) - residual) / total * target.is_alive
-        return value, None if slope is None else slope / -total
+        return value, None if slope is None else target.layer.tangent(slope / -total)
 
 
 def _inverse(matrix: Tensor, penalty: float) -> Tensor:
@@ -103,26 +103,41 @@ def _primal(target: Predictor, guide: Layer, penalty: float) -> tuple[Tensor, Te
     """Compute the sum of squared residuals, its slope in X, and the guide's energy, without n × n matrices of both."""
     x, f, weights = target.layer.values, target.fit, target.weights
     assert f is not None
+    primal = guide.form == "primal"
+    y = guide.values if primal else guide.gram()
 
     def guided(v: Tensor) -> Tensor:
-        return guide.values @ (guide.values.T @ v) if guide.form == "primal" else guide.gram() @ v
+        return y @ (y.T @ v) if primal else y @ v  # L v
 
     def left(v: Tensor) -> Tensor:
         return v - f @ (x.T @ v)  # M v
 
-    diagonal = guide.values.square().sum(1) if guide.form == "primal" else guide.gram().diagonal()
+    diagonal = torch.linalg.vector_norm(y, dim=1).square() if primal else y.diagonal()
+    if weights is None:
+        return *_in_sample(target, guided(x), diagonal.sum(), penalty), diagonal.sum()
     lf = guided(f)
     mlf = left(lf)
-    squares = diagonal - (x * lf).sum(1) - (x * mlf).sum(1)  # the diagonal of M L M = L − X (L F)ᵀ − M L F Xᵀ
-    if weights is None:
-        residual = squares.sum()
-        weighted = mlf + penalty * (lf @ target.inverse) if target.with_slope else None  # M F = λ F (Xᵀ X + λ I)⁻¹
-    else:
-        residual = (weights * squares).sum()
-        weighted = None
-        if target.with_slope:
-            w = weights[:, None]
-            weighted = w * mlf + guided(left(w * f)) - (2 * weights * weights.sqrt() * squares)[:, None] * f
-    if weighted is None:
+    squares = diagonal - (x * (lf + mlf)).sum(1)  # the diagonal of M L M = L − X (L F)ᵀ − M L F Xᵀ
+    residual = (weights * squares).sum()
+    if not target.with_slope:
         return residual, None, diagonal.sum()
-    return residual, left(weighted) * -2, diagonal.sum()
+    w = weights[:, None]
+    jf = w * mlf + guided(left(w * f)) - (2 * weights * weights.sqrt() * squares)[:, None] * f
+    return residual, left(jf) * -2, diagonal.sum()
+
+
+def _in_sample(target: Predictor, product: Tensor, energy: Tensor, penalty: float) -> tuple[Tensor, Tensor | None]:
+    """Compute the sum of squared residuals and its slope in X, from X and L X alone.
+
+    With `A = Xᵀ X + λ I`, `S = Xᵀ L X` and `Q = A⁻¹ S A⁻¹`, that sum is `tr L − tr A⁻¹ S − λ tr Q`.
+    """
+    x, inverse = target.layer.values, target.inverse
+    inner = x.T @ product
+    half = inverse @ inner
+    q = half @ inverse
+    residual = energy - half.trace() - penalty * q.trace()
+    if not target.with_slope:
+        return residual, None
+    shared = penalty * (inverse @ q)
+    slope = product @ (inverse + penalty * (inverse @ inverse))
+    return residual, (slope - x @ (q + shared + shared.T)) * -2

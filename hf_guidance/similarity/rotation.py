@@ -43,6 +43,6 @@ class Rotation:
             return value, None
         turned = guide.root @ (right.T @ left.T)
         if target.inverse is None:
-            return value, turned / n
+            return value, target.layer.tangent(turned / n)
         half = turned @ target.inverse / (2 * n)
-        return value, half + half.T - target.root @ (target.inverse @ half)
+        return value, target.layer.tangent(half + half.T - target.root @ (target.inverse @ half))

@@ -276,7 +276,8 @@ def test_encoder_positions_are_masked_by_the_encoders_mask(length: int) -> None:
 def test_labels_of_a_network_without_a_decoder_mask_nothing() -> None:
     batch, features = network()
     labelled = {**batch, "labels": torch.full((ROWS, LENGTH), -100)}
-    torch.testing.assert_close(Samples(labelled).layer("h", features).values, Samples(batch).layer("h", features))
+    expected = Samples(batch).layer("h", features).values
+    torch.testing.assert_close(Samples(labelled).layer("h", features).values, expected)
 
 
 def test_encoder_and_decoder_of_one_length_have_tokens_of_their_own() -> None:

@@ -38,10 +38,10 @@ def test_features_make_no_matrix_of_samples_by_samples(debiased: bool) -> None:
 
 
 @pytest.mark.parametrize("debiased", [False, True])
-def test_a_side_has_the_norm_of_its_kernel_in_either_form(debiased: bool) -> None:
+def test_a_side_has_the_same_norm_in_either_form(debiased: bool) -> None:
     x = features(20, 6)
     norms = [
-        Cosine(debiased).prepare(layer_of(x, primal_below=below), slope).norm.item()
+        Cosine(debiased).prepare(layer_of(x, primal_below=below), slope).inverse.item()
         for below in (0, 9)
         for slope in (False, True)
     ]

@@ -103,7 +103,8 @@ def test_features_that_are_overwritten_count_as_they_were(form: str) -> None:
         layer = layer_of(hidden, primal_below=FORMS[form], copy=True)
         if overwrite:
             hidden.relu_()
-        grads.append(torch.autograd.grad((layer.values * slope[:, : layer.values.shape[1]]).sum(), x)[0])
+        tangent = layer.tangent(slope[:, : layer.values.shape[1]])
+        grads.append(torch.autograd.grad(layer.values, x, tangent.detach())[0])
     torch.testing.assert_close(*grads)
 
 
@@ -120,20 +121,18 @@ def test_one_column_that_is_large_and_almost_constant_does_not_make_a_bfloat16_l
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
-def test_any_gradient_of_the_values_reaches_the_features(form: str, parts: int) -> None:
-    x = features((9, 6), 0, 1.5)
-    layer = layer_of(x.requires_grad_(), primal_below=FORMS[form], parts=parts)
+def test_the_tangent_of_any_slope_reaches_the_features_as_that_slope_would(form: str, parts: int) -> None:
+    x = features((9, 6), 0, 1.5).requires_grad_()
+    layer = layer_of(x, primal_below=FORMS[form], parts=parts)
     slope = torch.randn(layer.values.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (found,) = torch.autograd.grad((layer.values * slope).sum(), x)
-
-    def plain(x: Tensor) -> Tensor:  # the scale is a constant
-        centred = (x - x.mean(0)) * scale
-        halves = centred.unflatten(1, (parts, -1)).transpose(0, 1) * parts**0.5
-        values = centred if form == "primal" else (halves @ halves.mT)
-        return (values.reshape(slope.shape) * slope).sum()
-
-    scale = (9 / (x - x.mean(0)).square().sum()).detach().sqrt()
-    (expected,) = torch.autograd.grad(plain(x), x)
+    tangent = layer.constant(slope).tangent(slope)
+    (found,) = torch.autograd.grad(layer.values, x, tangent)
+    centred = x - x.mean(0)
+    centred = centred * (9 / centred.square().sum()).sqrt()
+    halves = centred.unflatten(1, (parts, -1)).transpose(0, 1) * parts**0.5
+    values = centred if form == "primal" else halves @ halves.mT
+    torch.testing.assert_close(layer.values.reshape(values.shape), values)
+    (expected,) = torch.autograd.grad(values, x, slope.reshape(values.shape))
     torch.testing.assert_close(found, expected)
 
 
