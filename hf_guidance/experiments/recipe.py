@@ -17,11 +17,10 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.facts import EXAMPLES, task_facts
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.experiments.cards import push_cards, write_cards
+from hf_guidance.experiments.cards import LICENSE, push_cards, write_cards
 from hf_guidance.experiments.command_line import check_choice, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.files import write_json
-from hf_guidance.experiments.record_facts import LICENSE
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import Run
 from hf_guidance.tasks import Task
