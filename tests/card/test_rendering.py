@@ -64,8 +64,7 @@ def test_a_section_without_facts_is_left_out():
 def test_the_summary_says_which_guide_it_was(changes, words):
     body = card(**GUIDED | {"guide": GUIDE | changes}, data={"name": "My `rows`"})[1]
     assert (
-        rf"trained for 2 steps on My \`rows\` and steered by [guidance](https://arxiv.org/abs/2410.20035): {words} "
-        in body
+        rf"trained for 2 steps on My \`rows\` and [guided](https://arxiv.org/abs/2410.20035) by {words}: each " in body
     )
 
 
@@ -125,16 +124,16 @@ def test_weights_of_the_best_step_and_skipped_layers_are_told():
 
 def test_only_an_untrained_target_has_learnt_from_nothing_else():
     data = {"data": {"rows": 3}}
-    assert "from nothing else" in card({"untrained": True, "seed": 0}, **data)[1]
-    assert "from nothing else" not in card({"source": "me/net"}, **data)[1]
+    assert "on nothing else" in card({"untrained": True, "seed": 0}, **data)[1]
+    assert "on nothing else" not in card({"source": "me/net"}, **data)[1]
     assert "not named here" in card({"untrained": True, "seed": 0})[1]
 
 
 def test_seeds_and_tests_are_counted_in_the_limitations():
-    assert card()[1].count("and was not tested. One seed.\n") == 1
+    assert card()[1].count("It was not tested. One seed.\n") == 1
     comparison = {"text": "Matched *runs*.", "table": "| a | b |", "seeds": 3}
     body = card(results={"split": "test", "values": {"loss": 1}}, comparison=comparison)[1]
-    assert "and was tested on no other. The figures are of 3 seeds.\n" in body
+    assert "It was tested on no other data. The figures are of 3 seeds.\n" in body
     assert "\n\nMatched \\*runs\\*.\n\n| a | b |\n\n" in body
 
 

@@ -63,7 +63,7 @@ def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):
     assert "Elsewhere" not in body
     assert metadata["datasets"] == ["me/rows"]
     assert metadata["tags"] == ["hf_guidance", "guidance", "text-generation", "a", "b"]
-    assert r"steps on My \`rows\` and steered by" in body
+    assert r"steps on My \`rows\` and [guided](" in body
     loss = own.state.log_history[-1]["eval_loss"]
     assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": loss, "name": "loss"}]
     assert re.search(rf"^\| loss +\| {loss:.4f} +\|$", body, re.MULTILINE)
@@ -93,7 +93,7 @@ def test_the_time_of_a_step_is_called_what_it_is(guidance, words, tmp_path):
     own.create_model_card()
     _, body = check_card((tmp_path / "out" / "README.md").read_text())
     assert re.search(rf"^\| {words} +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)
-    assert ("steered by" in body) == ("weight" not in str(guidance))
+    assert ("and [guided](" in body) == ("weight" not in str(guidance))
     assert "in training, and similarity of every pair" in body  # as nothing was validated
 
 
