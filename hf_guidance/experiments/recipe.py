@@ -17,7 +17,7 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.facts import EXAMPLES, task_facts
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.experiments.cards import LICENSE, push_cards, write_cards
+from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
 from hf_guidance.experiments.command_line import check_choice, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.files import write_json
@@ -259,4 +259,4 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     cards = write_cards(report, folder)
     print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
     if args.push_to_hub:
-        push_cards(report, cards, args.hub_token, args.hub_revision)
+        push_runs(report, cards, args.hub_token, args.hub_revision)

@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from hf_guidance import GuidanceConfig
 from hf_guidance.analysis.figures import DIGEST
 from hf_guidance.card.command import published_command
-from hf_guidance.experiments.cards import draw, facts_of, first_guided, model_card_of, push_cards, write_model_cards
+from hf_guidance.experiments.cards import draw, facts_of, first_guided, model_card_of, push_runs, write_model_cards
 
 REPOSITORY = Path(__file__).parents[2]
 CARDS = REPOSITORY / "model_cards"
@@ -169,7 +169,7 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
         for name in ("README.md", "settings.json", "model.safetensors"):
             (place / name).write_text(name)
         (place / "curves.png").symlink_to(tmp_path / "outside")
-    push_cards({"runs": runs}, places, "hf_x", "trial")
+    push_runs({"runs": runs}, places, "hf_x", "trial")
     assert [(call["repo_id"], call["files"], call["revision"]) for call in asked] == [
         ("me/one", ["README.md"], "trial"),
         ("me/two", ["README.md"], "trial"),
@@ -178,3 +178,22 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
     assert capsys.readouterr().out == "pushed: https://hub.test/me/one, branch trial\n"
     assert f"(no Hub today). To push it: hf upload me/two {places[1]}/_push . --revision trial" in caplog.text
     assert "hf_x" not in caplog.text
+
+
+def test_a_model_that_waits_for_its_push_goes_with_its_card_in_one_commit(tmp_path, uploads, caplog):
+    place = tmp_path / "seed-0" / "one"
+    (place / "_push").mkdir(parents=True)
+    (place / "_push" / "model.safetensors").write_text("weights")
+    for name in ("README.md", "comparison.png", "settings.json"):
+        (place / name).write_text(name)
+    report = {"runs": [{"seed": 0, "run": "one", "card": {"repository": "me/one"}}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HfApi, "upload_folder", lambda self, **_: [].pop())
+        push_runs(report, [place], None)
+    assert f"To push it: hf upload me/one {place}/_push ." in caplog.text
+    push_runs(report, [place], None)
+    push_runs(report, [place], None)
+    assert [(title, sorted(files)) for title, files in uploads] == [
+        ("End of training", ["README.md", "comparison.png", "model.safetensors"]),
+        ("Card with the runs it is compared with", ["README.md", "comparison.png"]),
+    ]
