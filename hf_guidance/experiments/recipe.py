@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -112,17 +111,6 @@ def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,
         "use_cpu": not torch.accelerator.is_available(),  # else CPU processes would not form a group
     }
-
-
-def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
-    """Return name and digest of each file, which do not depend on the folder they are in."""
-    return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
-
-
-def identify_folder(folder: str) -> str:
-    """Compute a digest of the names and sizes of all files in a folder."""
-    found = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob("*") if p.is_file())
-    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def launch(

@@ -1,21 +1,13 @@
 """A recipe from its flags to its report, and what of it is pushed."""
 
-import hashlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from launching import Recipe
 
 from hf_guidance.experiments import cards, comparison
-from hf_guidance.experiments.recipe import (
-    RecipeArguments,
-    identify_files,
-    identify_folder,
-    launch,
-    training_defaults,
-)
+from hf_guidance.experiments.recipe import RecipeArguments, launch, training_defaults
 from hf_guidance.trainer import card_mixin
 
 TINY = {
@@ -73,19 +65,6 @@ def test_defaults_validate_twenty_times_and_log_forty_times():
     assert (values["per_device_eval_batch_size"], values["lr_scheduler_type"]) == (64, "constant")
     few = training_defaults(3, 1, 1e-3)
     assert (few["eval_steps"], few["logging_steps"], few["save_steps"]) == (1, 1, 1)
-
-
-def test_files_and_folders_are_told_apart_by_content_and_not_by_place(tmp_path):
-    for place in ("one", "two"):
-        (tmp_path / place / "deep").mkdir(parents=True)
-        (tmp_path / place / "deep" / "a.txt").write_text("text")
-    paths = [str(tmp_path / place / "deep" / "a.txt") for place in ("one", "two")]
-    expected = {"name": "a.txt", "sha256": hashlib.sha256(b"text").hexdigest()}
-    assert identify_files(paths) == [expected, expected]
-    folders = [identify_folder(str(tmp_path / place)) for place in ("one", "two")]
-    assert folders[0] == folders[1]
-    Path(paths[0]).write_text("longer text")
-    assert identify_folder(str(tmp_path / "one")) != folders[1]
 
 
 def test_only_given_flags_change_the_guides_own_training():
