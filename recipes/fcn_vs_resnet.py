@@ -36,13 +36,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 from hf_guidance import load_guide
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.distillation import DistillationTrainer, check_classes
-from hf_guidance.experiments.recipe import (
-    Comparison,
-    RecipeArguments,
-    identify_folder,
-    launch,
-    training_defaults,
-)
+from hf_guidance.experiments.files import identify_folder
+from hf_guidance.experiments.recipe import Comparison, RecipeArguments, launch, training_defaults
 from hf_guidance.experiments.run import Run
 from hf_guidance.guide.configs import is_resnet
 from hf_guidance.guide.loading import untrained_network
@@ -53,18 +48,16 @@ from hf_guidance.tasks.images import check_last_batch, count_skipped
 from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 
 RUNS = (
-    "alone",
-    "guide_itself",
-    "untrained_guide",
-    "untrained_guide_stopped",
-    "trained_guide",
-    "trained_guide_stopped",
-    "shuffled_guide",
-    "noise_guide",
-    "distillation",
+    *("alone", "guide_itself", "untrained_guide", "untrained_guide_stopped", "trained_guide", "trained_guide_stopped"),
+    *("shuffled_guide", "noise_guide", "distillation"),
 )
 FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "distillation")
 IMAGENET = "ILSVRC/imagenet-1k"
+# flags that are options of the task of the same name
+OF_THE_DATA = (
+    *("dataset", "dataset_config", "streaming", "augmentation", "image_column", "label_column"),
+    *("num_labels", "eval_size", "shuffle_buffer", "on_bad_image"),
+)
 
 
 @dataclass
@@ -196,21 +189,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     check_sees(network, guide)
     own = pixel_format_of(guide, size, trained=trained, given=recipe.guide_image_size)
     check_takes(network, own, guide)
-    options: dict[str, Any] = {
-        name: getattr(recipe, name)
-        for name in (
-            "dataset",
-            "dataset_config",
-            "streaming",
-            "augmentation",
-            "image_column",
-            "label_column",
-            "num_labels",
-            "eval_size",
-            "shuffle_buffer",
-            "on_bad_image",
-        )
-    }
+    options: dict[str, Any] = {name: getattr(recipe, name) for name in OF_THE_DATA}
     if recipe.train_size is not None:
         options["train_size"] = recipe.train_size
     pixels = PixelFormat(size, own.mean, own.std)

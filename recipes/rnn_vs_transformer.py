@@ -35,13 +35,8 @@ from transformers import (
 
 from hf_guidance import load_guide
 from hf_guidance.experiments.command_line import check_choice
-from hf_guidance.experiments.recipe import (
-    Comparison,
-    RecipeArguments,
-    identify_files,
-    launch,
-    training_defaults,
-)
+from hf_guidance.experiments.files import identify_files
+from hf_guidance.experiments.recipe import Comparison, RecipeArguments, launch, training_defaults
 from hf_guidance.experiments.run import Run
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import Task, build_task

@@ -67,7 +67,7 @@ def plot_comparison(
 
 
 def plot_run(history: History, path: str | os.PathLike[str], measure: str | None = None) -> bool:
-    """Draw what a single run logged and save the figure: task loss, first validation metric, similarity of every pair.
+    """Draw what a single run logged and save the figure, with its first validation metric: see `plot_curves`.
 
     Args:
         history: `log_history` of a trainer's state.
@@ -77,8 +77,6 @@ def plot_run(history: History, path: str | os.PathLike[str], measure: str | None
     Returns:
         Whether there was anything to draw.
     """
-    from matplotlib.figure import Figure
-
     metric, curve = validation_curve(history)
     run: Curves = {
         "curve": curve,
@@ -86,6 +84,23 @@ def plot_run(history: History, path: str | os.PathLike[str], measure: str | None
         "similarity": similarity_curves(history),
     }
     run["settings"] = {"guidance": {"measure": measure or "similarity"}}
+    return plot_curves(run, metric, path)
+
+
+def plot_curves(run: Curves, metric: str | None, path: str | os.PathLike[str]) -> bool:
+    """Draw the curves of a single run and save the figure: task loss, validation metric, similarity of every pair.
+
+    Args:
+        run: Record of the run, from `comparison.carry_out`.
+        metric: Name of the validation metric; None if there is none.
+        path: Where to save the figure; the suffix decides the format.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    from matplotlib.figure import Figure
+
+    curve = run["curve"]
     draw = {"loss": bool(run["training"] or curve), "metric": bool(metric and curve), "pairs": bool(run["similarity"])}
     shown = [name for name, there in draw.items() if there]
     if not shown:

@@ -1,4 +1,4 @@
-"""Card sections on target, guide and guidance: functions from a run's facts to markdown, empty without facts."""
+"""Tables of a card on target, guide and guidance: functions from a run's facts to markdown, empty without facts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import re
 from typing import Any
 
 from hf_guidance.card.contents import Network, PairRow, RunFacts, Values
-from hf_guidance.card.markdown import count, escape, shown, table
+from hf_guidance.card.markdown import count, shown, table
 from hf_guidance.config import GuidanceConfig
 
-PAPER = "https://arxiv.org/abs/2410.20035"
-HUB = "https://huggingface.co"  # not the endpoint that this machine uses
 SEEN = {
     "batch": "what the target saw",
     "noise": "noise",
@@ -34,34 +32,21 @@ def _once(sizes: Values) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in sizes.items() if sizes.get(OTHER_NAMES.get(name, "")) != value]
 
 
-def summary(facts: RunFacts) -> str:
-    """Summarise the target in two sentences."""
-    target, guide = facts["target"], facts.get("guide")
-    data = f" on {escape(facts['data']['name'])}" if facts.get("data", {}).get("name") else ""
-    text = f"{_a(target['architecture'])} with {count(target['parameters'])} parameters, trained for "
-    steps = facts["training"]["steps"]
-    text += f"{steps} step{'s' if steps != 1 else ''}{data}"
-    if not guide:
-        return text + "."
-    kind = "that kept its random weights" if guide["untrained"] else "that had been trained before"
-    if guide["untrained"] is None:
-        kind = "of the user's own"
-    name = f"{escape(guide['timm'])} of timm" if guide.get("timm") else escape(guide["architecture"])
-    text += f" and steered by [guidance]({PAPER}): a frozen {name} {kind} stood beside it, and "
-    text += "each pair of layers, one of either network, added one minus its similarity to the loss. The guide is not "
-    return text + "needed to use the network and is not kept with it."
+def article(name: str) -> str:
+    """Return the indefinite article of a class name: an RNN, a GPT2, an Albert."""
+    spelt = name[:2].isupper() or name[1:2].isdigit()
+    return "An" if name[:1] in ("AEFHILMNORSX" if spelt else "AEIO") else "A"
 
 
-def _a(name: str) -> str:
-    spelt = name[:2].isupper() or name[1:2].isdigit()  # "an RNN", "a GPT2", "an Albert"
-    return ("An " if name[:1] in ("AEFHILMNORSX" if spelt else "AEIO") else "A ") + escape(name)
+def network_name(side: Network) -> str:
+    """Return the name of a network's architecture; that of timm if it is behind transformers' wrapper."""
+    return f"{side['timm']} of timm" if side.get("timm") else side["architecture"]
 
 
 def networks(facts: RunFacts) -> str:
     """Compare target and guide in a table."""
     sides = [facts["target"], *([facts["guide"]] if facts.get("guide") else [])]
-    names = (f"{side['timm']} of timm" if side.get("timm") else side["architecture"] for side in sides)
-    rows: list[list[Any]] = [["architecture", *names]]
+    rows: list[list[Any]] = [["architecture", *map(network_name, sides)]]
     rows.append(["parameters", *(count(side["parameters"]) for side in sides)])
     rows.append(["weights before training", *(_origin(side) for side in sides)])
     if any(side.get("sizes") for side in sides):
@@ -80,23 +65,9 @@ def _origin(side: Network) -> str:
     return source + (f" at {side['revision']}" if side.get("revision") else "")
 
 
-def guide(facts: RunFacts) -> str:
-    """Identify the guide, and tell how to load it again."""
-    own = facts.get("guide")
-    if not own:
-        return ""
-    text = f"Fingerprint of the guide's weights: `{own['fingerprint']}`."
-    if on_the_hub(own):
-        text = f"The guide is [{escape(own['source'])}]({HUB}/{own['source']}/tree/{own['revision']}). " + text
-    can_be_had = bool(own.get("config")) if own["untrained"] else on_the_hub(own)
-    if facts.get("repository") and can_be_had:
-        text += f' `hf_guidance.load_guide_of("{facts["repository"]}")` '
-        text += "builds the same again from its seed." if own["untrained"] else "loads it from there."
-    return text
-
-
-def on_the_hub(own: Network) -> bool:
-    """Tell whether a guide was loaded from the Hub. Only then is its commit known."""
+def on_the_hub(facts: RunFacts) -> bool:
+    """Tell whether the guide was loaded from the Hub. Only then is its commit known."""
+    own = facts.get("guide", {})
     return bool(own.get("source") and own.get("revision"))
 
 
@@ -151,8 +122,13 @@ def pairs(facts: RunFacts) -> str:
         [p["target"], p["guide"], *("–" if value is None else shown(value, 3) for value in (p["first"], p["last"]))]
         for p in sorted(found["rows"], key=_in_order)
     ]
-    note = "\n\n–: LayerDrop skipped the target layer in all of these steps." if any("–" in row for row in rows) else ""
-    return table(header, rows) + note
+    return table(header, rows)
+
+
+def a_layer_was_skipped(facts: RunFacts) -> bool:
+    """Tell whether a pair has no similarity in the first or the last log."""
+    found = facts.get("pairs")
+    return found is not None and any(None in (row["first"], row["last"]) for row in found["rows"])
 
 
 def _in_order(row: PairRow) -> list[tuple[int, str]]:

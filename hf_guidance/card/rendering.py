@@ -10,11 +10,11 @@ from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from hf_guidance.card import guidance_sections, result_sections
 from hf_guidance.card.contents import RunFacts
-from hf_guidance.card.markdown import code, escape
+from hf_guidance.card.markdown import code, count, escape
 from hf_guidance.card.redaction import scrub
 
 # class of the target → (Auto class, the Hub's name of the task)
@@ -24,9 +24,6 @@ USES = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
 }
-LABEL = "print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])"
-GENERATED = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
-EACH_POSITION = "print(tokenizer.decode(model(**inputs).logits[0].argmax(-1)))"
 
 
 def render(facts: RunFacts) -> str:
@@ -42,10 +39,34 @@ def render(facts: RunFacts) -> str:
     facts = scrub(facts)
     if command:  # a command is words, not prose
         facts["command"] = shlex.join(map(scrub, shlex.split(command)))
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    template = environment.from_string(files("hf_guidance.card").joinpath("model_card.md.jinja").read_text("utf-8"))
-    text = template.render({name: part(facts) for name, part in PARTS.items()})
+    page = _page()
+    text = page.get_template("model_card.md.jinja").render(
+        {name: {} for name in RunFacts.__annotations__}
+        | facts
+        | {
+            "metadata": _metadata(facts),
+            "usage": _usage(facts, page),
+            "tables": _tables(facts),
+            "guide_is_on_the_hub": guidance_sections.on_the_hub(facts),
+            "a_layer_was_skipped": guidance_sections.a_layer_was_skipped(facts),
+            "command_lines": result_sections.command_lines(facts),
+        }
+    )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _page() -> Environment:
+    """Make the environment of the templates, with the filters that put a value into words or escape it."""
+    places = FunctionLoader(lambda name: files("hf_guidance.card").joinpath(name).read_text("utf-8"))
+    page = Environment(loader=places, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    page.filters |= {
+        "md": escape,
+        "count": count,
+        "article": guidance_sections.article,
+        "network_name": guidance_sections.network_name,
+        "paragraph": lambda text: " ".join(text.split()) + "\n",
+    }
+    return page
 
 
 def _use(facts: RunFacts) -> tuple[str, str] | None:
@@ -70,7 +91,7 @@ def _metadata(facts: RunFacts) -> str:
         if data.get("name") and math.isfinite(value)
     ]
     extra: dict[str, Any] = {}
-    if guide and guidance_sections.on_the_hub(guide):
+    if guide and guidance_sections.on_the_hub(facts):
         extra = {"guide": guide["source"], "guide_revision": guide["revision"]}
     values = facts.get("results", {}).get("values", {})
     if math.isfinite(facts.get("emissions") or 0) and facts.get("emissions"):
@@ -91,70 +112,29 @@ def _metadata(facts: RunFacts) -> str:
     return content.to_yaml()
 
 
-def _usage(facts: RunFacts) -> str:
+def _usage(facts: RunFacts, page: Environment) -> str:
+    """Format the code that runs the network once; empty if its class, place or an example for it is not known."""
     use, place = _use(facts), facts.get("repository") or facts.get("folder")
     example = facts.get("example") or {}
     if use is None or not place or not (use[1] == "image-classification" or example):
         return ""
-    own = ", trust_remote_code=True" if facts["target"].get("own_code") else ""
-    load = f"{use[0]}.from_pretrained(name{own}).eval()"
-    if use[1] == "image-classification":
-        lines = [
-            "from PIL import Image",
-            f"from transformers import AutoImageProcessor, {use[0]}",
-            "",
-            f'name = "{place}"',
-            "processor = AutoImageProcessor.from_pretrained(name)",
-            f"model = {load}",
-            'inputs = processor(Image.open("image.png"), return_tensors="pt")',
-            LABEL,
-        ]
-        return code("python", "\n".join(lines))
-    show = LABEL if use[1] == "text-classification" else EACH_POSITION if example.get("copies") else GENERATED
-    text = json.dumps(example["text"], ensure_ascii=False)
-    lines = [
-        f"from transformers import {use[0]}, AutoTokenizer",
-        "",
-        f'name = "{place}"',
-        f"tokenizer = AutoTokenizer.from_pretrained(name{own})",  # it reads the config, and would ask otherwise
-        f"model = {load}",
-        f"text = {text}",
-        'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',
-        show,
-    ]
-    return code("python", "\n".join(lines))
+    lines = page.get_template("usage.md.jinja").render(
+        auto_class=use[0],
+        task=use[1],
+        place=place,
+        trust=", trust_remote_code=True" if facts["target"].get("own_code") else "",
+        text=json.dumps(example.get("text"), ensure_ascii=False),
+        each_position=example.get("copies", False),
+    )
+    return code("python", lines.strip())
 
 
-def _loading(facts: RunFacts) -> str:
-    text = ""
-    if not facts.get("repository"):
-        text = "This network is in no repository: the command below makes it, in that folder. "
-    if facts["target"].get("own_code"):
-        text += (
-            "`trust_remote_code=True` runs the two Python files beside the weights. Where the package hf_guidance is "
-        )
-        text += "installed, it is not needed after `import hf_guidance.targets`."
-    return text.strip()
-
-
-PARTS = {
-    "metadata": _metadata,
-    "name": lambda facts: escape(facts["name"]),
-    "summary": guidance_sections.summary,
-    "usage": _usage,
-    "loading": _loading,
-    "networks": guidance_sections.networks,
-    "guide": guidance_sections.guide,
-    "guidance": guidance_sections.guidance,
-    "pairs": guidance_sections.pairs,
-    "results": result_sections.results,
-    "comparison": result_sections.comparison,
-    "figures": result_sections.figures,
-    "training": result_sections.rows_of("training"),
-    "cost": result_sections.rows_of("cost"),
-    "data": result_sections.rows_of("data"),
-    "limitations": result_sections.limitations,
-    "command": result_sections.command,
-    "versions": result_sections.versions,
-    "citation": result_sections.citation,
-}
+def _tables(facts: RunFacts) -> dict[str, str]:
+    own = {
+        "networks": guidance_sections.networks(facts),
+        "guidance": guidance_sections.guidance(facts),
+        "pairs": guidance_sections.pairs(facts),
+        "results": result_sections.results(facts),
+    }
+    sections: tuple[result_sections.Section, ...] = ("training", "cost", "data")
+    return own | {name: result_sections.values(facts, name) for name in sections}

@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.curves import plot_comparison, plot_curves
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
+from hf_guidance.card.contents import RunFacts
+from hf_guidance.card.facts import known
 from hf_guidance.card.rendering import render
-from hf_guidance.experiments.record_facts import facts_of_record
 from hf_guidance.experiments.report import Record, Report, comparison_rows, differences, markdown_table
-from hf_guidance.trainer.staging import CARD, STAGING, make_empty, put, stage, without_links
+from hf_guidance.trainer.staging import (
+    CARD,
+    CURVES,
+    STAGING,
+    complete,
+    files_in,
+    make_empty,
+    put,
+    without_links,
+)
 from hf_guidance.trainer.uploads import later, push_staged
 
 logger = logging.getLogger(__name__)
 
+LICENSE = "apache-2.0"
 FIGURES = {
-    "curves.png": "This run: task loss, validation, and similarity of every pair over time",
+    CURVES: "This run: task loss, validation, and similarity of every pair over time",
     "comparison.png": "Validation curves, losses, and similarities of all pairs over time",
     "similarity.png": "Similarity of every target layer with every guide layer, before and after training, of rows to "
     "validate with, without dropout",
@@ -50,6 +62,7 @@ def write_cards(report: Report, folder: Path) -> list[Path]:
                 if (folder / name).is_file():
                     put(folder / name, place / name, link=False)
             without_links(place, (CARD, *FIGURES))
+            plot_curves(run, report["task"]["metric"], place / CURVES)
             figures = [name for name in FIGURES if (place / name).is_file()]
             (place / "README.md").write_text(card_of(run, report, figures), encoding="utf-8")
             written.append(place)
@@ -75,8 +88,29 @@ def write_model_cards(results: Path, folder: Path) -> list[Path]:
 
 
 def first_guided(report: Report) -> list[Record]:
-    """Select the guided runs of a report, one per kind, each of the first seed."""
-    return list({run["run"]: run for run in reversed(report["runs"]) if run["guide"]}.values())[::-1]
+    """Select the guided runs of a report that kept facts for a card, one per kind, each of the first seed."""
+    return list({run["run"]: run for run in reversed(report["runs"]) if run.get("card")}.values())[::-1]
+
+
+def facts_of(run: Record, report: Report) -> RunFacts:
+    """Return the facts that a run kept for its card, with the two that only its report knows: command and folder.
+
+    Args:
+        run: One of the report's runs, with a `card`.
+        report: Content of `results.json`. Its command, unlike the run's own, made every run that the card shows.
+    """
+    own = {name: fact for name, fact in run["card"].items() if not name.startswith("command")}
+    started = {"command": report["command"], "command_is_cut": report.get("command_is_cut")}
+    found: Any = own | known({"folder": _folder(run, report), **started})
+    return found
+
+
+def _folder(run: Record, report: Report) -> str | None:
+    """Return the folder of the network, if the command names its output folder."""
+    words = shlex.split(report["command"])
+    if "--output_dir" not in words[:-1] or Path(words[words.index("--output_dir") + 1]).is_absolute():
+        return None
+    return f"{words[words.index('--output_dir') + 1]}/seed-{run['seed']}/{run['run']}"
 
 
 def model_card_of(run: Record, report: Report, title: str) -> str:
@@ -97,7 +131,7 @@ def card_of(run: Record, report: Report, figures: list[str], **given: Any) -> st
     """Return the card of one run as Markdown, with the comparison that it is part of."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     rows = [row for row in comparison_rows(report["runs"], metric=metric) if _belongs(row["run"], run)]
-    facts = facts_of_record(run, report)
+    facts = facts_of(run, report)
     facts |= {
         "cost": _cost(run, report, facts["cost"]),
         "figures": [{"file": name, "caption": FIGURES[name]} for name in figures],
@@ -151,25 +185,27 @@ def _belongs(row: str, run: Record) -> bool:
     return row == run["run"] or row.startswith("alone") or row == run["guide"]["source"]
 
 
-def push_cards(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
-    """Upload cards and figures to the repositories of the runs, and print their addresses.
+def push_runs(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
+    """Push each run in one commit: the model, if it waits to be pushed, with its card and figures. Print the addresses.
 
-    A failed upload is logged with a command to repeat it; nothing is lost.
+    A failed push is logged with a command to repeat it; nothing is lost.
     """
     cards = {f"seed-{run['seed']}/{run['run']}": run.get("card", {}) for run in report["runs"]}
     for place in places:
         repository = cards[f"{place.parent.name}/{place.name}"].get("repository")
         if not repository:
             continue
-        staged = make_empty(place / STAGING)
-        stage((CARD, *FIGURES), place, staged)
+        staged = place / STAGING
+        if staged.is_symlink() or not set(files_in(staged)) - {CARD, *FIGURES}:  # the model was pushed before
+            make_empty(staged)
+        title = "End of training" if files_in(staged) else "Card with the runs it is compared with"
+        complete(staged, place, (CARD, *FIGURES))
         try:
-            title = "Card with the runs it is compared with"
             commit = push_staged(staged, repo_id=repository, commit_message=title, token=token, revision=revision)
             print(f"pushed: {commit.repo_url}" + (f", branch {revision}" if revision else ""))
         except Exception as error:
             command = later(str(repository), staged, revision)
-            logger.error("The card of %s was not pushed (%s). To push it: %s", repository, error, command)
+            logger.error("%s was not pushed (%s). To push it: %s", repository, error, command)
 
 
 if __name__ == "__main__":

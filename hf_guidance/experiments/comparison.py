@@ -146,7 +146,10 @@ def carry_out(
     if not any("eval_loss" in log for log in last):
         trainer.evaluate()  # every run needs a value at its last step
     test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
-    trainer.save_model(str(place), _internal_call=True)
+    if trainer.args.push_to_hub:
+        trainer.stage_push()  # pushed with its card, when there are all runs that the card compares it with
+    else:
+        trainer.save_model(str(place), _internal_call=True)
     result = record_of(run, trainer, settings, test, task.metric)
     if trainer.is_world_process_zero():
         write_json(place / RESULT, result)  # written before anything that could fail
@@ -157,8 +160,6 @@ def carry_out(
         result["card"] = run_facts(trainer, **trainer.card_facts)
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
     return result
 
 

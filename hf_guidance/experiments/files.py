@@ -1,10 +1,12 @@
-"""Result files: checked for write access before the work, and never half written."""
+"""Files of a recipe: its data told apart by content, its results never half written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from hf_guidance.config import Json
@@ -27,3 +29,14 @@ def write_json(path: Path, content: Json | Record | Report) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
+    """Return name and digest of each file, which do not depend on the folder they are in."""
+    return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
+
+
+def identify_folder(folder: str) -> str:
+    """Compute a digest of the names and sizes of all files in a folder."""
+    found = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob("*") if p.is_file())
+    return hashlib.sha256(repr(found).encode()).hexdigest()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -17,11 +16,10 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.facts import EXAMPLES, task_facts
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.experiments.cards import push_cards, write_cards
+from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
 from hf_guidance.experiments.command_line import check_choice, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.files import write_json
-from hf_guidance.experiments.record_facts import LICENSE
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import Run
 from hf_guidance.tasks import Task
@@ -113,17 +111,6 @@ def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,
         "use_cpu": not torch.accelerator.is_available(),  # else CPU processes would not form a group
     }
-
-
-def identify_files(paths: Sequence[str]) -> list[dict[str, str]]:
-    """Return name and digest of each file, which do not depend on the folder they are in."""
-    return [{"name": Path(p).name, "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
-
-
-def identify_folder(folder: str) -> str:
-    """Compute a digest of the names and sizes of all files in a folder."""
-    found = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob("*") if p.is_file())
-    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def launch(
@@ -260,4 +247,4 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     cards = write_cards(report, folder)
     print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
     if args.push_to_hub:
-        push_cards(report, cards, args.hub_token, args.hub_revision)
+        push_runs(report, cards, args.hub_token, args.hub_revision)

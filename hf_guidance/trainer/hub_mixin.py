@@ -114,8 +114,13 @@ class PublishingMixin(CardMixin):
         self._saved = {folder: [name for name, stamp in files_in(folder).items() if before.get(name) != stamp]}
         return None
 
-    def _stage_model(self) -> Path:
-        """Save the model into an empty folder, which then holds nothing else, and copy it to the output folder."""
+    def stage_push(self) -> Path:
+        """Save the model into the output folder, and into a folder inside that holds nothing else.
+
+        Every process must call it. `push_staged` pushes the folder, once there is a card to go with it.
+        """
+        self._finish_current_push()  # it still reads the files that are written below
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         output = Path(str(self.args.output_dir))
         staged, together = output / STAGING, self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.args.should_save:
@@ -163,9 +168,7 @@ class PublishingMixin(CardMixin):
         """
         output, token = Path(str(self.args.output_dir)), token or self.args.hub_token
         revision = revision or self.args.hub_revision
-        self._finish_current_push()  # it still reads the files that are written below
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        staged = self._stage_model()
+        staged = self.stage_push()
         if not self.is_world_process_zero():
             return None
         try:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_guidance.analysis.heat_maps import similarity_map
 from hf_guidance.analysis.history import SimilarityMap
+from hf_guidance.analysis.similarity_map import similarity_map
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.preparation import first_batches

@@ -68,7 +68,9 @@ def run_facts(trainer: GuidedTrainer, **given: Any) -> RunFacts:
         **({} if "command" in given else command_facts(command_line(), TrainingArguments, GuidanceConfig)),
         "versions": {k: v for k, v in environment().items() if k in VERSIONS},
     }
-    facts |= {name: facts[name] | (given.pop(name, None) or {}) for name in ("target", "data")}
+    for name in ("target", "data"):
+        own = given.pop(name, None) or {}
+        facts[name] = own | facts[name] | own  # the data's name comes first, and what was given replaces the rest
     found: Any = known(facts | known(given))
     return found
 

@@ -85,7 +85,7 @@ def stage(names: Iterable[str], source: Path, staged: Path) -> None:
             put(source / name, staged / name)
 
 
-def complete(staged: Path, output: Path) -> None:
+def complete(staged: Path, output: Path, names: Iterable[str] = (CARD, CURVES, MAPS)) -> None:
     """Add card and figures to a staged model, and remove tokens and local paths from its settings."""
-    stage((CARD, CURVES, MAPS), output, staged)
+    stage(names, output, staged)
     scrub_settings(staged, output)

@@ -1,60 +1,64 @@
-"""Maps of all layers against all layers: values, what is left alone, and the picture."""
-
-import copy
+"""Maps are drawn with their layers, their values and their marked pairs."""
 
 import pytest
-import torch
-from torch import nn
+from matplotlib.figure import Figure
 
-from hf_guidance import GuidanceConfig, linear_cka
-from hf_guidance.analysis.heat_maps import plot_similarity_maps, similarity_map
-from hf_guidance.targets import FCNConfig, FCNForImageClassification
+from hf_guidance.analysis.heat_maps import FEW_LAYERS, plot_similarity_maps
 
 
-def networks(dropout=0.5):
-    torch.manual_seed(0)
-    config = FCNConfig(image_size=4, hidden_size=8, num_hidden_layers=3, hidden_dropout_prob=dropout)
-    target = FCNForImageClassification(config).train()
-    guide = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 5)).eval()
-    return target, guide, {"pixel_values": torch.randn(12, 3, 4, 4), "labels": torch.zeros(12, dtype=torch.long)}
+def a_map(layers=2):
+    return {
+        "measure": "linear_cka",
+        "target_layers": ["hidden_states.1", "hidden_states.2"],
+        "guide_layers": [f"timm_model.{i}" for i in range(layers)],
+        "similarity": [[0.25] * layers, [0.5] * layers],
+        "pairs": ["hidden_states.1~timm_model.0", f"hidden_states.2~timm_model.{layers - 1}"],
+    }
 
 
-def test_every_pair_is_the_measure_of_the_two_layers_with_batch_statistics_and_without_dropout():
-    target, guide, batch = networks()
-    content = similarity_map(target, guide, GuidanceConfig(guide_layers=["Linear"]), batch)
-    assert content["target_layers"] == [f"hidden_states.{i}" for i in (1, 2, 3)]
-    assert content["guide_layers"] == ["1", "3"]
-    assert content["pairs"] == ["hidden_states.1~1", "hidden_states.3~3"]
-    reference = copy.deepcopy(target)
-    for module in reference.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    states = reference(**batch, output_hidden_states=True).hidden_states[1:]
-    theirs = guide[1](guide[0](batch["pixel_values"]))
-    for row, features in zip(content["similarity"], states, strict=True):
-        assert row[0] == pytest.approx(float(linear_cka(features, theirs)), abs=1e-4)
-        assert row[1] == pytest.approx(float(linear_cka(features, guide(batch["pixel_values"]))), abs=1e-4)
+def run(name, seed, content):
+    return {"run": name, "seed": seed, "similarity_maps": {"before": content, "after": content}}
 
 
-def test_target_guide_and_randomness_are_left_as_they_are():
-    target, guide, batch = networks()
-    before = copy.deepcopy(target.state_dict())
-    state = torch.get_rng_state()
-    config = GuidanceConfig(guide_layers=["Linear"], guidance_schedule="linear", guidance_stop_step=5, prealign_steps=2)
-    similarity_map(target, guide, config, batch)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert target.training
-    assert all(parameter.requires_grad for parameter in target.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
-    assert not any(module._forward_hooks for module in [*target.modules(), *guide.modules()])
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that are saved."""
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
 
 
-def test_one_line_of_two_maps_for_each_guided_run(tmp_path):
-    target, guide, batch = networks()
-    content = similarity_map(target, guide, GuidanceConfig(guide_layers=["Linear"]), batch)
-    maps = {"before": content, "after": content}
-    results = [{"run": "alone", "seed": 0}, *({"run": "guided", "seed": s, "similarity_maps": maps} for s in (0, 1))]
+def test_one_line_of_two_maps_for_each_guided_run(tmp_path, saved):
+    results = [
+        {"run": "alone", "seed": 0},
+        run("guided", 0, a_map()),
+        run("guided", 1, a_map()),
+        run("other", 0, a_map()),
+    ]
     assert plot_similarity_maps(results, tmp_path / "maps.png")
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+    titles = [panel.get_title() for panel in saved[0].axes if panel.images]
+    assert titles == [f"{name}, {when} training" for name in ("guided", "other") for when in ("before", "after")]
     assert not plot_similarity_maps(results[:1], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_map_shows_its_values_and_marks_its_pairs(tmp_path, saved):
+    plot_similarity_maps([run("guided", 0, a_map()) | {"when": ("before training", "at step 3")}], tmp_path / "map.png")
+    panel = saved[0].axes[1]
+    assert panel.get_title() == "at step 3"
+    assert panel.images[0].get_array().tolist() == [[0.25, 0.25], [0.5, 0.5]]
+    assert panel.collections[0].get_offsets().tolist() == [[0, 0], [1, 1]]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["h1", "h2"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "1"]
+
+
+def test_of_many_layers_only_some_are_named(tmp_path, saved):
+    plot_similarity_maps([run("guided", 0, a_map(2 * FEW_LAYERS))], tmp_path / "map.png")
+    names = [label.get_text() for label in saved[0].axes[0].get_xticklabels()]
+    assert names == [str(i) for i in range(0, 2 * FEW_LAYERS, 2)]

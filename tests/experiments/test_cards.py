@@ -1,5 +1,6 @@
 """The cards of the committed results are what `make cards` makes of them, and say what the results say."""
 
+import copy
 import importlib
 import json
 import os
@@ -22,8 +23,7 @@ from transformers import TrainingArguments
 from hf_guidance import GuidanceConfig
 from hf_guidance.analysis.figures import DIGEST
 from hf_guidance.card.command import published_command
-from hf_guidance.experiments.cards import draw, first_guided, model_card_of, push_cards, write_model_cards
-from hf_guidance.experiments.record_facts import facts_of_record
+from hf_guidance.experiments.cards import draw, facts_of, first_guided, model_card_of, push_runs, write_model_cards
 
 REPOSITORY = Path(__file__).parents[2]
 CARDS = REPOSITORY / "model_cards"
@@ -117,22 +117,32 @@ def test_a_card_is_the_same_from_a_built_wheel(tmp_path):
     assert made.stdout == model_card_of(run, REPORTS[name], name)
 
 
-def test_what_a_run_kept_for_its_card_adds_to_what_the_record_says():
-    name, run = RUNS[0]
-    card = {"cost": {"peak memory of the process": "900 MiB"}, "repository": "me/rnn", "target": {"seed": 0}}
-    facts = facts_of_record(run | {"card": card}, REPORTS[name])
-    assert facts["cost"] == {"hardware": run["environment"]["device"], "peak memory of the process": "900 MiB"}
-    assert facts["target"]["architecture"] == run["target"]
-    assert facts["repository"] == "me/rnn"
+def test_a_card_shows_what_its_run_kept_and_the_command_that_made_all_the_runs_it_is_compared_with():
+    own = {"cost": {"hardware": "a loom"}, "command": "accelerate launch recipes/one.py", "command_is_cut": True}
+    run = {"run": "guided", "seed": 3, "card": own, "guide": {}}
+    command = "accelerate launch recipes/all.py --seeds 0 3 --output_dir outputs/all"
+    expected = {"cost": own["cost"], "command": command, "folder": "outputs/all/seed-3/guided"}
+    assert facts_of(run, {"command": command, "runs": [run]}) == expected
+    for elsewhere in (command.replace("outputs", "/outputs"), command.split(" --output_dir")[0]):
+        assert "folder" not in facts_of(run, {"command": elsewhere, "runs": [run]})
+
+
+def test_a_run_that_kept_no_facts_has_no_card():
+    runs = [
+        {"run": "alone", "guide": None},
+        {"run": "guided", "guide": {}},
+        {"run": "guided", "guide": {}, "card": {1: 1}},
+    ]
+    assert first_guided({"runs": runs}) == runs[2:]
 
 
 def test_paths_and_tokens_in_a_command_do_not_reach_a_card():
-    name, run = RUNS[0][0], {key: value for key, value in RUNS[0][1].items() if key != "card"}  # with it comes its own
+    name, run = RUNS[0][0], copy.deepcopy(RUNS[0][1])
     words = ["--output_dir", "/home/me/out", "--text_files", "/home/me/a b.txt", "--hub_token", "hf_" + 34 * "a"]
     words += ["--use_cpu", "--dataset", "file:///data/me/images"]
     report = REPORTS[name] | {"command": shlex.join(["accelerate", "launch", "recipes/r.py", *words])}
     report["command_is_cut"] = True
-    report["task"] = report["task"] | {"description": "Read /home/me/secret/a.txt and `hf_" + 34 * "a" + "`."}
+    run["card"]["data"]["task"] = "Read /home/me/secret/a.txt and `hf_" + 34 * "a" + "`."
     text = model_card_of(run, report, name)
     check_card(text)
     shown = re.search(r"```sh\n(.*?)\n```\n\nArguments other than the known .* are left out\.", text, re.DOTALL)[1]
@@ -159,7 +169,7 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
         for name in ("README.md", "settings.json", "model.safetensors"):
             (place / name).write_text(name)
         (place / "curves.png").symlink_to(tmp_path / "outside")
-    push_cards({"runs": runs}, places, "hf_x", "trial")
+    push_runs({"runs": runs}, places, "hf_x", "trial")
     assert [(call["repo_id"], call["files"], call["revision"]) for call in asked] == [
         ("me/one", ["README.md"], "trial"),
         ("me/two", ["README.md"], "trial"),
@@ -168,3 +178,22 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
     assert capsys.readouterr().out == "pushed: https://hub.test/me/one, branch trial\n"
     assert f"(no Hub today). To push it: hf upload me/two {places[1]}/_push . --revision trial" in caplog.text
     assert "hf_x" not in caplog.text
+
+
+def test_a_model_that_waits_for_its_push_goes_with_its_card_in_one_commit(tmp_path, uploads, caplog):
+    place = tmp_path / "seed-0" / "one"
+    (place / "_push").mkdir(parents=True)
+    (place / "_push" / "model.safetensors").write_text("weights")
+    for name in ("README.md", "comparison.png", "settings.json"):
+        (place / name).write_text(name)
+    report = {"runs": [{"seed": 0, "run": "one", "card": {"repository": "me/one"}}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HfApi, "upload_folder", lambda self, **_: [].pop())
+        push_runs(report, [place], None)
+    assert f"To push it: hf upload me/one {place}/_push ." in caplog.text
+    push_runs(report, [place], None)
+    push_runs(report, [place], None)
+    assert [(title, sorted(files)) for title, files in uploads] == [
+        ("End of training", ["README.md", "comparison.png", "model.safetensors"]),
+        ("Card with the runs it is compared with", ["README.md", "comparison.png"]),
+    ]

@@ -1,11 +1,12 @@
-"""Results are written whole or not at all."""
+"""Results are written whole or not at all, and data are told apart by content."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from hf_guidance.experiments.files import check_writable, write_json
+from hf_guidance.experiments.files import check_writable, identify_files, identify_folder, write_json
 
 
 def test_a_file_that_cannot_be_written_to_its_end_leaves_the_earlier_one(tmp_path: Path) -> None:
@@ -23,3 +24,16 @@ def test_a_folder_is_made_and_one_that_cannot_be_is_an_error(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--output_dir .*file/b cannot be written \(Not a directory\): name another"):
         check_writable(tmp_path / "file" / "b")
+
+
+def test_files_and_folders_are_told_apart_by_content_and_not_by_place(tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        (tmp_path / place / "deep").mkdir(parents=True)
+        (tmp_path / place / "deep" / "a.txt").write_text("text")
+    paths = [str(tmp_path / place / "deep" / "a.txt") for place in ("one", "two")]
+    expected = {"name": "a.txt", "sha256": hashlib.sha256(b"text").hexdigest()}
+    assert identify_files(paths) == [expected, expected]
+    folders = [identify_folder(str(tmp_path / place)) for place in ("one", "two")]
+    assert folders[0] == folders[1]
+    Path(paths[0]).write_text("longer text")
+    assert identify_folder(str(tmp_path / "one")) != folders[1]

@@ -84,6 +84,9 @@ def test_what_is_pushed_gives_the_figure_of_its_card_in_a_clean_process(copy_pas
     assert hub.token not in body
     assert "hub_token" not in report["command"]
     assert {key for key in hub.store.repos if "alone" in key or "itself" in key} == set()
+    titles = [commit["title"] for commit in hub.store.repos[f"model/{name}"]["log"]]
+    assert titles[-1] == "End of training"  # with the card, which is committed once
+    assert all(title.startswith("Training in progress") for title in titles[1:-1]), titles
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from trainers import make_trainer
 from transformers import TrainerState, default_data_collator
 
 from hf_guidance.trainer import clock
-from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.clock import Clock, TrainingClock
 
 
 def test_the_time_of_a_run_that_was_stopped_is_that_of_all_its_parts(tmp_path: Path) -> None:
@@ -99,3 +100,10 @@ def test_on_a_device_the_time_is_that_between_events_and_no_step_waits_for_it(mo
         own.on_step_begin(args)
         own.on_step_end(args)
     assert (own.seconds, own.steps, len(waited)) == (pytest.approx(0.021), 7, 7)
+
+
+def test_the_clock_of_a_cpu_is_that_of_its_work_and_not_of_waiting() -> None:
+    clock = Clock(torch.device("cpu"))
+    began = clock.now()
+    time.sleep(0.2)
+    assert clock.between(began, clock.now()) < 0.1

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from builders import arguments, gpt2, llama, token_rows
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 import hf_guidance.trainer.card_mixin
 import hf_guidance.trainer.run_facts
 from hf_guidance import GuidanceConfig, GuidanceTrainer
+from hf_guidance.trainer.run_facts import _results, best_step, pairs_facts, timms_name
 
 
 class CodeCarbonCallback(TrainerCallback):
@@ -61,7 +63,7 @@ def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):
     assert "Elsewhere" not in body
     assert metadata["datasets"] == ["me/rows"]
     assert metadata["tags"] == ["hf_guidance", "guidance", "text-generation", "a", "b"]
-    assert r"steps on My \`rows\` and steered by" in body
+    assert r"steps on My \`rows\` and [guided](" in body
     loss = own.state.log_history[-1]["eval_loss"]
     assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": loss, "name": "loss"}]
     assert re.search(rf"^\| loss +\| {loss:.4f} +\|$", body, re.MULTILINE)
@@ -91,7 +93,7 @@ def test_the_time_of_a_step_is_called_what_it_is(guidance, words, tmp_path):
     own.create_model_card()
     _, body = check_card((tmp_path / "out" / "README.md").read_text())
     assert re.search(rf"^\| {words} +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)
-    assert ("steered by" in body) == ("weight" not in str(guidance))
+    assert ("and [guided](" in body) == ("weight" not in str(guidance))
     assert "in training, and similarity of every pair" in body  # as nothing was validated
 
 
@@ -104,3 +106,25 @@ def test_a_users_command_is_no_prose(tmp_path, monkeypatch):
     card = (tmp_path / "out" / "README.md").read_text()
     assert command in card
     assert "are left out" not in card
+
+
+def test_the_best_weights_have_their_own_values():
+    logs = [{"step": 2, "eval_loss": 0.5}, {"step": 4, "eval_loss": 0.7}, {"step": 4, "train_runtime": 1.0}]
+    state = SimpleNamespace(log_history=logs, best_model_checkpoint="out/checkpoint-2")
+    trainer = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=True))
+    assert _results(logs, best_step(trainer)) == {"split": "validation", "values": {"loss": 0.5}, "best_step": 2}
+    trainer.args.load_best_model_at_end = False
+    assert _results(logs, best_step(trainer)) == {"split": "validation", "values": {"loss": 0.7}}
+
+
+def test_a_pair_has_its_first_and_last_similarity_and_none_where_a_log_has_none():
+    points = [{"step": 1, "a~b": 0.25}, {"step": 2, "a~b": 0.5, "c~d": 0.625}, {"step": 3, "c~d": 0.75}]
+    facts = pairs_facts(points)
+    assert (facts["first"], facts["before_last"], facts["last"]) == (1, 2, 3)
+    assert [tuple(row.values()) for row in facts["rows"]] == [("a", "b", 0.25, None), ("c", "d", None, 0.75)]
+    assert pairs_facts([]) is None
+
+
+def test_only_the_wrapper_of_timm_has_another_name_inside():
+    assert timms_name({"model_type": "timm_wrapper", "architecture": "resnet18"}) == "resnet18"
+    assert timms_name({"model_type": "gpt2", "architecture": "x"}) is None

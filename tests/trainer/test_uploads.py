@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from builders import arguments, gpt2, llama, token_rows
-from huggingface_hub import HfApi
 from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceMixin
@@ -26,23 +24,6 @@ class PoolingTrainer(Trainer):
 
 class Guided(GuidanceMixin, PoolingTrainer):
     """With guidance."""
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    seen = []
-
-    def upload(self, folder_path, **options):
-        if options["commit_message"] == "fail":
-            raise OSError("no Hub today")
-        contents = {name: (folder_path / name).read_bytes() for name in files_in(folder_path)}
-        seen.append((options["commit_message"], contents))
-        return SimpleNamespace(repo_url="https://hub.test/me/net")
-
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=name))
-    monkeypatch.setattr(HfApi, "auth_check", lambda *_, **__: None)
-    return seen
 
 
 def trainer(folder, model=None, guide=True, **options):
@@ -67,6 +48,18 @@ def test_files_that_another_trainer_saves_are_pushed_and_nothing_else_and_the_ou
     for _, contents in uploads:
         assert set(contents) - {"curves.png"} == model | {"README.md", "guidance_config.json"}
     assert {name for name in files_in(tmp_path / "real") if not name.startswith("checkpoint")} >= model
+
+
+def test_every_push_renders_one_card_and_makes_one_commit(tmp_path, uploads, monkeypatch):
+    rendered = []
+    monkeypatch.setattr("hf_guidance.trainer.card_mixin.render", lambda facts: rendered.append(facts) or "---\n---\n")
+    own = trainer(tmp_path / "out")
+    own.train()
+    assert (len(rendered), len(uploads)) == (2, 2)  # one at each of two checkpoints
+    own.push_to_hub()
+    assert (len(rendered), len(uploads)) == (3, 3)
+    own.save_model()
+    assert (len(rendered), len(uploads)) == (4, 4)
 
 
 def test_what_is_saved_into_the_output_folder_later_changes_no_checkpoint(tmp_path, uploads):

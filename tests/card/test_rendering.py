@@ -1,0 +1,160 @@
+"""A card says what the facts say, and has no section without facts."""
+
+import re
+
+import pytest
+from cards import check_card
+
+from hf_guidance import GuidanceConfig
+from hf_guidance.card.rendering import render
+
+GUIDE = {
+    "architecture": "GPT2Model",
+    "parameters": 1234567,
+    "untrained": True,
+    "seed": 3,
+    "fingerprint": "sha256:ab",
+    "config": {"model_type": "gpt2"},
+}
+TRAINED = {"untrained": False, "source": "me/guide", "revision": "0123abc"}
+GUIDED = {"guide": GUIDE, "guidance": GuidanceConfig().to_dict()}
+IMAGES, TEXTS = "FCNForImageClassification", "BertForSequenceClassification"
+
+
+def card(target=None, **more):
+    own = {"architecture": "RNNForCausalLM", "parameters": 5} | (target or {})
+    training = {"training": {"steps": 2, "seed": 0}, "versions": {"torch": "2.14"}}
+    return check_card(render({"name": "net", "target": own} | training | more))
+
+
+def headings(body):
+    return re.findall(r"^#+ (.*)", body, re.MULTILINE)
+
+
+def test_a_section_without_facts_is_left_out():
+    metadata, body = card()
+    assert headings(body) == ["net", "The network", "Training", "Limitations", "Citation"]
+    assert "An RNNForCausalLM with 5 parameters, trained for 2 steps.\n" in body
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hf_guidance", "text-generation"],
+    }
+    more = {
+        "results": {"split": "test", "values": {"loss": 0.5}},
+        "cost": {"hardware": "cpu"},
+        "command": "python a.py",
+    }
+    body = card(**GUIDED, **more, data={"name": "rows"}, repository="me/net", example={"text": "Hello"})[1]
+    assert headings(body) == [
+        *("net", "How to use it", "Target and guide", "Guidance", "Results", "Training", "Cost"),
+        *("Data and preprocessing", "Limitations", "How to reproduce it", "Citation"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "a frozen GPT2Model that kept its random weights"),
+        (TRAINED, "a frozen GPT2Model that had been trained before"),
+        ({"untrained": None}, "a frozen GPT2Model of the user's own"),
+        ({"timm": "resnet18"}, "a frozen resnet18 of timm that kept its random weights"),
+    ],
+)
+def test_the_summary_says_which_guide_it_was(changes, words):
+    body = card(**GUIDED | {"guide": GUIDE | changes}, data={"name": "My `rows`"})[1]
+    assert (
+        rf"trained for 2 steps on My \`rows\` and [guided](https://arxiv.org/abs/2410.20035) by {words}: each " in body
+    )
+
+
+def test_a_guide_that_can_be_had_again_comes_with_the_call_that_loads_it():
+    call = '`hf_guidance.load_guide_of("me/net")`'
+    assert f"`sha256:ab`. {call} builds the same again from its seed.\n" in card(**GUIDED, repository="me/net")[1]
+    assert "load_guide_of" not in card(**GUIDED)[1]
+    assert "load_guide_of" not in card(**GUIDED | {"guide": GUIDE | {"config": None}}, repository="me/net")[1]
+    metadata, body = card(**GUIDED | {"guide": GUIDE | TRAINED}, repository="me/net")
+    link = "[me/guide](https://huggingface.co/me/guide/tree/0123abc)"
+    assert (
+        f"The guide is {link}. Fingerprint of the guide's weights: `sha256:ab`. {call} loads it from there.\n" in body
+    )
+    assert "@misc{guide,\n  title        = {me/guide},\n  howpublished = {https://huggingface.co/me/guide}," in body
+    assert (metadata["guide"], metadata["guide_revision"]) == ("me/guide", "0123abc")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "example", "words"),
+    [
+        (IMAGES, None, "AutoImageProcessor.from_pretrained(name)\nmodel = AutoModelForImageClassification."),
+        ("RNNForCausalLM", {"text": 'say "a"'}, 'text = "say \\"a\\""\n'),
+        ("RNNForCausalLM", {"text": "a"}, "model.generate(**inputs, max_new_tokens=20)"),
+        (
+            "RNNForCausalLM",
+            {"text": "a", "copies": True},
+            "print(tokenizer.decode(model(**inputs).logits[0].argmax(-1)))",
+        ),
+        (TEXTS, {"text": "a"}, "print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])"),
+    ],
+)
+def test_the_code_that_uses_the_network_is_python_for_its_kind(architecture, example, words):
+    facts = {"example": example} if example else {}
+    body = card({"architecture": architecture}, repository="me/net", **facts)[1]
+    code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
+    compile(code, "card", "exec")
+    assert 'name = "me/net"\n' in code
+    assert words in code
+    assert "trust_remote_code" not in body
+
+
+def test_code_of_the_networks_own_is_trusted_by_a_flag_and_a_network_in_no_repository_says_so():
+    body = card({"own_code": True}, folder="outputs/net", example={"text": "a"})[1]
+    assert body.count("(name, trust_remote_code=True)") == 2
+    assert "in no repository: the command below makes it, in that folder. `trust_remote_code=True` runs the two" in body
+
+
+def test_weights_of_the_best_step_and_skipped_layers_are_told():
+    results = {"split": "validation", "values": {"loss": 0.5}}
+    assert "those of step 0, the best" in card(results=results | {"best_step": 0})[1]
+    assert "the best" not in card(results=results | {"best_step": None})[1]
+    rows = [{"target": "a", "guide": "b", "first": 0.5, "last": None}]
+    pairs = {"first": 1, "before_last": 1, "last": 2, "rows": rows}
+    assert "LayerDrop skipped" in card(**GUIDED, pairs=pairs)[1]
+    assert "LayerDrop" not in card(**GUIDED, pairs=pairs | {"rows": [rows[0] | {"last": 0.5}]})[1]
+
+
+def test_only_an_untrained_target_has_learnt_from_nothing_else():
+    data = {"data": {"rows": 3}}
+    assert "on nothing else" in card({"untrained": True, "seed": 0}, **data)[1]
+    assert "on nothing else" not in card({"source": "me/net"}, **data)[1]
+    assert "not named here" in card({"untrained": True, "seed": 0})[1]
+
+
+def test_seeds_and_tests_are_counted_in_the_limitations():
+    assert card()[1].count("It was not tested. One seed.\n") == 1
+    comparison = {"text": "Matched *runs*.", "table": "| a | b |", "seeds": 3}
+    body = card(results={"split": "test", "values": {"loss": 1}}, comparison=comparison)[1]
+    assert "It was tested on no other data. The figures are of 3 seeds.\n" in body
+    assert "\n\nMatched \\*runs\\*.\n\n| a | b |\n\n" in body
+
+
+def test_texts_are_escaped_and_private_ones_removed():
+    figure = {"file": "c.png", "caption": "a [b]"}
+    command = "python /home/me/train.py --output_dir /home/me/out"
+    body = card(name="<net>", figures=[figure], command=command, command_is_cut=True)[1]
+    assert "# &lt;net&gt;\n" in body
+    assert r"![a \[b\]](c.png)" in body
+    assert (
+        "```sh\npython train.py --output_dir out\n```\n\nArguments other than the known training settings are" in body
+    )
+
+
+def test_metadata_has_the_finite_values_of_named_data():
+    results = {"split": "test", "values": {"loss": float("nan"), "top_5": 0.5}}
+    metadata = card(results=results, data={"name": "rows", "id": "me/rows"}, emissions=1.5, tags=["x: y"])[0]
+    assert metadata["metrics"] == ["top_5"]
+    result = metadata["model-index"][0]["results"][0]
+    assert result["metrics"] == [{"type": "top_5", "value": 0.5, "name": "top 5"}]
+    assert result["dataset"] == {"name": "rows", "type": "me/rows", "split": "test"}
+    assert metadata["co2_eq_emissions"] == {"emissions": 1.5, "source": "codecarbon"}
+    assert metadata["tags"][-1] == "x: y"
+    assert "model-index" not in card(results=results)[0]
