@@ -22,8 +22,9 @@ def config_of(source: str | PreTrainedConfig, **kwargs: Any) -> Any:
         **kwargs: Arguments for `from_pretrained`.
 
     Raises:
-        OSError: If the source has no config, or cannot be reached.
-        ValueError: If the config would make libraries read pickles, or files from another repository.
+        OSError: If a Hub id has no config, or cannot be reached.
+        ValueError: If a folder has no config, or the config would make libraries read pickles, or files from another
+            repository.
     """
     from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
