@@ -25,7 +25,7 @@ def parse_pair(text: str) -> Pair:
     """Split `"<target layer>~<guide layer>"` into a pair.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: If the text has another form.
     """
     target, separator, guide = text.partition(PAIR_SEPARATOR)
     if not (separator and target.strip() and guide.strip()) or PAIR_SEPARATOR in guide:
@@ -44,8 +44,8 @@ def pair_layers(target_layers: Sequence[str], guide_layers: Sequence[str], kind:
     """Pair every guide layer with a target layer. No guide layer is dropped, except by `last_<k>`.
 
     Args:
-        target_layers: names of the target's layers, from input to output.
-        guide_layers: names of the guide's layers, from input to output.
+        target_layers: Names of the target's layers, from input to output.
+        guide_layers: Names of the guide's layers, from input to output.
         kind: `even`, `reversed` or `last_<k>`. `even` is the paper's mapping, which spreads the guide's layers over the
             target's. Layer i of n_G goes to target layer `⌊i (n_T − 1) / (n_G − 1) + ½⌋`. A single guide layer goes to
             the last one. `reversed` pairs the guide's layers in the opposite order, as a negative control. `last_<k>`
@@ -55,7 +55,7 @@ def pair_layers(target_layers: Sequence[str], guide_layers: Sequence[str], kind:
         (target layer, guide layer) pairs in the guide's order.
 
     Raises:
-        ValueError: the kind is unknown, one side has no layers, or k exceeds the number of layers of a network.
+        ValueError: If the kind is unknown, one side has no layers, or k exceeds the number of layers of a network.
 
     Source: Subramaniam et al. 2025, released code.
     """

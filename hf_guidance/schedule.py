@@ -42,17 +42,17 @@ def make_schedule(
 
     Args:
         name: `constant`, or `linear` or `cosine` for a decay from `weight` to 0.
-        weight: largest guidance weight.
-        stop_step: optimizer step from which the guidance weight is 0 (*guidance as initialisation*). A decay ends here.
-        prealign_steps: number of first optimizer steps with task weight 0 and guidance weight `weight`.
-        every: after pre-alignment, guide only at optimizer steps divisible by this number.
-        total_steps: optimizer steps of the run. A decay without `stop_step` ends here.
+        weight: Largest guidance weight.
+        stop_step: Optimizer step from which the guidance weight is 0 (*guidance as initialisation*). A decay ends here.
+        prealign_steps: Number of first optimizer steps with task weight 0 and guidance weight `weight`.
+        every: After pre-alignment, guide only at optimizer steps divisible by this number.
+        total_steps: Optimizer steps of the run. A decay without `stop_step` ends here.
 
     Returns:
         A function from the number of optimizer steps already taken to `Weights`.
 
     Raises:
-        ValueError: the name is unknown, or a decay has no end.
+        ValueError: If the name is unknown, or a decay has no end.
     """
     check_schedule(name)
     end = stop_step

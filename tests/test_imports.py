@@ -167,7 +167,16 @@ def test_what_was_imported_from_a_module_is_imported_from_its_room(name: str) ->
     assert set(EARLIER[name]) <= set(module.__all__)
 
 
-@pytest.mark.parametrize("name", [name for name in ROOMS if (PACKAGE / name).is_dir()])
+FOLDERS = [name for name in (*ROOMS, *sorted(BESIDE)) if (PACKAGE / name).is_dir()]
+
+
+def test_the_tests_mirror_the_rooms() -> None:
+    tests = PACKAGE.parent / "tests"
+    assert [name for name in FOLDERS if not any((tests / name).glob("test_*.py"))] == []
+    assert [name for name in ROOMS if name not in FOLDERS and not (tests / f"test_{name}.py").is_file()] == []
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_every_room_says_what_lives_there(name: str) -> None:
     words = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
     assert words

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 META, ROWS, SCALES, LOCK = "cache.json", "rows.bin", "scales.npz", "create.lock"
 FORMAT = 2
-LOOKED_AT = 64  # evenly spaced values of an input to recognise a sample by
-FLATTEST = 2**-10  # spread of the first rows, relative to their size, below which they are too alike to set a scale
-OTHER = 0.25  # relative distance from stored features that means another guide, not other rounding
+MAX_HASHED = 64  # evenly spaced values of each input that enter a sample's checksum
+MIN_SPREAD = 2**-10  # spread of the first rows, relative to their size, below which they are too alike to set a scale
+MAX_ROUNDING = 0.25  # relative distance from stored features above which they are another guide's
 Features = dict[str, Tensor]
 
 
@@ -36,20 +36,21 @@ class GuideCache:
 
     A record counts only once its checksum is written, so that a run may be killed at any moment. Features are stored
     relative to the mean and spread of the first rows, on which no similarity depends. They are rounded before their
-    first use, so that computing and reading give the same run. The features of the first rows are stored at once. A
+    first use, so that a run is the same whether it computes or reads them. The features of the first rows are stored at
+    once. A
     guide that computes other features of them is refused, even if its weights are the same.
 
     Args:
-        folder: folder of the cache. Runs with the same guide, layers, sketch and data may share it.
-        first: the guide's features `(n, width)` of the first rows, by layer.
-        ids: sample ids of the first rows, `(n,)`.
-        inputs: the guide's inputs of the first rows.
-        rows: number of samples in the dataset.
+        folder: Folder of the cache. Runs with the same guide, layers, sketch and data may share it.
+        first: The guide's features `(n, width)` of the first rows, by layer.
+        ids: Sample ids of the first rows, `(n,)`.
+        inputs: The guide's inputs of the first rows.
+        rows: Number of samples in the dataset.
         identity: JSON values that the features depend on, such as guide, precision and sketch.
-        create: whether this process may create the cache. Of several processes, one should.
+        create: Whether this process may create the cache. Of several processes, one should.
 
     Raises:
-        ValueError: the folder cannot be written, the disk is full, an id is out of range, or the cache is of another
+        ValueError: If the folder cannot be written, the disk is full, an id is out of range, or the cache is of another
             guide, setting or dataset.
     """
 
@@ -87,7 +88,7 @@ class GuideCache:
 
     @property
     def size(self) -> int:
-        """Return the bytes on the disk."""
+        """Return the size on disk, in bytes."""
         return self.rows * self.kind.itemsize
 
     def __str__(self) -> str:
@@ -98,25 +99,25 @@ class GuideCache:
         """Return the guide's features of a batch. Those not in the cache are computed and stored.
 
         Args:
-            ids: sample ids, `(n,)`, integers from 0 to `rows` − 1.
-            inputs: the guide's inputs. They are compared with those of the stored features.
-            run: computes the guide's features of the given rows of the batch.
+            ids: Sample ids, `(n,)`, integers from 0 to `rows` − 1.
+            inputs: The guide's inputs. They are compared with those of the stored features.
+            run: Computes the guide's features of the given rows of the batch.
 
         Returns:
             Layer → features `(n, width)`, in float32.
 
         Raises:
-            ValueError: an id is out of range, a sample differs from the one stored under its id, or float16 cannot hold
-                a feature.
+            ValueError: If an id is out of range, a sample differs from the one stored under its id, or float16 cannot
+                hold a feature.
         """
         where = self._places(ids)
         seen = row_checksums(inputs)
         assert self._file is not None
         found = self._file[where]
-        whole = self._whole(where, found)
-        self._check_inputs(where[whole], found[whole], seen[whole])
-        if not whole.all():
-            missing, places = ~whole, where[~whole]  # stored records do not change
+        complete = self._complete(where, found)
+        self._check_inputs(where[complete], found[complete], seen[complete])
+        if not complete.all():
+            missing, places = ~complete, where[~complete]  # stored records do not change
             new = np.zeros(len(places), self.kind)
             features = run(torch.from_numpy(missing.nonzero()[0]).to(ids.device))
             new["features"], new["input"] = self._rounded(features, places).numpy(), seen[missing]
@@ -136,7 +137,7 @@ class GuideCache:
         where = ids.cpu().numpy()
         if where.ndim != 1 or where.dtype.kind != "i" or where.min() < 0 or where.max() >= self.rows:
             raise ValueError(
-                f"the sample ids of a batch are {where.tolist()[:4]} …; expected a whole number from 0 to "
+                f"the sample ids of a batch are {where.tolist()[:4]} …; expected an integer from 0 to "
                 f"{self.rows - 1} for each, as dataset.add_column('id', range(len(dataset))) gives."
             )
         return where
@@ -154,11 +155,11 @@ class GuideCache:
         where, seen = self._places(ids), row_checksums(inputs)
         assert self._file is not None
         kept = self._file[where]
-        whole = self._whole(where, kept)
-        self._check_inputs(where[whole], kept[whole], seen[whole])
-        then, now = torch.from_numpy(kept["features"])[whole].float(), self._rounded(first, where)[whole].float()
+        complete = self._complete(where, kept)
+        self._check_inputs(where[complete], kept[complete], seen[complete])
+        then, now = torch.from_numpy(kept["features"])[complete].float(), self._rounded(first, where)[complete].float()
         for name, x, y in zip(self.widths, *map(self._by_layer, (then, now)), strict=True):
-            if x.square().mean() > 0.25 and not (x - y).norm() <= OTHER * x.norm():
+            if x.square().mean() > 0.25 and not (x - y).norm() <= MAX_ROUNDING * x.norm():
                 raise ValueError(
                     f"{self.folder} holds other features of layer {name!r} than this guide computes of the first rows "
                     f"(they differ by {(x - y).norm() / x.norm():.0%}), although its weights are the same: the guide "
@@ -195,7 +196,7 @@ class GuideCache:
             )
         return True
 
-    def _whole(self, where: Any, found: Any) -> Any:
+    def _complete(self, where: Any, found: Any) -> Any:
         """Tell which records of a batch count. Each checksum is verified once per process."""
         new = ~self._verified[where] & (found["check"] != 0)
         self._verified[where[new]] = _checks(found[new]) == found["check"][new]
@@ -217,7 +218,7 @@ class GuideCache:
 def _scale(first: Tensor) -> Tensor:
     """Compute the divisor of a layer's features `(n, width)`: their spread, or a floor if the rows are almost equal."""
     spread, size = (first - first.mean(0)).square().mean().sqrt(), first.square().mean().sqrt()
-    scale = torch.maximum(spread, FLATTEST * size)
+    scale = torch.maximum(spread, MIN_SPREAD * size)
     return torch.where(scale > 0, scale, 1.0)
 
 
@@ -231,8 +232,8 @@ def row_checksums(inputs: Batch) -> Any:
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == rows:
             content = value.reshape(rows, -1)
-            looked_at = torch.linspace(0, content.shape[1] - 1, min(LOOKED_AT, content.shape[1])).long()
-            some = content.index_select(1, looked_at.to(content.device))
+            hashed = torch.linspace(0, content.shape[1] - 1, min(MAX_HASHED, content.shape[1])).long()
+            some = content.index_select(1, hashed.to(content.device))
             some = some.float().contiguous().view(torch.int32) if some.is_floating_point() else some
             places = torch.arange(some.shape[1], device=some.device) + 1 + zlib.crc32(name.encode())
             sums = sums + mix(some.long() + mix(places)).sum(1).cpu()

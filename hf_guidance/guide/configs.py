@@ -1,4 +1,4 @@
-"""Configs of guides, from the Hub, a folder or timm. Those that timm exports need a change."""
+"""Configs of guides, from the Hub, a folder or timm. Those that timm exported are changed for transformers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 
 def config_of(source: str | PreTrainedConfig, **kwargs: Any) -> Any:
-    """Return the config of a config, a `timm/<architecture>`, a folder or a Hub id.
+    """Return the config of a guide, given as a config, `timm/<architecture>`, folder or Hub id.
 
     Args:
-        source: one of these.
-        **kwargs: arguments for `from_pretrained`.
+        source: One of these.
+        **kwargs: Arguments for `from_pretrained`.
 
     Raises:
-        OSError: the source has no config, or cannot be reached.
-        ValueError: the config would make libraries read pickles, or files from another repository.
+        OSError: If a Hub id has no config, or cannot be reached.
+        ValueError: If a folder has no config, or the config would make libraries read pickles, or files from another
+            repository.
     """
     from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
@@ -45,8 +46,8 @@ def config_if_timm_exported(source: str, written: Mapping[str, Json], **kwargs: 
 
     Args:
         source: Hub id or folder.
-        written: content of its `config.json`.
-        **kwargs: arguments for `from_pretrained`.
+        written: Content of its `config.json`.
+        **kwargs: Arguments for `from_pretrained`.
     """
     from transformers import AutoConfig
 

@@ -15,17 +15,17 @@ def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | No
     """Freeze a guide in place: no gradients, evaluation mode, and the given batch norm. Then move it.
 
     Args:
-        guide: network to freeze.
+        guide: Network to freeze.
         batch_norm: `eval`, `calibrated` or `batch`. The first two use the running statistics. `batch` uses those of the
             batch, and does not change the running ones.
-        device: device to move it to. If None, the guide stays where it is, as do quantised guides and those with a
+        device: Device to move it to. If None, the guide stays where it is, as do quantised guides and those with a
             device map.
 
     Returns:
         The guide.
 
     Raises:
-        ValueError: the guide has no batch norm, and the mode is not `eval`.
+        ValueError: If the guide has no batch norm, and the mode is not `eval`.
     """
     guide.eval().requires_grad_(False)
     norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM)]
@@ -43,8 +43,8 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
     """Replace the running statistics by their average over some forwards. All else stays in evaluation mode.
 
     Args:
-        guide: frozen guide.
-        forwards: each runs the guide on one batch.
+        guide: Frozen guide.
+        forwards: Each runs the guide on one batch.
     """
     norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]

@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def identity(guide: nn.Module) -> dict[str, Any]:
-    """Return JSON values that tell a guide from any other.
+    """Return JSON values that identify a guide.
 
     They are its origin, architecture, number of parameters, library versions and the fingerprint of its weights. An
     untrained guide's config is included.
@@ -59,9 +59,9 @@ def check_same_guide(now: Mapping[str, Json], then: Mapping[str, Json], where: s
     """Raise ValueError if a run would resume with a guide other than the one it started with.
 
     Args:
-        now: identity of the present guide.
-        then: identity of the guide that the run started with.
-        where: name of the checkpoint, for the message.
+        now: Identity of the present guide.
+        then: Identity of the guide that the run started with.
+        where: Name of the checkpoint, for the message.
     """
     if then.get("fingerprint") not in (None, now["fingerprint"]):
         raise ValueError(

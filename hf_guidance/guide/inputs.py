@@ -53,14 +53,14 @@ def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[s
     """Choose the arguments of the guide's forward: accepted columns by name, else its one input by position.
 
     Args:
-        guide: the guide.
-        batch: columns of a batch.
+        guide: The guide.
+        batch: Columns of a batch.
 
     Returns:
         Positional and keyword arguments.
 
     Raises:
-        ValueError: the guide accepts none of the columns.
+        ValueError: If the guide accepts none of the columns.
     """
     accepted = accepted_columns(guide)
     named = {name: batch[name] for name in accepted if name in batch}
@@ -104,8 +104,8 @@ def without_guide(batch: Batch, ids: str | None = None) -> dict[str, Any]:
     """Return the target's columns of a batch.
 
     Args:
-        batch: columns for both networks.
-        ids: column of sample ids to leave out, too.
+        batch: Columns for both networks.
+        ids: Column of sample ids to leave out, too.
     """
     return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
 
@@ -116,15 +116,15 @@ def noise_like(batch: Batch, vocabulary: int | None, generator: torch.Generator)
     The guide's own images (`guide_pixel_values`) become the target's noise, resized by nearest neighbours.
 
     Args:
-        batch: columns of a batch.
-        vocabulary: number of token ids to draw from. None draws up to the largest id in the batch.
-        generator: source of the noise.
+        batch: Columns of a batch.
+        vocabulary: Number of token ids to draw from. None draws up to the largest id in the batch.
+        generator: Source of the noise.
 
     Returns:
         The batch with noise.
 
     Raises:
-        ValueError: the batch has no such inputs, or has other inputs for the guide alone.
+        ValueError: If the batch has no such inputs, or has other inputs for the guide alone.
 
     Source: Subramaniam et al. 2025, released code (`randn + 0.1 randn`, clamped).
     """
@@ -151,8 +151,8 @@ def shuffle_rows(batch: Batch, generator: torch.Generator) -> dict[str, Any]:
     """Replace each row of a batch by another row, at random; no row stays in its place.
 
     Args:
-        batch: columns with two or more rows.
-        generator: source of the order.
+        batch: Columns with two or more rows.
+        generator: Source of the order.
     """
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     rows = torch.randperm(len(tensors[0]), generator=generator)
@@ -179,9 +179,9 @@ def check_vocabularies(target: nn.Module, guide: nn.Module, columns: Collection[
     Vocabularies are compared by size. A mismatch between vocabularies of equal size is not detected.
 
     Args:
-        target: network being trained.
-        guide: its guide.
-        columns: names of the batch's columns. With any `guide_*` column there is nothing to check.
+        target: Network being trained.
+        guide: Its guide.
+        columns: Names of the batch's columns. With any `guide_*` column there is nothing to check.
     """
     sizes = vocabulary_size(target), vocabulary_size(guide)
     if None in sizes or sizes[0] == sizes[1] or any(name.startswith(GUIDE_PREFIX) for name in columns):

@@ -56,21 +56,21 @@ def load_guide(
     Args:
         source: Hub id, local folder, `timm/<architecture>`, a transformers config, or an `nn.Module`. A config always
             gives an untrained guide. A module is frozen in place.
-        untrained: draw the weights at random with the architecture's own initialisation, instead of loading them.
-        seed: seed of an untrained guide, and of weights that a checkpoint lacks, such as a pooler. The same seed and
+        untrained: Draw the weights at random with the architecture's own initialisation, instead of loading them.
+        seed: Seed of an untrained guide, and of weights that a checkpoint lacks, such as a pooler. The same seed and
             library versions give the same weights.
-        revision: branch, tag or commit on the Hub.
-        trust_remote_code: run code from the Hub. It is never on by default.
-        auto_class: transformers' Auto class of a task whose head is needed, as for distillation. By default
-            `AutoModel`, which has no head.
-        **kwargs: arguments for `from_pretrained`, such as `dtype`, `device_map`, `quantization_config` and `token`.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run code from the Hub. It is never on by default.
+        auto_class: Auto class of a task whose head is needed, as for distillation. By default `AutoModel`, which has no
+            head.
+        **kwargs: Arguments for `from_pretrained`, such as `dtype`, `device_map`, `quantization_config` and `token`.
             `use_safetensors`, `weights_only` and `adapter_kwargs` are refused.
 
     Returns:
         The frozen network. It carries its origin for checkpoints and model cards.
 
     Raises:
-        ValueError: the source is none of these, is not found, needs pickles or files from elsewhere, or does not fit
+        ValueError: If the source is none of these, is not found, needs pickles or files from elsewhere, or does not fit
             the options.
     """
     from transformers import AutoModel, PreTrainedConfig
@@ -186,16 +186,16 @@ def untrained_network(
     """Build a network with random weights, to be trained. They are drawn from torch's random state.
 
     Args:
-        source: as in `load_guide`, but no module.
-        auto_class: transformers' Auto class of the task, such as `AutoModelForImageClassification`.
-        trust_remote_code: as in `load_guide`.
-        **changes: config fields to change, such as `num_labels`.
+        source: As in `load_guide`, but no module.
+        auto_class: Auto class of the task, such as `AutoModelForImageClassification`.
+        trust_remote_code: As in `load_guide`.
+        **changes: Config fields to change, such as `num_labels`.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: as in `load_guide`.
+        ValueError: As in `load_guide`.
     """
     config = _or_explain(source, lambda: config_of(source, trust_remote_code=trust_remote_code))
     for name, value in changes.items():

@@ -16,23 +16,24 @@ from hf_guidance.guide.loading import load_guide
 from hf_guidance.guide.size import size_of
 from hf_guidance.guide.source import check_config
 
-MOST_LABELS = 2**17  # most labels; each becomes a string in the config
-LARGEST, DEEPEST = 2**25, 1000  # largest number, and most layers, in a config
-LONGEST = 1000  # most entries of a list
-WIDEST = 2**12  # most pixels of an image side, or positions of a window
-MOST_PARAMETERS = 2**34  # more than any guide needs
-# config fields that make libraries fetch or read more: kernels, checkpoints, a pretrained backbone
+MAX_LABELS = 2**17  # each becomes a string in the config
+MAX_NUMBER = 2**25  # in a field of a config that has no narrower bound
+MAX_LAYERS = 1000
+MAX_ENTRIES = 1000  # of a list
+MAX_SIDE = 2**12  # pixels of an image's side, or positions of a window
+MAX_PARAMETERS = 2**34  # more than any guide needs
+# config fields that make libraries fetch or read more: GPU code, checkpoints, a pretrained backbone
 FETCHING = re.compile(
     r"implementation|checkpoint|pretrained|quantization|auto_map|cache_(?:dir|implementation)|trust|url|file|hub"
 )
-# whole names of config fields for the number of modules, and for the size of an image or a window
+# full names of config fields for the number of modules, and for the size of an image or a window
 DEPTH = re.compile(r"(\w+_)?depths?|n_layers?|(num_|encoder_|decoder_)?(\w+_)?(layers|blocks|stages)")
 SIDE = re.compile(r"(\w+_)?(image|img|crop|window|patch)_size|(\w+_)?resolution")
 INDICES = re.compile(r"(moe|kv_source)_layers")
 PLAIN = (None, False, True, "eager", "sdpa")
 # free text, which does not affect the network
 LABELS = re.compile(r"id2label|label2id|label_names|pretrained_cfg|task_specific_params|\w+_(?:token|sep)")
-LONGEST_FILE = 2**23  # most bytes of a config
+MAX_CONFIG_BYTES = 2**23
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TYPES: dict[str, tuple[type, ...]] = {
     "source": (str, type(None)),
@@ -52,20 +53,20 @@ def load_guide_of(
 
     Args:
         target: Hub id or local folder of a target that a `GuidanceTrainer` saved.
-        revision: branch, tag or commit of the target's repository.
-        token: token for a private repository, of the target or of a trained guide.
+        revision: Branch, tag or commit of the target's repository.
+        token: Token for a private repository, of the target or of a trained guide.
 
     Returns:
         The frozen guide, with bit-identical weights.
 
     Raises:
-        ValueError: the guidance config is missing or invalid, or the guide cannot be rebuilt: it was the user's own
-            module or folder, or these library versions draw other weights.
+        ValueError: If the guidance config is missing or invalid, or the guide cannot be rebuilt, because it was the
+            user's own module or folder, or these library versions draw other weights.
     """
     folder = _fetch(target, revision, token)
     try:
-        if (size := (folder / CONFIG_NAME).stat().st_size) > LONGEST_FILE:
-            raise ValueError(f"it has {size:,} bytes")
+        if (size := (folder / CONFIG_NAME).stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than {MAX_CONFIG_BYTES:,}")
         _, guide = GuidanceConfig.load(folder)
         _check(guide)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -117,8 +118,8 @@ def _check_numbers(config: dict[str, Any], fetches: bool = False) -> None:
     """Raise ValueError for a config that could build something too large, or fetch something.
 
     Args:
-        config: values of the config; nested configs are checked too.
-        fetches: whether they belong to a field that fetches something.
+        config: Values of the config; nested configs are checked too.
+        fetches: Whether they belong to a field that fetches something.
     """
     for name, value in config.items():
         if LABELS.fullmatch(name):
@@ -126,8 +127,8 @@ def _check_numbers(config: dict[str, Any], fetches: bool = False) -> None:
         values, refused = _flat(value), f"{name} is {str(value)[:80]!r}"
         reads = fetches or (bool(FETCHING.search(name)) and not name.startswith("use_cache"))
         numbers = [abs(entry) for entry in values if isinstance(entry, int) and not name.endswith("theta")]
-        deep = bool(DEPTH.fullmatch(name) and not INDICES.fullmatch(name)) and sum(numbers) > DEEPEST
-        if len(values) > LONGEST or deep or any(number > _most(name) for number in numbers):
+        deep = bool(DEPTH.fullmatch(name) and not INDICES.fullmatch(name)) and sum(numbers) > MAX_LAYERS
+        if len(values) > MAX_ENTRIES or deep or any(number > _max_number(name) for number in numbers):
             raise ValueError(refused)
         for entry in values:
             if isinstance(entry, dict):
@@ -143,8 +144,8 @@ def _is_plain(name: str, entry: Any) -> bool:
     return entry in PLAIN or isinstance(entry, (int, float))
 
 
-def _most(name: str) -> int:
-    return WIDEST if SIDE.fullmatch(name) else MOST_LABELS if name.endswith("labels") else LARGEST
+def _max_number(name: str) -> int:
+    return MAX_SIDE if SIDE.fullmatch(name) else MAX_LABELS if name.endswith("labels") else MAX_NUMBER
 
 
 def _flat(value: Any) -> list[Any]:
@@ -155,10 +156,10 @@ def _flat(value: Any) -> list[Any]:
 def _check_size(config: dict[str, Any], stated: Any) -> None:
     """Raise ValueError if a network differs in size from what is stated, or does not fit into memory.
 
-    No memory is taken for it.
+    The network takes no memory of this process.
     """
     size, free = size_of(config), psutil.virtual_memory().available
-    if size.parameters > MOST_PARAMETERS or (isinstance(stated, int) and size.parameters != stated):
+    if size.parameters > MAX_PARAMETERS or (isinstance(stated, int) and size.parameters != stated):
         raise ValueError(
             f"its config makes a network of {size.parameters:,} parameters, but it states {str(stated)[:30]}"
         )

@@ -21,16 +21,16 @@ Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
-# modules whose parts are read without being called, by them or by their parents
+# modules that read weights of their parts without calling these, and containers whose parents do so
 ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 READ_BY_PARENT = (nn.ParameterList, nn.ParameterDict)
-LARGEST = 0.1  # share of all weights above which a module with parts is split
+MAX_UNIT_SHARE = 0.1  # of all weights; a larger module with parts is split
 
 
 def shard(guide: nn.Module) -> nn.Module:
     """Shard the weights of a frozen guide over all processes, in place. Each forward must then run on all of them.
 
-    The weights of a unit are together while it runs. A unit is a block that transformers' `_no_split_modules` names, or
+    The weights of a unit are gathered while it runs. A unit is a block that transformers' `_no_split_modules` names, or
     else any module with at most a tenth of all weights. Weights that larger modules hold themselves are not sharded.
     The guide may still be on the host, so no device ever needs to hold all of it. With one process nothing is done.
 
@@ -38,13 +38,13 @@ def shard(guide: nn.Module) -> nn.Module:
     tensors.
 
     Args:
-        guide: frozen guide, whole on every process. A guide that is sharded already does not change.
+        guide: Frozen guide, whole on every process. A guide that is sharded already does not change.
 
     Returns:
         The guide.
 
     Raises:
-        ValueError: the guide is quantised or has a device map.
+        ValueError: If the guide is quantised or has a device map.
 
     Source: `torch.distributed.fsdp.fully_shard`.
     """
@@ -107,7 +107,7 @@ def is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
-def whole(value: Value) -> Value:
+def gathered(value: Value) -> Value:
     """Return a tensor or number in full. A sharded one is gathered from all processes, which must all call this."""
     found: Any = value.full_tensor() if isinstance(value, DTensor) else value
     return found
@@ -115,7 +115,7 @@ def whole(value: Value) -> Value:
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:
     """Return a full copy of the network's state on the host. All processes must call this."""
-    return {name: whole(value.detach()).cpu().clone() for name, value in network.state_dict().items()}
+    return {name: gathered(value.detach()).cpu().clone() for name, value in network.state_dict().items()}
 
 
 def _units(guide: nn.Module) -> list[nn.Module]:
@@ -125,11 +125,11 @@ def _units(guide: nn.Module) -> list[nn.Module]:
     def within(module: nn.Module) -> list[nn.Module]:
         units: list[nn.Module] = []
         for child in module.children():
-            small = _size(child) <= LARGEST * total or not any(child.children())
-            whole_unit = small or type(child).__name__ in names or isinstance(child, ATOMIC)
+            small = _size(child) <= MAX_UNIT_SHARE * total or not any(child.children())
+            is_unit = small or type(child).__name__ in names or isinstance(child, ATOMIC)
             is_model = isinstance(child, (PreTrainedModel, nn.ModuleList, nn.ModuleDict))
             if _size(child) and not isinstance(child, READ_BY_PARENT):
-                units += [child] if whole_unit and not is_model else within(child)
+                units += [child] if is_unit and not is_model else within(child)
         return units
 
     return list(dict.fromkeys(within(guide)))  # a module may appear twice

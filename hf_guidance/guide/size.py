@@ -28,9 +28,9 @@ class Size:
     """Memory that a network takes.
 
     Attributes:
-        parameters: number of learned values.
-        weights: bytes of parameters and buffers.
-        largest: bytes of the largest tensor made while building it.
+        parameters: Number of learned values.
+        weights: Bytes of parameters and buffers.
+        largest: Bytes of the largest tensor made while building it.
     """
 
     parameters: int
@@ -39,20 +39,20 @@ class Size:
 
 
 def size_of(config: Mapping[str, Json], seconds: float = SECONDS) -> Size:
-    """Measure a network in another process: lay it out, then build it there.
+    """Measure a network in another process: lay it out on the meta device if possible, then build it.
 
     That process has no access to the Hub, and imports nothing from the current folder. It is ended if it takes too
     long, or more memory than its weights explain.
 
     Args:
-        config: values of the config, with `model_type`.
-        seconds: time limit for laying the network out.
+        config: Values of the config, with `model_type`.
+        seconds: Time limit for laying the network out.
 
     Returns:
         The size.
 
     Raises:
-        ValueError: it takes too long or too much memory, or the config describes no network.
+        ValueError: If it takes too long or too much memory, or the config describes no network.
     """
     path = [os.path.abspath(place) for place in sys.path if place]
     child = CHILD.format(path=path, seconds=seconds, free=psutil.virtual_memory().available)
@@ -80,8 +80,8 @@ def main(seconds: float, free: int) -> None:
     """Read a config from standard input, build its network if it fits, and print its size.
 
     Args:
-        seconds: time limit for laying the network out.
-        free: free memory in bytes.
+        seconds: Time limit for laying the network out.
+        free: Free memory in bytes.
     """
     faulthandler.dump_traceback_later(seconds, exit=True)  # ends this process whatever it is doing
     values = json.load(sys.stdin)
@@ -130,7 +130,7 @@ def _lay_out(values: Mapping[str, Any]) -> Size:
 
 
 class _Largest(TorchFunctionMode):
-    """Record of the size of the largest tensor made inside this context."""
+    """Tracker of the largest tensor made inside this context."""
 
     bytes = 0
 

@@ -39,14 +39,14 @@ def read_config(source: str, **kwargs: Any) -> dict[str, Any]:
 
     Args:
         source: Hub id or folder.
-        **kwargs: arguments for `from_pretrained`.
+        **kwargs: Arguments for `from_pretrained`.
 
     Returns:
         Values of the config.
 
     Raises:
-        OSError: there is no config, or it cannot be reached.
-        ValueError: the source is an adapter, or its config asks for pickles or for files from elsewhere.
+        OSError: If there is no config, or it cannot be reached.
+        ValueError: If the source is an adapter, or its config asks for pickles or for files from elsewhere.
     """
     from transformers import PreTrainedConfig
 
@@ -67,13 +67,13 @@ def commit_of(
 ) -> str | None:
     """Return the Hub commit that a config was just read from; None if it is not from the Hub.
 
-    The commit is read from the Hub's cache on this machine. Only some versions of transformers store it on the network.
+    The commit is read from the Hub's cache on this machine. Only some versions of transformers keep it in the config.
 
     Args:
         source: Hub id or folder.
-        revision: branch, tag or commit that was asked for.
-        cache_dir: folder of the cache; the default one if None.
-        subfolder: folder of the config in the repository.
+        revision: Branch, tag or commit that was asked for.
+        cache_dir: Folder of the cache; the default one if None.
+        subfolder: Folder of the config in the repository.
     """
     if not isinstance(source, str) or os.path.isdir(source):
         return None
@@ -86,8 +86,8 @@ def check_config(config: Mapping[str, Json], given: Mapping[str, Any] | None = N
     """Raise ValueError for a config that would make libraries read pickles, or files from another repository.
 
     Args:
-        config: values of `config.json`; nested configs are checked too.
-        given: arguments of `from_pretrained`, which override the config.
+        config: Values of `config.json`; nested configs are checked too.
+        given: Arguments of `from_pretrained`, which override the config.
         source: Hub id or folder of the config.
     """
     for name, value in ((str(name), value) for name, value in config.items()):  # names of labels may be numbers
@@ -145,8 +145,8 @@ def check_files(source: str, weights: str | None, kwargs: Mapping[str, Any]) -> 
 
     Args:
         source: Hub id or folder.
-        weights: file of weights that the config names, or None.
-        kwargs: arguments for `from_pretrained`.
+        weights: File of weights that the config names, or None.
+        kwargs: Arguments for `from_pretrained`.
     """
     places, variant = only(PLACES, kwargs), f".{kwargs['variant']}" if kwargs.get("variant") else ""
     _check_no_adapter(source, **places)

@@ -18,9 +18,9 @@ from .configuration_plain_resnet import BLOCK_TYPES, PlainResNetConfig
 class ConvNormReLU(nn.Module):
     """Convolution, batch norm and ReLU on `(batch, channels, height, width)`; divides height and width by `stride`."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.convolution = nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, hidden: Tensor) -> Tensor:

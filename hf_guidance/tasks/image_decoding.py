@@ -57,7 +57,7 @@ class PixelFormat:
 
 
 def _room(*shape: int) -> Tensor:
-    """Allocate a float32 tensor; in a loader's worker in shared memory, which saves a copy."""
+    """Allocate a float32 tensor. In a loader's worker it is in shared memory, which saves a copy."""
     if get_worker_info() is None:
         return torch.empty(shape)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * torch.float32.itemsize)

@@ -127,7 +127,7 @@ def class_names(features: Features, column: str, dataset: str, num_labels: int |
         num_labels: Number of classes, for a dataset without names.
 
     Raises:
-        ValueError: If the column holds no whole numbers, or `num_labels` is missing or wrong.
+        ValueError: If the column holds no integers, or `num_labels` is missing or wrong.
     """
     kind = features[column]
     names = getattr(kind, "names", None)

@@ -49,7 +49,7 @@ def image_classification(
         image_column: Name of the column with images; None finds it.
         label_column: Name of the column with classes; None finds it.
         num_labels: Number of classes, for a dataset that does not name them.
-        train_size: Number of training rows; None takes all. A stream does not accept it: its steps decide.
+        train_size: Number of training rows; None takes all. Leave it out for a stream, where `max_steps` decides.
         eval_size: Maximum number of rows for validation, and for the test, held in memory in encoded form. None takes
             all, or 5000 of a stream.
         shuffle_buffer: Encoded images in the shuffle buffer of a stream, in each worker.
@@ -186,7 +186,7 @@ def count_skipped(task: Task) -> str:
     everyone = gather_object([counts])  # each rank counts only its own images
     counts = {name: sum(own[name] for own in everyone) for name in counts}
     return "".join(
-        f"{count} {name} images could not be decoded and were skipped, counted each time they came.\n"
+        f"{count} {name} images could not be decoded and were skipped, counted each time they were read.\n"
         for name, count in counts.items()
         if count
     )

@@ -17,7 +17,7 @@ def pixel_format_of(source: str, size: int, *, trained: bool, given: int | None 
 
     Args:
         source: Hub id, local folder or `timm/<architecture>`.
-        size: Size in pixels for a network that takes any size and was trained on none.
+        size: Size in pixels for a network without a size of its own.
         trained: Whether its own weights are used. Then its image processor decides the format.
         given: Size in pixels that overrides all others.
 

@@ -68,7 +68,7 @@ class CardMixin(Behind):
         self.resumed = self.resumed or bool(resume_from_checkpoint)
         wanted = self.args.push_to_hub and self.layer_maps is None and is_matplotlib_available()
         if wanted and self.is_world_process_zero() and can_map(self):
-            self._look_before(bool(resume_from_checkpoint))
+            self._map_before_training(bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -100,7 +100,7 @@ class CardMixin(Behind):
         (folder / CARD).write_text(render(facts), encoding="utf-8")
         return None
 
-    def _look_before(self, resumed: bool) -> None:
+    def _map_before_training(self, resumed: bool) -> None:
         try:
             self.layer_maps = maps_of(self)
             if self.layer_maps and not resumed:  # a resumed run has it in the checkpoint

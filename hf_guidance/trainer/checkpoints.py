@@ -98,8 +98,8 @@ def _what_is_missing(place: Path) -> str | None:
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
     """Return the latest complete checkpoint in the folder of a run; None if there is none."""
-    whole = (path for path in _checkpoints(folder) if fault_of(path) is None)
-    return next(map(str, whole), None)
+    complete = (path for path in _checkpoints(folder) if fault_of(path) is None)
+    return next(map(str, complete), None)
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
@@ -123,8 +123,8 @@ def checkpoint_to_resume(asked: str | bool | None, folder: str | Path) -> str | 
                 "from_pretrained loads weights alone."
             )
         return str(asked)
-    if whole := last_whole_checkpoint(folder):
-        return whole
+    if last := last_whole_checkpoint(folder):
+        return last
     faults = [f"{path.name}: {fault_of(path)}" for path in _checkpoints(folder)]
     found = f"; found {'; '.join(faults)}" if faults else ""
     raise ValueError(f"There is no complete checkpoint in {folder} to resume from{found}. Start without resuming.")
@@ -169,7 +169,7 @@ def check_goes_on(
 ) -> None:
     """Compare a run with the checkpoint that it resumes from.
 
-    Differences that training survives, without the same weights as an unbroken run, give a warning.
+    Differences that do not change what is trained give a warning.
 
     Args:
         checkpoint: Folder of the checkpoint.
@@ -178,7 +178,7 @@ def check_goes_on(
         guide: Identity of the guide; None without one.
 
     Raises:
-        ValueError: If the guide differs, or a setting that changes what is trained; it names both values.
+        ValueError: If the guide or a setting that changes what is trained differs. The message names both values.
     """
     place = Path(checkpoint)
     if guide is None:

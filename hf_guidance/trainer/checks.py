@@ -98,12 +98,12 @@ def check_settings(
         split = f", split over {args.world_size} processes" if splits_batches(args) else ""
         raise ValueError(
             f"per_device_train_batch_size is {args.per_device_train_batch_size}{split}, but {config.measure} needs at "
-            f"least {needed} samples a batch (accumulation enlarges it with similarity_batch='accumulated' only)."
+            f"least {needed} samples a batch. Gradient accumulation adds some only with similarity_batch='accumulated'."
         )
 
 
 def rows_of_a_process(args: TrainingArguments) -> int:
-    """Compute how many rows of a batch one process has; with `split_batches` of accelerate, its share.
+    """Compute how many rows of a batch one process has: its share, if accelerate's `split_batches` is set.
 
     Raises:
         ValueError: If the batch cannot be split evenly.

@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from hf_guidance.guide.sharding import whole
+from hf_guidance.guide.sharding import gathered
 from hf_guidance.trainer.logs import RunningMeans
 
 logger = logging.getLogger(__name__)
 
 GRADIENT = "norm of the gradient"
-MOST = 5  # an error names at most this many values
+MAX_NAMED = 5  # values in an error
 
 
 class FiniteSteps(TrainerCallback):
@@ -59,7 +59,9 @@ class FiniteSteps(TrainerCallback):
         """
         if values and self.active:
             device = self.accelerator.device
-            found = [whole(value) if isinstance(value, DTensor) else value for value in values.values()]  # FSDP2's norm
+            found = [
+                gathered(value) if isinstance(value, DTensor) else value for value in values.values()
+            ]  # FSDP2's norm
             scalars = [torch.as_tensor(value, device=device).float() for value in found]
             self._seen.append((where, list(values), torch.stack(scalars)))
 
@@ -87,7 +89,8 @@ class FiniteSteps(TrainerCallback):
         words = [word for losses, _ in found for word in losses] or list(
             dict.fromkeys(w for _, ws in found for w in ws)
         )
-        names = "; ".join(words[:MOST]) + (f"; and {len(words) - MOST} more" if len(words) > MOST else "")
+        more = len(words) - MAX_NAMED
+        names = "; ".join(words[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
         step = state.global_step + 1
         if not self.skip:
             raise FloatingPointError(

@@ -72,7 +72,7 @@ class GuidedSteps(TrainerCallback):
             )
 
     def total(self) -> int | None:
-        """Return the guided steps of the whole run so far; None if those before a resume are unknown."""
+        """Return the guided steps of the run, before a resume too; None if those are unknown."""
         return None if self.before is None else self.before + self.guided
 
     def check_any(self, state: TrainerState, keep: Callable[[], Any], folder: str) -> None:
@@ -100,4 +100,4 @@ class GuidedSteps(TrainerCallback):
             )
         here, guided = sum(step >= self.first for step in asked), max(guided for _, guided in counts)
         if guided < here:
-            logger.warning("%d of the %d optimizer steps that were to be guided were guided.", guided, here)
+            logger.warning("Only %d of the %d optimizer steps that should have been guided were.", guided, here)

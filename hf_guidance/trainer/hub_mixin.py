@@ -87,9 +87,9 @@ class PublishingMixin(CardMixin):
         pushes: list[tuple[Path, Upload]] = [(staged, {**options, "commit_message": message})]
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         if place := places.get(HubStrategy(args.hub_strategy)):
-            whole = make_empty(output / f"_{checkpoint.name}")  # its own folder, as its state names paths
-            stage_checkpoint(checkpoint, model, whole)
-            pushes.append((whole, {**options, "commit_message": f"{message}, checkpoint", "path_in_repo": place}))
+            resumable = make_empty(output / f"_{checkpoint.name}")  # its own folder, as its state names paths
+            stage_checkpoint(checkpoint, model, resumable)
+            pushes.append((resumable, {**options, "commit_message": f"{message}, checkpoint", "path_in_repo": place}))
         jobs: Any = start_pushing(*pushes)
         self._say_what_failed()
         self.push_in_progress = PushInProgress(jobs)

@@ -60,7 +60,7 @@ class KeptMap(TrainerCallback, ExportableState):
 
 
 def can_map(trainer: GuidedTrainer) -> bool:
-    """Tell whether there is guidance and the first process can run whole target and guide without the others."""
+    """Tell whether the run is guided and its first process can run target and guide without the others."""
     if trainer.guide is None or not trainer.guidance.guidance_weight or is_sharded(trainer.guide):
         return False
     alone = trainer.args.world_size == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in trainer.model.modules())

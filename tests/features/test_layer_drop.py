@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer
-from hf_guidance.analysis.heat_maps import similarity_map
+from hf_guidance.analysis.similarity_map import similarity_map
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.loss import Watched
 from hf_guidance.trainer.accumulation import Accumulated

@@ -174,7 +174,7 @@ def test_a_run_of_which_some_steps_were_not_guided_says_how_many(
 
     plain = make_trainer(tmp_path, gpt2(), llama())
     Stops(gpt2(), plain.args, guide=llama(), train_dataset=plain.train_dataset).train()
-    assert "1 of the 3 optimizer steps that were to be guided were guided." in caplog.text
+    assert "Only 1 of the 3 optimizer steps that should have been guided were." in caplog.text
 
 
 def test_a_run_of_pre_alignment_alone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

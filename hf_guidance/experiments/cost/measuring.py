@@ -167,8 +167,9 @@ def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance:
     times = args.gradient_accumulation_steps
     if guidance.similarity_batch != "accumulated":
         return layers * times
-    whole = [layer._replace(samples=times * layer.samples) for layer in layers]
-    return [layer for layer in whole for _ in range(times if layer.of_target else 1)]  # layers of the guide appear once
+    joined = [layer._replace(samples=times * layer.samples) for layer in layers]
+    # layers of the guide appear once
+    return [layer for layer in joined for _ in range(times if layer.of_target else 1)]
 
 
 def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
 def products_alone(compared: Iterable[Compared], device: torch.device, repeats: int = 9) -> float:
     """Measure the least seconds that the products of a comparison take alone.
 
-    These are `X Xᵀ` of each layer, by the fastest kernel of this package, and `G X` for the gradient of target layers.
+    These are `X Xᵀ` of each layer, by the fastest routine of this package, and `G X` for the gradient of target layers.
 
     Args:
         compared: The layers. Those that stay features have no such products, and are left out.

@@ -46,13 +46,13 @@ def summary(found: Measured) -> dict[str, Any]:
     floor = {kind: plain[kind] + guide[kind] for kind in KINDS}
     more = {kind: guided["forward"][kind] - plain["forward"][kind] for kind in KINDS}
     every = found["batches_of_a_step"]  # the paper's formulation runs the guide for each of them
-    whole = {kind: plain[kind] + every * found["guide"][kind] for kind in KINDS}
+    paper_floor = {kind: plain[kind] + every * found["guide"][kind] for kind in KINDS}
     ratios = {
         "overhead": {kind: guided[kind] / floor[kind] for kind in KINDS},
         "guided_over_plain": {kind: guided[kind] / plain[kind] for kind in KINDS},
     }
     if paper := found.get("paper"):
-        ratios["paper_overhead"] = {kind: paper[kind] / whole[kind] for kind in KINDS}
+        ratios["paper_overhead"] = {kind: paper[kind] / paper_floor[kind] for kind in KINDS}
         ratios["paper_over_plain"] = {kind: paper[kind] / plain[kind] for kind in KINDS}
     split = {
         "guide_forward": guide["median"],
