@@ -188,8 +188,18 @@ def _belongs(row: str, run: Record) -> bool:
 def push_runs(report: Report, places: list[Path], token: str | None, revision: str | None = None) -> None:
     """Push each run in one commit: the model, if it waits to be pushed, with its card and figures. Print the addresses.
 
-    A failed push is logged with a command to repeat it; nothing is lost.
+    A failed push is logged with a command to repeat it, and the others go on; nothing is lost.
+
+    Args:
+        report: the comparison, with the cards of its runs.
+        places: folder of each run.
+        token: token of the Hub; None for the one of the login.
+        revision: branch to push to.
+
+    Raises:
+        ConnectionError: If a push failed, after all others.
     """
+    failed = []
     cards = {f"seed-{run['seed']}/{run['run']}": run.get("card", {}) for run in report["runs"]}
     for place in places:
         repository = cards[f"{place.parent.name}/{place.name}"].get("repository")
@@ -206,6 +216,9 @@ def push_runs(report: Report, places: list[Path], token: str | None, revision: s
         except Exception as error:
             command = later(str(repository), staged, revision)
             logger.error("%s was not pushed (%s). To push it: %s", repository, error, command)
+            failed.append(str(repository))
+    if failed:
+        raise ConnectionError(f"{', '.join(failed)}: not pushed. The commands to push later are in the errors above.")
 
 
 if __name__ == "__main__":

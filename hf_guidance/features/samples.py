@@ -102,7 +102,7 @@ class Samples:
             if mask is None:
                 exact = flat(features)
                 features = sketch(exact)
-                parts = 1 if features is exact else 2
+                parts = 1 if features is exact else self.sketch.parts
         if self.ranks:
             features = self.ranks.gather(features, counts, length)
             mask = mask if mask is None else self.ranks.gather(mask, counts, length)

@@ -23,7 +23,7 @@ from hf_guidance.features.rows import Batch, content_of, mix
 logger = logging.getLogger(__name__)
 
 META, ROWS, SCALES, LOCK = "cache.json", "rows.bin", "scales.npz", "create.lock"
-FORMAT = 2
+FORMAT, WITHOUT_HALVES = 3, 2  # of the files; of earlier versions, whose sketches are of one part
 MAX_HASHED = 64  # evenly spaced values of each input that enter a sample's checksum
 MIN_SPREAD = 2**-10  # spread of the first rows, relative to their size, below which they are too alike to set a scale
 MAX_ROUNDING = 0.25  # relative distance from stored features above which they are another guide's
@@ -66,7 +66,8 @@ class GuideCache:
     ) -> None:
         self.folder, self.rows = Path(folder), rows
         self.widths = {name: x.shape[1] for name, x in first.items()}
-        self.identity = {**identity, "layers": list(self.widths.items()), "rows": rows, "format": FORMAT}
+        of_data = {"layers": list(self.widths.items()), "rows": rows, "format": format_of(self.folder)}
+        self.identity = {**identity, **of_data}
         self.kind = np.dtype([("features", "<f2", (sum(self.widths.values()),)), ("input", "<i8"), ("check", "<u4")])
         try:
             if create and not (self.folder / META).is_file():
@@ -213,6 +214,15 @@ class GuideCache:
                 "if the first rows are unlike the others, or train without cache_guide."
             )
         return rounded
+
+
+def format_of(folder: str | os.PathLike[str]) -> int:
+    """Return the format of a cache that may be read: that of an earlier version, or else the present one."""
+    try:
+        found = json.loads((Path(folder) / META).read_text(encoding="utf-8")).get("format")
+    except (OSError, json.JSONDecodeError, AttributeError):
+        found = None
+    return WITHOUT_HALVES if found == WITHOUT_HALVES else FORMAT
 
 
 def _scale(first: Tensor) -> Tensor:

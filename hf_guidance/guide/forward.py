@@ -15,7 +15,7 @@ from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.reader import AllRead, LayerReader, Reduce
 from hf_guidance.features.rows import Batch
 from hf_guidance.features.samples import Samples
-from hf_guidance.guide.cache import GuideCache
+from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
 from hf_guidance.guide.inputs import (
     accepted_columns,
     check_vocabularies,
@@ -112,7 +112,8 @@ class GuideRunning:
             raise ValueError("cache_guide is set: call open_cache once before the first step, as GuidanceTrainer does.")
         ids, seen = self._ids(batch), seen_by(self.guide, inputs)
         features = self.cache.features(ids, seen, lambda rows: self.read(take_rows(inputs, rows), self._sketched))
-        parts = {name: 2 if name in self._sketched_layers else 1 for name in features}
+        assert self.sketch is not None
+        parts = {name: self.sketch.parts if name in self._sketched_layers else 1 for name in features}
         wanted = [name for name in features if self.reader.keep is None or name in self.reader.keep]
         return samples, {name: samples.layer(name, features[name], parts[name]) for name in wanted}
 
@@ -156,6 +157,13 @@ class GuideRunning:
         assert self.config.cache_guide is not None
         assert self.sketch is not None
         inputs, ids = guide_batch(batch, self.target), self._ids(batch)
+        if format_of(self.config.cache_guide) == WITHOUT_HALVES:
+            logger.warning(
+                "%s was made by an earlier version of hf_guidance, whose sketches make the norms of Gram matrices too "
+                "large: similarities are too low. Remove it to have it made anew.",
+                self.config.cache_guide,
+            )
+            self.sketch = Sketch(self.sketch.size, "guide", parts=1)
         if Samples(inputs).masks:
             raise ValueError(
                 "cache_guide stores equally many numbers for every sample, but these rows have an attention_mask or "

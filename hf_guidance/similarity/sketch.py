@@ -34,14 +34,16 @@ class Sketch:
     Args:
         size: dimensions to project each sample to, at least 2.
         role: `target` or `guide`.
+        parts: 2; or 1 for the sketch of earlier versions, whose features a cache may hold: one part, its signs shared
+            by both networks.
 
     Source: Charikar, Chen, Farach-Colton 2002 (count sketch); the variance is Weinberger et al. 2009, lemma 2.
     """
 
-    def __init__(self, size: int, role: str = "target") -> None:
-        self.size, self.role = size // 2 * 2, role
+    def __init__(self, size: int, role: str = "target", parts: int = 2) -> None:
+        self.size, self.role, self.parts = size // parts * parts, role, parts
         self.widest = 0  # width of the widest layer seen so far
-        self._tables: dict[tuple[str, int, torch.device], tuple[_Table, _Table]] = {}
+        self._tables: dict[tuple[str, int, torch.device], list[_Table]] = {}
 
     def sketches(self, width: int) -> bool:
         """Tell whether layers of this width are sketched."""
@@ -65,11 +67,11 @@ class Sketch:
         if key not in self._tables:
             if len(self._tables) >= TABLES:
                 del self._tables[next(iter(self._tables))]
-            a, b = (_draw(f"{self.role} {name} {half}", width, self.size // 2, x.device) for half in (0, 1))
-            self._tables[key] = a, b
+            seeds = [f"{self.role} {name} {half}" for half in range(self.parts)] if self.parts > 1 else [name]
+            self._tables[key] = [_draw(seed, width, self.size // self.parts, x.device) for seed in seeds]
         x = x if x.dtype == torch.float64 else x.float()
-        halves = [_CountSketch.apply(x, self.size // 2, table) for table in self._tables[key]]
-        return torch.cat(halves, 1) * 0.5**0.5
+        sketched = [_CountSketch.apply(x, self.size // self.parts, table) for table in self._tables[key]]
+        return sketched[0] if self.parts == 1 else torch.cat(sketched, 1) * 0.5**0.5
 
 
 def _draw(name: str, width: int, size: int, device: torch.device) -> _Table:

@@ -59,9 +59,8 @@ class FiniteSteps(TrainerCallback):
         """
         if values and self.active:
             device = self.accelerator.device
-            found = [
-                gathered(value) if isinstance(value, DTensor) else value for value in values.values()
-            ]  # FSDP2's norm
+            # FSDP2's norm is sharded
+            found = [gathered(value) if isinstance(value, DTensor) else value for value in values.values()]
             scalars = [torch.as_tensor(value, device=device).float() for value in found]
             self._seen.append((where, list(values), torch.stack(scalars)))
 

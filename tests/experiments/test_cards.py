@@ -169,7 +169,8 @@ def test_a_card_is_pushed_to_the_branch_of_its_run_and_if_not_it_is_said_how(tmp
         for name in ("README.md", "settings.json", "model.safetensors"):
             (place / name).write_text(name)
         (place / "curves.png").symlink_to(tmp_path / "outside")
-    push_runs({"runs": runs}, places, "hf_x", "trial")
+    with pytest.raises(ConnectionError, match="me/two: not pushed"):
+        push_runs({"runs": runs}, places, "hf_x", "trial")
     assert [(call["repo_id"], call["files"], call["revision"]) for call in asked] == [
         ("me/one", ["README.md"], "trial"),
         ("me/two", ["README.md"], "trial"),
@@ -189,7 +190,8 @@ def test_a_model_that_waits_for_its_push_goes_with_its_card_in_one_commit(tmp_pa
     report = {"runs": [{"seed": 0, "run": "one", "card": {"repository": "me/one"}}]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HfApi, "upload_folder", lambda self, **_: [].pop())
-        push_runs(report, [place], None)
+        with pytest.raises(ConnectionError, match="me/one: not pushed"):
+            push_runs(report, [place], None)
     assert f"To push it: hf upload me/one {place}/_push ." in caplog.text
     push_runs(report, [place], None)
     push_runs(report, [place], None)
