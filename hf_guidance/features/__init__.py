@@ -1,19 +1,17 @@
 """Features of a network: the outputs of its layers on a batch, and the samples they belong to.
 
-`reader` hooks hidden states and named modules. `layer_drop` tracks which layers ran. `samples` defines one sample and
-leaves padding out. `distributed` joins the batches of all processes.
+`reader` hooks hidden states and the modules that `modules` finds. `layer_drop` tracks which layers ran. `samples`
+defines one sample and leaves padding out. `distributed` joins the batches of all processes.
 """
 
 from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.modules import base_model_of, describe_modules, find_modules
 from hf_guidance.features.reader import (
     HIDDEN,
     STARTS_WITH_A_LAYER,
     AllRead,
     LayerReader,
     Reduce,
-    base_model_of,
-    describe_modules,
-    find_modules,
     first_tensor,
     not_recomputed,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hf_guidance.features.layer_drop import LayerDrop
+from hf_guidance.features.modules import base_model_of, describe_modules, find_modules
 
 # the first hidden state of these networks is a layer's output; that of others is the embeddings
 STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
@@ -238,61 +238,3 @@ def _states(output: Any, kind: str) -> Sequence[Any] | None:
     kinds = ("hidden_states", "decoder_hidden_states") if kind == "hidden_states" else (kind,)
     found = (output.get(k) if isinstance(output, dict) else getattr(output, k, None) for k in kinds)
     return next((states for states in found if states is not None), None)
-
-
-def base_model_of(model: nn.Module) -> nn.Module:
-    """Return the network inside a PEFT model; any other network itself."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
-
-
-# ------------------------------------------------------------------------------------------------- finding modules
-
-
-def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[str, nn.Module]:
-    """Find modules by exact name, else by glob, else by type or base type, in the order of registration.
-
-    Args:
-        model: network to search.
-        pattern: name, glob or name of a type.
-        role: `target` or `guide`, for the message.
-
-    Returns:
-        Name → module.
-
-    Raises:
-        ValueError: none matches. The message lists the modules of the network.
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    if pattern in modules:
-        return {pattern: modules[pattern]}
-    expression = re.compile(_glob_to_regex(pattern))
-    if found := {name: module for name, module in modules.items() if expression.fullmatch(name)}:
-        return found
-    if found := {n: m for n, m in modules.items() if pattern in (c.__name__ for c in type(m).__mro__)}:
-        return found
-    close = difflib.get_close_matches(pattern, [*modules, *{type(m).__name__ for m in modules.values()}], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{role} layer {pattern!r} not found; the {role} has {describe_modules(model)}.{hint}")
-
-
-def _glob_to_regex(pattern: str) -> str:
-    tokens = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    return "".join(tokens.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", pattern))
-
-
-def describe_modules(model: nn.Module, most: int = 8) -> str:
-    """Describe the shallowest modules, with numbered siblings joined: `wte (Embedding), 12 GPT2Block (h.0 … h.11)`.
-
-    Args:
-        model: network to describe.
-        most: largest number of kinds to name.
-    """
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, module in model.named_modules():
-        if name and not isinstance(module, nn.ModuleList):
-            groups.setdefault((re.sub(r"\d+", "#", name), type(module).__name__), []).append(name)
-    shallow = sorted(groups.items(), key=lambda group: group[0][0].count("."))[:most]
-    words = [f"{n[0]} ({kind})" if len(n) == 1 else f"{len(n)} {kind} ({n[0]} … {n[-1]})" for (_, kind), n in shallow]
-    more = f" and {len(groups) - most} more kinds" if len(groups) > most else ""
-    return (", ".join(words) or "no modules") + more

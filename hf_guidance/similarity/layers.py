@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from hf_guidance.similarity import half_precision
-from hf_guidance.similarity.matrices import center_in_place, centred_product, exact_float32, for_numpy, inner, outer
+from hf_guidance.similarity.forms import Made, dual, from_product, halves_of, masked, primal
+from hf_guidance.similarity.matrices import center_in_place, exact_float32, inner, outer
 
 PRIMAL_BELOW = 0.4  # largest d / n at which the 7 n d² operations of a pair are fewer than 3 n² d
-SUM_ROUNDING = 2**-18  # relative rounding of a sum of products in float32; measurements stay below a fourth of it
 Form: TypeAlias = Literal["primal", "dual"]
 
 
@@ -68,20 +68,6 @@ class Layer:
     def constant(self, like: Tensor) -> Layer:
         """Return the layer without its graph, on the device and in the dtype of another's values."""
         return replace(self, values=self.values.detach().to(like))
-
-
-class Made(NamedTuple):
-    """Values of a layer, and what its backward needs.
-
-    Args:
-        values: see `Layer`.
-        factor: by which the squared features were multiplied; 0 for a dead layer.
-        mean: mean of the features if a dual backward must subtract it.
-    """
-
-    values: Tensor
-    factor: Tensor | float
-    mean: Tensor | None = None
 
 
 def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -142,7 +128,7 @@ def layer_of(
         x = flat(features)
     else:
         with exact_float32(features.device):
-            x, parts, noise = _masked(_float(features), mask.bool(), precision, sketch)
+            x, parts, noise = masked(_float(features), mask.bool(), precision, sketch)
     form: Form = "primal" if x.shape[1] <= primal_below * len(x) else "dual"
     with_cores = form == "dual" and mask is None and x.is_cuda and half_precision.for_tensor_cores(x, in_region)
     if not with_cores:
@@ -152,11 +138,11 @@ def layer_of(
     wanted = x.requires_grad and torch.is_grad_enabled()
     with torch.no_grad():
         if form == "primal":
-            made = _primal(x.detach(), precision, noise)
+            made = primal(x.detach(), precision, noise)
         elif with_cores:
-            made = _from_product(half_precision.outer(_halves(x.detach(), parts)), precision)
+            made = from_product(half_precision.outer(halves_of(x.detach(), parts)), precision)
         else:
-            made = _dual(x.detach(), parts, precision, noise, wanted)
+            made = dual(x.detach(), parts, precision, noise, wanted)
     if wanted:
         made = made._replace(values=_Values.apply(x, made, form, parts, copy and x.data_ptr() == features.data_ptr()))
     return Layer(made.values, form, x.shape[1], parts)
@@ -171,108 +157,6 @@ def flat(x: Tensor) -> Tensor:
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.flatten(1)
-
-
-def _halves(x: Tensor, parts: int) -> Tensor:
-    """Split features `(n, d)` into `(parts, n, d / parts)`; as they are if there is one part."""
-    return x if parts == 1 else x.unflatten(1, (parts, -1)).transpose(0, 1)
-
-
-# --------------------------------------------------------------------------------------------------------- the forms
-
-
-def _primal(x: Tensor, precision: torch.dtype, noise: Tensor | None) -> Made:
-    mean = x.mean(0)
-    centred = x - mean
-    centred -= centred.mean(0)  # removes the rounding of the mean
-    factor = _factor(centred.square().mean(0), mean, precision, noise)
-    return Made(centred.mul_(factor.sqrt()), factor)
-
-
-def _dual(x: Tensor, parts: int, precision: torch.dtype, noise: Tensor | None, with_gradient: bool) -> Made:
-    plain = x.dtype == torch.float32 and parts == 1 and noise is None and for_numpy(x)
-    if plain and (found := centred_product(x, with_gradient)):
-        kernel, energy, mean = found
-        if mean is None or not _may_be_dead(energy, mean, precision):
-            return Made(kernel.mul_(1 / energy), 1 / energy, mean)
-    mean = x.mean(0)
-    centred = x - mean
-    factor = _factor(centred.square().mean(0), mean, precision, noise)
-    with exact_float32(x.device):
-        kernel = center_in_place(outer(_halves(centred, parts)))  # again, to remove the rounding of the mean
-    return Made(kernel.mul_(parts * factor), factor, mean)
-
-
-def _from_product(kernel: Tensor, precision: torch.dtype) -> Made:
-    """Centre and scale the products `x xᵀ` of features that still have their mean, `(n, n)` or `(2, n, n)`.
-
-    They are zero where the spread is within the rounding of the mean or of the sum of products.
-    """
-    parts = 1 if kernel.ndim == 2 else len(kernel)
-    offset = kernel.mean() * parts  # constant features included, so that more layers count as dead than in `_factor`
-    energy = center_in_place(kernel).diagonal(dim1=-2, dim2=-1).mean() * parts
-    factor = _inverse(energy, max(_rounding(precision), SUM_ROUNDING) * offset)
-    return Made(kernel.mul_(parts * factor), factor)
-
-
-def _factor(spread: Tensor, mean: Tensor, precision: torch.dtype, noise: Tensor | None) -> Tensor:
-    """Compute one over the energy of a layer, 0 if it is dead: if half of its energy or more is rounding.
-
-    Args:
-        spread: variance of each feature.
-        mean: mean of each feature, whose rounding is judged feature by feature.
-        precision: dtype in which the features were computed.
-        noise: energy of the rounding, if a mean was subtracted before.
-    """
-    if noise is None:
-        noise = torch.minimum(spread, _rounding(precision) * mean.square()).sum()
-    return _inverse(spread.sum(), 2 * noise)
-
-
-def _inverse(energy: Tensor, least: Tensor) -> Tensor:
-    """Compute one over the energy; 0 up to the given least, NaN for infinity, so that it is noticed.
-
-    A layer is dead as well if its energy is too small to be squared (activations below about 1e-20 in float32).
-    """
-    energy = energy.masked_fill(energy == torch.inf, torch.nan)
-    return energy.reciprocal().masked_fill(energy <= least.clamp(min=torch.finfo(energy.dtype).tiny), 0)
-
-
-def _rounding(precision: torch.dtype) -> float:
-    """Return the most that rounding can make of the variance of a feature, relative to its squared mean.
-
-    A network in float32 adds up several roundings. One in 16 bits computes in float32 and rounds the result once.
-    """
-    epsilon = torch.finfo(precision).eps
-    return epsilon**2 / 2 if torch.finfo(precision).bits < 32 else 4 * epsilon**2
-
-
-def _may_be_dead(energy: float, mean: Tensor, precision: torch.dtype) -> bool:
-    return 2 * _rounding(precision) * float(mean.square().sum()) >= energy
-
-
-def _masked(
-    x: Tensor, valid: Tensor, precision: torch.dtype, sketch: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, int, Tensor]:
-    """Compute features whose products are those of the valid entries, their parts, and the energy of their rounding.
-
-    Independent samples have products below 0 on average at each position, because they share their mean. One more
-    feature for each position makes up for that.
-    """
-    x = x.reshape(*valid.shape, -1)
-    m = valid.sum(0).to(x)  # (length,)
-    mean = torch.where(valid[..., None], x, 0).sum(0) / m.clamp(min=1)[:, None]
-    centred = torch.where(valid[..., None], x - mean, 0)
-    spread = centred.square().sum(0)  # (length, d), times m
-    with torch.no_grad():
-        noise = torch.minimum(spread, _rounding(precision) * mean.square() * m[:, None]).sum() / len(x)
-    lost = spread.sum(1) / (m * (m - 1)).clamp(min=1)
-    root = torch.where(lost > 0, lost, 1).sqrt() * (lost > 0)  # the slope of a root at 0 is infinite
-    features = centred.flatten(1)
-    sketched = features if sketch is None else sketch(features)
-    parts = 1 if sketched is features else 2
-    given_back = ((valid.to(x) - m / len(x)) * root / parts**0.5)[:, None].expand(-1, parts, -1)
-    return torch.cat([sketched.unflatten(1, (parts, -1)), given_back], 2).flatten(1), parts, noise
 
 
 # ------------------------------------------------------------------------------------------------------ the gradient
@@ -328,6 +212,6 @@ class _Values(torch.autograd.Function):
         x, *mean = ctx.saved_tensors
         gradient = center_in_place(gradient * (2 * ctx.parts * ctx.factor))  # its rounding, which the mean amplifies
         with exact_float32(x.device):
-            halves = _halves(x - mean[0] if mean else x, ctx.parts)
+            halves = halves_of(x - mean[0] if mean else x, ctx.parts)
             product = half_precision.times(gradient, halves) if x.dtype in half_precision.HALF else gradient @ halves
         return (product if ctx.parts == 1 else product.transpose(0, 1).flatten(1)), None, None, None, None

@@ -30,7 +30,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_guidance.features.reader import LayerReader, describe_modules, find_modules, first_tensor
+from hf_guidance.features.modules import find_modules
+from hf_guidance.features.reader import LayerReader, first_tensor
 from hf_guidance.targets import RNNConfig
 
 Batch = dict[str, Tensor]
@@ -229,34 +230,6 @@ def test_a_module_that_takes_no_output_hidden_states_must_name_its_layers(model:
 # ---------------------------------------------------------------------------------------------------- named modules
 
 
-@pytest.mark.parametrize(
-    ("pattern", "found"),
-    [
-        ("transformer.h.1", ["transformer.h.1"]),
-        ("transformer.h.*", ["transformer.h.0", "transformer.h.1"]),
-        ("transformer.h.?.mlp", ["transformer.h.0.mlp", "transformer.h.1.mlp"]),
-        ("**.mlp", ["transformer.h.0.mlp", "transformer.h.1.mlp"]),
-        ("**mlp.c_fc", ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]),
-        ("GPT2Block", ["transformer.h.0", "transformer.h.1"]),
-        ("Embedding", ["transformer.wte", "transformer.wpe"]),
-        ("GradientCheckpointingLayer", ["transformer.h.0", "transformer.h.1"]),  # a base of GPT2Block
-        ("*", ["transformer", "lm_head"]),
-    ],
-)
-def test_modules_are_found_by_name_glob_and_type_in_order(pattern: str, found: list[str]) -> None:
-    model = gpt2()
-    modules = find_modules(model, pattern)
-    assert list(modules) == found
-    assert all(module is model.get_submodule(name) for name, module in modules.items())
-
-
-def test_a_dot_and_a_bracket_in_a_pattern_are_themselves() -> None:
-    model = nn.ModuleDict({"a1": nn.Linear(1, 1), "a": nn.ModuleDict({"1": nn.Linear(1, 1)})})
-    assert list(find_modules(model, "a.*")) == ["a.1"]
-    with pytest.raises(ValueError, match="not found"):
-        find_modules(model, "a[1]*")
-
-
 def test_modules_show_what_they_return() -> None:
     names = ["transformer.h.0.mlp", "transformer.h.0.attn", "transformer.h.1"]
     model = gpt2().eval()
@@ -325,14 +298,6 @@ def test_a_layer_that_is_not_there_is_an_error_that_lists_those_that_are(layer: 
 def test_a_guide_without_layers_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"guide layer 'Linear' not found; the guide has no modules\.$"):
         LayerReader(nn.Linear(2, 2), ["Linear"], "guide")
-
-
-def test_modules_are_described_from_the_outside_in_and_cut_short() -> None:
-    words = describe_modules(gpt2())
-    assert words.startswith("transformer (GPT2Model), lm_head (Linear), transformer.wte (Embedding), ")
-    assert words.count("(") == 8
-    assert "2 GPT2Block (transformer.h.0 … transformer.h.1)" in words
-    assert words.endswith("more kinds")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""Modules of a network are found by name, glob and type, and described from the outside in."""
+
+from __future__ import annotations
+
+import pytest
+from builders import gpt2
+from torch import nn
+
+from hf_guidance.features.modules import base_model_of, describe_modules, find_modules
+
+
+def test_the_base_model_of_a_network_without_adapters_is_the_network() -> None:
+    model = gpt2()
+    assert base_model_of(model) is model
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("transformer.h.1", ["transformer.h.1"]),
+        ("transformer.h.*", ["transformer.h.0", "transformer.h.1"]),
+        ("transformer.h.?.mlp", ["transformer.h.0.mlp", "transformer.h.1.mlp"]),
+        ("**.mlp", ["transformer.h.0.mlp", "transformer.h.1.mlp"]),
+        ("**mlp.c_fc", ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]),
+        ("GPT2Block", ["transformer.h.0", "transformer.h.1"]),
+        ("Embedding", ["transformer.wte", "transformer.wpe"]),
+        ("GradientCheckpointingLayer", ["transformer.h.0", "transformer.h.1"]),  # a base of GPT2Block
+        ("*", ["transformer", "lm_head"]),
+    ],
+)
+def test_modules_are_found_by_name_glob_and_type_in_order(pattern: str, found: list[str]) -> None:
+    model = gpt2()
+    modules = find_modules(model, pattern)
+    assert list(modules) == found
+    assert all(module is model.get_submodule(name) for name, module in modules.items())
+
+
+def test_a_dot_and_a_bracket_in_a_pattern_are_themselves() -> None:
+    model = nn.ModuleDict({"a1": nn.Linear(1, 1), "a": nn.ModuleDict({"1": nn.Linear(1, 1)})})
+    assert list(find_modules(model, "a.*")) == ["a.1"]
+    with pytest.raises(ValueError, match="not found"):
+        find_modules(model, "a[1]*")
+
+
+def test_modules_are_described_from_the_outside_in_and_cut_short() -> None:
+    words = describe_modules(gpt2())
+    assert words.startswith("transformer (GPT2Model), lm_head (Linear), transformer.wte (Embedding), ")
+    assert words.count("(") == 8
+    assert "2 GPT2Block (transformer.h.0 … transformer.h.1)" in words
+    assert words.endswith("more kinds")
