@@ -22,8 +22,8 @@ def config_of(source: str | PreTrainedConfig, **kwargs: Any) -> Any:
         **kwargs: arguments for `from_pretrained`.
 
     Raises:
-        OSError: the source has no config, or cannot be reached.
-        ValueError: the config would make libraries read pickles, or files from another repository.
+        OSError: a Hub id has no config, or cannot be reached.
+        ValueError: a folder has no config, or it would make libraries read pickles, or files from another repository.
     """
     from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 
