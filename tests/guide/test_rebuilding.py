@@ -1,6 +1,10 @@
 """The guide of a pushed target, rebuilt; configs that would fetch, run or fill a machine are refused before."""
 
+import contextlib
+import faulthandler
+import io
 import json
+import subprocess
 from types import SimpleNamespace
 
 import psutil
@@ -8,6 +12,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from hf_guidance import GuidanceConfig, load_guide_of
+from hf_guidance.guide import size
 from hf_guidance.guide.rebuilding import _check_numbers
 
 HOSTILE = [
@@ -78,7 +83,24 @@ HOSTILE = [
 ]
 
 
+@pytest.fixture
+def measured_here(monkeypatch):
+    """What a process of its own would measure, measured in this one: `test_size.py` starts such processes."""
+    monkeypatch.setattr(size, "_limit_memory", lambda more: None)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+
+    def run(command, input, **options):
+        printed = io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr("sys.stdin", io.StringIO(input))
+            size.main(size.SECONDS, psutil.virtual_memory().available)
+        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+    monkeypatch.setattr(size.subprocess, "run", run)
+
+
 @pytest.mark.parametrize(("change", "words"), HOSTILE)
+@pytest.mark.usefixtures("measured_here")
 def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch):
     guide = {"source": "gpt2", "untrained": True, "seed": 0, "revision": None, "fingerprint": "sha256:" + "0" * 64}
     config = {"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -91,6 +113,7 @@ def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch)
         load_guide_of(tmp_path)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no guidance_config\.json: it is not a target that"):
         load_guide_of(tmp_path)
