@@ -85,7 +85,7 @@ HOSTILE = [
 
 @pytest.fixture
 def measured_here(monkeypatch):
-    """What a process of its own would measure, measured in this one: `test_size.py` starts such processes."""
+    """Measure in this process what another would: `test_size.py` starts such processes."""
     monkeypatch.setattr(size, "_limit_memory", lambda more: None)
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
 

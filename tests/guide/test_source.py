@@ -1,4 +1,4 @@
-"""What a guide is read from: one place, JSON and safetensors; sources that ask for more are refused unread."""
+"""Sources of a guide: one place, JSON and safetensors; those that ask for more are refused unread."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ UNTRAINED = (timm_checkpoint, timm_from_elsewhere, backbone_from_elsewhere, kern
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `torch.load` is called with."""
+    """Record the arguments of `torch.load`."""
     calls: list[Any] = []
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (calls.append(args), load(*args, **kwargs))[1])

@@ -151,7 +151,7 @@ def bad_day(folder):
 
 
 def refusal(folder):
-    """What is said before training."""
+    """Return the error of a trainer before it trains."""
     try:
         trainer(folder)
     except Exception as error:

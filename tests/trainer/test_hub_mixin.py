@@ -135,7 +135,7 @@ def test_nothing_of_the_machine_or_the_token_is_pushed(pushed):
 
 @pytest.fixture(scope="module")
 def fetched(pushed):
-    """What another process makes of the repository: it loads it, resumes from it, and trains without a stop."""
+    """Let another process load the repository, resume from it, and train without a stop."""
     hub, _, folder = pushed
     return result(run(hub, folder / "elsewhere", "load+resume+unbroken", REPOSITORY, home=folder / "other"))
 

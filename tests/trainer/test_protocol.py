@@ -1,4 +1,4 @@
-"""What the functions of this room ask of a trainer is what every guided trainer has."""
+"""The protocol of a guided trainer: every one has what the functions of this room ask for."""
 
 from __future__ import annotations
 

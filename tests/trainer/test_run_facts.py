@@ -1,4 +1,4 @@
-"""What a card says of any run of a GuidanceTrainer, and what it leaves out."""
+"""Facts of a run on its card: what the card says of any GuidanceTrainer, and what it leaves out."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""What a push takes along of other Trainers and models, without a Hub."""
+"""Uploads of other Trainers and models, without a Hub: what a push takes along."""
 
 import json
 import shlex
