@@ -6,13 +6,15 @@ import re
 from functools import cache
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's products as in the processes that accelerate starts
+# as in the processes that accelerate starts; networks this small are slower on more, in the processes of tests too
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # networks this small are slower on more
+torch.set_num_threads(1)
 
 PROCESSES = re.compile(r"^(import subprocess|from launching import)", re.MULTILINE)
 

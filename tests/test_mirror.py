@@ -13,18 +13,16 @@ PACKAGE, TESTS = Path(hf_guidance.__file__).parent, Path(__file__).parent
 
 
 def public(path: Path) -> set[str]:
-    """Names of the functions and classes that a file defines for others."""
+    """Return the names of the functions and classes that a file defines for others."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
     return {name for name in names if not name.startswith("_")}
 
 
-def test_file(path: Path) -> Path:
-    """The test file that mirrors a module."""
+def mirror_of(path: Path) -> Path:
+    """Return the test file of a module."""
     return TESTS / path.relative_to(PACKAGE).parent / f"test_{path.name}"
 
-
-test_file.__test__ = False  # type: ignore[attr-defined]  # not a test itself
 
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if not path.name.startswith("__") and public(path)]
 
@@ -63,6 +61,6 @@ def test_an_empty_file_or_one_of_something_else_would_not_do() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_has_a_test_file_of_its_own_name(path: Path) -> None:
-    there = test_file(path)
+    there = mirror_of(path)
     assert there.is_file(), f"{there.relative_to(TESTS.parent)} is missing: it tests {', '.join(sorted(public(path)))}"
     assert mirrors(path, there.read_text()), f"{there.relative_to(TESTS.parent)} tests nothing of {path.stem}"

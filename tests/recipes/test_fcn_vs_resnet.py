@@ -16,7 +16,7 @@ import timm
 import torch
 from hub import Hub
 from images import imagenet_files, imagenet_rows, parquet, truncate, write
-from launching import CONFIGS, Recipe
+from launching import CONFIGS, Recipe, on_one_cpu
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -197,7 +197,8 @@ def test_layer_pairs_and_bare_flags(imagenet, tmp_path, monkeypatch):
     pair = "hidden_states.2~timm_model.conv1.0"
     words = [*RECIPE.flags(tmp_path / "out", **options, layer_pairs=[pair]), "--streaming"]
     monkeypatch.setattr(sys, "argv", [str(RECIPE.path), *words])
-    runpy.run_path(str(RECIPE.path), run_name="__main__")
+    with on_one_cpu():
+        runpy.run_path(str(RECIPE.path), run_name="__main__")
     run = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
     assert run["settings"]["data"]["streaming"] is True
     assert set(run["similarity"][0]) == {"step", pair}
@@ -368,7 +369,8 @@ def test_a_dead_connection_is_an_error_that_says_how_to_go_on_and_leaves_the_che
         hub.store.add("dataset/org/pictures", imagenet_files(train=96, shards=24))
         command = [sys.executable, "-c", IMPATIENT, str(RECIPE.path), *RECIPE.flags(tmp_path / "out", **options)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, env={**os.environ, **hub.environment(tmp_path / "home")}, **pipes)
+        with on_one_cpu():
+            process = subprocess.Popen(command, env={**os.environ, **hub.environment(tmp_path / "home")}, **pipes)
         place = tmp_path / "out" / "seed-0" / "alone"
         deadline = time.monotonic() + 120
         while not list(place.glob("checkpoint-*/trainer_state.json")):

@@ -13,7 +13,7 @@ import time
 import pytest
 from cards import check_card
 from hub import Hub
-from launching import CONFIGS, Recipe
+from launching import CONFIGS, Recipe, on_one_cpu
 
 TINY = {
     "max_steps": 4,
@@ -99,7 +99,8 @@ def test_a_hub_that_takes_no_push_is_found_before_the_first_run(wrong, words, tm
         environment = os.environ | hub.environment(tmp_path / "home") | wrong
         flags = RECIPE.flags(tmp_path / "out", push_to_hub=True, hub_model_id="tester/copy")
         command = [sys.executable, str(RECIPE.path), *flags]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        with on_one_cpu():
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         printed = done.stdout + done.stderr
     assert done.returncode != 0
     assert re.search(words, printed, re.MULTILINE), printed[-3000:]
