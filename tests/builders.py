@@ -22,7 +22,7 @@ VOCABULARY, LENGTH = 17, 6
 
 
 def seeded(make: Any, seed: int) -> Any:
-    """What `make` returns under a seed, the caller's random state left alone."""
+    """Call `make` under a seed, and leave the caller's random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -140,7 +140,7 @@ def hidden_states(network: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def module_outputs(network: nn.Module, names: list[str], *args: Any, **kwargs: Any) -> list[Tensor]:
-    """What the named modules return in a forward of its own."""
+    """Return the outputs of the named modules in a forward of its own."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -162,7 +162,7 @@ def guidance_by_hand(target: nn.Module, guide: nn.Module, batch: dict[str, Tenso
 
 
 def cka(target: Tensor, guide: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``⟨K, L⟩ / (‖K‖ ‖L‖)`` in float64; ``mask`` ``(rows, length)`` is for right-padded rows of both."""
+    """Compute `⟨K, L⟩ / (‖K‖ ‖L‖)` in float64; `mask`, `(rows, length)`, is for right-padded rows of both."""
     k, l = _kernel(target, mask), _kernel(guide, mask)  # noqa: E741
     return (k * l).sum() / (k.norm() * l.norm())
 

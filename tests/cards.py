@@ -1,4 +1,4 @@
-"""What holds of every model card."""
+"""Checks of any model card."""
 
 import getpass
 import math
@@ -21,7 +21,7 @@ def machine():
 
 
 def gaps_of(value):
-    """What stands for nothing in metadata: nulls, empty ones, and numbers that are none."""
+    """Yield the values that stand for nothing in metadata: nulls, empty ones, and numbers that are none."""
     if value is None or value in ("", [], {}, "None", "nan") or (isinstance(value, float) and not math.isfinite(value)):
         yield value
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -29,7 +29,7 @@ def gaps_of(value):
 
 
 def check_card(text):
-    """Assert that a card has no gap and nothing of this machine; its metadata and its body."""
+    """Assert that a card has no gap and nothing of this machine, and return its metadata and its body."""
     front, body = FRONT.fullmatch(text).groups()
     prose = re.sub(r"^(```+).*?^\1$|`[^`\n]+`", "", body, flags=re.MULTILINE | re.DOTALL)
     assert not EMPTY_HEADING.search(body.replace("```", "")), text

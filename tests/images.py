@@ -9,7 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image
 
+from hf_guidance.tasks import image_classification
+from hf_guidance.tasks.image_decoding import PixelFormat
+
 CLASSES = 1000
+SMALL = PixelFormat(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 
 
 def pixels(number, size=(40, 30), channels=3):
@@ -71,3 +75,8 @@ def write(folder, files):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     return str(folder)
+
+
+def load(folder, **options):
+    """The task of a folder's images in a small size."""
+    return image_classification(folder, **{"target": SMALL, **options})

@@ -1,14 +1,35 @@
 """Running a recipe as a user does, here or in processes of its own."""
 
 import json
+import os
 import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "recipes" / "accelerate"
+
+
+@contextmanager
+def on_one_cpu() -> Iterator[None]:
+    """Leave what runs or starts in this context one CPU, another one in each worker of pytest-xdist.
+
+    A recipe takes a thread for every CPU that it may use. Several workers would then have more threads than there are
+    CPUs, which wait for each other most of the time.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    worker, before = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[worker % len(before)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class Recipe:
@@ -30,26 +51,28 @@ class Recipe:
         return words
 
     def run_here(self, monkeypatch, folder, **options):
-        """Run in this process; what stands in results.json."""
+        """Run in this process, and return the content of results.json."""
         monkeypatch.setattr(sys, "argv", [str(self.path), *self.flags(folder, **options)])
-        runpy.run_path(str(self.path), run_name="__main__")
+        with on_one_cpu():
+            runpy.run_path(str(self.path), run_name="__main__")
         return json.loads((folder / "results.json").read_text())
 
     def launch(self, folder, *launcher, env=None, **options):
-        """Start by accelerate, as a process group of its own."""
+        """Start by accelerate, as a process group of its own; on one CPU if it is to be one process."""
         # a shell that runs the tests in the background has them ignore Ctrl-C, and what they start after them
         interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
         port = ["--main_process_port", "0"] if "--multi_gpu" in launcher else []  # any free one
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *port, str(self.path)]
         try:
-            return subprocess.Popen(
-                [*command, *self.flags(folder, **options)],
-                cwd=folder.parent,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+            with nullcontext() if launcher else on_one_cpu():
+                return subprocess.Popen(
+                    [*command, *self.flags(folder, **options)],
+                    cwd=folder.parent,
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
         finally:
             signal.signal(signal.SIGINT, interrupts)

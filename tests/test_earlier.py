@@ -1,4 +1,4 @@
-"""What earlier versions wrote still loads: a checkpoint, a pushed target, a guide's cache, a recipe's results."""
+"""Files of earlier versions still load: a checkpoint, a pushed target, a guide's cache, a recipe's results."""
 
 from __future__ import annotations
 

@@ -107,6 +107,7 @@ import json, sys
 for name in {OPTIONAL!r}:
     sys.modules[name] = None  # as if it were not installed
 import torch
+import hf_guidance.tasks
 from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 folder = sys.argv[1]

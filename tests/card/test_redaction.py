@@ -1,4 +1,4 @@
-"""What is cut out of cards and arguments before they leave the machine, and what is not."""
+"""Redaction of cards and arguments before they leave the machine: what goes, and what stays."""
 
 import dataclasses
 from pathlib import Path

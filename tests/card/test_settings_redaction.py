@@ -1,4 +1,4 @@
-"""What is cut out of the settings that are pushed with a model, and what is not."""
+"""Redaction of the settings that are pushed with a model: what goes, and what stays."""
 
 import json
 import os

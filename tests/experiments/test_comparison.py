@@ -11,7 +11,7 @@ RUNS = [Run("alone", seed, model=lambda: None) for seed in (0, 1)]
 
 
 def carry(values):
-    """What training would give, by learning rate and seed; None: the loss does not stay finite."""
+    """Stand in for training by its results for each learning rate and seed; None: the loss does not stay finite."""
 
     def train(run):
         rate = run.training["learning_rate"]

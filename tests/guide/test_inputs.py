@@ -1,4 +1,4 @@
-"""What the guide is shown: columns, noise, shuffled rows, and the check of the vocabularies."""
+"""Inputs of the guide: its columns, noise, shuffled rows, and the check of the vocabularies."""
 
 from __future__ import annotations
 

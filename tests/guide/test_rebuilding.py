@@ -1,10 +1,10 @@
 """The guide of a pushed target, rebuilt; configs that would fetch, run or fill a machine are refused before."""
 
+import contextlib
 import faulthandler
 import io
 import json
-import sys
-import time
+import subprocess
 from types import SimpleNamespace
 
 import psutil
@@ -14,7 +14,6 @@ from transformers import CONFIG_MAPPING
 from hf_guidance import GuidanceConfig, load_guide_of
 from hf_guidance.guide import size
 from hf_guidance.guide.rebuilding import _check_numbers
-from hf_guidance.guide.size import size_of
 
 HOSTILE = [
     ({"guidance": {"measure": "/etc/passwd"}}, "Unknown measure '/etc/passwd'"),
@@ -84,7 +83,24 @@ HOSTILE = [
 ]
 
 
+@pytest.fixture
+def measured_here(monkeypatch):
+    """Measure in this process what another would: `test_size.py` starts such processes."""
+    monkeypatch.setattr(size, "_limit_memory", lambda more: None)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+
+    def run(command, input, **options):
+        printed = io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr("sys.stdin", io.StringIO(input))
+            size.main(size.SECONDS, psutil.virtual_memory().available)
+        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+    monkeypatch.setattr(size.subprocess, "run", run)
+
+
 @pytest.mark.parametrize(("change", "words"), HOSTILE)
+@pytest.mark.usefixtures("measured_here")
 def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch):
     guide = {"source": "gpt2", "untrained": True, "seed": 0, "revision": None, "fingerprint": "sha256:" + "0" * 64}
     config = {"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -97,6 +113,7 @@ def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch)
         load_guide_of(tmp_path)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no guidance_config\.json: it is not a target that"):
         load_guide_of(tmp_path)
@@ -105,47 +122,6 @@ def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named
     GuidanceConfig().save(tmp_path, guide | {"config": test_config, "versions": {"torch": "1.0"}})
     with pytest.raises(ValueError, match=r"is sha256:0000.* rebuilt one is sha256:.*made with \{'torch': '1\.0'\}"):
         load_guide_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "evil"},
-        {"model_type": "gpt2", "n_embd": -8, "n_head": 2},
-        {"model_type": "gpt2", "n_embd": 8.5, "n_head": 2},
-        {"model_type": "gpt2", "n_embd": [[1, 2]]},
-    ],
-)
-def test_a_config_of_no_network_is_an_error_and_not_the_end_of_the_process(config, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(size, "_limit_memory", lambda more: None)  # of this process
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(config)))
-    size.main(60, 2**30)
-    assert list(json.loads(capsys.readouterr().out)) == ["error"]
-
-
-def test_what_takes_too_long_to_lay_out_is_ended() -> None:
-    start = time.monotonic()
-    with pytest.raises(ValueError, match="laying it out and building it takes too long"):
-        size_of({"model_type": "gpt2"}, seconds=0.01)
-    assert time.monotonic() - start < 30
-
-
-def test_what_takes_more_than_its_weights_say_is_ended() -> None:
-    """A Fourier transform as a matrix of complex numbers, by scipy: 16 · 14000² bytes."""
-    sizes = {"hidden_size": 14000, "num_hidden_layers": 1, "intermediate_size": 1, "vocab_size": 8}
-    sizes |= {"max_position_embeddings": 8, "tpu_short_seq_length": 8, "use_tpu_fourier_optimizations": True}
-    with pytest.raises(ValueError, match=r"allocate|memory"):
-        size_of({"model_type": "fnet", **sizes})
-
-
-def test_modules_in_the_present_folder_are_not_run(tmp_path, monkeypatch) -> None:
-    for name in ("psutil.py", "json.py", "torch.py"):
-        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [place for place in sys.path if place])
-    assert size_of({"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}).parameters == 9216
-    assert not (tmp_path / "ran").exists()
 
 
 def test_the_defaults_of_all_architectures_pass_the_check_of_numbers() -> None:
@@ -160,12 +136,3 @@ def test_the_defaults_of_all_architectures_pass_the_check_of_numbers() -> None:
         except ValueError as error:
             found[kind] = str(error)
     assert found == {}
-
-
-def test_the_size_of_a_network_is_that_of_its_parameters_and_buffers() -> None:
-    sizes = {"vocab_size": 17, "max_position_embeddings": 300, "hidden_size": 8, "num_heads": 2, "num_layers": 1}
-    found = size_of({"model_type": "gpt_neo", "attention_types": [[["global"], 1]], **sizes})
-    block = 3 * 64 + (64 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8  # queries, keys, values; out; two layers; norms
-    assert found.parameters == 17 * 8 + 300 * 8 + block + 2 * 8
-    assert found.weights == 4 * found.parameters + 300**2  # the mask's booleans
-    assert found.largest == 300**2

@@ -1,4 +1,4 @@
-"""What a guide is read from: one place, JSON and safetensors; sources that ask for more are refused unread."""
+"""Sources of a guide: one place, JSON and safetensors; those that ask for more are refused unread."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import torch
 from builders import gpt2
 from hub import Hub
 from safetensors.torch import save_file
-from torch import nn
 from transformers import DPTConfig, GPT2Config, GPT2Model, TimmWrapperConfig
 
 from hf_guidance import load_guide
-from hf_guidance.guide.identity import IDENTITY
 from hf_guidance.guide.source import without_pickles
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sources.py"
@@ -111,7 +109,7 @@ UNTRAINED = (timm_checkpoint, timm_from_elsewhere, backbone_from_elsewhere, kern
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `torch.load` is called with."""
+    """Record the arguments of `torch.load`."""
     calls: list[Any] = []
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (calls.append(args), load(*args, **kwargs))[1])
@@ -198,24 +196,6 @@ def test_options_that_would_read_pickles_or_another_place_are_refused(name: str,
 
 
 # ---------------------------------------------------------------------------------------------------------- modules
-
-
-def test_a_module_is_a_guide_as_it_is() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    guide = load_guide(module)
-    assert guide is module
-    assert not guide.training
-    assert not any(parameter.requires_grad for parameter in guide.parameters())
-    assert not hasattr(guide, IDENTITY)
-
-
-def test_options_for_a_module_and_a_source_of_another_type_are_named() -> None:
-    with pytest.raises(ValueError, match="untrained, seed: a module is used as it is"):
-        load_guide(nn.Linear(2, 2), untrained=True, seed=3)
-    with pytest.raises(ValueError, match=r"Cannot load a guide from a NoneType\. A guide is a local folder"):
-        load_guide(None)
-    with pytest.raises(ValueError, match=r"the guide is the result of torch\.compile\(guide\)"):
-        load_guide(torch.compile(nn.Linear(2, 2)))
 
 
 def test_a_config_that_names_pickles_is_refused_by_its_class() -> None:

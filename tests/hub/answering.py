@@ -1,4 +1,4 @@
-"""What every answer of the local Hub needs: request bodies, headers, who is asking, and for which repository."""
+"""Common parts of every answer of the local Hub: request bodies, headers, who is asking, and for which repository."""
 
 import json
 from http.server import BaseHTTPRequestHandler
@@ -48,7 +48,7 @@ class Answering(BaseHTTPRequestHandler):
         return self.headers.get("Authorization", "") in known if self.server.token else True
 
     def may_write(self):
-        """Whether the token may write; answers if not."""
+        """Tell whether the token may write, and answer if not."""
         if not self.authed():
             self.error(401, "RepoNotFound", "Invalid username or password.")
         elif self.headers.get("Authorization", "") == f"Bearer {self.server.reader}":

@@ -1,4 +1,4 @@
-"""What the local Hub shows of a repository: trees, branches, commits, files."""
+"""Reading from the local Hub: trees, branches, commits, files."""
 
 import hashlib
 import json

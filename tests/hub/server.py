@@ -74,8 +74,8 @@ class Hub(ThreadingHTTPServer):
     Args:
         root: folder for the blobs.
         lfs: whether binary files go up by git-LFS.
-        gated: keys (``dataset/org/name``) that only a token opens.
-        fault: from (method, path) to None, an HTTP status, seconds (a float) to wait, ``"cut"`` or ``"down"``.
+        gated: keys (`dataset/org/name`) that only a token opens.
+        fault: from (method, path) to None, an HTTP status, seconds (a float) to wait, `"cut"` or `"down"`.
     """
 
     daemon_threads = True

@@ -1,4 +1,4 @@
-"""What the local Hub keeps: every blob once by its sha256; a commit is a tree of entries; a branch names a commit."""
+"""Storage of the local Hub: every blob once by its sha256; a commit is a tree of entries; a branch names a commit."""
 
 import hashlib
 import threading
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def git_oid(data):
-    """What git calls a file of this content."""
+    """Return git's name of a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What the local Hub takes: commits, branches, and large files by git-LFS."""
+"""Writing to the local Hub: commits, branches, and large files by git-LFS."""
 
 import base64
 import json

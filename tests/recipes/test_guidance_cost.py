@@ -14,7 +14,7 @@ from hf_guidance import GuidanceConfig
 
 TINY = {
     "depth": 3,
-    "guide": "timm/resnet10t",
+    "guide": "timm/test_resnet",
     "rows": "8/32/8",
     "rounds": 1,
     "steps": 1,
@@ -46,7 +46,7 @@ def test_launched_it_prints_the_table_and_saves_what_it_was_made_with(tmp_path):
     assert process.returncode == 0, printed[-3000:]
     report = json.loads((folder / "cost.json").read_text())
     assert f"| 8/32/8  | {report['rows'][0]['plain']['median']:.4f} " in printed
-    assert report["command"].startswith("accelerate launch recipes/guidance_cost.py --depth 3 --guide timm/resnet10t")
+    assert report["command"].startswith("accelerate launch recipes/guidance_cost.py --depth 3 --guide timm/test_resnet")
     assert report["seed"] == 42
     environment = report["environment"]
     assert (environment["torch"], environment["threads"]) == (torch.__version__, 1)
@@ -92,12 +92,12 @@ def test_other_targets_and_guides(kind, tmp_path, monkeypatch):
         ViTConfig(image_size=24, patch_size=8, **small).save_pretrained(tmp_path / "target")
         options |= {"target": tmp_path / "target", "guide_image_size": 32}
     elif kind == "timm":
-        options |= {"target": "timm/resnet10t", "image_size": 16}
+        options |= {"target": "timm/test_resnet", "image_size": 16}
     else:
         options |= {"target": "resnet50_without_skips", "depth": 18, "image_size": 16}
     report = run_here(monkeypatch, tmp_path / "out", **options)
     assert report["rows"][0]["guide_forwards"] == 1
-    assert report["rows"][0]["pairs"] == (3 if kind == "text" else 14)  # layers, or convolutions
+    assert report["rows"][0]["pairs"] == (3 if kind == "text" else 15)  # layers, or convolutions
     assert str(tmp_path) not in json.dumps(report)
 
 
@@ -139,7 +139,7 @@ def test_goals_stand_beside_what_they_are_of_only(tmp_path):
         ({"max_steps": 3}, "--max_steps: use --rounds and --steps instead"),
         ({"rounds": 0}, "rounds is 0; it must be at least 1"),
         ({"target": "/nowhere/at/all", **BARE}, "target '/nowhere/at/all' is none of deep_fcn, wide_fcn"),
-        ({"target": "timm/resnet10t"}, "width and depth apply to deep_fcn, wide_fcn, resnet50_without_skips only"),
+        ({"target": "timm/test_resnet"}, "width and depth apply to deep_fcn, wide_fcn, resnet50_without_skips only"),
         ({"target": "resnet50_without_skips"}, "width applies to the FCNs only; a ResNet takes depth 18, 34 or 50"),
         ({"guide": "/nowhere/at/all"}, "Cannot load guide '/nowhere/at/all'"),
         ({"guide_layers": "Conv3d"}, "guide layer 'Conv3d' not found; the guide has"),

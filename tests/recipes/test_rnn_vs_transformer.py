@@ -13,7 +13,7 @@ import time
 import pytest
 from cards import check_card
 from hub import Hub
-from launching import CONFIGS, Recipe
+from launching import CONFIGS, Recipe, on_one_cpu
 
 TINY = {
     "max_steps": 4,
@@ -24,6 +24,7 @@ TINY = {
     "eval_size": 32,
     "use_cpu": True,
 }
+TWO_STEPS = {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
 RUNS = ["alone", "guide_itself", "untrained_guide", "trained_guide"]
 RECIPE = Recipe("rnn_vs_transformer", TINY)
 run_here, launch = RECIPE.run_here, RECIPE.launch
@@ -99,9 +100,12 @@ def test_what_is_pushed_gives_the_figure_of_its_card_in_a_clean_process(copy_pas
 def test_a_hub_that_takes_no_push_is_found_before_the_first_run(wrong, words, tmp_path):
     with Hub(tmp_path / "hub") as hub:
         environment = os.environ | hub.environment(tmp_path / "home") | wrong
-        process = launch(tmp_path / "out", env=environment, push_to_hub=True, hub_model_id="tester/copy")
-        printed, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+        flags = RECIPE.flags(tmp_path / "out", push_to_hub=True, hub_model_id="tester/copy")
+        command = [sys.executable, str(RECIPE.path), *flags]
+        with on_one_cpu():
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        printed = done.stdout + done.stderr
+    assert done.returncode != 0
     assert re.search(words, printed, re.MULTILINE), printed[-3000:]
     assert "Nothing was trained: " in printed
     assert not (tmp_path / "out" / "seed-0").exists()
@@ -185,7 +189,7 @@ def test_a_guide_trained_anew_is_not_mixed_with_what_the_old_one_guided(copy_pas
 def test_other_text_is_other_data(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / name).write_text(f"the quick brown {name} jumps over the lazy dog\n" * 3000)
-    options = {"task": "language_modeling", "runs": ["alone"]}
+    options = {"task": "language_modeling", "runs": ["alone"], **TWO_STEPS}
     run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "a"], **options)
     with pytest.raises(ValueError, match=r"other settings: data\.\S+ was .*, is "):
         run_here(monkeypatch, tmp_path / "out", text_files=[tmp_path / "b"], **options)
@@ -197,7 +201,7 @@ def test_other_text_is_other_data(tmp_path, monkeypatch):
 
 
 def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
-    report = run_here(monkeypatch, tmp_path / "out", task="parity", seeds=[0, 1], bf16=True)
+    report = run_here(monkeypatch, tmp_path / "out", task="parity", seeds=[0, 1], bf16=True, **TWO_STEPS)
     assert [(run["run"], run["seed"]) for run in report["runs"]] == [(name, seed) for seed in (0, 1) for name in RUNS]
     by_name = {run["run"]: run["target"] for run in report["runs"]}
     assert by_name["alone"] == "ModernBertForSequenceClassification"
@@ -217,6 +221,7 @@ def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_pa
         learning_rates=rates,
         longer_baseline=True,
         runs=["alone", "untrained_guide"],
+        **TWO_STEPS,
     )
     search = {run["run"]: run["validation"] for run in report["learning_rate_search"]}
     assert list(search) == [f"alone-lr{rate:g}" for rate in rates]
@@ -229,7 +234,7 @@ def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_pa
 
 def test_two_processes_end_well_and_agree_on_one_table(tmp_path):
     folder = tmp_path / "out"
-    process = launch(folder, "--config_file", str(CONFIGS / "cpu.yaml"), runs=["alone", "untrained_guide"])
+    process = launch(folder, "--config_file", str(CONFIGS / "cpu.yaml"), runs=["alone", "untrained_guide"], **TWO_STEPS)
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed[-3000:]
     report = json.loads((folder / "results.json").read_text())

@@ -1,20 +1,35 @@
 """Trains a guided target and pushes it, in a process whose Hub is a local one: push.py <folder> <what> [argument]."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 from builders import VOCABULARY, token_rows
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide, load_guide_of
+from hf_guidance.guide import rebuilding
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.targets import FCNConfig, FCNForImageClassification, RNNConfig, RNNForCausalLM
 from hf_guidance.tasks.image_decoding import PixelFormat
 from hf_guidance.tasks.images import image_processor
+
+
+def measured_once():
+    """Measure each untrained guide once, as every measurement takes a process of its own."""
+    sizes, size_of = {}, rebuilding.size_of
+
+    def known(config):
+        key = json.dumps(config, sort_keys=True)
+        if key not in sizes:
+            sizes[key] = size_of(config)
+        return sizes[key]
+
+    rebuilding.size_of = known
 
 
 def tokenizer():
@@ -107,7 +122,7 @@ def tour(folder):
     own.push_to_hub()
     prints = {fingerprint(network) for network in (guide, first.base_model, load_guide_of("tester/chain"))}
     said["chain"] = "the same" if len(prints) == 1 else "others"
-    shutil.rmtree(Path(HF_HUB_CACHE) / "models--tester--private")
+    shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--tester--private")
     try:
         load_guide_of("tester/chain", token=False)
     except ValueError as error:
@@ -142,7 +157,19 @@ def bad_day(folder):
         trainer(f"{folder}/flaky", hub_model_id="tester/flaky", hub_token="hf_reader")
     except PermissionError as error:
         said["reader"] = str(error)
+    os.environ["HF_TOKEN"], token = "hf_wrong", os.environ["HF_TOKEN"]
+    said["wrong token"] = refusal(f"{folder}/refused")
+    os.environ["HF_TOKEN"], constants.HF_HUB_OFFLINE = token, True
+    said["offline"] = refusal(f"{folder}/refused")
     return said
+
+
+def refusal(folder):
+    """Return the error of a trainer before it trains."""
+    try:
+        trainer(folder)
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
 
 
 def rows(folder):
@@ -190,7 +217,7 @@ def push(folder, strategy="every_save", token=None):
 def load(folder, repository):
     model = AutoModelForCausalLM.from_pretrained(repository).eval()
     rows = torch.stack([torch.as_tensor(row["input_ids"]) for row in token_rows()])
-    own = trainer(folder, push_to_hub=False)
+    own = trainer(f"{folder}/loaded", push_to_hub=False)
     own.model = own.model_wrapped = model
     return {"guide": fingerprint(load_guide_of(repository)), "loss": own.evaluate()["eval_loss"], "rows": len(rows)}
 
@@ -199,7 +226,7 @@ def resume(folder, repository):
     from huggingface_hub import snapshot_download
 
     checkpoint = snapshot_download(repository, allow_patterns="last-checkpoint/*") + "/last-checkpoint"
-    own = trainer(folder, max_steps=6, push_to_hub=False)
+    own = trainer(f"{folder}/resumed", max_steps=6, push_to_hub=False)
     steps = []
     own.add_callback(Steps(steps))
     own.train(resume_from_checkpoint=checkpoint)
@@ -216,14 +243,15 @@ class Steps(TrainerCallback):
         self.kept.append(state.global_step)
 
 
-def unbroken(folder):
-    own = trainer(folder, max_steps=6, push_to_hub=False)
+def unbroken(folder, repository):
+    own = trainer(f"{folder}/unbroken", max_steps=6, push_to_hub=False)
     own.train()
     return {"weights": fingerprint(own.model)}
 
 
 if __name__ == "__main__":
     place, what, *arguments = sys.argv[1:]  # several, joined by +, in one process
+    measured_once()
     try:
         results = [globals()[name](place, *arguments) for name in what.split("+")]
         print("RESULT", json.dumps(results[0] if len(results) == 1 else results))

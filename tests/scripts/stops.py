@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 def train(folder: Path, kind: str) -> None:
-    """The whole run or what is left of it; its weights at the end go to ``weights.pt``."""
+    """Run to the end, or what is left of it; the weights at the end go to `weights.pt`."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have switched off
     make_guide, config = KINDS[kind]

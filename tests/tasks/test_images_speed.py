@@ -1,4 +1,4 @@
-"""What the recipe's loader costs beside a plain loop of the same operations; see CONTRIBUTING.md."""
+"""Speed of the recipe's loader beside a plain loop of the same operations; see CONTRIBUTING.md."""
 
 import io
 import time

@@ -1,4 +1,4 @@
-"""What a run asks for, held against what the machine and guidance can do, before anything is trained."""
+"""Checks, before anything is trained, that machine and guidance can do what a run asks for."""
 
 from types import SimpleNamespace
 

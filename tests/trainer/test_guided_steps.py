@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from builders import gpt2, llama, token_batch, token_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainers import make_trainer, same, train_logs, trained, weights
-from transformers import DataCollatorWithFlattening, GPT2LMHeadModel, Trainer
+from transformers import DataCollatorWithFlattening, GPT2LMHeadModel, Trainer, TrainerState
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceMixin, GuidanceTrainer
+from hf_guidance.schedule import Weights
+from hf_guidance.trainer.guided_steps import GuidedSteps
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 ONE_ROW = (
@@ -258,3 +261,43 @@ def test_plain_trainer_would_take_one(tmp_path: Path) -> None:
     plain.train(resume_from_checkpoint=True)
     assert plain.state.global_step == 4
     assert isinstance(plain.model, GPT2LMHeadModel)
+
+
+# ------------------------------------------------------------------------------------------------------ the count alone
+
+EVERY = Weights(guidance=1.0, task=1.0)
+GUIDED, UNGUIDED = (SimpleNamespace(loss=loss, weights=EVERY, why_unguided="few rows") for loss in (0.5, None))
+
+
+def counted(*steps: list[Any], left_out: bool = False) -> GuidedSteps:
+    """A count of optimizer steps, each given as what its micro-steps came to."""
+    counter = GuidedSteps(lambda: None, lambda: lambda step: EVERY, lambda: left_out)
+    for step, micro_steps in enumerate(steps):
+        counter.on_step_begin()
+        for watched in micro_steps:
+            counter.note(watched, step)
+        counter.on_optimizer_step()
+    return counter
+
+
+def test_a_step_counts_once_if_any_of_its_micro_steps_was_guided(caplog: pytest.LogCaptureFixture) -> None:
+    counter = counted([GUIDED, GUIDED], [UNGUIDED, GUIDED], [UNGUIDED, UNGUIDED])
+    assert (counter.guided, counter.total()) == (2, 2)
+    assert caplog.text.count("is not guided: few rows") == 1
+    counter.before = 4
+    assert counter.total() == 6
+    counter.before = None
+    assert counter.total() is None
+
+
+def test_a_step_that_is_left_out_does_not_count() -> None:
+    assert counted([GUIDED], left_out=True).guided == 0
+
+
+def test_a_run_without_any_guided_step_is_kept_and_is_an_error() -> None:
+    kept: list[bool] = []
+    counter, state = counted([UNGUIDED]), TrainerState(global_step=1)
+    with pytest.raises(RuntimeError, match=r"No optimizer step of 1 was guided: few rows\. .* is in here"):
+        counter.check_any(state, lambda: kept.append(True), "here")
+    assert kept == [True]
+    counted([GUIDED]).check_any(state, lambda: pytest.fail("kept"), "here")

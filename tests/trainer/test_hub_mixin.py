@@ -14,10 +14,12 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from builders import gpt2, llama
 from cards import check_card, machine
 from hub import Hub
+from trainers import make_trainer
 
-from hf_guidance.trainer.uploads import later
+from hf_guidance.trainer.hub_mixin import PublishingMixin
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "push.py"
 REPOSITORY = "tester/guided-rnn"
@@ -35,6 +37,9 @@ MODEL = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+
+
+UNREACHED = r"ConnectionError The Hub does not answer .* Nothing was trained: try again"
 
 
 def run(hub, folder, *words, home=None, token=True):
@@ -128,19 +133,25 @@ def test_nothing_of_the_machine_or_the_token_is_pushed(pushed):
     assert (arguments.hub_token, arguments.output_dir) == (None, "out")
 
 
-def test_it_is_loaded_back_in_another_process_with_its_guide_and_its_figure(pushed):
-    hub, made, folder = pushed
-    loaded = result(run(hub, folder / "elsewhere", "load", REPOSITORY, home=folder / "other"))
+@pytest.fixture(scope="module")
+def fetched(pushed):
+    """Let another process load the repository, resume from it, and train without a stop."""
+    hub, _, folder = pushed
+    return result(run(hub, folder / "elsewhere", "load+resume+unbroken", REPOSITORY, home=folder / "other"))
+
+
+def test_it_is_loaded_back_in_another_process_with_its_guide_and_its_figure(pushed, fetched):
+    hub, made, _ = pushed
+    loaded = fetched[0]
     assert loaded["guide"] == made["guide"]
     assert loaded["loss"] == pytest.approx(made["loss"], abs=1e-6)
     assert f"{made['loss']:.4f}" in hub.store.files(KEY)["README.md"].decode()
 
 
-def test_training_goes_on_from_a_checkpoint_on_the_hub_as_if_it_had_not_stopped(pushed):
-    hub, _, folder = pushed
-    resumed = result(run(hub, folder / "resumed", "resume", REPOSITORY, home=folder / "other"))
+def test_training_goes_on_from_a_checkpoint_on_the_hub_as_if_it_had_not_stopped(fetched):
+    _, resumed, unbroken = fetched
     assert (resumed["first"], resumed["last"]) == (4, 6)
-    assert resumed["weights"] == result(run(hub, folder / "unbroken", "unbroken", home=folder / "other"))["weights"]
+    assert resumed["weights"] == unbroken["weights"]
 
 
 # a process that has transformers and not this package, running what the cards say
@@ -291,23 +302,12 @@ def test_the_card_has_no_gap_and_says_where_it_is_from(pushed):
     assert re.search(r"\| random, seed 5 +\|", body)
 
 
-def test_a_wrong_token_is_found_before_training(tmp_path):
+def test_a_hub_that_is_not_reached_is_found_before_training(tmp_path):
     with Hub(tmp_path / "hub") as hub:
-        hub.token = "hf_other"
-        environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_wrong"}
+        environment = hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
         hub.environment = lambda *_: environment
         printed = run(hub, tmp_path / "out", "push")
-    assert re.search(r"ERROR \w+ .*(401|Invalid username or password)", printed), printed[-2000:]
-    assert "'loss'" not in printed
-
-
-@pytest.mark.parametrize("where", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
-def test_a_hub_that_is_not_reached_is_found_before_training(where, tmp_path):
-    with Hub(tmp_path / "hub") as hub:
-        environment = hub.environment(tmp_path / "home") | where
-        hub.environment = lambda *_: environment
-        printed = run(hub, tmp_path / "out", "push")
-    assert re.search(r"ERROR ConnectionError The Hub does not answer .* Nothing was trained: try again", printed)
+    assert re.search(f"ERROR {UNREACHED}", printed)
     assert "'loss'" not in printed
 
 
@@ -373,7 +373,19 @@ def test_a_token_that_may_only_read_is_found_before_training(bad_day):
     )
 
 
-def test_the_command_to_push_later_quotes_its_folder_and_keeps_the_revision(tmp_path):
-    words = shlex.split(later("me/net", tmp_path / "my run; ls", "trial"))
-    assert words == ["hf", "upload", "me/net", str(tmp_path / "my run; ls"), ".", "--revision", "trial"]
-    assert later("me/net", tmp_path, private=True).endswith(" . --private")
+def test_a_wrong_token_and_a_process_that_is_offline_are_found_before_training(bad_day):
+    said, folder = bad_day[1], bad_day[3]
+    assert re.match(r"\w+ .*(401|Invalid username or password)", said["wrong token"])
+    assert re.match(UNREACHED, said["offline"])
+    assert not list((folder / "out" / "refused").glob("checkpoint-*"))
+
+
+def test_only_what_the_last_save_wrote_is_the_models(tmp_path):
+    own = make_trainer(tmp_path / "out", gpt2(), llama())
+    assert isinstance(own, PublishingMixin)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "notes.txt").write_text("PRIVATE")
+    own.save_model()
+    saved = own._saved[tmp_path / "out"]
+    assert {"model.safetensors", "config.json", "guidance_config.json"} <= set(saved)
+    assert "notes.txt" not in saved

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "two_processes.py"
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank wrote. Its exit status says nothing: gloo may abort after success."""
+    """Return what each rank wrote. Its exit status says nothing: gloo may abort after success."""
     folder = tmp_path_factory.mktemp("two_processes")
     paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,4 +1,4 @@
-"""What a card says of any run of a GuidanceTrainer, and what it leaves out."""
+"""Facts of a run on its card: what the card says of any GuidanceTrainer, and what it leaves out."""
 
 import re
 import shlex
@@ -36,21 +36,6 @@ def trained(folder, *callbacks, **options):
     )
     own.train()
     return own
-
-
-@pytest.mark.parametrize("matplotlib", [True, False])
-def test_curves_are_beside_the_card_where_they_can_be_drawn(matplotlib, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_guidance.trainer.card_mixin, "is_matplotlib_available", lambda: matplotlib)
-    words = ["python", "train.py", "--lr", "0.1", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(hf_guidance.trainer.run_facts, "command_line", lambda: words if matplotlib else None)
-    own = trained(tmp_path)
-    own.create_model_card()
-    _, body = check_card((tmp_path / "out" / "README.md").read_text())
-    assert (tmp_path / "out" / "curves.png").is_file() == ("(curves.png)" in body) == matplotlib
-    assert not re.search("## (Results|How to use it)|codecarbon|CO₂|similarity.png", body)  # none was measured
-    command = "## How to reproduce it\n\n```sh\npython train.py --max_steps 2 --output_dir out\n```\n\n"
-    command += "Arguments other than the known training settings are left out.\n"
-    assert (command in body) == ("## How to reproduce it" in body) == matplotlib
 
 
 def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):

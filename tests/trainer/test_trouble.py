@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 
 
 def run(*command: str, timeout: int = 400) -> tuple[int, str]:
-    """Exit status, and what was printed."""
+    """Return the exit status, and what was printed."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, timeout=timeout, check=False, **pipes)
     return done.returncode, done.stdout
@@ -28,7 +28,7 @@ def run(*command: str, timeout: int = 400) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank wrote."""
+    """Return what each rank wrote."""
     folder = tmp_path_factory.mktemp("trouble")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     status, printed = run(*launch, str(SCRIPTS / "two_in_trouble.py"), str(folder), "--use_cpu")

@@ -1,6 +1,7 @@
-"""What a push takes along of other Trainers and models, without a Hub."""
+"""Uploads of other Trainers and models, without a Hub: what a push takes along."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceMixin
 from hf_guidance.trainer.staging import files_in
+from hf_guidance.trainer.uploads import later
 
 
 class PoolingTrainer(Trainer):
@@ -103,3 +105,9 @@ def test_the_staged_folder_is_removed_when_it_has_arrived_and_stays_when_it_has_
         own.push_to_hub("fail", blocking=blocking).result()
     assert set(files_in(tmp_path / "out/_push")) >= {"config.json", "model.safetensors", "README.md"}
     assert "training_args.bin" not in files_in(tmp_path / "out/_push")
+
+
+def test_the_command_to_push_later_quotes_its_folder_and_keeps_the_revision(tmp_path):
+    words = shlex.split(later("me/net", tmp_path / "my run; ls", "trial"))
+    assert words == ["hf", "upload", "me/net", str(tmp_path / "my run; ls"), ".", "--revision", "trial"]
+    assert later("me/net", tmp_path, private=True).endswith(" . --private")

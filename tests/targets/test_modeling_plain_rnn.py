@@ -1,24 +1,13 @@
-"""Recurrent targets against plain loops: values, padding, cache, generation, losses, initial weights, files."""
-
-import os
-import subprocess
-import sys
+"""Recurrent targets against plain loops: values, padding, cache, generation, losses, initial weights, errors."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    Trainer,
-    TrainingArguments,
-)
 
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification, RNNModel
 from hf_guidance.targets.configuration_plain_rnn import CELL_TYPES
-from hf_guidance.targets.modeling_plain_rnn import CACHE, CELLS
+from hf_guidance.targets.modeling_plain_rnn import CACHE
 
 torch.set_num_threads(1)
 VOCAB, PAD = 11, 0
@@ -241,52 +230,6 @@ def test_tied_embeddings_stay_tied_after_loading(tmp_path):
     assert model.config.embedding_size == 8
 
 
-AUTO = {
-    RNNModel: AutoModel,
-    RNNForCausalLM: AutoModelForCausalLM,
-    RNNForSequenceClassification: AutoModelForSequenceClassification,
-}
-ELSEWHERE = """
-import sys
-sys.modules["hf_guidance"] = None  # any import of the package raises
-import torch, transformers
-inputs = torch.load("inputs.pt")
-for auto in sys.argv[1:]:
-    model = getattr(transformers, auto).from_pretrained(auto, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    torch.save(model(**inputs)[0], f"{auto}.pt")
-    if auto == "AutoModelForCausalLM":
-        torch.save(model.generate(**inputs, max_new_tokens=4, do_sample=False), "generated.pt")
-"""
-
-
-@pytest.mark.parametrize("model_class", AUTO)
-def test_auto_classes_load_a_saved_model_with_the_package(model_class, tmp_path):
-    model = build(model_class, "lstm")
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
-    loaded = AUTO[model_class].from_pretrained(tmp_path)
-    assert type(loaded) is model_class
-    torch.testing.assert_close(loaded(**batch("left"))[0], model(**batch("left"))[0], atol=1e-6, rtol=0)
-
-
-def test_auto_classes_load_a_saved_model_without_the_package(tmp_path):
-    models = {auto.__name__: build(model_class, "gru") for model_class, auto in AUTO.items()}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-    torch.save(batch("left"), tmp_path / "inputs.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-I", "-c", ELSEWHERE, *models]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    for name, model in models.items():
-        expected = model(**batch("left"))[0]
-        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, atol=1e-6, rtol=0)
-    generated = models["AutoModelForCausalLM"].generate(**batch("left"), max_new_tokens=4, do_sample=False)
-    assert torch.equal(torch.load(tmp_path / "generated.pt"), generated)
-
-
 def has_bfloat16_lstm():
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -308,45 +251,9 @@ def test_bfloat16_autocast_trains_and_generates(cell):
     assert generated.shape == (2, 9)
 
 
-@pytest.mark.parametrize("model_class", [RNNForCausalLM, RNNForSequenceClassification])
-def test_trainer_steps_evaluates_and_saves(model_class, tmp_path):
-    model, inputs = build(model_class), batch("right")
-    labels = inputs["input_ids"] if model_class is RNNForCausalLM else torch.tensor([0, 1])
-    rows = [{**{name: rows[row] for name, rows in inputs.items()}, "labels": labels[row]} for row in (0, 1)]
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
-    trainer.train()
-    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    logits = trainer.predict(rows).predictions
-    assert logits.shape == ((2, 6, VOCAB) if model_class is RNNForCausalLM else (2, 2))
-    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
-    assert (tmp_path / "checkpoint-1" / "modeling_plain_rnn.py").is_file()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"cell_type": "relu"}, "unknown cell_type 'relu'; choose one of tanh, gru, lstm"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"dropout is a probability in \[0, 1\), got 1.0"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings needs embedding_size == hidden_size, got 6 and 8"),
-    ],
-)
-def test_bad_configurations_say_what_is_possible(options, words):
-    with pytest.raises(ValueError, match=words):
-        config(**options)
-
-
 def test_a_forward_needs_one_kind_of_input():
     model = build(RNNModel)
     with pytest.raises(ValueError, match="give input_ids or inputs_embeds, got neither"):
         model()
     with pytest.raises(ValueError, match="give input_ids or inputs_embeds, got both"):
         model(batch()["input_ids"], inputs_embeds=torch.zeros(2, 6, 6))
-
-
-def test_every_configurable_cell_is_built():
-    assert tuple(CELLS) == CELL_TYPES
