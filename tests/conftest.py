@@ -5,12 +5,11 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 # as in the processes that accelerate starts; networks this small are slower on more, in the processes of tests too
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from types import SimpleNamespace
 
 import pytest
 import torch

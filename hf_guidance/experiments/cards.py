@@ -31,7 +31,7 @@ from hf_guidance.trainer.staging import (
     put,
     without_links,
 )
-from hf_guidance.trainer.uploads import later, push_staged
+from hf_guidance.trainer.uploads import push_staged, upload_command
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def push_runs(report: Report, places: list[Path], token: str | None, revision: s
             commit = push_staged(staged, repo_id=repository, commit_message=title, token=token, revision=revision)
             print(f"pushed: {commit.repo_url}" + (f", branch {revision}" if revision else ""))
         except Exception as error:
-            command = later(str(repository), staged, revision)
+            command = upload_command(str(repository), staged, revision)
             logger.error("%s was not pushed (%s). To push it: %s", repository, error, command)
             failed.append(str(repository))
     if failed:

@@ -31,7 +31,7 @@ from hf_guidance.guide.identity import check_same_guide, identity
 from hf_guidance.guide.sharding import built_whole
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.registry import min_samples
-from hf_guidance.trainer.checkpoints import last_whole_checkpoint
+from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_settings
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
@@ -141,7 +141,7 @@ def carry_out(
         write_json(place / SETTINGS, settings)
         print(f"{'/'.join(place.parts[-2:])}: {args.max_steps} steps", flush=True)
     maps = _maps(trainer, task) if run.guide else None
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(place))
     last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
     if not any("eval_loss" in log for log in last):
         trainer.evaluate()  # every run needs a value at its last step
@@ -154,7 +154,7 @@ def carry_out(
     if trainer.is_world_process_zero():
         write_json(place / RESULT, result)  # written before anything that could fail
     if maps:
-        maps.look(trainer, "after")
+        maps.compute(trainer, "after")
         result["similarity_maps"] = maps.maps
     if trainer.is_world_process_zero() and run.guide:
         result["card"] = run_facts(trainer, **trainer.card_facts)
@@ -169,7 +169,7 @@ def _maps(trainer: Any, task: Task) -> LayerMaps | None:
     if not can_map(trainer) or min(size, len(task.eval_dataset)) < min_samples(trainer.guidance.measure):
         return None
     trainer.layer_maps = LayerMaps(first_rows(task, size))
-    trainer.layer_maps.look(trainer, "before")
+    trainer.layer_maps.compute(trainer, "before")
     return trainer.layer_maps
 
 

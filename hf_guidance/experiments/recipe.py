@@ -23,7 +23,7 @@ from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import Run
 from hf_guidance.tasks import Task
-from hf_guidance.trainer.checkpoints import last_whole_checkpoint
+from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine
 from hf_guidance.trainer.environment import environment, usable_cpus
 from hf_guidance.trainer.run_facts import command_facts
@@ -140,9 +140,9 @@ def launch(
         sys.exit(130)
     except ConnectionError as error:  # reading a stream failed, after its retries
         unfinished = [p for p in folder.glob("seed-*/*") if not (p / RESULT).is_file()]
-        whole = [Path(last).name for place in unfinished if (last := last_whole_checkpoint(place))]
+        kept = [Path(last).name for place in unfinished if (last := last_complete_checkpoint(place))]
         sys.exit(
-            f"{error}\nRerun the same command to resume from {whole[-1] if whole else 'where it was'}; see {folder}."
+            f"{error}\nRerun the same command to resume from {kept[-1] if kept else 'where it was'}; see {folder}."
         )
     summary = comparison.summary()
     if PartialState().is_main_process:

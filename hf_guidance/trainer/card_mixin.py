@@ -104,7 +104,7 @@ class CardMixin(Behind):
         try:
             self.layer_maps = maps_of(self)
             if self.layer_maps and not resumed:  # a resumed run has it in the checkpoint
-                self.layer_maps.look(self, "before")
+                self.layer_maps.compute(self, "before")
                 self._kept_map.before = self.layer_maps.maps["before"]
         except Exception:  # a diagnostic must not prevent training
             logger.exception("The similarities of all layers could not be computed; training begins without them.")
@@ -131,7 +131,7 @@ class CardMixin(Behind):
         if self.layer_maps is None or not before:
             return False
         self.layer_maps.maps["before"] = before
-        self.layer_maps.look(self, "after")
+        self.layer_maps.compute(self, "after")
         when = ("before training", f"at step {self._step()}")
         return plot_similarity_maps([{"run": "", "similarity_maps": self.layer_maps.maps, "when": when}], path)
 

@@ -96,7 +96,7 @@ def _what_is_missing(place: Path) -> str | None:
     return None
 
 
-def last_whole_checkpoint(folder: str | Path) -> str | None:
+def last_complete_checkpoint(folder: str | Path) -> str | None:
     """Return the latest complete checkpoint in the folder of a run; None if there is none."""
     complete = (path for path in _checkpoints(folder) if fault_of(path) is None)
     return next(map(str, complete), None)
@@ -123,7 +123,7 @@ def checkpoint_to_resume(asked: str | bool | None, folder: str | Path) -> str | 
                 "from_pretrained loads weights alone."
             )
         return str(asked)
-    if last := last_whole_checkpoint(folder):
+    if last := last_complete_checkpoint(folder):
         return last
     faults = [f"{path.name}: {fault_of(path)}" for path in _checkpoints(folder)]
     found = f"; found {'; '.join(faults)}" if faults else ""

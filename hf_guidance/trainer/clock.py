@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 Moment: TypeAlias = float | torch.Event
 
-MANY = 1000  # steps whose events are kept before they are read, which waits for the device
+MAX_EVENTS = 1000  # steps whose events are kept before they are read, which waits for the device
 
 
 class Clock:
@@ -75,7 +75,7 @@ class TrainingClock(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         self._events.append((self._began, self._clock.now()))
         self.steps += 1
-        if len(self._events) >= MANY:
+        if len(self._events) >= MAX_EVENTS:
             self._settle()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:

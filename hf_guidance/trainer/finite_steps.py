@@ -50,7 +50,7 @@ class FiniteSteps(TrainerCallback):
         self.sums, self.left_out = RunningMeans(), False
         self._seen: list[tuple[str, list[str], Tensor]] = []  # (where, names, their values)
 
-    def look(self, values: Mapping[str, Tensor | float], where: str) -> None:
+    def expect_finite(self, values: Mapping[str, Tensor | float], where: str) -> None:
         """Remember scalars that must be finite.
 
         Args:

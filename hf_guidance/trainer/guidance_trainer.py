@@ -136,7 +136,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             found = super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
             if model.training:
                 task_loss = found[0] if isinstance(found, tuple) else found
-                self._finite.look({"task loss": task_loss.detach()}, "")
+                self._finite.expect_finite({"task loss": task_loss.detach()}, "")
             return found
         with self._watch(inputs) as watched:
             task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
@@ -178,7 +178,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         sums, compared = self._finite.sums, watched.similarities.get(self.guidance.measure, {})
         has_to_be_finite = {"task loss": task_loss.detach()}
         has_to_be_finite |= {f"{self.guidance.measure} of {pair}": value for pair, value in compared.items()}
-        self._finite.look(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
+        self._finite.expect_finite(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
         sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
         sums.add("guidance/weight", 0.0 if watched.loss is None else watched.weights.guidance)
         self._guided.note(watched, self.state.global_step)
@@ -208,7 +208,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaler = self.accelerator.scaler
         if norm is not None and (scaler is None or scaler.get_scale() <= 1):  # else the loss scaler may repair it
-            self._finite.look({GRADIENT: norm}, "")
+            self._finite.expect_finite({GRADIENT: norm}, "")
         return norm
 
     # ----------------------------------------------------------------------------------------- around the training

@@ -17,13 +17,13 @@ from hf_guidance.trainer.uploads import (
     NO_HUB,
     Upload,
     check_may_write,
-    later,
     of_model,
     one_line,
     push_staged,
     refused,
     stage_checkpoint,
     start_pushing,
+    upload_command,
 )
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class PublishingMixin(CardMixin):
             complete(staged, output)  # complete the folder whatever failed before
             repository = str(self.hub_model_id or self.args.hub_model_id or output.name)
             is_private = self.args.hub_private_repo if private is None else private
-            command = later(repository, staged, revision, is_private)
+            command = upload_command(repository, staged, revision, is_private)
             raise ConnectionError(
                 f"The push to {repository} failed ({type(error).__name__}: {one_line(error)}). Nothing is lost: "
                 f"everything is in {output}. To push it later: {command}"

@@ -30,7 +30,7 @@ class LayerMaps:
         self.batch = batch
         self.maps: dict[str, SimilarityMap] = {}
 
-    def look(self, trainer: GuidedTrainer, when: str) -> None:
+    def compute(self, trainer: GuidedTrainer, when: str) -> None:
         """Compute one of the two maps for the target as it is now.
 
         Args:

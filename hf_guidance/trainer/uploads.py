@@ -129,7 +129,7 @@ def start_pushing(*staged: tuple[Path, Upload]) -> list[Future[CommitInfo]]:
     return [api.run_as_future(push_staged, folder, **options) for folder, options in staged]
 
 
-def later(repository: str, staged: Path, revision: str | None = None, private: bool | None = None) -> str:
+def upload_command(repository: str, staged: Path, revision: str | None = None, private: bool | None = None) -> str:
     """Return the command that pushes a staged folder. It creates a private repository if asked to."""
     words = ["hf", "upload", repository, str(staged.resolve()), "."]  # works from any folder
     words += ["--revision", revision] if revision else []

@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.loading import load_guide
-from hf_guidance.trainer.checkpoints import last_whole_checkpoint
+from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 
 TINY = {
     "max_steps": 4,
@@ -142,7 +142,7 @@ def test_another_network_guide_or_data_in_the_same_folder_is_refused(imagenet, t
 def test_a_result_is_kept_though_what_comes_after_it_fails(imagenet, tmp_path, monkeypatch):
     import hf_guidance.experiments.comparison as comparison
 
-    calls, look = [], comparison.LayerMaps.look
+    calls, look = [], comparison.LayerMaps.compute
 
     def fail_after_training(self, trainer, when):
         calls.append(when)
@@ -150,7 +150,7 @@ def test_a_result_is_kept_though_what_comes_after_it_fails(imagenet, tmp_path, m
             raise MemoryError("no room for the map")
         look(self, trainer, when)
 
-    monkeypatch.setattr(comparison.LayerMaps, "look", fail_after_training)
+    monkeypatch.setattr(comparison.LayerMaps, "compute", fail_after_training)
     options = {"dataset": imagenet, "image_size": 16, "eval_size": 8, "max_steps": 2, "runs": ["untrained_guide"]}
     with pytest.raises(MemoryError):
         run_here(monkeypatch, tmp_path / "out", **options)
@@ -381,7 +381,7 @@ def test_a_dead_connection_is_an_error_that_says_how_to_go_on_and_leaves_the_che
         printed, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "The data could not be read any further (" in printed, printed[-2000:]
-    last = last_whole_checkpoint(place)
+    last = last_complete_checkpoint(place)
     assert f"Rerun the same command to resume from {Path(last).name}" in printed
     assert load_guide(last).config.hidden_size == 16
 

@@ -27,7 +27,7 @@ from builders import NormNet, gpt2, llama, llama_config, token_rows
 from trainers import make_trainer, same
 
 from hf_guidance import load_guide
-from hf_guidance.trainer.checkpoints import fault_of, last_whole_checkpoint
+from hf_guidance.trainer.checkpoints import fault_of, last_complete_checkpoint
 
 STEPS = 12
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
@@ -49,7 +49,7 @@ def train(folder: Path, kind: str) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": STEPS}
     shape = {"gradient_accumulation_steps": 2, "train_dataset": token_rows(40)}
     trainer = make_trainer(folder, gpt2(dropout=0.2), make_guide(), **saving, **shape, **config)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) is not None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
     torch.save(trainer.model.state_dict(), folder / "weights.pt")
 
 
@@ -92,7 +92,7 @@ class Stops:
         """One run that is stopped, once, and resumed."""
         weights, seconds = self.reference(kind)
         folder, killed = self.folder / f"{kind}-{number}", False
-        while not (killed and last_whole_checkpoint(folder)):  # one that was done, or had not begun yet, is no stop
+        while not (killed and last_complete_checkpoint(folder)):  # one that was done, or had not begun yet, is no stop
             shutil.rmtree(folder, ignore_errors=True)
             began = time.monotonic()
             process = self.start(folder, kind)
@@ -104,7 +104,7 @@ class Stops:
             if (folder / "weights.pt").is_file():  # done: the machine is faster now than for the reference
                 seconds = min(seconds, time.monotonic() - began)
         torn = [path.name for path in folder.glob("checkpoint-*") if fault_of(path)]
-        whole = last_whole_checkpoint(folder)
+        whole = last_complete_checkpoint(folder)
         result = {"kind": kind, "by": by.name, "resumed from": Path(str(whole)).name, "torn": torn}
         result["identical"] = same(self.to_the_end(folder, kind), weights)
         return result

@@ -17,7 +17,7 @@ from trainers import make_trainer, same, trained
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_guidance import GuidanceConfig
-from hf_guidance.trainer.checkpoints import check_goes_on, fault_of, last_whole_checkpoint
+from hf_guidance.trainer.checkpoints import check_goes_on, fault_of, last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_settings, check_trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -45,7 +45,7 @@ CUT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tr
 def test_a_checkpoint_with_a_file_cut_off_is_passed_over_and_refused_by_name(run: Path, name: str) -> None:
     path = run / "checkpoint-3" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
     trainer = make_trainer(run, gpt2(), llama(), **SAVING)
     with pytest.raises(ValueError, match=rf"Cannot resume from .*checkpoint-3: its {name} is cut off\. resume_"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_lacks_a_file_is_not_whole(run: Path, name: str, words
     trainer = make_trainer(run, gpt2(), llama(), **SAVING)
     with pytest.raises(ValueError, match=rf"Cannot resume from .*checkpoint-3: {words}"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
-    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
 
 
 def test_the_random_state_of_every_rank_has_to_be_there(run: Path) -> None:

@@ -87,7 +87,7 @@ def test_on_a_device_the_time_is_that_between_events_and_no_step_waits_for_it(mo
             return other.at - self.at
 
     monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(clock, "MANY", 4)
+    monkeypatch.setattr(clock, "MAX_EVENTS", 4)
     own, args, state = TrainingClock(), SimpleNamespace(device=torch.device("cuda")), TrainerState()
     own.on_train_begin(args, state)
     for _ in range(3):

@@ -194,7 +194,7 @@ def test_the_gradient_norm_of_a_sharded_target_is_looked_at(tmp_path: Path) -> N
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         norm = DTensor.from_local(torch.tensor([NAN]), mesh)[0]
-        looked.look({GRADIENT: norm, "task loss": torch.tensor(1.0)}, "")
+        looked.expect_finite({GRADIENT: norm, "task loss": torch.tensor(1.0)}, "")
     finally:
         torch.distributed.destroy_process_group()
     with pytest.raises(FloatingPointError, match="Optimizer step 1 is not finite: the norm of the gradient is nan"):

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceMixin
 from hf_guidance.trainer.staging import files_in
-from hf_guidance.trainer.uploads import later
+from hf_guidance.trainer.uploads import upload_command
 
 
 class PoolingTrainer(Trainer):
@@ -108,6 +108,6 @@ def test_the_staged_folder_is_removed_when_it_has_arrived_and_stays_when_it_has_
 
 
 def test_the_command_to_push_later_quotes_its_folder_and_keeps_the_revision(tmp_path):
-    words = shlex.split(later("me/net", tmp_path / "my run; ls", "trial"))
+    words = shlex.split(upload_command("me/net", tmp_path / "my run; ls", "trial"))
     assert words == ["hf", "upload", "me/net", str(tmp_path / "my run; ls"), ".", "--revision", "trial"]
-    assert later("me/net", tmp_path, private=True).endswith(" . --private")
+    assert upload_command("me/net", tmp_path, private=True).endswith(" . --private")
