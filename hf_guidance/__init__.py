@@ -7,7 +7,8 @@ from hf_guidance.guide.rebuilding import load_guide_of
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.layers import gram
 from hf_guidance.similarity.measures import debiased_cka, linear_cka, procrustes, rbf_cka, ridge, ridge_loo, rsa
-from hf_guidance.trainer.guidance_trainer import GuidanceMixin, GuidanceTrainer
+from hf_guidance.trainer.guidance_mixin import GuidanceMixin
+from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
 
 __version__ = "0.1.0"
 

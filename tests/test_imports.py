@@ -74,7 +74,7 @@ def test_the_rooms_are_those_on_disk() -> None:
 
 
 def test_the_imports_of_a_file_are_found() -> None:
-    assert {"loss", "guide.sharding", "config"} <= imported(MODULES["trainer.guidance_trainer"])
+    assert {"loss", "guide.sharding", "config"} <= imported(MODULES["trainer.guidance_mixin"])
     assert imported(MODULES["targets.modeling_plain_rnn"]) == {"targets.configuration_plain_rnn"}
     assert "targets" in imported(MODULES["guide.loading"])  # inside a function
 

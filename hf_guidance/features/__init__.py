@@ -5,13 +5,14 @@ defines one sample and leaves padding out. `distributed` joins the batches of al
 """
 
 from hf_guidance.features.distributed import Ranks
-from hf_guidance.features.modules import base_model_of, describe_modules, find_modules
+from hf_guidance.features.modules import describe_modules, find_modules
 from hf_guidance.features.reader import (
     HIDDEN,
     STARTS_WITH_A_LAYER,
     AllRead,
     LayerReader,
     Reduce,
+    base_model_of,
     first_tensor,
     not_recomputed,
 )

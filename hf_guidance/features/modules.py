@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
 
 from torch import nn
-
-
-def base_model_of(model: nn.Module) -> nn.Module:
-    """Return the network inside a PEFT model; any other network itself."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
 
 
 def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hf_guidance.features.layer_drop import LayerDrop
-from hf_guidance.features.modules import base_model_of, describe_modules, find_modules
+from hf_guidance.features.modules import describe_modules, find_modules
 
 # the first hidden state of these networks is a layer's output; that of others is the embeddings
 STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
@@ -238,3 +238,9 @@ def _states(output: Any, kind: str) -> Sequence[Any] | None:
     kinds = ("hidden_states", "decoder_hidden_states") if kind == "hidden_states" else (kind,)
     found = (output.get(k) if isinstance(output, dict) else getattr(output, k, None) for k in kinds)
     return next((states for states in found if states is not None), None)
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """Return the network inside a PEFT model; any other network itself."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()

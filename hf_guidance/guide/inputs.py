@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from hf_guidance.features.modules import base_model_of
+from hf_guidance.features.reader import base_model_of
 from hf_guidance.features.rows import Batch
 
 GUIDE_PREFIX = "guide_"

@@ -10,6 +10,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_guidance.trainer.protocol import GuidedTrainer
 
 
 class RunningMeans:
@@ -71,3 +74,13 @@ class ShortProgressCallback(_Short, ProgressCallback):
 
 class ShortPrinterCallback(_Short, PrinterCallback):
     """Trainer's printed logs, used without a progress bar, without the similarities of single pairs."""
+
+
+def is_last_before_log(trainer: GuidedTrainer, step: int) -> bool:
+    """Tell whether a step is the last guided one before a log, so that values only logged are computed just then."""
+    args, state = trainer.args, trainer.state
+    if args.logging_strategy != IntervalStrategy.STEPS or (args.logging_first_step and step == 0):
+        return True
+    every = max(1, state.logging_steps)
+    logged = (step // every + 1) * every - 1  # the next step that is logged
+    return step + trainer.guidance.guidance_every > logged

@@ -1,4 +1,4 @@
-"""Preparation on the first rows of the training data: batch norm of the guide, and its cache."""
+"""Preparation of the guide before training: its batch norm and cache, on the first rows of the data, and its copy."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file, save_model
 
 from hf_guidance.card.facts import Rows
 from hf_guidance.guide.cache import row_checksums
 from hf_guidance.guide.freezing import calibrate_batch_norm
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.inputs import generator_for, guide_batch, seen_by
+from hf_guidance.guide.sharding import is_sharded, whole_state
 from hf_guidance.trainer.protocol import GuidedTrainer
 
 
@@ -112,3 +115,18 @@ def _randomness_of_its_own(seed: int) -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
+
+
+def save_guide(trainer: GuidedTrainer, folder: Path) -> None:
+    """Save the guide's weights. All processes must call this; one writes."""
+    guide = trainer.guide
+    state = whole_state(guide) if is_sharded(guide) else None  # a collective call of all ranks
+    if not trainer.args.should_save:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(guide, "save_pretrained"):
+        guide.save_pretrained(folder, state_dict=state)
+    elif state is not None:
+        save_file(state, str(folder / "model.safetensors"))
+    else:
+        save_model(guide, str(folder / "model.safetensors"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import arguments, cka, llama, seeded, token_batch
+from builders import arguments, cka, gpt2, llama, seeded, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from trainers import same, train_logs, weights
@@ -36,6 +36,7 @@ from transformers import (
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer
 from hf_guidance.analysis.similarity_map import similarity_map
+from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.loss import Watched
 from hf_guidance.trainer.accumulation import Accumulated
@@ -564,3 +565,15 @@ def test_of_weight_zero_a_run_is_that_of_a_plain_trainer(tmp_path: Path) -> None
     config = GuidanceConfig(guidance_weight=0.0)
     GuidanceTrainer(guided, arguments(tmp_path), train_dataset=rows(), guide=wav2vec2(seed=1), guidance=config).train()
     assert same(weights(plain), weights(guided))
+
+
+def test_a_rate_of_zero_is_watched_and_skips_nothing() -> None:
+    found = {rate: LayerDrop(model := wav2vec2(layerdrop=rate), model, ["hidden_states"], []) for rate in (0.0, 0.5)}
+    assert [drop.has_rate for drop in found.values()] == [True, True]
+    assert found[0.0].settings == {}
+    assert found[0.5].settings == {"layerdrop": 0.5}
+    plain = gpt2()
+    assert not LayerDrop(plain, plain, ["hidden_states"], []).has_rate
+    found[0.0].check_similarity_batch("global")
+    with pytest.raises(ValueError, match=r"LayerDrop skips other layers in each of them \(layerdrop=0.5\)"):
+        found[0.5].check_similarity_batch("global")

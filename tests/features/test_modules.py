@@ -6,7 +6,8 @@ import pytest
 from builders import gpt2
 from torch import nn
 
-from hf_guidance.features.modules import base_model_of, describe_modules, find_modules
+from hf_guidance.features.modules import describe_modules, find_modules
+from hf_guidance.features.reader import base_model_of
 
 
 def test_the_base_model_of_a_network_without_adapters_is_the_network() -> None:

@@ -27,17 +27,16 @@ from builders import (
     llama_config,
     module_outputs,
     seeded,
-    t5,
     token_rows,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from trainers import make_trainer, same, train_logs, trained, weights
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from hf_guidance import GuidanceConfig, GuidanceMixin, GuidanceTrainer, load_guide
+from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
 
 gc.freeze()  # what is imported by now; Trainer collects garbage at every start, and half a second would go into that
@@ -718,55 +717,6 @@ def test_activation_checkpointing_of_the_target_changes_nothing(tmp_path: Path) 
     expected = trained(make_trainer(tmp_path, gpt2(dropout=0.2), llama(), **layers))[0]
     got = trained(make_trainer(tmp_path, gpt2(dropout=0.2), llama(), **layers, gradient_checkpointing=True))[0]
     torch.testing.assert_close(got, expected)
-
-
-class Doubling(Trainer):
-    """Someone's Trainer with a loss of its own: a mean over the batch, times two."""
-
-    loss_is_scaled_for_ga = False
-
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        outputs = model(**inputs)
-        return (2 * outputs.loss, outputs) if return_outputs else 2 * outputs.loss
-
-
-class GuidedDoubling(GuidanceMixin, Doubling):
-    pass
-
-
-def test_the_mixin_guides_another_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
-    target, guide = gpt2(), llama()
-    batches, copy = batches_of(target), gpt2()
-    args = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=1, **SGD)
-    trainer = GuidedDoubling(model=target, guide=guide, args=args, train_dataset=token_rows())
-    (log,) = trained(trainer)[1]
-    task = [2 * copy(**batch).loss for batch in batches]
-    guidance = [guidance_by_hand(copy, guide, batch) for batch in batches]
-    assert log["task/loss"] == pytest.approx(torch.stack(task).mean().item(), rel=1e-5)
-    assert log["loss"] == pytest.approx(log["task/loss"] + log["guidance/loss"], rel=1e-5)
-    descend(copy, (sum(task) + sum(guidance)) / 2)
-    torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=1e-6)
-
-
-class GuidedSeq2Seq(GuidanceMixin, Seq2SeqTrainer):
-    pass
-
-
-def test_the_mixin_guides_a_seq2seq_trainer(tmp_path: Path) -> None:
-    target, guide, data = t5(0), t5(1), token_rows(8)
-    batches, copy = batches_of(target), t5(0)
-    args = Seq2SeqTrainingArguments(**{**arguments(tmp_path).to_dict(), "max_steps": 2, "predict_with_generate": True})
-    trainer = GuidedSeq2Seq(model=target, guide=guide, args=args, train_dataset=data, eval_dataset=data)
-    logs = trained(trainer)[1]
-    ids = batches[0]["input_ids"]
-    shifted = torch.cat([torch.zeros(4, 1, dtype=torch.long), batches[0]["labels"][:, :-1]], 1)
-    inputs = {"input_ids": ids, "decoder_input_ids": shifted}
-    ours, theirs = hidden_states(copy, inputs), hidden_states(guide, inputs)
-    expected = sum(1 - cka(ours[i], theirs[i]).item() for i in (0, 1))
-    assert logs[0]["guidance/loss"] == pytest.approx(expected, abs=1e-5)
-    generated = trainer.predict(data).predictions
-    assert len(generated) == 8
-    assert generated.dtype == "int64"
 
 
 PLACES = {

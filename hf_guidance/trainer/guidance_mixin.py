@@ -1,0 +1,270 @@
+"""`GuidanceMixin`: a guidance loss for any Trainer class."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.rows import Batch
+from hf_guidance.guide.freezing import calibrate_batch_norm, freeze
+from hf_guidance.guide.identity import identity
+from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns, without_guide
+from hf_guidance.guide.sharding import check_whole
+from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.schedule import Schedule, Weights
+from hf_guidance.trainer.accumulation import Accumulated
+from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
+from hf_guidance.trainer.checks import check_trainer, check_types
+from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
+from hf_guidance.trainer.guided_steps import GuidedSteps
+from hf_guidance.trainer.hub_mixin import PublishingMixin
+from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, is_last_before_log
+from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
+
+logger = logging.getLogger(__name__)
+
+GUIDE_FOLDER = "guide"
+
+
+class GuidanceMixin(PublishingMixin, ResumingMixin):
+    """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
+
+    Args:
+        guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance.
+        guidance: Settings of the guidance; None takes the defaults of `GuidanceConfig`.
+        *args, **kwargs: Arguments of the Trainer.
+
+    Raises:
+        ValueError: At construction, if guidance would not do what its settings say.
+    """
+
+    def __init__(
+        self, *args: Any, guide: nn.Module | None = None, guidance: GuidanceConfig | None = None, **kwargs: Any
+    ) -> None:
+        check_types(guide, guidance)
+        super().__init__(*args, **kwargs)
+        self.guide: Any = guide
+        self.guidance = guidance or GuidanceConfig()
+        self._loss: GuidanceLoss | None = None
+        self._sums = RunningMeans()
+        self._finite = FiniteSteps(self.accelerator, self._sums, self.guidance.on_non_finite == "skip")
+        self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
+        self._batches: list[dict[str, Any]] = []
+        self._window: Accumulated | None = None
+        self._in_window = 0  # number of its micro-batches that have been trained on
+        self.add_callback(self._finite)
+        if guide is None:
+            return
+        check_trainer(self)
+        self._guided = GuidedSteps(partial(check_trainer, self), self._schedule, lambda: self._finite.left_out)
+        self.add_callback(self._guided)
+        check_whole(guide)
+        shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device may hold the whole guide
+        freeze(guide, self.guidance.guide_batch_norm, None if shared else self.accelerator.device)
+        if self._calibrates():
+            calibrate_batch_norm(guide, ())  # clears the statistics, which are no part of the identity
+        self.guide_identity = identity(guide)
+        if self.guidance.guidance_weight:
+            _ = self.guidance_loss  # resolves the layers now, so that a wrong name raises here
+        for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
+            for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
+                self.remove_callback(callback)
+                self.add_callback(short)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+
+    # ---------------------------------------------------------------------------------------------------- the loss
+
+    @property
+    def guidance_loss(self) -> GuidanceLoss:
+        """Return the loss for the model that is being trained, rebuilt whenever `model_init` makes a new model."""
+        target = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._loss is None or self._loss.target is not target:
+            if self._loss is not None:
+                self._loss.close()
+            autocast = self.accelerator.autocast
+            self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
+        return self._loss
+
+    def _schedule(self) -> Schedule:
+        if not self.guidance.guidance_weight:  # then no layer is looked for
+            return lambda step: Weights(0.0, 1.0)
+        self.guidance_loss.total_steps = self.state.max_steps
+        return self.guidance_loss.schedule()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Compute the task loss, plus the weighted guidance loss while training."""
+        kwargs = {"num_items_in_batch": num_items_in_batch}
+        if self.guide is None or not self.guidance.guidance_weight or not model.training:
+            found = super().compute_loss(model, self._for_target(inputs), return_outputs=return_outputs, **kwargs)
+            if model.training:
+                task_loss = found[0] if isinstance(found, tuple) else found
+                self._finite.expect_finite({"task loss": task_loss.detach()}, "")
+            return found
+        with self._watch(inputs) as watched:
+            task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
+        loss = self._add_guidance(task_loss, watched, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _watch(self, inputs: Batch) -> AbstractContextManager[Watched]:
+        step, seen = self._micro_step
+        self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
+        self.guidance_loss.total_steps = self.state.max_steps
+        step, micro_step = self._micro_step
+        rank, log = self.accelerator.process_index, is_last_before_log(self, step)
+        if self.guidance.similarity_batch == "accumulated":
+            if self._window is None:
+                batches = [self._prepare_inputs(batch) for batch in self._batches]
+                popped = ("labels",) if self.label_smoother is not None or self.compute_loss_func is not None else ()
+                self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank, leave_out=popped)
+            number, self._in_window = self._in_window, self._in_window + 1
+            return self._window.watch(number, log=log)
+        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._batches, self._window, self._in_window = found[0], None, 0  # so that only one window is in memory
+        return found
+
+    def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Tensor | int | None) -> Tensor:
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        task_is_scaled = self._loss_is_scaled(num_items)
+        sums, compared = self._finite.sums, watched.similarities.get(self.guidance.measure, {})
+        has_to_be_finite = {"task loss": task_loss.detach()}
+        has_to_be_finite |= {f"{self.guidance.measure} of {pair}": value for pair, value in compared.items()}
+        self._finite.expect_finite(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
+        sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
+        sums.add("guidance/weight", 0.0 if watched.loss is None else watched.weights.guidance)
+        self._guided.note(watched, self.state.global_step)
+        if watched.skipped_pairs:
+            sums.add("guidance/skipped_pairs", watched.skipped_pairs, 0)
+        if watched.loss is None:
+            if watched.weights.guidance:
+                sums.add("guidance/skipped_batches", 1.0, 0)
+            return watched.total(task_loss)
+        sums.add("guidance/loss", watched.loss.detach())
+        for measure, similarities in watched.similarities.items():
+            group = "similarity" if measure == self.guidance.measure else measure
+            for pair, value in similarities.items():
+                sums.add(f"guidance/{group}/{pair}", value)
+        if task_is_scaled:  # then Trainer does not divide by the accumulation steps
+            watched.loss = watched.loss / steps
+        return watched.total(task_loss)
+
+    def _loss_is_scaled(self, num_items: Tensor | int | None) -> bool:
+        """Tell whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return declared
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaler = self.accelerator.scaler
+        if norm is not None and (scaler is None or scaler.get_scale() <= 1):  # else the loss scaler may repair it
+            self._finite.expect_finite({GRADIENT: norm}, "")
+        return norm
+
+    # ----------------------------------------------------------------------------------------- around the training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does, after checks of the checkpoint and preparation of the guide.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint; True takes the last complete one.
+            *args, **kwargs: Arguments of `Trainer.train`.
+
+        Raises:
+            ValueError: If the checkpoint is incomplete, or has other settings or another guide.
+            FloatingPointError: If a loss is not finite and `on_non_finite` is `stop`.
+            RuntimeError: If no step was guided that should have been.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint:
+            identity_now = None if self.guide is None else self.guide_identity
+            check_goes_on(checkpoint, self.args, self.guidance, identity_now)
+        if self.guide is not None:
+            self._guided.before = guided_steps_of(checkpoint)
+        self._sums.clear()  # an interrupted call may have left some
+        self._micro_step = (-1, 0)
+        if self.guide is not None and self._calibrates():
+            calibrate(self)
+        if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
+            open_cache(self)
+        if self.guide is not None and self.guidance.save_guide:
+            save_guide(self, Path(str(self.args.output_dir)) / GUIDE_FOLDER)
+        try:
+            found = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._batches, self._window = [], None
+        if self.guide is not None and self.guidance.guidance_weight:
+            folder = str(self.args.output_dir)
+            self._guided.check_any(self.state, partial(self.save_model, folder, _internal_call=True), folder)
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, unless the checkpoint is of the last step: Trainer would then take one step more."""
+        if (done := self.state.global_step) >= self.state.max_steps:
+            if done > self.state.max_steps:
+                logger.warning(
+                    "The checkpoint is of step %d, after the last step %d: no step is left.", done, self.state.max_steps
+                )
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _calibrates(self) -> bool:
+        return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
+
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
+
+    def _for_target(self, inputs: Batch) -> dict[str, Any]:
+        return without_guide(inputs, self.guidance.sample_id_column)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if getattr(self, "guide", None) is not None:
+            ids = self.guidance.sample_id_column
+            own = [GUIDE_PREFIX + name for name in accepted_columns(self.guide)] + ([ids] if ids else [])
+            columns: Any = self._signature_columns  # annotated as None, and is a list by now
+            columns += [name for name in own if name not in columns]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.guide is not None and self.args.should_save:
+            self.guidance.save(output_dir or str(self.args.output_dir), self.guide_identity)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # every rank logs at the same steps, so that the reduction is collective
+        if "loss" in logs and (self.guide is not None or self._finite.skip):
+            logs |= self._sums.drain(self.accelerator)
+        super().log(logs, start_time)
+
+
+def _signature(cls: type) -> inspect.Signature:
+    """Make the signature that `help` shows: the Trainer's behind the mixin, with `guide` and `guidance`."""
+    written = next(base for base in cls.__mro__ if "__init__" in vars(base) and base not in GuidanceMixin.__mro__)
+    parameters = list(inspect.signature(vars(written)["__init__"]).parameters.values())[1:]
+    if not issubclass(written, GuidanceMixin):
+        own = inspect.signature(GuidanceMixin.__init__).parameters
+        place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+        parameters[place:place] = own["guide"], own["guidance"]
+    return inspect.Signature(parameters)

@@ -1,0 +1,93 @@
+"""`GuidanceMixin` in front of other Trainers: a loss of its own, Seq2SeqTrainer, and the signature that is shown."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import arguments, cka, gpt2, gradients, guidance_by_hand, hidden_states, llama, t5, token_rows
+from torch import Tensor, nn
+from trainers import trained, weights
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+
+from hf_guidance.trainer.guidance_mixin import GuidanceMixin
+
+SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def batches_of(network: nn.Module) -> list[dict[str, Tensor]]:
+    """The inputs of every training forward of a network from now on."""
+    seen: list[dict[str, Tensor]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            seen.append({name: value for name, value in kwargs.items() if name in ("input_ids", "labels")})
+
+    network.register_forward_pre_hook(keep, with_kwargs=True)
+    return seen
+
+
+def descend(network: nn.Module, loss: Tensor) -> None:
+    """One step of `SGD` by hand."""
+    slopes = gradients(network, loss)
+    with torch.no_grad():
+        for parameter, slope in zip(network.parameters(), slopes, strict=True):
+            parameter -= SGD["learning_rate"] * slope
+
+
+class Doubling(Trainer):
+    """Someone's Trainer with a loss of its own: a mean over the batch, times two."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(**inputs)
+        return (2 * outputs.loss, outputs) if return_outputs else 2 * outputs.loss
+
+
+class GuidedDoubling(GuidanceMixin, Doubling):
+    pass
+
+
+def test_the_mixin_guides_another_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
+    target, guide = gpt2(), llama()
+    batches, copy = batches_of(target), gpt2()
+    args = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=1, **SGD)
+    trainer = GuidedDoubling(model=target, guide=guide, args=args, train_dataset=token_rows())
+    (log,) = trained(trainer)[1]
+    task = [2 * copy(**batch).loss for batch in batches]
+    guidance = [guidance_by_hand(copy, guide, batch) for batch in batches]
+    assert log["task/loss"] == pytest.approx(torch.stack(task).mean().item(), rel=1e-5)
+    assert log["loss"] == pytest.approx(log["task/loss"] + log["guidance/loss"], rel=1e-5)
+    descend(copy, (sum(task) + sum(guidance)) / 2)
+    torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=1e-6)
+
+
+class GuidedSeq2Seq(GuidanceMixin, Seq2SeqTrainer):
+    pass
+
+
+def test_the_mixin_guides_a_seq2seq_trainer(tmp_path: Path) -> None:
+    target, guide, data = t5(0), t5(1), token_rows(8)
+    batches, copy = batches_of(target), t5(0)
+    args = Seq2SeqTrainingArguments(**{**arguments(tmp_path).to_dict(), "max_steps": 2, "predict_with_generate": True})
+    trainer = GuidedSeq2Seq(model=target, guide=guide, args=args, train_dataset=data, eval_dataset=data)
+    logs = trained(trainer)[1]
+    ids = batches[0]["input_ids"]
+    shifted = torch.cat([torch.zeros(4, 1, dtype=torch.long), batches[0]["labels"][:, :-1]], 1)
+    inputs = {"input_ids": ids, "decoder_input_ids": shifted}
+    ours, theirs = hidden_states(copy, inputs), hidden_states(guide, inputs)
+    expected = sum(1 - cka(ours[i], theirs[i]).item() for i in (0, 1))
+    assert logs[0]["guidance/loss"] == pytest.approx(expected, abs=1e-5)
+    generated = trainer.predict(data).predictions
+    assert len(generated) == 8
+    assert generated.dtype == "int64"
+
+
+def test_the_signature_is_the_trainers_with_guide_and_guidance() -> None:
+    assert list(inspect.signature(GuidedDoubling).parameters)[:2] == ["model", "args"]
+    for kind in (GuidedDoubling, GuidedSeq2Seq):
+        assert {"guide", "guidance"} <= set(inspect.signature(kind).parameters)
