@@ -60,8 +60,8 @@ class GuidanceConfig:
     Use it beside `TrainingArguments`. `HfArgumentParser((TrainingArguments, GuidanceConfig))` parses both.
 
     Raises:
-        ValueError: a field has an impossible value or type, or two fields contradict each other. The message names the
-            possible values.
+        ValueError: If a field has an impossible value or type, or two fields contradict each other. The message names
+            the possible values.
     """
 
     # Optional[...] rather than `... | None`: on Python 3.10 HfArgumentParser reads only the former.
@@ -254,7 +254,7 @@ class GuidanceConfig:
         """Build a config from JSON values.
 
         Raises:
-            ValueError: a field is unknown, or a value has the wrong type or is not possible.
+            ValueError: If a field is unknown, or a value has the wrong type or is not possible.
         """
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -266,8 +266,8 @@ class GuidanceConfig:
         """Write `guidance_config.json`.
 
         Args:
-            directory: folder to write to.
-            guide: the guide's identity, written to a section of its own.
+            directory: Folder to write to.
+            guide: The guide's identity, written to a section of its own.
 
         Returns:
             Path of the file.
@@ -285,7 +285,7 @@ class GuidanceConfig:
             The config, and the guide's identity.
 
         Raises:
-            ValueError: the file is not a guidance config, or has an unknown field or an impossible value.
+            ValueError: If the file is not a guidance config, or has an unknown field or an impossible value.
         """
         path = Path(directory) / CONFIG_NAME
         content = json.loads(path.read_text(encoding="utf-8"))

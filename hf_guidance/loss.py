@@ -42,13 +42,13 @@ class Watched:
     """Result of one watched forward.
 
     Attributes:
-        inputs: inputs to run the target on: the batch, or noise during pre-alignment on noise.
-        weights: weights of guidance and task at this step.
-        loss: sum or mean over the pairs of (1 − similarity), a scalar. None if the step is not guided. With
+        inputs: Inputs to run the target on: the batch, or noise during pre-alignment on noise.
+        weights: Weights of guidance and task at this step.
+        loss: Sum or mean over the pairs of (1 − similarity), a scalar. None if the step is not guided. With
             `similarity_batch="global"` its gradient suits a wrapper that averages gradients over the ranks.
-        similarities: measure → pair → similarity, detached. The measure trained on comes first.
-        why_unguided: why there is no loss although guidance has a weight, and what to do about it.
-        skipped_pairs: number of pairs left out because LayerDrop skipped their target layer.
+        similarities: Measure → pair → similarity, detached. The measure trained on comes first.
+        why_unguided: Why there is no loss although guidance has a weight, and what to do about it.
+        skipped_pairs: Number of pairs left out because LayerDrop skipped their target layer.
     """
 
     inputs: dict[str, Any]
@@ -62,7 +62,7 @@ class Watched:
         """Return the loss to train on: the weighted sum of the task loss and the guidance loss.
 
         Args:
-            task_loss: the target's own loss, a scalar.
+            task_loss: The target's own loss, a scalar.
         """
         total = task_loss if self.weights.task == 1 else self.weights.task * task_loss
         return total if self.loss is None else total + self.weights.guidance * self.loss.to(total.device)
@@ -72,16 +72,16 @@ class GuidanceLoss:
     """Guidance of a target by a frozen guide: watches the target's forward and compares its layers with the guide's.
 
     Args:
-        target: network being trained, without a wrapper such as DDP.
-        guide: network to guide it. It is frozen here, in place.
-        config: settings of guidance; the defaults if None.
-        seed: seed of noise, shuffling and the choice of tokens, combined with step, micro-step and rank.
-        autocast: makes the context of the guide's forward. By default the guide runs in the surrounding context.
-        total_steps: optimizer steps of the run. A decay without `guidance_stop_step` ends here.
+        target: Network being trained, without a wrapper such as DDP.
+        guide: Network to guide it. It is frozen here, in place.
+        config: Settings of guidance; the defaults if None.
+        seed: Seed of noise, shuffling and the choice of tokens, combined with step, micro-step and rank.
+        autocast: Makes the context of the guide's forward. By default the guide runs in the surrounding context.
+        total_steps: Optimizer steps of the run. A decay without `guidance_stop_step` ends here.
 
     Raises:
-        ValueError: a layer does not exist, guide and target share parameters, or a global batch has no process group or
-            meets LayerDrop, or a measure takes no sketch. On the first batch: the vocabularies or the samples of the
+        ValueError: If a layer does not exist, guide and target share parameters, or a global batch has no process group
+            or meets LayerDrop, or a measure takes no sketch. On the first batch: the vocabularies or the samples of the
             two networks do not match.
 
     Example:
@@ -127,7 +127,7 @@ class GuidanceLoss:
         """Return the weights of guidance and task at an optimizer step.
 
         Args:
-            step: optimizer steps already taken.
+            step: Optimizer steps already taken.
         """
         return self.schedule()(step)
 
@@ -153,18 +153,18 @@ class GuidanceLoss:
         compared when the block ends: do not change the target's outputs in place before that.
 
         Args:
-            batch: inputs of the target, with `guide_*` columns if the guide needs its own.
-            step: optimizer steps already taken. The weights depend on it.
-            micro_step: index of the micro-batch in this optimizer step.
-            rank: index of this process. All randomness is a function of the seed, step, micro-step and rank.
-            log: whether to compute the config's `log_measures` too.
+            batch: Inputs of the target, with `guide_*` columns if the guide needs its own.
+            step: Optimizer steps already taken. The weights depend on it.
+            micro_step: Index of the micro-batch in this optimizer step.
+            rank: Index of this process. All randomness is a function of the seed, step, micro-step and rank.
+            log: Whether to compute the config's `log_measures` too.
 
         Yields:
             The inputs to run the target on. Its loss and similarities are filled in when the block ends.
 
         Raises:
-            ValueError: the target did not run in the block, or its layers do not match the guide's. Also if no target
-                layer in a pair carries a gradient to a weight.
+            ValueError: If the target did not run in the block, or its layers do not match the guide's. Also if no
+                target layer in a pair carries a gradient to a weight.
         """
         key, weights = (self.seed, step, micro_step, rank), self.weights(step)
         if not weights.guidance:
@@ -198,11 +198,11 @@ class GuidanceLoss:
         """Make the samples of a batch.
 
         Args:
-            batch: inputs of a network.
-            like: samples of the other network, whose choice of tokens is taken over.
-            step: optimizer steps already taken.
-            micro_step: index of the micro-batch in this optimizer step.
-            rank: index of this process.
+            batch: Inputs of a network.
+            like: Samples of the other network, whose choice of tokens is taken over.
+            step: Optimizer steps already taken.
+            micro_step: Index of the micro-batch in this optimizer step.
+            rank: Index of this process.
         """
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
@@ -215,14 +215,14 @@ class GuidanceLoss:
         """Run the guide on those of the inputs that it accepts, moved to its device.
 
         Args:
-            inputs: columns of a batch.
+            inputs: Columns of a batch.
 
         Returns:
             Output of the guide.
 
         Raises:
-            ValueError: the guide accepts none of the inputs, lacks decoder inputs, or gets images of a size it does not
-                accept.
+            ValueError: If the guide accepts none of the inputs, lacks decoder inputs, or gets images of a size it does
+                not accept.
         """
         return forward(self.guide, inputs)
 
@@ -230,13 +230,13 @@ class GuidanceLoss:
         """Open or create the cache that the config's `cache_guide` names. Call it once, before the first step.
 
         Args:
-            batch: first rows of the data. They give the widths and scales of the layers.
-            rows: number of samples in the data. Their ids are 0 to `rows` − 1.
+            batch: First rows of the data. They give the widths and scales of the layers.
+            rows: Number of samples in the data. Their ids are 0 to `rows` − 1.
             identity: JSON values that tell this guide from any other.
-            create: whether this process may create the folder. Of several processes, one should.
+            create: Whether this process may create the folder. Of several processes, one should.
 
         Raises:
-            ValueError: the batch has no ids, or has padding. Also all that `GuideCache` raises.
+            ValueError: If the batch has no ids, or has padding. Also all that `GuideCache` raises.
         """
         self.running.open_cache(batch, rows, identity, create)
 
@@ -279,14 +279,14 @@ class GuidanceLoss:
         """Compute loss and similarities from the layers of both networks, and store them in `watched`.
 
         Args:
-            watched: result to fill in.
-            target: the target's samples, and its layers by name.
-            guide: the guide's samples, and its layers by name.
-            log: whether to compute the config's `log_measures` too.
-            scale: factor of the gradient, not of the value.
+            watched: Result to fill in.
+            target: The target's samples, and its layers by name.
+            guide: The guide's samples, and its layers by name.
+            log: Whether to compute the config's `log_measures` too.
+            scale: Factor of the gradient, not of the value.
 
         Raises:
-            ValueError: as `watch` does.
+            ValueError: As `watch` does.
         """
         (samples, targets), (guide_samples, guides) = target, guide
         reader = self.target_reader

@@ -54,8 +54,8 @@ def published_command(words: Sequence[str], parsers: Sequence[type]) -> tuple[st
     """Select the part of a command line that anybody may read.
 
     Args:
-        words: words of the command line.
-        parsers: dataclasses whose fields are published if their values are harmless.
+        words: Words of the command line.
+        parsers: Dataclasses whose fields are published if their values are harmless.
 
     Returns:
         The command, and whether anything was left out. The command is empty if its script cannot be named.

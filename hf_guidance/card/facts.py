@@ -97,9 +97,9 @@ def task_facts(name: str, description: str, data: Mapping[str, Json]) -> Facts:
     """Collect the facts on a task's data that a card shows.
 
     Args:
-        name: name of the task.
-        description: one sentence on the task.
-        data: settings that the data were made from.
+        name: Name of the task.
+        description: One sentence on the task.
+        data: Settings that the data were made from.
     """
     made_from: Facts = dict(data)
     source = made_from.get("dataset") if not made_from.get("text_files") else None

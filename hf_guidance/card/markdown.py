@@ -38,7 +38,7 @@ def shown(value: float, digits: int) -> str:
     """Format a number as cards show it.
 
     Args:
-        value: number; a note replaces one that is not finite.
-        digits: digits after the decimal point.
+        value: Number; a note replaces one that is not finite.
+        digits: Digits after the decimal point.
     """
     return f"{value:.{digits}f}" if math.isfinite(value) else "not finite (the run diverged)"

@@ -40,8 +40,8 @@ def scrub_settings(folder: Path, output: Path) -> None:
     """Remove tokens and paths of this machine from the settings files and cards in a folder, and warn of each change.
 
     Args:
-        folder: folder of files to push. Files elsewhere that are linked to them do not change.
-        output: folder whose path is removed everywhere, like those of the user and of the process.
+        folder: Folder of files to push. Files elsewhere that are linked to them do not change.
+        output: Folder whose path is removed everywhere, like those of the user and of the process.
     """
     places = re.compile("|".join(_places(output)))
     for path in sorted([*folder.rglob(SETTINGS), *folder.rglob("README.md")]):

@@ -191,10 +191,10 @@ def push_runs(report: Report, places: list[Path], token: str | None, revision: s
     A failed push is logged with a command to repeat it, and the others go on; nothing is lost.
 
     Args:
-        report: the comparison, with the cards of its runs.
-        places: folder of each run.
-        token: token of the Hub; None for the one of the login.
-        revision: branch to push to.
+        report: The comparison, with the cards of its runs.
+        places: Folder of each run.
+        token: Token of the Hub; None for the one of the login.
+        revision: Branch to push to.
 
     Raises:
         ConnectionError: If a push failed, after all others.

@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         guide: The frozen classifier, with task head and the target's classes.
-        distillation_weight: w, the weight of the guide's predictions, in [0, 1].
+        distillation_weight: W, the weight of the guide's predictions, in [0, 1].
         temperature: T, by which the logits of both networks are divided; above 0.
         **kwargs: Arguments of the Trainer.
 

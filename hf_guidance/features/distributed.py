@@ -21,12 +21,12 @@ class Ranks:
     communication.
 
     Attributes:
-        rank: number of this process.
-        scale: number of ranks.
-        bytes_sent: bytes of features and masks that this rank has sent so far, to each of the others.
+        rank: Number of this process.
+        scale: Number of ranks.
+        bytes_sent: Bytes of features and masks that this rank has sent so far, to each of the others.
 
     Raises:
-        ValueError: there is no process group.
+        ValueError: If there is no process group.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class Ranks:
         """Gather integers from all ranks. The host waits for them.
 
         Args:
-            numbers: this rank's integers; each rank gives equally many.
-            device: device to communicate on.
+            numbers: This rank's integers; each rank gives equally many.
+            device: Device to communicate on.
 
         Returns:
             The integers of each rank, in the order of the ranks.
@@ -64,9 +64,9 @@ class Ranks:
         """Gather samples `(n, …)` from all ranks. Those of this rank keep their gradient.
 
         Args:
-            x: samples of this rank; `(n, length, …)` if `length` is given.
-            counts: number of samples of each rank.
-            length: common length to which the second axis is padded with zeros.
+            x: Samples of this rank; `(n, length, …)` if `length` is given.
+            counts: Number of samples of each rank.
+            length: Common length to which the second axis is padded with zeros.
 
         Returns:
             `(sum of counts, …)`, in the order of the ranks.

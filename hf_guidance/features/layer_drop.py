@@ -27,18 +27,18 @@ class LayerDrop:
     layers (`capture_outputs`), or repeats the input of a skipped layer. Hooks on the layers tell which ran.
 
     Args:
-        network: network that is called.
-        base: network inside it, by whose module names layers are named.
-        kinds: tuples of hidden states to read, such as `encoder_hidden_states`.
-        modules: names of the modules to read.
+        network: Network that is called.
+        base: Network inside it, by whose module names layers are named.
+        kinds: Tuples of hidden states to read, such as `encoder_hidden_states`.
+        modules: Names of the modules to read.
 
     Attributes:
         settings: LayerDrop settings with their values that may skip a layer to read, such as `decoder_layerdrop`. Empty
             if no such layer can be skipped.
-        has_rate: whether the network has a LayerDrop rate at all, be it 0.
+        has_rate: Whether the network has a LayerDrop rate at all, be it 0.
 
     Raises:
-        ValueError: hidden states are to be read of a network with LayerDrop whose layers cannot be identified.
+        ValueError: If hidden states are to be read of a network with LayerDrop whose layers cannot be identified.
 
     Source: Fan et al. 2020 (arXiv 1909.11556).
     """
@@ -73,7 +73,7 @@ class LayerDrop:
         """Start to watch a forward.
 
         Raises:
-            ValueError: the LayerDrop rate has changed since this object was made.
+            ValueError: If the LayerDrop rate has changed since this object was made.
         """
         for module, rate in self._rates:
             if (now := rate_of(module)) != rate:
@@ -120,14 +120,14 @@ class LayerDrop:
         final state as the state of the last layer that ran. The layer's own output then replaces it.
 
         Args:
-            kind: name of the tuple of hidden states.
-            states: hidden states that the network returned.
+            kind: Name of the tuple of hidden states.
+            states: Hidden states that the network returned.
 
         Returns:
             One entry for each layer, and one for the embeddings.
 
         Raises:
-            ValueError: the number of hidden states does not match the layers that ran.
+            ValueError: If the number of hidden states does not match the layers that ran.
         """
         if kind not in self._stacks:
             return states

@@ -51,7 +51,7 @@ def stack_of(base: nn.Module, kind: str) -> Stack | None:
         The stack, or None if none of its layers is ever skipped.
 
     Raises:
-        ValueError: some may be skipped, but it cannot be told which modules they are.
+        ValueError: If some may be skipped, but it cannot be told which modules they are.
     """
     roots = _roots(base, kind)
     candidates = [find(base, root) for find in (_captured, _collected) for root in roots]

@@ -12,15 +12,15 @@ def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[st
     """Find modules by exact name, else by glob, else by type or base type, in the order of registration.
 
     Args:
-        model: network to search.
-        pattern: name, glob or name of a type.
+        model: Network to search.
+        pattern: Name, glob or name of a type.
         role: `target` or `guide`, for the message.
 
     Returns:
         Name → module.
 
     Raises:
-        ValueError: none matches. The message lists the modules of the network.
+        ValueError: If none matches. The message lists the modules of the network.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if pattern in modules:
@@ -44,8 +44,8 @@ def describe_modules(model: nn.Module, most: int = 8) -> str:
     """Describe the shallowest modules, with numbered siblings joined: `wte (Embedding), 12 GPT2Block (h.0 … h.11)`.
 
     Args:
-        model: network to describe.
-        most: largest number of kinds to name.
+        model: Network to describe.
+        most: Largest number of kinds to name.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():

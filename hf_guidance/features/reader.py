@@ -35,15 +35,15 @@ class LayerReader:
     only those that ran are read. Each keeps its name.
 
     Args:
-        model: any `nn.Module`. PEFT models are read by the module names of their base model.
+        model: Any `nn.Module`. PEFT models are read by the module names of their base model.
         layers: `hidden_states` (all but index 0, the embeddings; of an encoder-decoder those of the decoder),
             `hidden_states.<i>`, `encoder_hidden_states`, or modules by exact name, glob or type. In a glob, `*` stays
             within one level and `**` does not.
         role: `target` or `guide`, for messages.
 
     Raises:
-        ValueError: the network lacks a layer or returns no hidden states, or LayerDrop hides which layer a hidden state
-            belongs to.
+        ValueError: If the network lacks a layer or returns no hidden states, or LayerDrop hides which layer a hidden
+            state belongs to.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], role: str) -> None:
@@ -80,7 +80,7 @@ class LayerReader:
         """Read the layers of each forward inside this context.
 
         Args:
-            reduce: called with the name and output of each layer.
+            reduce: Called with the name and output of each layer.
 
         Yields:
             Layer → result of `reduce`, filled in during the forward.
@@ -101,7 +101,7 @@ class LayerReader:
         """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.
 
         Raises:
-            ValueError: a named module did not run, or a hidden state was not returned.
+            ValueError: If a named module did not run, or a hidden state was not returned.
         """
         self.check_skipped([name for name in self._order if name not in self._seen])
         return [*self._counted, *self._order]
@@ -221,7 +221,7 @@ def first_tensor(output: Output) -> Any:
     """Return the features in a module's output: the tensor itself, or the first one in a tuple or model output.
 
     Raises:
-        ValueError: the output is a packed sequence.
+        ValueError: If the output is a packed sequence.
     """
     if isinstance(output, Tensor):
         return output

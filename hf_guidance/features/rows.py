@@ -16,13 +16,13 @@ def content_of(batch: Batch) -> Tensor:
     """Return the content of a batch's rows: token ids, pixels, embeddings, or else its first tensor with two axes.
 
     Args:
-        batch: inputs of a network.
+        batch: Inputs of a network.
 
     Returns:
         `(batch, …)`.
 
     Raises:
-        ValueError: the batch has no such tensor.
+        ValueError: If the batch has no such tensor.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
     if not tensors:
@@ -35,7 +35,7 @@ def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the valid positions of encoder and decoder, if the batch has them.
 
     Args:
-        tensors: columns of the batch.
+        tensors: Columns of the batch.
 
     Returns:
         `encoder` and `decoder` → `(batch, length)` of bool.
@@ -75,8 +75,8 @@ def hashes_of(content: Tensor, valid: Tensor | None = None) -> Tensor:
     """Compute a hash of each row's content, `(batch,)`, that does not depend on padding.
 
     Args:
-        content: rows `(batch, …)`.
-        valid: which entries count, spread over the content; None for all.
+        content: Rows `(batch, …)`.
+        valid: Which entries count, spread over the content; None for all.
     """
     content = content if not content.is_floating_point() else content.float().view(torch.int32)
     if valid is not None:

@@ -23,23 +23,23 @@ class Samples:
     """Samples of one batch, over which the outputs of a network's layers are compared.
 
     Args:
-        batch: inputs of the network. `attention_mask` `(batch, length)` tells the valid positions. Those of a decoder
+        batch: Inputs of the network. `attention_mask` `(batch, length)` tells the valid positions. Those of a decoder
             come from `decoder_attention_mask`, else from the labels that are not −100.
         axis: `sequence` or `token`. `sequence` makes each row one sample, with its positions flattened and counted from
             the first valid one. `token` makes each valid position a sample.
-        max_tokens: largest number of tokens, all ranks together. They are chosen by a hash of row content, position and
+        max_tokens: Largest number of tokens, all ranks together. They are chosen by a hash of row content, position and
             `seed`, so that row order and padding do not change the choice.
-        seed: seed of that choice.
-        like: samples of the other network, whose choice of tokens is used.
-        ranks: processes whose batches are taken as one; None for this process alone.
-        sketch: sketch of wide layers.
-        primal_below: as of `similarity.layer_of`.
+        seed: Seed of that choice.
+        like: Samples of the other network, whose choice of tokens is used.
+        ranks: Processes whose batches are taken as one; None for this process alone.
+        sketch: Sketch of wide layers.
+        primal_below: As of `similarity.layer_of`.
 
     Attributes:
-        count: number of rows, over all ranks.
+        count: Number of rows, over all ranks.
 
     Raises:
-        ValueError: the batch has no tensors, its valid positions differ from those of `like`, or the batches of the
+        ValueError: If the batch has no tensors, its valid positions differ from those of `like`, or the batches of the
             ranks differ in length without a mask.
     """
 
@@ -71,12 +71,12 @@ class Samples:
         """Make a layer of its output on the batch.
 
         Args:
-            name: name of the layer.
-            features: output of the layer, `(batch, …)`.
+            name: Name of the layer.
+            features: Output of the layer, `(batch, …)`.
             parts: 2 if this is a sketch already.
 
         Raises:
-            ValueError: the first axis of the output is not the batch, or its length is not that of the mask.
+            ValueError: If the first axis of the output is not the batch, or its length is not that of the mask.
         """
         if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[0] != self.batch_size:
             got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
@@ -126,12 +126,12 @@ class Samples:
 
         Args:
             pairs: (target layer, guide layer).
-            layers: layers of the target.
-            guide: samples of the guide.
-            guides: layers of the guide.
+            layers: Layers of the target.
+            guide: Samples of the guide.
+            guides: Layers of the guide.
 
         Raises:
-            ValueError: they have not.
+            ValueError: If they have not.
         """
         for target, other in pairs:
             ours = self.positions.get(target), layers[target].samples

@@ -46,10 +46,10 @@ class GuideRunning:
     """Guide that runs once per batch, only as far as needed, or whose features come from the cache.
 
     Args:
-        reader: reader of the guide's layers.
-        target: network that it guides, which may make decoder inputs for both.
-        config: settings of guidance.
-        autocast: makes the context of the forward.
+        reader: Reader of the guide's layers.
+        target: Network that it guides, which may make decoder inputs for both.
+        config: Settings of guidance.
+        autocast: Makes the context of the forward.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class GuideRunning:
         """Run the guide on its input, and make its layers.
 
         Args:
-            batch: columns for both networks.
+            batch: Columns for both networks.
             key: (seed, step, micro-step, rank), from which noise and shuffling are drawn.
-            samples_of: makes the samples of the guide's input.
+            samples_of: Makes the samples of the guide's input.
 
         Returns:
             The guide's samples, and layer → its values.
 
         Raises:
-            ValueError: the two networks have different vocabularies, or `cache_guide` is set but the cache is not open
-                or the batch has no ids.
+            ValueError: If the two networks have different vocabularies, or `cache_guide` is set but the cache is not
+                open or the batch has no ids.
         """
         inputs = guide_batch(batch, self.target)
         if not self._has_seen_a_batch:
@@ -205,14 +205,15 @@ def forward(guide: nn.Module, inputs: Batch) -> Any:
     """Run a guide on those of the inputs that it accepts, moved to its device.
 
     Args:
-        guide: the guide.
-        inputs: columns of a batch.
+        guide: The guide.
+        inputs: Columns of a batch.
 
     Returns:
         Output of the guide.
 
     Raises:
-        ValueError: an encoder-decoder gets no decoder inputs, or the images have a size that the guide does not accept.
+        ValueError: If an encoder-decoder gets no decoder inputs, or the images have a size that the guide does not
+            accept.
     """
     args, kwargs = forward_arguments(guide, inputs)
     if "use_cache" in accepted_columns(guide):  # with a cache, transformers takes packed documents for one document

@@ -25,14 +25,14 @@ class Side:
     """Work on one layer that its pairs share.
 
     Attributes:
-        layer: the layer, without its graph.
-        inverse: one over h(K, K), a scalar; 0 if that is 0 up to rounding.
-        kernel: of a dual layer, its kernels `(parts, n, n)`.
-        diagonal: of a primal layer with U-centred kernels, the diagonal of its Gram matrix, `(n,)`.
-        added: of such a layer, by how much of each sample `K x` differs from `X Xᵀ x`, `(n,)`.
-        own: of a target layer, what half the slope of h(K, K) is made from: that slope itself, or `Xᵀ X` of a primal
+        layer: The layer, without its graph.
+        inverse: One over h(K, K), a scalar; 0 if that is 0 up to rounding.
+        kernel: Of a dual layer, its kernels `(parts, n, n)`.
+        diagonal: Of a primal layer with U-centred kernels, the diagonal of its Gram matrix, `(n,)`.
+        added: Of such a layer, by how much of each sample `K x` differs from `X Xᵀ x`, `(n,)`.
+        own: Of a target layer, what half the slope of h(K, K) is made from: that slope itself, or `Xᵀ X` of a primal
             layer of one part.
-        pull: slope in the kernel → slope in the values, of a kernel that is not the Gram matrix itself.
+        pull: Slope in the kernel → slope in the values, of a kernel that is not the Gram matrix itself.
     """
 
     layer: Layer
@@ -56,8 +56,8 @@ class Cosine:
     """Cosine of two kernels.
 
     Args:
-        debiased: whether to U-centre the kernels.
-        kernel: differentiable function of a Gram matrix; None for the Gram matrix itself.
+        debiased: Whether to U-centre the kernels.
+        kernel: Differentiable function of a Gram matrix; None for the Gram matrix itself.
     """
 
     debiased: bool = False
@@ -67,8 +67,8 @@ class Cosine:
         """Do the work on one layer that its pairs share.
 
         Args:
-            layer: a layer, whose graph is not used.
-            with_slope: whether slopes in this layer will be needed.
+            layer: A layer, whose graph is not used.
+            with_slope: Whether slopes in this layer will be needed.
         """
         if self.kernel is not None:
             return _of_kernel(self.kernel, layer, with_slope)

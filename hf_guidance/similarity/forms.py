@@ -17,9 +17,9 @@ class Made(NamedTuple):
     """Values of a layer, and what its backward needs.
 
     Args:
-        values: see `Layer`.
-        factor: by which the squared features were multiplied; 0 for a dead layer.
-        mean: mean of the features if a dual backward must subtract it.
+        values: See `Layer`.
+        factor: By which the squared features were multiplied; 0 for a dead layer.
+        mean: Mean of the features if a dual backward must subtract it.
     """
 
     values: Tensor
@@ -36,9 +36,9 @@ def primal(x: Tensor, precision: torch.dtype, noise: Tensor | None = None) -> Ma
     """Centre and scale features.
 
     Args:
-        x: features `(n, d)`.
-        precision: dtype in which they were computed.
-        noise: energy of the rounding, if a mean was subtracted before.
+        x: Features `(n, d)`.
+        precision: Dtype in which they were computed.
+        noise: Energy of the rounding, if a mean was subtracted before.
     """
     mean = x.mean(0)
     centred = x - mean
@@ -53,9 +53,9 @@ def dual(
     """Compute the Gram matrix of centred, scaled features.
 
     Args:
-        x, precision, noise: as of `primal`.
-        parts: number of parts of the features, each with a Gram matrix of its own.
-        with_gradient: whether a backward will multiply the features.
+        x, precision, noise: As of `primal`.
+        parts: Number of parts of the features, each with a Gram matrix of its own.
+        with_gradient: Whether a backward will multiply the features.
     """
     plain = x.dtype == torch.float32 and parts == 1 and noise is None and for_numpy(x)
     if plain and (found := centred_product(x, with_gradient)):
@@ -86,10 +86,10 @@ def _factor(spread: Tensor, mean: Tensor, precision: torch.dtype, noise: Tensor 
     """Compute one over the energy of a layer, 0 if it is dead: if half of its energy or more is rounding.
 
     Args:
-        spread: variance of each feature.
-        mean: mean of each feature, whose rounding is judged feature by feature.
-        precision: dtype in which the features were computed.
-        noise: energy of the rounding, if a mean was subtracted before.
+        spread: Variance of each feature.
+        mean: Mean of each feature, whose rounding is judged feature by feature.
+        precision: Dtype in which the features were computed.
+        noise: Energy of the rounding, if a mean was subtracted before.
     """
     if noise is None:
         noise = torch.minimum(spread, _rounding(precision) * mean.square()).sum()

@@ -24,8 +24,8 @@ def for_tensor_cores(x: Tensor, in_region: bool = False) -> bool:
     They can if the features are in half precision, or in float32 inside an autocast region, like a residual stream.
 
     Args:
-        x: features.
-        in_region: the features come from a network that runs in the present autocast region.
+        x: Features.
+        in_region: The features come from a network that runs in the present autocast region.
     """
     if x.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(x.device) < SINCE:
         return False

@@ -27,10 +27,10 @@ class Layer:
     part along the values, as the backward takes the scale for a constant. `tangent` makes any slope one of this kind.
 
     Attributes:
-        values: features `(n, d)` if primal; Gram matrix `(n, n)` if dual, or those of both halves of a sketch,
-            `(2, n, n)`. They carry the graph of the layer's features.
+        values: Features `(n, d)` if primal; Gram matrix `(n, n)` if dual, or those of both halves of a sketch, `(2, n,
+            n)`. They carry the graph of the layer's features.
         form: `primal` or `dual`.
-        width: number d of features.
+        width: Number d of features.
         parts: 2 for a sketched layer, whose first and second half of features are independent sketches, scaled so that
             the Gram matrix is the mean of theirs; else 1.
     """
@@ -84,7 +84,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
         for every measure here, because none depends on the scale.
 
     Raises:
-        ValueError: the features have fewer than two axes, or do not match the mask.
+        ValueError: If the features have fewer than two axes, or do not match the mask.
     """
     kernel = layer_of(features, mask, primal_below=0).values
     if not kernel.requires_grad:
@@ -108,17 +108,17 @@ def layer_of(
     """Make a layer from its features: the only place that chooses its form.
 
     Args:
-        features, mask: as of `gram`.
-        primal_below: largest d / n at which the layer stays features.
-        sketch: applied to the masked, centred features `(n, d)`. Without a mask, sketch the features before.
+        features, mask: As of `gram`.
+        primal_below: Largest d / n at which the layer stays features.
+        sketch: Applied to the masked, centred features `(n, d)`. Without a mask, sketch the features before.
         parts: 2 if the features are already two halves of a sketch.
-        precision: dtype in which the features were computed, if it is not their present one.
-        copy: keep a copy for the backward, because the features may be overwritten in place before it.
-        in_region: the features come from a network that runs now. Under autocast, features in float32 are then as
+        precision: Dtype in which the features were computed, if it is not their present one.
+        copy: Keep a copy for the backward, because the features may be overwritten in place before it.
+        in_region: The features come from a network that runs now. Under autocast, features in float32 are then as
             coarse as the autocast dtype, so a GPU may multiply them on its tensor cores.
 
     Raises:
-        ValueError: the features have fewer than two axes, or do not match the mask.
+        ValueError: If the features have fewer than two axes, or do not match the mask.
     """
     if features.ndim < 2 or (mask is not None and features.shape[:2] != mask.shape):
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …) to match the mask"

@@ -34,7 +34,7 @@ def exact_float32(device: torch.device, precision: str = "ieee") -> Iterator[Non
     """Switch autocast and TF32 off. A Gram matrix rounded to 8 or 10 bits gives another similarity.
 
     Args:
-        device: device of the products.
+        device: Device of the products.
         precision: `ieee` for all bits, or `tf32` for 10 bits on a GPU, enough for features computed in half precision.
     """
     with (
@@ -131,8 +131,8 @@ def centred_product(x: Tensor, with_gradient: bool) -> tuple[Tensor, float, Tens
     """Compute `x̃ x̃ᵀ` of float32 features `(n, d)` on a CPU, without a centred copy of the features.
 
     Args:
-        x: features, with their mean.
-        with_gradient: whether the backward multiplies these features. The mean then has to be smaller to be left in.
+        x: Features, with their mean.
+        with_gradient: Whether the backward multiplies these features. The mean then has to be smaller to be left in.
 
     Returns:
         The centred matrix, its mean diagonal, and the mean if the backward must subtract it. None if the mean is too

@@ -26,7 +26,7 @@ def linear_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
         A scalar in [0, 1].
 
     Raises:
-        ValueError: the numbers of samples differ, or are below 3.
+        ValueError: If the numbers of samples differ, or are below 3.
 
     Source: Kornblith et al. 2019, "Similarity of neural network representations revisited", eq. 1 to 3.
 
@@ -49,7 +49,7 @@ def debiased_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
         A scalar of at most 1. It may be negative.
 
     Raises:
-        ValueError: the numbers of samples differ, or are below 4.
+        ValueError: If the numbers of samples differ, or are below 4.
 
     Source: Song et al. 2012 (unbiased HSIC), in the U-centred form of Székely & Rizzo 2014, which is more stable.
 
@@ -72,7 +72,7 @@ def rbf_cka(features_target: Tensor, features_guide: Tensor) -> Tensor:
         A scalar in [0, 1].
 
     Raises:
-        ValueError: the numbers of samples differ, or are below 3.
+        ValueError: If the numbers of samples differ, or are below 3.
 
     Source: Kornblith et al. 2019, section 3. There σ is a fraction of the median distance, whose slope lies in four
         samples alone.
@@ -98,7 +98,7 @@ def rsa(features_target: Tensor, features_guide: Tensor) -> Tensor:
         A scalar in [−1, 1].
 
     Raises:
-        ValueError: the numbers of samples differ, or are below 3.
+        ValueError: If the numbers of samples differ, or are below 3.
 
     Source: Kriegeskorte et al. 2008, "Representational similarity analysis".
 
@@ -120,13 +120,13 @@ def ridge(features_target: Tensor, features_guide: Tensor, penalty: float = PENA
     Args:
         features_target: `(n, d_target)`.
         features_guide: `(n, d_guide)`, of the same samples.
-        penalty: λ over the mean squared norm of the target's samples, tr K / n.
+        penalty: Λ over the mean squared norm of the target's samples, tr K / n.
 
     Returns:
         A scalar in [0, 1].
 
     Raises:
-        ValueError: the numbers of samples differ, or are below 3.
+        ValueError: If the numbers of samples differ, or are below 3.
 
     Source: Subramaniam et al. 2025 names ridge regression as a measure; the definition and λ are ours.
 
@@ -148,13 +148,13 @@ def ridge_loo(features_target: Tensor, features_guide: Tensor, penalty: float = 
     Args:
         features_target: `(n, d_target)`.
         features_guide: `(n, d_guide)`, of the same samples.
-        penalty: λ over the mean squared norm of the target's samples, tr K / n.
+        penalty: Λ over the mean squared norm of the target's samples, tr K / n.
 
     Returns:
         A scalar of at most 1.
 
     Raises:
-        ValueError: the numbers of samples differ, or are below 3.
+        ValueError: If the numbers of samples differ, or are below 3.
 
     Source: Allen 1974, "The relationship between variable selection and data augmentation and a method for prediction"
         (the closed form, as PRESS).
@@ -182,7 +182,7 @@ def procrustes(features_target: Tensor, features_guide: Tensor) -> Tensor:
         A scalar in [0, 1].
 
     Raises:
-        ValueError: the numbers of samples differ, or are below 3.
+        ValueError: If the numbers of samples differ, or are below 3.
 
     Source: Williams et al. 2021, "Generalized shape metrics on neural representations", the cosine of their angle.
 

@@ -25,7 +25,7 @@ def find_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Import the function that `module:function` names.
 
     Raises:
-        ValueError: there is no such module, or no such function in it.
+        ValueError: If there is no such module, or no such function in it.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -45,7 +45,7 @@ class Own:
     """A measure of the user's own.
 
     Args:
-        name: name for messages.
+        name: Name for messages.
         function: (target features, guide features) → scalar.
     """
 
@@ -60,8 +60,8 @@ class Own:
         """Compute the similarity of a pair, and its slope in the target's features, if that is needed.
 
         Raises:
-            ValueError: the function returns no scalar, a value that is not finite for finite features, or one without a
-                gradient in the target's features.
+            ValueError: If the function returns no scalar, a value that is not finite for finite features, or one
+                without a gradient in the target's features.
         """
         layer, with_slope = target
         with torch.set_grad_enabled(with_slope):

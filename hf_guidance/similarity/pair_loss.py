@@ -42,12 +42,12 @@ def guidance_loss(
 
     Args:
         pairs: (target layer, guide layer). Each counts. Pairs with a common layer share its work.
-        measure: similarity measure.
-        targets: layers of the target with their graphs, by name. Layers in no pair are ignored. All are compared on the
+        measure: Similarity measure.
+        targets: Layers of the target with their graphs, by name. Layers in no pair are ignored. All are compared on the
             device of the first one.
-        guides: layers of the guide, over the same samples.
-        mean: take the mean over the pairs instead of the sum.
-        scale: factor of the gradient, not of the value.
+        guides: Layers of the guide, over the same samples.
+        mean: Take the mean over the pairs instead of the sum.
+        scale: Factor of the gradient, not of the value.
 
     Returns:
         The loss, a scalar, and pair → similarity, detached.
@@ -63,7 +63,7 @@ def similarities(pairs: Sequence[Pair], measure: Comparison, targets: Layers, gu
     """Compute the similarity of each pair, without a gradient.
 
     Args:
-        pairs, measure, targets, guides: as of `guidance_loss`.
+        pairs, measure, targets, guides: As of `guidance_loss`.
 
     Returns:
         Pair → similarity, a scalar.
@@ -77,7 +77,7 @@ def compare_pairs(
     """Compute the similarity of each pair, and the slope of their sum in the values of each target layer.
 
     Args:
-        pairs, measure, targets, guides: as of `guidance_loss`.
+        pairs, measure, targets, guides: As of `guidance_loss`.
 
     Returns:
         The similarities, `(pairs,)`, and target layer → slope, of those layers that need a gradient.
@@ -105,10 +105,10 @@ def with_slopes(value: Tensor, layers: Layers, slopes: Mapping[str, Tensor], fac
     """Give a value the gradient of `factor` times the given slopes in the values of layers.
 
     Args:
-        value: the value, without a graph.
-        layers: layers with their graphs, by name.
-        slopes: layer → slope, in the shape of its values.
-        factor: factor of all slopes.
+        value: The value, without a graph.
+        layers: Layers with their graphs, by name.
+        slopes: Layer → slope, in the shape of its values.
+        factor: Factor of all slopes.
     """
     for name, slope in slopes.items():
         value = value + ZeroWithSlope.apply(layers[name].values, slope, factor).to(value.device)

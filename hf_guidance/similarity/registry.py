@@ -26,14 +26,14 @@ class Measure:
     """Similarity of two layers in two stages, so that pairs with a common layer share its work.
 
     Args:
-        name: name of the public function.
-        min_samples: smallest number of samples for which the value is not a constant.
+        name: Name of the public function.
+        min_samples: Smallest number of samples for which the value is not a constant.
         target_side: (target layer, whether slopes are needed) → work that the pairs of this layer share.
-        guide_side: guide layer → the same.
+        guide_side: Guide layer → the same.
         compare: (target side, guide side) → similarity, and its slope in the target layer's values or None.
-        primal_below: largest d / n at which a layer stays features instead of becoming a Gram matrix.
-        takes_sketch: whether the value of sketched layers estimates that of the layers.
-        invariant_to: transformations of either representation that do not change the value.
+        primal_below: Largest d / n at which a layer stays features instead of becoming a Gram matrix.
+        takes_sketch: Whether the value of sketched layers estimates that of the layers.
+        invariant_to: Transformations of either representation that do not change the value.
     """
 
     name: str
@@ -105,13 +105,13 @@ def register_measure(name: str, function: Callable[[Tensor, Tensor], Tensor]) ->
     It is slower than the others: all layers stay features, and autograd computes the gradient.
 
     Args:
-        name: an identifier that is no name of a measure here.
+        name: An identifier that is no name of a measure here.
         function: (target features `(n, d_target)`, guide features `(n, d_guide)`) → similarity, a scalar,
             differentiable in the first. The features are centred and scaled to a mean squared norm of 1, and 0 at
             padding.
 
     Raises:
-        ValueError: the name is taken or no identifier, or the function is not callable.
+        ValueError: If the name is taken or no identifier, or the function is not callable.
 
     Example:
         >>> register_measure("dot", lambda x, y: (x @ x.T * (y @ y.T)).mean())
@@ -129,7 +129,7 @@ def check_measure(name: str) -> None:
     """Check that a measure is known, or names a function of the user's own, which is not imported.
 
     Raises:
-        ValueError: the name is unknown. The message lists the known ones.
+        ValueError: If the name is unknown. The message lists the known ones.
     """
     if name not in MEASURES and name not in OWN and not is_own(name):
         known = [*MEASURES, *OWN]
@@ -145,11 +145,11 @@ def get_measure(name: str, penalty: float | None = None) -> Measure:
     """Return the measure of a name. One of the form `module:function` is imported.
 
     Args:
-        name: name of a measure.
-        penalty: λ of `ridge` and `ridge_loo` over the mean squared norm of the target's samples; None for their own.
+        name: Name of a measure.
+        penalty: Λ of `ridge` and `ridge_loo` over the mean squared norm of the target's samples; None for their own.
 
     Raises:
-        ValueError: the name is unknown, or the function cannot be imported.
+        ValueError: If the name is unknown, or the function cannot be imported.
     """
     check_measure(name)
     if name in PENALTIES and penalty is not None:

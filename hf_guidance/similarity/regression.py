@@ -23,13 +23,13 @@ class Predictor:
     """Work on a target layer that its pairs share.
 
     Attributes:
-        layer: the layer, without its graph.
+        layer: The layer, without its graph.
         a: `Xᵀ X + λ I` if primal, else `K + λ I`.
-        inverse: its inverse.
+        inverse: Its inverse.
         fit: F, if primal and leave-one-out.
-        weights: by which each sample's squared residual counts, `(n,)`; None for in-sample R².
-        is_alive: whether there is any signal.
-        with_slope: whether slopes will be needed.
+        weights: By which each sample's squared residual counts, `(n,)`; None for in-sample R².
+        is_alive: Whether there is any signal.
+        with_slope: Whether slopes will be needed.
     """
 
     layer: Layer
@@ -46,8 +46,8 @@ class Ridge:
     """R² of a ridge regression of the guide's features on the target's.
 
     Args:
-        penalty: λ over the mean squared norm of the target's samples.
-        leave_one_out: whether each sample is predicted from the others.
+        penalty: Λ over the mean squared norm of the target's samples.
+        leave_one_out: Whether each sample is predicted from the others.
     """
 
     penalty: float

@@ -32,7 +32,7 @@ class Sketch:
     stored features share them, and guide and target never do.
 
     Args:
-        size: dimensions to project each sample to, at least 2.
+        size: Dimensions to project each sample to, at least 2.
         role: `target` or `guide`.
         parts: 2; or 1 for the sketch of earlier versions, whose features a cache may hold: one part, its signs shared
             by both networks.
@@ -53,8 +53,8 @@ class Sketch:
         """Sketch a layer's features, in float32 or float64; differentiable.
 
         Args:
-            name: name of the layer, by which the signs are drawn.
-            x: features `(n, d)`.
+            name: Name of the layer, by which the signs are drawn.
+            x: Features `(n, d)`.
 
         Returns:
             `(n, size)`, the two halves over √2 side by side; or the features themselves if they are no wider than that.
@@ -91,10 +91,10 @@ class _Table(NamedTuple):
     """Signs of a layer's features, and the sums to add them to.
 
     Args:
-        signs: sign of each feature, float32.
-        shifts: rotation of each block.
+        signs: Sign of each feature, float32.
+        shifts: Rotation of each block.
         pieces: (first, end, first sum) of each run of features that go to neighbouring sums.
-        moves: order of the features by block and then by sum, and their signs in that order. None for wide layers, and
+        moves: Order of the features by block and then by sum, and their signs in that order. None for wide layers, and
             for layers whose last block is shorter.
     """
 
