@@ -2,6 +2,7 @@
 
     accelerate launch recipes/guidance_cost.py --use_cpu
     accelerate launch recipes/guidance_cost.py --use_cpu --rows table
+    accelerate launch recipes/guidance_cost.py --use_cpu --rows text --measure ridge
     accelerate launch recipes/guidance_cost.py --use_cpu --batch_sizes 32 64 128 256 --plot
     accelerate launch recipes/guidance_cost.py --target gpt2 --guide EleutherAI/pythia-70m --guide_shares_tokenizer
     accelerate launch recipes/guidance_cost.py --rows 256/224/2048 --guide timm/resnet50 --bf16 --torch_compile
@@ -34,7 +35,7 @@ from transformers import TrainingArguments, set_seed
 from hf_guidance import GuidanceConfig, load_guide
 from hf_guidance.experiments.command_line import parse
 from hf_guidance.experiments.cost.measuring import Plan, measure_cost
-from hf_guidance.experiments.cost.settings import Networks, Setting, parse_rows
+from hf_guidance.experiments.cost.settings import Networks, Setting, parse_rows, text_guide
 from hf_guidance.experiments.cost.table import cost_tables, plot_overhead
 from hf_guidance.experiments.files import check_writable, write_json
 from hf_guidance.guide.configs import is_resnet
@@ -42,6 +43,7 @@ from hf_guidance.trainer.environment import environment
 from hf_guidance.trainer.run_facts import command_facts
 
 GOALS = {"64/64/512": 1.08, "128/64/1024": 1.08, "256/32/256": 1.15, "64/112/1024": 1.05}  # one thread, float32
+TEXT_GOALS = {"16x64/64/128": 1.2, "32x64/256/256": 1.2, "64x32/256/128": 1.2}  # of 1024 tokens; 1.3 for regressions
 REFUSED = {"--max_steps", "--num_train_epochs", "--resume_from_checkpoint"}
 
 
@@ -63,7 +65,11 @@ class Arguments:
     )
     length: int = field(default=128, metadata={"help": "Tokens per row, for a language model."})
     rows: Optional[list[str]] = field(
-        default=None, metadata={"help": f"One or more of batch/image/width; table means {', '.join(GOALS)}."}
+        default=None,
+        metadata={
+            "help": f"One or more of batch/image/width, or of batchxlength/width/guide width for an RNN that a GPT-2 "
+            f"guides; table means {', '.join(GOALS)}, text means {', '.join(TEXT_GOALS)}."
+        },
     )
     batch_sizes: Optional[list[int]] = field(default=None, metadata={"help": "Batch sizes to measure."})
     plot: bool = field(default=False, metadata={"help": "Draw overhead against batch size."})
@@ -93,15 +99,19 @@ def settings(recipe: Arguments, batch: int) -> list[Setting]:
     if recipe.rows and given:
         raise ValueError(f"--rows names batch, image size and width: leave {', '.join(f'--{n}' for n in given)} out.")
     if recipe.rows:
-        return parse_rows([row for word in recipe.rows for row in (GOALS if word == "table" else [word])])
+        known = {"table": GOALS, "text": TEXT_GOALS}
+        return parse_rows([row for word in recipe.rows for row in known.get(word, [word])])
     return [Setting(size, recipe.image_size or 64, recipe.width) for size in recipe.batch_sizes or [batch]]
 
 
 def goal_of(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig, setting: Setting) -> float | None:
     """Return the goal for the overhead, if this setting is one that the goals were set for; else None."""
     usual = (recipe.target, recipe.depth or 50, recipe.guide, recipe.threads) == ("deep_fcn", 50, "timm/resnet18", 1)
-    exact = guidance == GuidanceConfig(guide_layers=["Conv2d"])
     plain = args.device.type == "cpu" and not (args.bf16 or args.torch_compile or args.gradient_checkpointing)
+    if setting.length is not None:
+        goal = TEXT_GOALS.get(setting.name) if plain and recipe.threads == 1 else None
+        return goal and goal + 0.1 * guidance.measure.startswith("ridge")
+    exact = guidance == GuidanceConfig(guide_layers=["Conv2d"])
     return GOALS.get(setting.name) if usual and exact and plain else None
 
 
@@ -110,7 +120,11 @@ def measure(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
     args.per_device_train_batch_size = setting.batch_size
     counted = args.device.type == "cuda" if recipe.arithmetic is None else recipe.arithmetic
     plan = Plan(recipe.rounds, recipe.steps, recipe.discard, paper=not recipe.skip_paper, arithmetic=counted)
-    guide = load_guide(recipe.guide, untrained=True, seed=args.seed)
+    guidance = setting.guidance(guidance)
+    if setting.length is None:
+        guide = load_guide(recipe.guide, untrained=True, seed=args.seed)
+    else:
+        guide = load_guide(text_guide(setting, args.seed))
     networks = Networks(recipe.target, recipe.guide, recipe.depth, recipe.guide_image_size, recipe.length)
     set_seed(args.seed)
     micro = args.gradient_accumulation_steps

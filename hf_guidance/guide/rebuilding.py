@@ -15,6 +15,7 @@ from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.loading import load_guide
 from hf_guidance.guide.size import size_of
 from hf_guidance.guide.source import check_config
+from hf_guidance.similarity.own import is_own
 
 MAX_LABELS = 2**17  # each becomes a string in the config
 MAX_NUMBER = 2**25  # in a field of a config that has no narrower bound
@@ -67,7 +68,9 @@ def load_guide_of(
     try:
         if (size := (folder / CONFIG_NAME).stat().st_size) > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {size:,} bytes, more than {MAX_CONFIG_BYTES:,}")
-        _, guide = GuidanceConfig.load(folder)
+        config, guide = GuidanceConfig.load(folder)
+        if own := [name for name in (config.measure, *config.log_measures) if is_own(name)]:
+            raise ValueError(f"its measure {own[0]!r} is code of somebody's own, which is never imported from a config")
         _check(guide)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the {CONFIG_NAME} of {target} is not one of this package's: {error}") from error

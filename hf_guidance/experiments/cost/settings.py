@@ -5,22 +5,33 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.cost.random_rows import RandomRows, random_images, random_tokens
 from hf_guidance.guide.inputs import vocabulary_size
 from hf_guidance.guide.loading import untrained_network
+from hf_guidance.targets import RNNConfig, RNNForCausalLM
 from hf_guidance.targets.vision import VISION_TARGETS, vision_target
 from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 
 LABELS = 10
+VOCABULARY, LAYERS = 1000, 4  # of rows of text
 
 
 @dataclass(frozen=True)
@@ -31,24 +42,55 @@ class Setting:
         batch_size: Rows per batch.
         image_size: Image size of the target, in pixels; ignored by a language model.
         width: Width of an FCN's blocks; None means 512, and is required for other targets.
+        length: Tokens per row, of a plain RNN of `width` that a GPT-2 guides; None for all other networks.
+        guide_width: Width of that GPT-2.
     """
 
     batch_size: int
     image_size: int
     width: int | None = None
+    length: int | None = None
+    guide_width: int | None = None
 
     @property
     def name(self) -> str:
-        """Return `batch/image/width`, as `parse_rows` reads it."""
+        """Return `batch/image/width`, or `batchxlength/width/guide width`, as `parse_rows` reads it."""
+        if self.length is not None:
+            return f"{self.batch_size}x{self.length}/{self.width}/{self.guide_width}"
         return "/".join(str(n) for n in (self.batch_size, self.image_size, self.width) if n is not None)
+
+    def guidance(self, guidance: GuidanceConfig) -> GuidanceConfig:
+        """Return the settings of guidance for this row: those of text compare tokens of hidden states."""
+        if self.length is None:
+            return guidance
+        return replace(guidance, sample_axis="token", target_layers=["hidden_states"], guide_layers=["hidden_states"])
 
 
 def parse_rows(texts: Sequence[str]) -> list[Setting]:
-    """Parse texts of the form `batch/image/width`. Raise ValueError for anything else."""
+    """Parse texts of the form `batch/image/width`, or `batchxlength/width/guide width` for text.
+
+    Raises:
+        ValueError: If a text has another form.
+    """
+    found = []
     for text in texts:
-        if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*){2}", text):
-            raise ValueError(f"--rows {text}: expected batch/image/width, such as 64/64/512, or table.")
-    return [Setting(*map(int, text.split("/"))) for text in texts]
+        images, tokens = re.fullmatch(r"(\d+)/(\d+)/(\d+)", text), re.fullmatch(r"(\d+)x(\d+)/(\d+)/(\d+)", text)
+        match = images or tokens
+        if match is None or "0" in match.groups():
+            raise ValueError(
+                f"--rows {text}: expected batch/image/width, such as 64/64/512, or table; or for text "
+                "batchxlength/width/guide width, such as 16x64/64/128, or text."
+            )
+        sizes = [int(number) for number in match.groups()]
+        found.append(Setting(*sizes) if images else Setting(sizes[0], 0, sizes[2], sizes[1], sizes[3]))
+    return found
+
+
+def text_guide(setting: Setting, seed: int) -> nn.Module:
+    """Build the untrained GPT-2 of a row of text: 4 layers of its guide width."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=setting.guide_width, n_layer=LAYERS, n_head=4)
+    set_seed(seed)
+    return GPT2LMHeadModel(config)
 
 
 @dataclass(frozen=True)
@@ -82,6 +124,11 @@ class Networks:
             ValueError: If there is no such target, it has no such size, or the guide cannot take the images.
         """
         count = batches * setting.batch_size
+        if setting.length is not None:
+            assert setting.width is not None
+            config = RNNConfig(vocab_size=VOCABULARY, hidden_size=setting.width, num_hidden_layers=LAYERS)
+            rnn = RNNForCausalLM(config)
+            return rnn, random_tokens(count, setting.length, VOCABULARY, seed=seed)
         if self.target in VISION_TARGETS:
             target, size = self._vision_target(setting), setting.image_size
         else:
