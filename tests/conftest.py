@@ -37,7 +37,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """What is uploaded to a Hub that takes all but the commit called `fail`: its title, and content by name."""
+    """Uploads to a Hub that takes all but the commit called `fail`: its title, and content by name."""
     from huggingface_hub import HfApi
 
     from hf_guidance.trainer.staging import files_in

@@ -136,7 +136,7 @@ def skip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 class Outputs:
-    """What named modules of a network return, by torch's own hooks."""
+    """Return the outputs of named modules of a network, by torch's own hooks."""
 
     def __init__(self, network: nn.Module, *names: str) -> None:
         self.seen: dict[str, Tensor] = {}

@@ -52,7 +52,7 @@ def layers_of(model: nn.Module, *layers: str, **batch: Any) -> dict[str, Tensor]
 
 
 def outputs_of(model: nn.Module, *names: str, **batch: Any) -> list[Tensor]:
-    """What the named modules return, by torch's own hooks on a copy."""
+    """Return the outputs of the named modules, by torch's own hooks on a copy."""
     model, seen = copy.deepcopy(model), {}
     for name in names:
         hook = lambda module, args, output, name=name: seen.update({name: output})  # noqa: E731

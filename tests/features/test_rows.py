@@ -1,4 +1,4 @@
-"""What a batch holds, and which of its positions are valid."""
+"""Rows of a batch: their content, and which of their positions are valid."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What one sample is, and that padding, its amount and its side are none."""
+"""Samples: rows or tokens, and that padding, its amount and its side are none."""
 
 from __future__ import annotations
 

@@ -88,6 +88,7 @@ def parse_rows(texts: Sequence[str]) -> list[Setting]:
 
 def text_guide(setting: Setting, seed: int) -> nn.Module:
     """Build the untrained GPT-2 of a row of text: 4 layers of its guide width."""
+    assert setting.guide_width is not None
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=setting.guide_width, n_layer=LAYERS, n_head=4)
     set_seed(seed)
     return GPT2LMHeadModel(config)
