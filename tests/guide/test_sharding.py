@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.integrations import deepspeed
 
-from hf_guidance.guide.sharding import built_whole, check_whole, is_sharded, shard, whole, whole_state
+from hf_guidance.guide.sharding import built_whole, check_whole, gathered, is_sharded, shard, whole_state
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def test_networks_are_built_whole_though_deepspeed_is_set_up_and_it_is_afterward
 
 def test_what_is_whole_stays_and_a_whole_state_is_a_copy() -> None:
     network, number = nn.BatchNorm1d(2), 3.5
-    assert whole(number) is number
-    assert whole(network.weight) is network.weight
+    assert gathered(number) is number
+    assert gathered(network.weight) is network.weight
     state = whole_state(network)
     assert state.keys() == network.state_dict().keys()
     network.running_mean.fill_(7)

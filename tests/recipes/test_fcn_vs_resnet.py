@@ -161,6 +161,7 @@ def test_a_result_is_kept_though_what_comes_after_it_fails(imagenet, tmp_path, m
 
 def test_each_guided_run_has_a_cache_of_its_own_which_a_run_anew_only_reads(imagenet, tmp_path, monkeypatch, capsys):
     options = {"cache_guide": tmp_path / "features", "sketch": 8, "sample_id_column": "id", "guide_image_size": 16}
+    options |= {"measure": "linear_cka"}
     options |= {"dataset": imagenet, "image_size": 16, "eval_size": 8, "runs": ["untrained_guide"]}
     options |= {"max_steps": 6, "eval_steps": 6, "save_steps": 6}  # each of the 96 images once
     reports = [run_here(monkeypatch, tmp_path / name, **options) for name in ("first", "again")]

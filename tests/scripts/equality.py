@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sequences of other lengths on each rank": ({}, {"ragged": True}),
     "the same, tokens": ({}, {"ragged": True, "sample_axis": "token", "max_tokens": 12}),
     "ridge": ({}, {"measure": "ridge"}),
-    "sketch of 16": ({}, {"sketch": 16}),
+    "sketch of 64": ({}, {"sketch": 64}),
     "batch norm, synchronised": ({}, {"norm": True}),
     "a last batch of 5 rows, 4 and 1": ({}, {"rows": BATCH * STEPS - 3, **UNEVEN}),
     "plain Trainer, no guidance": ({}, {"plain": True}),

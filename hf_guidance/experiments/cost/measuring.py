@@ -135,7 +135,8 @@ def measure_cost(
             arithmetic = _arithmetic(variants, args, cycle, runs)
             found["arithmetic"] = arithmetic
             compared = _compared_in_step(compared_features(*networks), args, guidance)
-            arithmetic["products_seconds"] = share * products_alone(compared, args.device) or None
+            products = products_alone(compared, args.device)
+            arithmetic["products_seconds"] = share * products if products else None
         except Exception:
             found.pop("arithmetic", None)
             logger.exception("The arithmetic could not be counted; what was measured is kept.")

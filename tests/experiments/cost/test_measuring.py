@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.cost.communication import Compared, compared_features
-from hf_guidance.experiments.cost.measuring import Plan, _padded, measure_cost
+from hf_guidance.experiments.cost.measuring import Plan, measure_cost
 from hf_guidance.experiments.cost.random_rows import random_images
 from hf_guidance.experiments.cost.table import cost_tables
 
@@ -137,22 +137,15 @@ def test_a_caches_look_at_the_first_rows_is_no_part_of_a_step(tmp_path, resnet):
     assert count["grams"] == 2 * 4 * 4 * 4 * found["pairs"] + 2 * 2 * 4 * 4 * 4 * 3  # 4 rows, 4 numbers of each
 
 
-def test_padded_rows_are_compared_by_gram_matrices_whatever_the_width():
-    rows = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
-    assert _padded(rows, GuidanceConfig())
-    assert not _padded(rows, GuidanceConfig(sample_axis="token"))
-    assert not _padded({"input_ids": rows["input_ids"]}, GuidanceConfig())
-
-
-@pytest.mark.parametrize(("batch", "thin"), [(20, False), (130, True)])  # small layers are compared all at once
-def test_products_of_thin_layers_are_not_those_of_n_by_n_matrices(tmp_path, resnet, batch, thin):
+@pytest.mark.parametrize(("batch", "primal"), [(8, False), (20, True)])  # of 4 numbers each
+def test_layers_that_stay_features_have_no_products_of_n_by_n_matrices(tmp_path, resnet, batch, primal):
     plan, rows = Plan(rounds=1, steps=1, paper=False, arithmetic=True), random_images(batch, 32, 4)
     args = arguments(tmp_path, per_device_train_batch_size=batch)
     guidance = GuidanceConfig(guide_layers=["Conv2d"], sketch=4)
     found = measure_cost(fcn(), resnet, rows, args, guidance, plan)
-    assert (found["arithmetic"]["products_seconds"] is None) == thin
+    assert (found["arithmetic"]["products_seconds"] is None) == primal
     table = cost_tables([{**found, "name": f"{batch}/32/8", "goal": None, "batch_size": batch}])
-    assert table.splitlines()[-1].endswith("| –              | –                 |") == thin
+    assert table.splitlines()[-1].endswith("| –              | –                 |") == primal
 
 
 def test_accumulated_products_are_those_of_all_micro_batches_for_each_of_them(tmp_path, monkeypatch):

@@ -87,12 +87,10 @@ def test_products_alone_are_those_of_every_layer_and_the_gradient_of_the_targets
             return ended - began
 
     monkeypatch.setattr("hf_guidance.experiments.cost.meters.Clock", Counted)
-    monkeypatch.setattr("hf_guidance.similarity.representation.starts_slowly", lambda x, thin=False: False)
     layers = [Compared(4, width, torch.float32, width == 8) for width in (6, 8, 6)]
     assert products_alone(layers, CPU) == 2 + 2
     assert products_alone([Compared(4, 6, torch.bfloat16, True)], CPU) == 2  # in float32, as a CPU makes them
-    monkeypatch.setattr("hf_guidance.similarity.representation.starts_slowly", lambda x, thin=False: True)
-    assert products_alone(layers, CPU) == 1 + 2  # those of one shape are made together
+    assert products_alone([Compared(20, 8, torch.float32, True)], CPU) == 0  # it stays features
 
 
 def test_products_that_are_given_a_type_count_as_others():
