@@ -7,6 +7,7 @@ from hf_guidance.guide.rebuilding import load_guide_of
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.layers import gram
 from hf_guidance.similarity.measures import debiased_cka, linear_cka, procrustes, rbf_cka, ridge, ridge_loo, rsa
+from hf_guidance.similarity.registry import register_measure
 from hf_guidance.trainer.guidance_mixin import GuidanceMixin
 from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
 
@@ -24,6 +25,7 @@ __all__ = [
     "load_guide_of",
     "procrustes",
     "rbf_cka",
+    "register_measure",
     "ridge",
     "ridge_loo",
     "rsa",

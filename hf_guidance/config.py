@@ -298,8 +298,14 @@ def _check_types(config: GuidanceConfig) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _fits(value, hint):
-            wanted = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-            raise ValueError(f"{name} is {repr(value)[:80]} ({type(value).__name__}); expected {wanted}.")
+            raise ValueError(f"{name} is {repr(value)[:80]} ({type(value).__name__}); expected {_in_words(hint)}.")
+
+
+def _in_words(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [_in_words(option) for option in typing.get_args(hint) if option is not type(None)]
+        return " or ".join([*options, "None"])
+    return str(hint) if typing.get_args(hint) else hint.__name__
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_wei
 from hf_guidance.features.rows import Batch
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
-from hf_guidance.guide.freezing import check_apart, freeze
+from hf_guidance.guide.freezing import check_apart, check_types, freeze
 from hf_guidance.guide.inputs import (
     generator_for,
     is_packed,
@@ -33,7 +32,7 @@ from hf_guidance.mapping import Pair, pair_layers, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule
 from hf_guidance.similarity.layers import Layer
 from hf_guidance.similarity.pair_loss import guidance_loss, similarities
-from hf_guidance.similarity.registry import Measure, check_takes_sketch, get_measure
+from hf_guidance.similarity.registry import Measure, check_takes_sketch, get_measure, primal_below_of
 from hf_guidance.similarity.sketch import Sketch
 
 
@@ -101,6 +100,7 @@ class GuidanceLoss:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         total_steps: int | None = None,
     ) -> None:
+        check_types(guide, config)
         self.target, self.guide, self.config = target, guide, config or GuidanceConfig()
         self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
         check_apart(target, guide)
@@ -109,8 +109,7 @@ class GuidanceLoss:
             shard(guide)
         names = [self.config.measure, *self.config.log_measures]
         self.measures: list[Measure] = [get_measure(n, self.config.ridge_penalty) for n in dict.fromkeys(names)]
-        as_features = any(math.isinf(measure.primal_below) for measure in self.measures)  # one of the user's own
-        self._primal_below = math.inf if as_features else self.measures[0].primal_below
+        self._primal_below = [primal_below_of(self.measures, of_guide) for of_guide in (False, True)]
         for measure in self.measures if self.config.sketch is not None else ():
             check_takes_sketch(measure)
         self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch, "target")
@@ -208,7 +207,11 @@ class GuidanceLoss:
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch
         return Samples(
-            batch, self.config.sample_axis, self.config.max_tokens, primal_below=self._primal_below, **options
+            batch,
+            self.config.sample_axis,
+            self.config.max_tokens,
+            primal_below=self._primal_below[like is not None],
+            **options,
         )
 
     def forward_guide(self, inputs: Batch) -> Any:
@@ -309,7 +312,7 @@ class GuidanceLoss:
             )
             return
         samples.check_aligned(pairs, targets, guide_samples, guides)
-        n = targets[pairs[0][0]].samples
+        n = min(targets[target].samples for target, _ in pairs)
         trained_on, *logged = self.measures
         if n < trained_on.min_samples:
             watched.why_unguided = samples.why_too_few(trained_on.name, trained_on.min_samples, n)

@@ -139,6 +139,8 @@ EARLIER = {
     "similarity": [
         "MEASURES",
         "Measure",
+        "ALL_INVARIANCES",
+        "TINY",
         "debiased_cka",
         "get_measure",
         "linear_cka",

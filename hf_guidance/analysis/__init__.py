@@ -1,1 +1,31 @@
-"""Figures of a run: its log history as curves, and maps of the similarity of all layers."""
+"""Analysis of runs: curves of their logs, and maps of the similarity of all layers.
+
+`history` reads a Trainer's log, and `similarity_map` compares all layers on one batch. `curves` and `heat_maps` draw
+both, and `figures` writes the files.
+"""
+
+from hf_guidance.analysis.curves import plot_comparison, plot_curves, plot_run
+from hf_guidance.analysis.heat_maps import plot_similarity_maps
+from hf_guidance.analysis.history import (
+    Curves,
+    History,
+    SimilarityMap,
+    metrics_of,
+    similarity_curves,
+    training_curve,
+    validation_curve,
+)
+
+__all__ = [
+    "Curves",
+    "History",
+    "SimilarityMap",
+    "metrics_of",
+    "plot_comparison",
+    "plot_curves",
+    "plot_run",
+    "plot_similarity_maps",
+    "similarity_curves",
+    "training_curve",
+    "validation_curve",
+]

@@ -147,7 +147,7 @@ def card_of(run: Record, report: Report, figures: list[str], **given: Any) -> st
 
 def _cost(run: Record, report: Report, known: dict[str, str]) -> dict[str, str]:
     """Combine the times from the comparison with the costs that the run itself reports."""
-    kind = "of the processor" if run["environment"]["device"].startswith("cpu") else "of the device"
+    kind = "of CPU time" if run["environment"]["device"].startswith("cpu") else "of GPU time"
     alone = [r["seconds"] / r["steps"] for r in report["runs"] if r["run"] == "alone"]
     step = next((name for name in known if name.startswith("a step")), "a step with guidance")  # or on average
     cost = {step: f"{run['seconds'] / run['steps']:.3g} s {kind}"}

@@ -15,20 +15,25 @@ from hf_guidance.features.reader import (
     base_model_of,
     first_tensor,
     not_recomputed,
+    reaches_weights,
 )
+from hf_guidance.features.rows import Batch, content_of
 from hf_guidance.features.samples import Samples
 
 __all__ = [
     "HIDDEN",
     "STARTS_WITH_A_LAYER",
     "AllRead",
+    "Batch",
     "LayerReader",
     "Ranks",
     "Reduce",
     "Samples",
     "base_model_of",
+    "content_of",
     "describe_modules",
     "find_modules",
     "first_tensor",
     "not_recomputed",
+    "reaches_weights",
 ]

@@ -4,7 +4,57 @@
 `cache` stores its features.
 """
 
+from hf_guidance.guide.cache import row_checksums
+from hf_guidance.guide.forward import GuideRunning
+from hf_guidance.guide.freezing import BATCH_NORM, calibrate_batch_norm, check_apart, check_not_wrapped, freeze
+from hf_guidance.guide.identity import check_same_guide, fingerprint
+from hf_guidance.guide.inputs import (
+    GUIDE_PREFIX,
+    accepted_columns,
+    check_vocabularies,
+    forward_arguments,
+    generator_for,
+    guide_batch,
+    is_packed,
+    noise_like,
+    seen_by,
+    vocabulary_size,
+    with_decoder_inputs,
+    without_guide,
+)
 from hf_guidance.guide.loading import load_guide, untrained_network
 from hf_guidance.guide.rebuilding import load_guide_of
+from hf_guidance.guide.sharding import built_whole, check_whole, gathered, is_sharded, shard, whole_state
 
-__all__ = ["load_guide", "load_guide_of", "untrained_network"]
+__all__ = [
+    "BATCH_NORM",
+    "GUIDE_PREFIX",
+    "GuideRunning",
+    "accepted_columns",
+    "built_whole",
+    "calibrate_batch_norm",
+    "check_apart",
+    "check_not_wrapped",
+    "check_same_guide",
+    "check_vocabularies",
+    "check_whole",
+    "fingerprint",
+    "forward_arguments",
+    "freeze",
+    "gathered",
+    "generator_for",
+    "guide_batch",
+    "is_packed",
+    "is_sharded",
+    "load_guide",
+    "load_guide_of",
+    "noise_like",
+    "row_checksums",
+    "seen_by",
+    "shard",
+    "untrained_network",
+    "vocabulary_size",
+    "whole_state",
+    "with_decoder_inputs",
+    "without_guide",
+]

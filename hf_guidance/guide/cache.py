@@ -37,8 +37,7 @@ class GuideCache:
     A record counts only once its checksum is written, so that a run may be killed at any moment. Features are stored
     relative to the mean and spread of the first rows, on which no similarity depends. They are rounded before their
     first use, so that a run is the same whether it computes or reads them. The features of the first rows are stored at
-    once. A
-    guide that computes other features of them is refused, even if its weights are the same.
+    once. A guide that computes other features of them is refused, even if its weights are the same.
 
     Args:
         folder: Folder of the cache. Runs with the same guide, layers, sketch and data may share it.

@@ -163,7 +163,7 @@ class GuideRunning:
                 "large: similarities are too low. Remove it to have it made anew.",
                 self.config.cache_guide,
             )
-            self.sketch = Sketch(self.sketch.size, "guide", parts=1)
+            self.sketch = Sketch(self.config.sketch or 0, "guide", parts=1)
         if Samples(inputs).masks:
             raise ValueError(
                 "cache_guide stores equally many numbers for every sample, but these rows have an attention_mask or "

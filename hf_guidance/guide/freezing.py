@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_guidance.config import GuidanceConfig
+
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -79,4 +81,17 @@ def check_not_wrapped(network: nn.Module, role: str) -> None:
         raise ValueError(
             f"the {role} is the result of torch.compile({role}), which hides its layers and its arguments: call "
             f"{role}.compile() instead, which compiles it in place."
+        )
+
+
+def check_types(guide: nn.Module | None, guidance: GuidanceConfig | None) -> None:
+    """Raise ValueError for a guide or config of a wrong type, or for a guidance weight without a guide."""
+    if guide is not None and not isinstance(guide, nn.Module):
+        raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
+    if guidance is not None and not isinstance(guidance, GuidanceConfig):
+        raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")
+    if guide is None and guidance is not None and guidance.guidance_weight:
+        raise ValueError(
+            f"guidance_weight is {guidance.guidance_weight}, but there is no guide: pass guide=load_guide(...), or "
+            "guidance_weight=0 to train without guidance."
         )

@@ -5,6 +5,7 @@ Pure functions of tensors, without Hugging Face imports. Read `measures` first. 
 """
 
 from hf_guidance.similarity.layers import Layer, gram, layer_of
+from hf_guidance.similarity.matrices import TINY
 from hf_guidance.similarity.measures import debiased_cka, linear_cka, procrustes, rbf_cka, ridge, ridge_loo, rsa
 from hf_guidance.similarity.pair_loss import guidance_loss, similarities
 from hf_guidance.similarity.registry import (
@@ -21,6 +22,7 @@ from hf_guidance.similarity.sketch import Sketch
 __all__ = [
     "ALL_INVARIANCES",
     "MEASURES",
+    "TINY",
     "Layer",
     "Measure",
     "Sketch",

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_guidance.similarity.forms import halves_of
 from hf_guidance.similarity.layers import Layer
-from hf_guidance.similarity.matrices import center_in_place, inner, outer, u_center
+from hf_guidance.similarity.matrices import center_in_place, inner, u_center
 
 ROUNDINGS = 16  # a norm below this many roundings of the mean diagonal carries no signal
 Kernel = Callable[[Tensor], Tensor]
@@ -30,8 +31,7 @@ class Side:
         kernel: Of a dual layer, its kernels `(parts, n, n)`.
         diagonal: Of a primal layer with U-centred kernels, the diagonal of its Gram matrix, `(n,)`.
         added: Of such a layer, by how much of each sample `K x` differs from `X Xᵀ x`, `(n,)`.
-        own: Of a target layer, what half the slope of h(K, K) is made from: that slope itself, or `Xᵀ X` of a primal
-            layer of one part.
+        own: Of a target layer, half the slope of h(K, K); of a primal one of one part `Xᵀ X`, from which it is made.
         pull: Slope in the kernel → slope in the values, of a kernel that is not the Gram matrix itself.
     """
 
@@ -41,14 +41,18 @@ class Side:
     diagonal: Tensor | None = None
     added: Tensor | None = None
     own: Tensor | None = None
-    pull: Kernel | None = None
+    pull: Callable[[Tensor], Tensor] | None = None
+    mean: Tensor | None = None  # of the kernels, once it is needed
 
     def dual(self, debiased: bool) -> Tensor:
         """Return the mean kernel over the parts, `(n, n)`."""
-        if self.kernel is None:
-            kernel = self.layer.gram()
-            return u_center(kernel) if debiased else kernel
-        return self.kernel[0] if len(self.kernel) == 1 else self.kernel.mean(0)
+        if self.mean is None:
+            if self.kernel is None:
+                gram = self.layer.gram()
+                self.mean = u_center(gram) if debiased else gram
+            else:
+                self.mean = self.kernel[0] if len(self.kernel) == 1 else self.kernel.mean(0)
+        return self.mean
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,16 @@ class Cosine:
         return common * scale, slope
 
 
-def _inverse(norm: Tensor, layer: Layer) -> Tensor:
-    """Compute one over the squared norm of kernels of a layer; 0 for one that is 0 up to rounding."""
-    least = (ROUNDINGS * torch.finfo(norm.dtype).eps * layer.samples) ** 2
-    return norm.reciprocal().masked_fill_(norm <= least, 0)
+def _inverse(norm: Tensor, layer: Layer, rounding: Tensor | float = 0.0) -> Tensor:
+    """Compute one over the squared norm of kernels of a layer; 0 for one that is 0 up to rounding.
+
+    Args:
+        norm: The squared norm.
+        layer: The layer.
+        rounding: Sum of the terms that were subtracted from each other to get it.
+    """
+    epsilon = ROUNDINGS * torch.finfo(norm.dtype).eps
+    return norm.reciprocal().masked_fill_(norm <= (epsilon * layer.samples) ** 2 + epsilon * rounding, 0)
 
 
 def _diagonal(features: Tensor) -> Tensor:
@@ -143,18 +153,19 @@ def _of_features(layer: Layer, debiased: bool, with_slope: bool) -> Side:
     if layer.parts > 1:
         return _of_halves(layer, debiased, with_slope)
     x = layer.values
-    own = outer(x.T)
+    own = x.T @ x
     norm, diagonal, added = own.square().sum(), None, None
+    inverse = _inverse(norm, layer)
     if debiased:
         diagonal = _diagonal(x)
         added = _added(diagonal)
-        norm = norm + diagonal @ added
-    return Side(layer, _inverse(norm, layer), None, diagonal, added, own if with_slope else None)
+        inverse = _inverse(norm + diagonal @ added, layer, norm)
+    return Side(layer, inverse, None, diagonal, added, own if with_slope else None)
 
 
 def _of_halves(layer: Layer, debiased: bool, with_slope: bool) -> Side:
     """Prepare a sketch in primal form, whose norm is the product of the kernels of its halves."""
-    halves = layer.values.unflatten(1, (2, -1)).transpose(0, 1) * 2**0.5
+    halves = halves_of(layer.values, 2) * 2**0.5
     others = halves.flip(0)
     products = others @ (others.mT @ halves)
     diagonal, added = None, None

@@ -23,8 +23,8 @@ Form: TypeAlias = Literal["primal", "dual"]
 class Layer:
     """Samples of a layer on a batch, centred and scaled to a mean squared norm of 1; zero for a dead layer.
 
-    The gradient of `values` must be symmetric if dual, and centred, as the backward takes it for that. It must have no
-    part along the values, as the backward takes the scale for a constant. `tangent` makes any slope one of this kind.
+    A gradient in `values` must be centred, symmetric if dual, and orthogonal to the values: the backward relies on this
+    and does not check it. `tangent` makes any slope so.
 
     Attributes:
         values: Features `(n, d)` if primal; Gram matrix `(n, n)` if dual, or those of both halves of a sketch, `(2, n,
@@ -45,25 +45,27 @@ class Layer:
         """Return the number n of samples."""
         return self.values.shape[-2]
 
-    @property
-    def halves(self) -> Tensor:
-        """Return the features of each part, `(parts, n, d / parts)`, of a primal layer."""
-        return self.values.unflatten(1, (self.parts, -1)).transpose(0, 1) * self.parts**0.5
-
     def gram(self) -> Tensor:
-        """Compute the Gram matrix of a layer in either form: the mean over the parts, `(n, n)`."""
+        """Return the Gram matrix of a layer in either form: the mean over the parts, `(n, n)`."""
         if self.form == "primal":
             return outer(self.values)
         return self.values if self.parts == 1 else self.values.mean(0)
 
     def tangent(self, slope: Tensor) -> Tensor:
-        """Leave of a slope in the values what they can follow: it becomes symmetric, centred, and keeps their scale."""
+        """Project a slope, in place, onto the changes that the values can make.
+
+        These are centred, symmetric if dual, and keep the scale.
+        """
         along = inner(slope, self.values) / self.samples
         if self.form == "primal":
-            return (slope - slope.mean(0)).addcmul_(self.values, along, value=-1)
+            return slope.sub_(slope.mean(0)).addcmul_(self.values, along, value=-1)
         slope = (slope + slope.mT) / 2
         slope.diagonal(dim1=-2, dim2=-1).sub_(along / self.parts)
         return center_in_place(slope)
+
+    def in_dual_form(self) -> Layer:
+        """Return a layer of one part as its Gram matrix, without a graph."""
+        return replace(self, values=self.gram().detach(), form="dual")
 
     def constant(self, like: Tensor) -> Layer:
         """Return the layer without its graph, on the device and in the dtype of another's values."""
@@ -122,7 +124,9 @@ def layer_of(
     """
     if features.ndim < 2 or (mask is not None and features.shape[:2] != mask.shape):
         expected = "(n, d)" if mask is None else f"({mask.shape[0]}, {mask.shape[1]}, …) to match the mask"
-        raise ValueError(f"gram: features have shape {tuple(features.shape)}, expected {expected}.")
+        raise ValueError(f"features have shape {tuple(features.shape)}; expected {expected}.")
+    if not features.is_floating_point():
+        features = features.float()
     precision, noise = precision or features.dtype, None
     if mask is None:
         x = flat(features)
@@ -174,6 +178,7 @@ class ValuesContext(Context):
     form: Form
     parts: int
     factor: Tensor | float
+    version: int
 
 
 def without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,7 +206,9 @@ class _Values(torch.autograd.Function):
     def forward(ctx: ValuesContext, x: Tensor, made: Made, form: Form, parts: int, copy: bool) -> Tensor:
         ctx.form, ctx.parts, ctx.factor = form, parts, made.factor
         if form == "dual":
-            ctx.save_for_backward(x.clone() if copy else x, *([] if made.mean is None else [made.mean]))
+            kept = x.clone() if copy else x
+            ctx.version = kept._version
+            ctx.save_for_backward(kept, *([] if made.mean is None else [made.mean]))
         return made.values
 
     @staticmethod
@@ -210,6 +217,11 @@ class _Values(torch.autograd.Function):
         if ctx.form == "primal":
             return gradient * ctx.factor**0.5, None, None, None, None
         x, *mean = ctx.saved_tensors
+        if x._version != ctx.version:  # torch itself does not see it where saved tensors have hooks
+            raise RuntimeError(
+                "features of a compared layer were overwritten in place before the backward, so that their gradient "
+                "would be wrong: clone the outputs of the target before you change them."
+            )
         gradient = center_in_place(gradient * (2 * ctx.parts * ctx.factor))  # its rounding, which the mean amplifies
         with exact_float32(x.device):
             halves = halves_of(x - mean[0] if mean else x, ctx.parts)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hf_guidance.similarity.layers import Layer
 
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+OWN_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def is_own(name: str) -> bool:
     """Tell whether a measure's name has the form `module:function`."""
-    return bool(OWN.fullmatch(name))
+    return bool(OWN_NAME.fullmatch(name))
 
 
 def find_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -65,13 +65,12 @@ class Own:
         """
         layer, with_slope = target
         with torch.set_grad_enabled(with_slope):
-            features = layer.values.detach().requires_grad_(with_slope)
-            value = self.function(features, guide.values)
-        if not isinstance(value, Tensor) or value.ndim:
+            features = layer.values.clone().requires_grad_(with_slope)
+            value = self.function(features, guide.values.clone())  # it may change its arguments
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"measure {self.name!r} returned {got}; expected a scalar tensor.")
-        finite = all(bool(x.isfinite().all()) for x in (features, guide.values))
-        if finite and not value.isfinite():
+        if not value.isfinite() and _are_finite(layer, guide):
             raise ValueError(
                 f"measure {self.name!r} returned {value.item()} for finite features of shapes {tuple(features.shape)} "
                 f"and {tuple(guide.values.shape)}: it must be finite for any, those of a dead layer (zeros) included."
@@ -84,4 +83,13 @@ class Own:
                 f"measure {self.name!r} has no gradient in the target's features (its first argument): compute it with "
                 "differentiable operations of torch, without detach or numpy."
             )
+        if value.isfinite() and not slope.isfinite().all():
+            raise ValueError(
+                f"measure {self.name!r} has a gradient that is not finite, though its value {value.item():.3g} is: "
+                "look for a root or a norm at 0, and add a small number inside."
+            )
         return value.detach(), layer.tangent(slope)
+
+
+def _are_finite(*layers: Layer) -> bool:
+    return all(bool(layer.values.isfinite().all()) for layer in layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from hf_guidance.similarity.matrices import exact_float32
 Layers = Mapping[str, Layer]
 
 
-class Comparison(Protocol):
+class TwoStages(Protocol):
     """A similarity in two stages, so that pairs with a common layer share its work; see `Measure`."""
 
     @property
@@ -24,11 +25,13 @@ class Comparison(Protocol):
     def guide_side(self) -> Any: ...
     @property
     def compare(self) -> Any: ...
+    @property
+    def primal_below(self) -> float: ...
 
 
 def guidance_loss(
     pairs: Sequence[Pair],
-    measure: Comparison,
+    measure: TwoStages,
     targets: Layers,
     guides: Layers,
     *,
@@ -59,7 +62,7 @@ def guidance_loss(
 
 
 @torch.no_grad()
-def similarities(pairs: Sequence[Pair], measure: Comparison, targets: Layers, guides: Layers) -> dict[str, Tensor]:
+def similarities(pairs: Sequence[Pair], measure: TwoStages, targets: Layers, guides: Layers) -> dict[str, Tensor]:
     """Compute the similarity of each pair, without a gradient.
 
     Args:
@@ -72,7 +75,7 @@ def similarities(pairs: Sequence[Pair], measure: Comparison, targets: Layers, gu
 
 
 def compare_pairs(
-    pairs: Sequence[Pair], measure: Comparison, targets: Layers, guides: Layers
+    pairs: Sequence[Pair], measure: TwoStages, targets: Layers, guides: Layers
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the similarity of each pair, and the slope of their sum in the values of each target layer.
 
@@ -86,19 +89,31 @@ def compare_pairs(
     values: dict[Pair, Tensor] = {}
     slopes: dict[str, Tensor] = {}
     with torch.no_grad(), exact_float32(like.device):
-        guide_sides = {g: measure.guide_side(guides[g].constant(like)) for g in dict.fromkeys(g for _, g in pairs)}
+        guide_sides = {
+            g: measure.guide_side(_fitting(guides[g].constant(like), measure))
+            for g in dict.fromkeys(g for _, g in pairs)
+        }
         for t in dict.fromkeys(t for t, _ in pairs):
             wanted = with_gradient and targets[t].values.requires_grad
             layer = targets[t].constant(like)
-            side = measure.target_side(layer, wanted)
+            compared = _fitting(layer, measure)
+            side = measure.target_side(compared, wanted)
             total = None
             for pair in [pair for pair in pairs if pair[0] == t]:
                 values[pair], slope = measure.compare(side, guide_sides[pair[1]])
                 if wanted:
                     total = slope if total is None else total + slope
+            if total is not None and compared is not layer:
+                total = 2 * total @ layer.values  # the slope in features, from that in their Gram matrix
             if total is not None:
                 slopes[t] = total.to(targets[t].values)
     return torch.stack([values[pair] for pair in pairs]), slopes
+
+
+def _fitting(layer: Layer, measure: TwoStages) -> Layer:
+    """Return a layer as its Gram matrix if it has more features than samples and the measure needs no features."""
+    too_wide = layer.form == "primal" and layer.parts == 1 and layer.width > layer.samples
+    return layer.in_dual_form() if too_wide and not math.isinf(measure.primal_below) else layer
 
 
 def with_slopes(value: Tensor, layers: Layers, slopes: Mapping[str, Tensor], factor: float = 1.0) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +32,8 @@ class Measure:
         target_side: (target layer, whether slopes are needed) → work that the pairs of this layer share.
         guide_side: Guide layer → the same.
         compare: (target side, guide side) → similarity, and its slope in the target layer's values or None.
-        primal_below: Largest d / n at which a layer stays features instead of becoming a Gram matrix.
+        primal_below: Largest d / n at which a target layer stays features instead of becoming a Gram matrix.
+        guide_below: The same for a guide layer.
         takes_sketch: Whether the value of sketched layers estimates that of the layers.
         invariant_to: Transformations of either representation that do not change the value.
     """
@@ -42,20 +44,28 @@ class Measure:
     guide_side: Callable[[Layer], Any]
     compare: Callable[[Any, Any], tuple[Tensor, Tensor | None]]
     primal_below: float = PRIMAL_BELOW
+    guide_below: float = PRIMAL_BELOW
     takes_sketch: bool = False
     invariant_to: frozenset[str] = ALL_INVARIANCES
 
     def __call__(self, features_target: Tensor, features_guide: Tensor) -> Tensor:
+        if not (isinstance(features_target, Tensor) and isinstance(features_guide, Tensor)):
+            got = f"{type(features_target).__name__} and {type(features_guide).__name__}"
+            raise ValueError(f"{self.name}: got {got}; expected two tensors (n, d) of the same n samples.")
+        if features_target.ndim < 2 or features_guide.ndim < 2:
+            got = f"shapes {tuple(features_target.shape)} and {tuple(features_guide.shape)}"
+            raise ValueError(f"{self.name}: got features of {got}; expected (n, d) for both.")
         n_target, n_guide = features_target.shape[0], features_guide.shape[0]
         if n_target != n_guide or n_target < self.min_samples:
             raise ValueError(
                 f"{self.name}: got {n_target} target samples and {n_guide} guide samples; "
                 f"both must describe the same samples, at least {self.min_samples} of them."
             )
-        dtype = torch.promote_types(features_target.dtype, features_guide.dtype)
-        as_float64 = dtype == torch.float64
-        x, y = ((x.double() if as_float64 else x) for x in (features_target, features_guide))
-        target, guide = ({"": layer_of(x, primal_below=self.primal_below)} for x in (x, y))
+        sides = [features_target, features_guide]
+        if torch.float64 in (features_target.dtype, features_guide.dtype):
+            sides = [side.double() for side in sides]
+        limits = self.primal_below, self.guide_below
+        target, guide = ({"": layer_of(x, primal_below=limit)} for x, limit in zip(sides, limits, strict=True))
         values, slopes = compare_pairs([("", "")], self, target, guide)
         return with_slopes(values[0], target, slopes)
 
@@ -68,19 +78,29 @@ def _cosine(name: str, min_samples: int, *, debiased: bool = False, kernel: Any 
 
 def _ridge(name: str, penalty: float, leave_one_out: bool = False) -> Measure:
     method = Ridge(penalty, leave_one_out)
-    return Measure(name, 3, method.prepare, lambda layer: layer, method.compare)
+    return Measure(name, 3, method.prepare, lambda layer: layer, method.compare, guide_below=1)
 
 
 def _rotation() -> Measure:
     method = Rotation()
     prepare = method.prepare
-    return Measure("procrustes", 3, prepare, partial(prepare, with_slope=False), method.compare, primal_below=1)
+    return Measure(
+        "procrustes", 3, prepare, partial(prepare, with_slope=False), method.compare, primal_below=1, guide_below=1
+    )
 
 
 def _own(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Measure:
     method = Own(name, function)
-    sides = method.prepare, lambda layer: layer
-    return Measure(name, 2, *sides, method.compare, primal_below=float("inf"), invariant_to=frozenset())
+    return Measure(
+        name,
+        2,
+        method.prepare,
+        lambda layer: layer,
+        method.compare,
+        primal_below=math.inf,
+        guide_below=math.inf,
+        invariant_to=frozenset(),
+    )
 
 
 PENALTIES = {"ridge": 0.1, "ridge_loo": 1.0}  # λ over the mean squared norm of the target's samples
@@ -89,14 +109,14 @@ MEASURES: dict[str, Measure] = {
     for measure in (
         _cosine("linear_cka", 3, takes_sketch=True),
         _cosine("debiased_cka", 4, debiased=True, takes_sketch=True),
-        _cosine("rbf_cka", 3, kernel=rbf, primal_below=0),
-        _cosine("rsa", 3, kernel=off_diagonal_cosines, primal_below=0),
+        _cosine("rbf_cka", 3, kernel=rbf, primal_below=0, guide_below=0),
+        _cosine("rsa", 3, kernel=off_diagonal_cosines, primal_below=0, guide_below=0),
         _ridge("ridge", PENALTIES["ridge"]),
         _ridge("ridge_loo", PENALTIES["ridge_loo"], leave_one_out=True),
         _rotation(),
     )
 }
-OWN: dict[str, Measure] = {}  # measures that the user has registered
+REGISTERED: dict[str, Measure] = {}  # measures that the user has registered
 
 
 def register_measure(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -107,8 +127,8 @@ def register_measure(name: str, function: Callable[[Tensor, Tensor], Tensor]) ->
     Args:
         name: An identifier that is no name of a measure here.
         function: (target features `(n, d_target)`, guide features `(n, d_guide)`) → similarity, a scalar,
-            differentiable in the first. The features are centred and scaled to a mean squared norm of 1, and 0 at
-            padding.
+            differentiable in the first. The features are centred and scaled to a mean squared norm of 1. With a mask
+            on the sequence axis they are 0 at padding, and have one more column for each position.
 
     Raises:
         ValueError: If the name is taken or no identifier, or the function is not callable.
@@ -116,13 +136,13 @@ def register_measure(name: str, function: Callable[[Tensor, Tensor], Tensor]) ->
     Example:
         >>> register_measure("dot", lambda x, y: (x @ x.T * (y @ y.T)).mean())
     """
-    if name in MEASURES or not name.isidentifier():
-        raise ValueError(f"register_measure: {name!r} must be an identifier other than {', '.join(MEASURES)}.")
+    if name in MEASURES or name == "auto" or not str(name).isidentifier():
+        raise ValueError(f"register_measure: {name!r} must be an identifier other than auto, {', '.join(MEASURES)}.")
     if not callable(function):
         raise ValueError(
             f"register_measure: got {type(function).__name__} for {name!r}, expected a function of two matrices."
         )
-    OWN[name] = _own(name, function)
+    REGISTERED[name] = _own(name, function)
 
 
 def check_measure(name: str) -> None:
@@ -131,12 +151,13 @@ def check_measure(name: str) -> None:
     Raises:
         ValueError: If the name is unknown. The message lists the known ones.
     """
-    if name not in MEASURES and name not in OWN and not is_own(name):
-        known = [*MEASURES, *OWN]
+    if name not in MEASURES and name not in REGISTERED and not is_own(name):
+        known = [*MEASURES, *REGISTERED]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"Unknown measure {name!r}; possible are {', '.join(known)}, and 'module:function' for one of your own."
+            f"Unknown measure {name!r}; possible are {', '.join(known)}, those of register_measure, and "
+            "'module:function' for one of your own."
             f"{hint}"
         )
 
@@ -146,17 +167,20 @@ def get_measure(name: str, penalty: float | None = None) -> Measure:
 
     Args:
         name: Name of a measure.
-        penalty: Λ of `ridge` and `ridge_loo` over the mean squared norm of the target's samples; None for their own.
+        penalty: Penalty λ of `ridge` and `ridge_loo`, relative to the mean squared norm of the target's samples; None
+            for their own.
 
     Raises:
         ValueError: If the name is unknown, or the function cannot be imported.
     """
     check_measure(name)
+    if penalty is not None and not (math.isfinite(penalty) and penalty > 0):
+        raise ValueError(f"penalty is {penalty}; it must be a finite number above 0.")
     if name in PENALTIES and penalty is not None:
         return _ridge(name, penalty, leave_one_out=name == "ridge_loo")
     if is_own(name):
         return _own(name, find_function(name))
-    return MEASURES[name] if name in MEASURES else OWN[name]
+    return MEASURES[name] if name in MEASURES else REGISTERED[name]
 
 
 def check_takes_sketch(measure: Measure) -> None:
@@ -167,6 +191,12 @@ def check_takes_sketch(measure: Measure) -> None:
             f"{measure.name} takes no sketch, as its value of sketched layers is not that of the layers: use one of "
             f"{possible} in measure and log_measures, or leave sketch out."
         )
+
+
+def primal_below_of(measures: Sequence[Measure], of_guide: bool = False) -> float:
+    """Return the largest d / n at which layers stay features, for measures of which the first is trained on."""
+    needs_features = any(math.isinf(measure.primal_below) for measure in measures)
+    return math.inf if needs_features else measures[0].guide_below if of_guide else measures[0].primal_below
 
 
 def min_samples(name: str) -> int:

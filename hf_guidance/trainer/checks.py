@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 from accelerate.utils import str_to_bool
-from torch import nn
 from transformers import TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
@@ -38,7 +37,7 @@ def check_machine(args: TrainingArguments) -> None:
     if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         raise ValueError(
             "FSDP was asked for, but this run is on the CPU, where Trainer would run plain DDP and shard nothing. "
-            "Launch without FSDP (for example with recipes/accelerate/cpu.yaml), or use a machine with GPUs."
+            "Launch without FSDP, or use a machine with GPUs."
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != args.world_size:
@@ -129,16 +128,3 @@ def _is_default(collator: Any) -> bool:
     """Tell whether the collator is transformers' own, which cannot add `guide_*` columns."""
     modules = type(collator).__module__, getattr(collator, "__module__", "")
     return any(module.startswith("transformers.") for module in modules)
-
-
-def check_types(guide: nn.Module | None, guidance: GuidanceConfig | None) -> None:
-    """Raise ValueError for a guide or config of a wrong type, or for a guidance weight without a guide."""
-    if guide is not None and not isinstance(guide, nn.Module):
-        raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
-    if guidance is not None and not isinstance(guidance, GuidanceConfig):
-        raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")
-    if guide is None and guidance is not None and guidance.guidance_weight:
-        raise ValueError(
-            f"guidance_weight is {guidance.guidance_weight}, but there is no guide: pass guide=load_guide(...), or "
-            "guidance_weight=0 to train without guidance."
-        )

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.rows import Batch
-from hf_guidance.guide.freezing import calibrate_batch_norm, freeze
+from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns, without_guide
 from hf_guidance.guide.sharding import check_whole
@@ -22,7 +22,7 @@ from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.trainer.accumulation import Accumulated
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
-from hf_guidance.trainer.checks import check_trainer, check_types
+from hf_guidance.trainer.checks import check_trainer
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin

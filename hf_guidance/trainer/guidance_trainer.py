@@ -20,7 +20,22 @@ if TYPE_CHECKING:
 
 
 class GuidanceTrainer(GuidanceMixin, Trainer):
-    """transformers' Trainer with a guidance loss; see `GuidanceMixin`."""
+    """transformers' Trainer with a guidance loss; see `GuidanceMixin`.
+
+    Args:
+        model, args, …: As of transformers' Trainer.
+        guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance.
+        guidance: Settings of guidance; None takes the defaults of `GuidanceConfig`.
+
+    Raises:
+        ValueError: At construction, if guidance would not do what its settings say.
+
+    Example:
+        >>> trainer = GuidanceTrainer(  # doctest: +SKIP
+        ...     model=target, args=args, train_dataset=rows, guide=load_guide("gpt2"), guidance=GuidanceConfig()
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+    """
 
     def __init__(
         self,

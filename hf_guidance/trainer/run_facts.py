@@ -200,7 +200,7 @@ def _cost(trainer: GuidedTrainer) -> Facts:
     cost: Facts = {"hardware": environment()["device"]}
     clock = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
     if clock.steps:
-        kind = "of the processor" if trainer.args.device.type == "cpu" else "of the device"
+        kind = "of CPU time" if trainer.args.device.type == "cpu" else "of GPU time"
         what = {None: "a step", True: "a step with guidance", False: "a step, guided or not, on average"}[
             _always(trainer)
         ]

@@ -257,8 +257,8 @@ def test_independent_features_under_one_mask_are_unlike_unless_padding_is_filled
 @pytest.mark.parametrize(
     ("shape", "mask", "words"),
     [
-        ((5,), None, r"gram: features have shape \(5,\), expected \(n, d\)"),
-        ((5, 7), (5, 6), r"shape \(5, 7\), expected \(5, 6, …\) to match the mask"),
+        ((5,), None, r"features have shape \(5,\); expected \(n, d\)"),
+        ((5, 7), (5, 6), r"shape \(5, 7\); expected \(5, 6, …\) to match the mask"),
     ],
 )
 def test_gram_says_which_shape_it_expects(shape: tuple[int, ...], mask: Any, words: str) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.similarity import registry
+from hf_guidance.similarity.layers import layer_of
 from hf_guidance.similarity.own import find_function, is_own
+from hf_guidance.similarity.pair_loss import similarities
 from hf_guidance.similarity.registry import get_measure, register_measure
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    before = dict(registry.OWN)
+    before = dict(registry.REGISTERED)
     yield
-    registry.OWN.clear()
-    registry.OWN.update(before)
+    registry.REGISTERED.clear()
+    registry.REGISTERED.update(before)
 
 
 def test_a_name_of_the_form_module_function_is_one_of_the_users_own() -> None:
@@ -96,3 +99,28 @@ def test_what_is_no_measure_is_an_error(name: str, words: str) -> None:
 def test_broken_features_are_not_the_measures_fault() -> None:
     x = torch.full((6, 3), torch.nan)
     assert get_measure("own_measures:negative_distance")(x, x).isnan()
+
+
+@pytest.mark.parametrize("measures", [("own_measures:negative_distance", "debiased_cka"), ("linear_cka", "dot")])
+def test_beside_one_the_others_still_compare_wide_layers_by_gram_matrices(
+    measures: tuple[str, str], registered: None
+) -> None:
+    register_measure("dot", lambda x, y: (x * x).mean() * (y * y).mean())
+    n, d = 8, 3000
+    target, guide = nn.Sequential(nn.Linear(5, d)), nn.Sequential(nn.Linear(5, d))
+    config = GuidanceConfig(measure=measures[0], log_measures=[measures[1]], target_layers=["**"], guide_layers=["**"])
+    x = torch.randn(n, 5)
+    with FlopCounterMode(display=False) as counter, GuidanceLoss(target, guide, config).watch({"input": x}) as watched:
+        target(x)
+    assert set(watched.similarities) == set(measures)
+    assert counter.get_total_flops() < 20 * 2 * n * n * d  # and nothing of d × d
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_and_arguments_may_be_changed() -> None:
+    x = torch.randn(6, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="has a gradient that is not finite, though its value 0 is: look for a root"):
+        get_measure("own_measures:root_of_nothing")(x, x.detach())
+    layers = {"": layer_of(torch.randn(6, 3))}
+    before = layers[""].values.clone()
+    similarities([("", "")], get_measure("own_measures:changing"), layers, layers)
+    assert torch.equal(layers[""].values, before)

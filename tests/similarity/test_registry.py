@@ -28,7 +28,7 @@ def test_the_penalty_is_that_of_the_function() -> None:
 
 
 def test_a_registered_measure_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "OWN", {})
+    monkeypatch.setattr(registry, "REGISTERED", {})
     with pytest.raises(ValueError, match="Unknown measure 'dot'"):
         check_measure("dot")
     register_measure("dot", lambda x, y: (x * y).mean())
@@ -41,7 +41,7 @@ def test_a_registered_measure_is_known_by_its_name(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", ["linear_cka", "two words", "module:function", ""])
 def test_a_name_that_is_taken_or_no_identifier_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="must be an identifier other than linear_cka, "):
+    with pytest.raises(ValueError, match="must be an identifier other than auto, linear_cka, "):
         register_measure(name, lambda x, y: x.sum())
 
 

@@ -6,7 +6,8 @@ import pytest
 from builders import arguments, gpt2, llama
 
 from hf_guidance import GuidanceConfig
-from hf_guidance.trainer.checks import check_settings, check_types, rows_of_a_process, splits_batches
+from hf_guidance.guide.freezing import check_types
+from hf_guidance.trainer.checks import check_settings, rows_of_a_process, splits_batches
 
 
 def test_a_split_batch_is_shared_evenly_or_refused() -> None:
