@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,10 +31,15 @@ from hf_guidance.guide.inputs import (
 from hf_guidance.guide.sharding import shard
 from hf_guidance.mapping import Pair, pair_layers, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule
+from hf_guidance.similarity.cosines import agreement_of_halves
 from hf_guidance.similarity.layers import Layer
 from hf_guidance.similarity.pair_loss import guidance_loss, similarities
 from hf_guidance.similarity.registry import Measure, check_takes_sketch, get_measure, primal_below_of
 from hf_guidance.similarity.sketch import Sketch
+
+logger = logging.getLogger(__name__)
+
+NOISE = 0.25  # agreement of a sketch's halves below which similarities are mostly noise
 
 
 @dataclass
@@ -270,6 +276,25 @@ class GuidanceLoss:
         self.target_reader.keep = {target for target, _ in self.pairs}
         self.guide_reader.keep = {guide for _, guide in self.pairs}
 
+    def _warn_of_noise(self, targets: Mapping[str, Layer], guides: Mapping[str, Layer]) -> None:
+        layers = [
+            side[name]
+            for pair in self.pairs or []
+            for side, name in zip((targets, guides), pair, strict=True)
+            if name in side
+        ]
+        debiased = any(measure.name == "debiased_cka" for measure in self.measures)
+        least = min((agreement_of_halves(layer, debiased) for layer in layers if layer.parts > 1), default=1.0)
+        if least < NOISE:
+            logger.warning(
+                "sketch=%d is small for these layers: two halves of it agree to %.0f %% on the geometry of a layer, so "
+                "that %s is mostly noise. Raise sketch, or leave it out%s.",
+                self.config.sketch,
+                100 * max(least, 0.0),
+                "debiased_cka" if debiased else self.measures[0].name,
+                ", or use linear_cka without log_measures" if debiased else "",
+            )
+
     def compare(
         self,
         watched: Watched,
@@ -300,6 +325,7 @@ class GuidanceLoss:
             )
         if self.pairs is None:
             self._resolve_pairs(targets, padded=bool(samples.masks))
+            self._warn_of_noise(targets, guides)
         every = self.pairs or []
         pairs = [pair for pair in every if pair[0] in targets]
         watched.skipped_pairs = len(every) - len(pairs)

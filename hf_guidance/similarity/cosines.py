@@ -126,6 +126,20 @@ class Cosine:
         return common * scale, slope
 
 
+def agreement_of_halves(layer: Layer, debiased: bool) -> float:
+    """Compute by how much the kernels of a sketch's halves agree: their product over the mean of their squares.
+
+    It is near 1 where the sketch keeps the geometry of the layer, and near 0 where it is noise.
+    """
+    gram = layer.values
+    if layer.form == "primal":
+        halves = halves_of(layer.values, 2) * 2**0.5
+        gram = halves @ halves.mT
+    kernel = u_center(gram.detach()) if debiased else gram.detach()
+    squares = inner(kernel, kernel)
+    return float(2 * inner(kernel[0], kernel[1]) / squares) if squares > 0 else 1.0
+
+
 def _inverse(norm: Tensor, layer: Layer, rounding: Tensor | float = 0.0) -> Tensor:
     """Compute one over the squared norm of kernels of a layer; 0 for one that is 0 up to rounding.
 

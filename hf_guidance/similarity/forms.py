@@ -59,27 +59,27 @@ def dual(
     """
     plain = x.dtype == torch.float32 and parts == 1 and noise is None and for_numpy(x)
     if plain and (found := centred_product(x, with_gradient)):
-        kernel, energy, mean = found
+        gram, energy, mean = found
         if mean is None or not _may_be_dead(energy, mean, precision):
-            return Made(kernel.mul_(1 / energy), 1 / energy, mean)
+            return Made(gram.mul_(1 / energy), 1 / energy, mean)
     mean = x.mean(0)
     centred = x - mean
     factor = _factor(centred.square().mean(0), mean, precision, noise)
     with exact_float32(x.device):
-        kernel = center_in_place(outer(halves_of(centred, parts)))  # again, to remove the rounding of the mean
-    return Made(kernel.mul_(parts * factor), factor, mean)
+        gram = center_in_place(outer(halves_of(centred, parts)))  # again, to remove the rounding of the mean
+    return Made(gram.mul_(parts * factor), factor, mean)
 
 
-def from_product(kernel: Tensor, precision: torch.dtype) -> Made:
+def from_product(gram: Tensor, precision: torch.dtype) -> Made:
     """Centre and scale the products `x xᵀ` of features that still have their mean, `(n, n)` or `(2, n, n)`.
 
     They are zero where the spread is within the rounding of the mean or of the sum of products.
     """
-    parts = 1 if kernel.ndim == 2 else len(kernel)
-    offset = kernel.mean() * parts  # constant features included, so that more layers count as dead than in `_factor`
-    energy = center_in_place(kernel).diagonal(dim1=-2, dim2=-1).mean() * parts
+    parts = 1 if gram.ndim == 2 else len(gram)
+    offset = gram.mean() * parts  # constant features included, so that more layers count as dead than in `_factor`
+    energy = center_in_place(gram).diagonal(dim1=-2, dim2=-1).mean() * parts
     factor = _inverse(energy, max(_rounding(precision), SUM_ROUNDING) * offset)
-    return Made(kernel.mul_(parts * factor), factor)
+    return Made(gram.mul_(parts * factor), factor)
 
 
 def _factor(spread: Tensor, mean: Tensor, precision: torch.dtype, noise: Tensor | None) -> Tensor:

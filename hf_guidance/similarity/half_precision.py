@@ -40,10 +40,10 @@ def outer(x: Tensor) -> Tensor:
             return _product(x, x.mT)
         first, rest = x[:, : pieces * PIECE], x[:, pieces * PIECE :]
         parts = first.unflatten(1, (pieces, PIECE)).transpose(0, 1).split(max(1, TOGETHER // max(1, 4 * len(x) ** 2)))
-        kernel = _product(parts[0], parts[0].mT).sum(0)
+        gram = _product(parts[0], parts[0].mT).sum(0)
         for more in parts[1:]:
-            kernel += _product(more, more.mT).sum(0)
-        return kernel.add_(_product(rest, rest.mT)) if rest.shape[1] else kernel
+            gram += _product(more, more.mT).sum(0)
+        return gram.add_(_product(rest, rest.mT)) if rest.shape[1] else gram
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

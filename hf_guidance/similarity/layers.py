@@ -88,12 +88,12 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: If the features have fewer than two axes, or do not match the mask.
     """
-    kernel = layer_of(features, mask, primal_below=0).values
-    if not kernel.requires_grad:
-        return kernel
-    kernel = (kernel + kernel.T) / 2  # this and centring make any gradient symmetric and centred
-    mean = kernel.mean(0)
-    return kernel - mean[:, None] - (mean - mean.mean())
+    values = layer_of(features, mask, primal_below=0).values
+    if not values.requires_grad:
+        return values
+    values = (values + values.T) / 2  # this and centring make any gradient symmetric and centred
+    mean = values.mean(0)
+    return values - mean[:, None] - (mean - mean.mean())
 
 
 def layer_of(

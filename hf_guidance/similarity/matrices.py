@@ -61,19 +61,19 @@ def _products_in(precision: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ centring and sums
 
 
-def center_in_place(kernel: Tensor) -> Tensor:
+def center_in_place(gram: Tensor) -> Tensor:
     """Subtract row and column means of symmetric matrices `(…, n, n)`: `H K H` with `H = I − 11ᵀ/n`."""
-    mean = kernel.mean(-1, keepdim=True)
-    return kernel.sub_(mean).sub_(mean.mT - mean.mean(-2, keepdim=True))
+    mean = gram.mean(-1, keepdim=True)
+    return gram.sub_(mean).sub_(mean.mT - mean.mean(-2, keepdim=True))
 
 
-def u_center(kernel: Tensor) -> Tensor:
+def u_center(gram: Tensor) -> Tensor:
     """U-centre symmetric matrices `(…, n, n)`, n ≥ 3. Their products estimate HSIC without bias, up to scale.
 
     Source: Székely & Rizzo 2014, "Partial distance correlation with methods for dissimilarities", eq. 2.2.
     """
-    n = kernel.shape[-1]
-    centred = kernel.clone()
+    n = gram.shape[-1]
+    centred = gram.clone()
     centred.diagonal(dim1=-2, dim2=-1).zero_()
     mean = centred.sum(-1, keepdim=True) / (n - 2)
     mean = mean - mean.sum(-2, keepdim=True) / (2 * (n - 1))
@@ -145,19 +145,19 @@ def centred_product(x: Tensor, with_gradient: bool) -> tuple[Tensor, float, Tens
     if n < 2:
         return None
     if width < 4 * PROBED or _offset_of(array[:, :PROBED]) <= SAFE_OFFSET:
-        kernel = array @ array.T
-        energy, offset = _center(kernel)
+        gram = array @ array.T
+        energy, offset = _center(gram)
         left_in = FAINTEST < energy < math.inf and offset <= SAFE_OFFSET * energy
         if left_in and (offset <= SAFE_WITH_GRADIENT * energy or not with_gradient):
-            return torch.from_numpy(kernel), energy, None
+            return torch.from_numpy(gram), energy, None
         if left_in:
-            return torch.from_numpy(kernel), energy, x.mean(0)
+            return torch.from_numpy(gram), energy, x.mean(0)
     mean = np.add.reduce(array, 0) / n
-    kernel = _product_in_blocks(array, mean)
-    energy, _ = _center(kernel)  # again, to remove the rounding of the mean
+    gram = _product_in_blocks(array, mean)
+    energy, _ = _center(gram)  # again, to remove the rounding of the mean
     if not (FAINTEST < energy < math.inf and float(np.vdot(mean, mean)) <= LARGEST_OFFSET * energy):
         return None
-    return torch.from_numpy(kernel), energy, torch.from_numpy(mean)
+    return torch.from_numpy(gram), energy, torch.from_numpy(mean)
 
 
 def _offset_of(array: Any) -> float:
@@ -168,20 +168,20 @@ def _offset_of(array: Any) -> float:
     return offset / energy if energy > 0 else math.inf
 
 
-def _center(kernel: Any) -> tuple[float, float]:
+def _center(gram: Any) -> tuple[float, float]:
     """Centre a Gram matrix in place. Return its mean diagonal afterwards, and by how much it fell."""
-    mean = np.add.reduce(kernel, 0) / len(kernel)
-    offset = float(np.add.reduce(mean)) / len(kernel)
-    energy = float(kernel.trace()) / len(kernel) - offset
-    kernel -= mean[:, None]
-    kernel -= mean - np.float32(offset)
+    mean = np.add.reduce(gram, 0) / len(gram)
+    offset = float(np.add.reduce(mean)) / len(gram)
+    energy = float(gram.trace()) / len(gram) - offset
+    gram -= mean[:, None]
+    gram -= mean - np.float32(offset)
     return energy, offset
 
 
 def _product_in_blocks(array: Any, mean: Any) -> Any:
     """Compute the product of the features minus their mean, one block of centred features at a time."""
-    kernel: Any = 0
+    gram: Any = 0
     for start in range(0, len(mean), BLOCK):
         centred = array[:, start : start + BLOCK] - mean[start : start + BLOCK]
-        kernel += centred @ centred.T
-    return kernel
+        gram += centred @ centred.T
+    return gram

@@ -108,6 +108,17 @@ def test_features_that_are_overwritten_count_as_they_were(form: str) -> None:
     torch.testing.assert_close(*grads)
 
 
+def test_features_that_are_overwritten_before_the_backward_without_a_copy_are_an_error() -> None:
+    x = torch.randn(8, 20, requires_grad=True)
+    hidden = x * 2
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):  # as under checkpointing
+        layer = layer_of(hidden, primal_below=0)
+    with torch.no_grad():
+        hidden.mul_(3)
+    with pytest.raises(RuntimeError, match=r"overwritten in place before the backward, .* clone the outputs"):
+        torch.autograd.grad(layer.values, x, torch.ones(8, 8))
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tangent_of_any_slope_reaches_the_features_as_that_slope_would(form: str, parts: int) -> None:

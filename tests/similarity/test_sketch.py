@@ -8,6 +8,7 @@ from builders import EVEN, gpt2, hidden_states, llama, token_batch
 from torch import Tensor, nn
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance.similarity.cosines import agreement_of_halves
 from hf_guidance.similarity.layers import gram, layer_of
 from hf_guidance.similarity.pair_loss import guidance_loss, similarities
 from hf_guidance.similarity.registry import MEASURES, get_measure
@@ -187,3 +188,25 @@ def test_a_module_that_is_overwritten_counts_as_it_was(size: int) -> None:
         watched.loss.backward()
         found.append([watched.loss.detach(), *(p.grad for p in target.parameters())])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("rank", "is_said"), [(2000, True), (4, False)])
+def test_a_sketch_that_is_mostly_noise_is_said(rank: int, is_said: bool, caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(32, rank, generator=generator) @ torch.randn(rank, 2000, generator=generator)
+    networks = [nn.Sequential(nn.Identity(), nn.Linear(2000, 2000)) for _ in range(2)]
+    for network in networks:
+        nn.init.eye_(network[1].weight)
+    guidance = GuidanceLoss(*networks, GuidanceConfig(sketch=64, target_layers=["1"], guide_layers=["1"]))
+    with guidance.watch({"input": rows}):
+        networks[0](rows)
+    assert ("debiased_cka is mostly noise. Raise sketch, or leave it out" in caplog.text) == is_said
+
+
+def test_halves_agree_where_directions_are_few() -> None:
+    few = spectrum(32, 2000, 3.0)
+    for form in (0, 10_000):
+        layer = layer_of(Sketch(256)("a", few), parts=2, primal_below=form)
+        assert 0.9 < agreement_of_halves(layer, True) <= 1.001
+        noise = layer_of(Sketch(64)("a", spectrum(32, 2000, 0.0)), parts=2, primal_below=form)
+        assert abs(agreement_of_halves(noise, True)) < 0.25 < agreement_of_halves(noise, False)
