@@ -61,7 +61,7 @@ def test_steps_are_timed_and_evaluation_and_fetching_are_not(tmp_path: Path, mon
     assert own.marks == [(1, 2.0), (2, 4.0), (3, 6.0)]
     trainer.create_model_card()
     assert re.search(
-        r"^\| a step with guidance +\| 2 s of the processor +\|$", (tmp_path / "README.md").read_text(), re.M
+        r"^\| a step with guidance +\| 2 s of CPU time +\|$", (tmp_path / "README.md").read_text(), re.M
     )
 
 

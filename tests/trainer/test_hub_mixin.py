@@ -278,7 +278,7 @@ def test_every_pushed_card_is_whole_and_escapes_what_it_is_given(pushed, toured)
         assert f"![Similarity of all layers {shown}]" in body
         for figure in ("curves.png", "similarity.png"):
             assert store.files(f"model/tester/{name}")[figure].startswith(b"\x89PNG")
-        assert re.search(r"^\| a step with guidance +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)
+        assert re.search(r"^\| a step with guidance +\| [\d.e-]+ s of CPU time +\|$", body, re.MULTILINE)
         assert "## How to reproduce it\n\n```sh\npython push.py\n```\n\nArguments other than the known " in body
     assert "x: y" in metadata["tags"]
     assert metadata["pipeline_tag"] == "image-classification"

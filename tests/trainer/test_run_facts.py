@@ -77,7 +77,7 @@ def test_the_time_of_a_step_is_called_what_it_is(guidance, words, tmp_path):
     own = trained(tmp_path, guidance=GuidanceConfig(sample_axis="token", **guidance))
     own.create_model_card()
     _, body = check_card((tmp_path / "out" / "README.md").read_text())
-    assert re.search(rf"^\| {words} +\| [\d.e-]+ s of the processor +\|$", body, re.MULTILINE)
+    assert re.search(rf"^\| {words} +\| [\d.e-]+ s of CPU time +\|$", body, re.MULTILINE)
     assert ("and [guided](" in body) == ("weight" not in str(guidance))
     assert "in training, and similarity of every pair" in body  # as nothing was validated
 
