@@ -155,7 +155,7 @@ class GuidanceLoss:
         """Run the guide on a batch, then watch the one forward of the target inside the `with` block.
 
         If the guidance weight is 0 at this step, the guide does not run and the target is not watched. The layers are
-        compared when the block ends: do not change the target's outputs in place before that.
+        compared when the block ends: do not change the target's outputs in place before the backward.
 
         Args:
             batch: Inputs of the target, with `guide_*` columns if the guide needs its own.
@@ -204,7 +204,7 @@ class GuidanceLoss:
 
         Args:
             batch: Inputs of a network.
-            like: Samples of the other network, whose choice of tokens is taken over.
+            like: Samples of the target, for those of the guide, which take over their choice of tokens.
             step: Optimizer steps already taken.
             micro_step: Index of the micro-batch in this optimizer step.
             rank: Index of this process.

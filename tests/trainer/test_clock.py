@@ -60,9 +60,7 @@ def test_steps_are_timed_and_evaluation_and_fetching_are_not(tmp_path: Path, mon
     own = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TrainingClock))
     assert own.marks == [(1, 2.0), (2, 4.0), (3, 6.0)]
     trainer.create_model_card()
-    assert re.search(
-        r"^\| a step with guidance +\| 2 s of CPU time +\|$", (tmp_path / "README.md").read_text(), re.M
-    )
+    assert re.search(r"^\| a step with guidance +\| 2 s of CPU time +\|$", (tmp_path / "README.md").read_text(), re.M)
 
 
 def test_on_a_device_the_time_is_that_between_events_and_no_step_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
