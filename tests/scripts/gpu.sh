@@ -34,7 +34,7 @@ run tests 120 $python -m pytest -q -m gpu tests/test_gpu.py
 for guide in resnet18 resnet50 vit_base_patch16_224; do
     for compiled in false true; do
         layers=()
-        [ $guide = vit_base_patch16_224 ] && layers=(--guide_layers 'blocks.*')
+        [ $guide = vit_base_patch16_224 ] && layers=(--guide_layers 'timm_model.blocks.*')
         run "cost-$guide-compile_$compiled" 90 $python recipes/guidance_cost.py --rows $row --guide timm/$guide \
             "${measuring[@]}" --torch_compile $compiled "${layers[@]}" --output_dir "$out/$guide-$compiled"
     done
