@@ -59,13 +59,8 @@ class GuideRunning:
         config: GuidanceConfig,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.reader, self.guide, self.target, self.config, self.autocast = (
-            reader,
-            reader.model,
-            target,
-            config,
-            autocast,
-        )
+        self.reader, self.guide, self.target = reader, reader.model, target
+        self.config, self.autocast = config, autocast
         self.sketch = None if config.sketch is None else Sketch(config.sketch, "guide")
         self.cache: GuideCache | None = None
         self._sketched_layers: set[str] = set()  # of the cache
