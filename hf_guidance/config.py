@@ -67,7 +67,9 @@ class GuidanceConfig:
     # Optional[...] rather than `... | None`: on Python 3.10 HfArgumentParser reads only the former.
     measure: str = _knob(
         "linear_cka",
-        f"Similarity measure to maximise: {', '.join(MEASURES)}, a registered one, or module:function for your own.",
+        f"Similarity measure to maximise: {', '.join(MEASURES)}, a registered one, or module:function for your own. "
+        "linear_cka and ridge are near 1 from the start where features outnumber samples; debiased_cka and ridge_loo "
+        "are not.",
     )
     ridge_penalty: Optional[float] = _knob(
         None,
