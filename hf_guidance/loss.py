@@ -284,7 +284,7 @@ class GuidanceLoss:
             if name in side
         ]
         debiased = any(measure.name == "debiased_cka" for measure in self.measures)
-        least = min((agreement_of_halves(layer, debiased) for layer in layers if layer.parts > 1), default=1.0)
+        least = min((agreement_of_halves(layer, debiased) for layer in layers), default=1.0)
         if least < NOISE:
             logger.warning(
                 "sketch=%d is small for these layers: two halves of it agree to %.0f %% on the geometry of a layer, so "

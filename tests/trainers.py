@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders import arguments, token_rows
+from builders import arguments, gradients, token_rows
 from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer
+
+SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 
 def make_trainer(
@@ -42,3 +44,23 @@ def train_logs(trainer: Trainer) -> list[dict[str, float]]:
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     assert one.keys() == other.keys()
     return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def batches_of(network: nn.Module) -> list[dict[str, Tensor]]:
+    """The inputs of every training forward of a network from now on."""
+    seen: list[dict[str, Tensor]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            seen.append({name: value for name, value in kwargs.items() if name in ("input_ids", "labels")})
+
+    network.register_forward_pre_hook(keep, with_kwargs=True)
+    return seen
+
+
+def descend(network: nn.Module, loss: Tensor) -> None:
+    """One step of `SGD` by hand."""
+    slopes = gradients(network, loss)
+    with torch.no_grad():
+        for parameter, slope in zip(network.parameters(), slopes, strict=True):
+            parameter -= SGD["learning_rate"] * slope

@@ -145,11 +145,17 @@ def launch(
             f"{error}\nRerun the same command to resume from {kept[-1] if kept else 'where it was'}; see {folder}."
         )
     summary = comparison.summary()
+    not_pushed = None
     if PartialState().is_main_process:
-        publish(report, folder, args)
+        try:
+            publish(report, folder, args)
+        except ConnectionError as error:
+            not_pushed = error
         print(summary, end="")
     PartialState().wait_for_everyone()  # a rank that exits early would break the others
     PartialState().destroy_process_group()
+    if not_pushed is not None:
+        raise not_pushed
 
 
 def _parse(

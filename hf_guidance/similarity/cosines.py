@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_guidance.similarity.forms import halves_of
 from hf_guidance.similarity.layers import Layer
-from hf_guidance.similarity.matrices import center_in_place, inner, u_center
+from hf_guidance.similarity.matrices import center, exact_float32, inner, u_center
 
 ROUNDINGS = 16  # a norm below this many roundings of the mean diagonal carries no signal
 Kernel = Callable[[Tensor], Tensor]
@@ -129,13 +129,16 @@ class Cosine:
 def agreement_of_halves(layer: Layer, debiased: bool) -> float:
     """Compute by how much the kernels of a sketch's halves agree: their product over the mean of their squares.
 
-    It is near 1 where the sketch keeps the geometry of the layer, and near 0 where it is noise.
+    It is near 1 where the sketch keeps the geometry of the layer, and near 0 where it is noise; 1 without a sketch.
     """
-    gram = layer.values
+    if layer.parts == 1:
+        return 1.0
+    gram = layer.values.detach()
     if layer.form == "primal":
-        halves = halves_of(layer.values, 2) * 2**0.5
-        gram = halves @ halves.mT
-    kernel = u_center(gram.detach()) if debiased else gram.detach()
+        halves = halves_of(gram, 2) * 2**0.5
+        with exact_float32(gram.device):
+            gram = halves @ halves.mT
+    kernel = u_center(gram) if debiased else gram
     squares = inner(kernel, kernel)
     return float(2 * inner(kernel[0], kernel[1]) / squares) if squares > 0 else 1.0
 
@@ -214,12 +217,7 @@ def rbf(gram: Tensor) -> Tensor:
     n, diagonal = len(gram), gram.diagonal()
     squared = (diagonal[:, None] + diagonal[None, :] - 2 * gram).clamp(min=0)
     kernel = torch.exp(squared * (-(n - 1) / (4 * n)))  # the mean squared distance is 2 tr K / (n − 1), and tr K is n
-    return center_in_place(kernel) if not kernel.requires_grad else _center(kernel)
-
-
-def _center(kernel: Tensor) -> Tensor:
-    mean = kernel.mean(0)
-    return kernel - mean[:, None] - (mean - mean.mean())
+    return center(kernel)
 
 
 def off_diagonal_cosines(gram: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from hf_guidance.similarity import half_precision
 from hf_guidance.similarity.forms import Made, dual, from_product, halves_of, masked, primal
-from hf_guidance.similarity.matrices import center_in_place, exact_float32, inner, outer
+from hf_guidance.similarity.matrices import center, center_in_place, exact_float32, inner, outer
 
 PRIMAL_BELOW = 0.4  # largest d / n at which the 7 n d² operations of a pair are fewer than 3 n² d
 Form: TypeAlias = Literal["primal", "dual"]
@@ -91,9 +91,7 @@ def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
     values = layer_of(features, mask, primal_below=0).values
     if not values.requires_grad:
         return values
-    values = (values + values.T) / 2  # this and centring make any gradient symmetric and centred
-    mean = values.mean(0)
-    return values - mean[:, None] - (mean - mean.mean())
+    return center((values + values.T) / 2)  # which makes any gradient symmetric and centred
 
 
 def layer_of(

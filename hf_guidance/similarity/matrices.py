@@ -61,8 +61,14 @@ def _products_in(precision: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ centring and sums
 
 
+def center(gram: Tensor) -> Tensor:
+    """Subtract row and column means of a symmetric matrix `(n, n)`; differentiable."""
+    mean = gram.mean(0)
+    return gram - mean[:, None] - (mean - mean.mean())
+
+
 def center_in_place(gram: Tensor) -> Tensor:
-    """Subtract row and column means of symmetric matrices `(…, n, n)`: `H K H` with `H = I − 11ᵀ/n`."""
+    """Do as `center` in place, for one matrix or several `(…, n, n)`: `H K H` with `H = I − 11ᵀ/n`."""
     mean = gram.mean(-1, keepdim=True)
     return gram.sub_(mean).sub_(mean.mT - mean.mean(-2, keepdim=True))
 

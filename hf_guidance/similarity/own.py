@@ -88,7 +88,7 @@ class Own:
                 f"measure {self.name!r} has a gradient that is not finite, though its value {value.item():.3g} is: "
                 "look for a root or a norm at 0, and add a small number inside."
             )
-        return value.detach(), layer.tangent(slope)
+        return value.detach(), layer.tangent(slope.clone(memory_format=torch.contiguous_format))
 
 
 def _are_finite(*layers: Layer) -> bool:

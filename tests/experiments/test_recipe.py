@@ -59,6 +59,20 @@ def test_the_card_of_a_pushed_run_is_gathered_rendered_and_committed_once(tmp_pa
     assert uploads[1][1].keys() == {"README.md", "curves.png", "comparison.png", "similarity.png"}
 
 
+def test_a_push_that_fails_is_an_error_after_all_else_is_written_and_said(tmp_path, monkeypatch, uploads, capsys):
+    def refuse(self, **_):
+        raise OSError("no Hub today")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", refuse)
+    with pytest.raises((ConnectionError, SystemExit), match="me/net-untrained-guide-seed0: not pushed"):
+        RECIPE.run_here(monkeypatch, tmp_path / "out", **PUSHED)
+    printed = capsys.readouterr().out
+    assert "| untrained guide | 0     | 2     |" in printed
+    place = tmp_path / "out" / "seed-0" / "untrained_guide"
+    assert (place / "_push" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
 def test_defaults_validate_twenty_times_and_log_forty_times():
     values = training_defaults(400, 32, 1e-3)
     assert (values["eval_steps"], values["logging_steps"], values["save_steps"]) == (20, 10, 100)

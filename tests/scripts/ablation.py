@@ -1,4 +1,4 @@
-"""What each fast path of a layer saves: the guidance term alone, on stored features, with and without it, in turns.
+"""Ablation of the fast paths of a layer: the guidance term alone, on stored features, with and without each, in turns.
 
     python tests/scripts/ablation.py [rounds]
 

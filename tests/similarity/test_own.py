@@ -124,3 +124,9 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_arguments_may_be_changed(
     before = layers[""].values.clone()
     similarities([("", "")], get_measure("own_measures:changing"), layers, layers)
     assert torch.equal(layers[""].values, before)
+
+
+def test_a_gradient_that_is_one_number_in_memory_is_taken_too() -> None:
+    x = torch.randn(6, 3, requires_grad=True)
+    get_measure("own_measures:total")(x, x.detach()).backward()
+    assert x.grad.abs().max() < 1e-6  # the features are centred, so their sum cannot change

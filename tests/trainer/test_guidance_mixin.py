@@ -8,34 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import arguments, cka, gpt2, gradients, guidance_by_hand, hidden_states, llama, t5, token_rows
-from torch import Tensor, nn
-from trainers import trained, weights
+from builders import arguments, cka, gpt2, guidance_by_hand, hidden_states, llama, t5, token_rows
+from torch import nn
+from trainers import SGD, batches_of, descend, trained, weights
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from hf_guidance.trainer.guidance_mixin import GuidanceMixin
-
-SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-
-
-def batches_of(network: nn.Module) -> list[dict[str, Tensor]]:
-    """The inputs of every training forward of a network from now on."""
-    seen: list[dict[str, Tensor]] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if module.training:
-            seen.append({name: value for name, value in kwargs.items() if name in ("input_ids", "labels")})
-
-    network.register_forward_pre_hook(keep, with_kwargs=True)
-    return seen
-
-
-def descend(network: nn.Module, loss: Tensor) -> None:
-    """One step of `SGD` by hand."""
-    slopes = gradients(network, loss)
-    with torch.no_grad():
-        for parameter, slope in zip(network.parameters(), slopes, strict=True):
-            parameter -= SGD["learning_rate"] * slope
 
 
 class Doubling(Trainer):

@@ -20,7 +20,6 @@ from builders import (
     arguments,
     cka,
     gpt2,
-    gradients,
     guidance_by_hand,
     hidden_states,
     llama,
@@ -32,7 +31,7 @@ from builders import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from trainers import make_trainer, same, train_logs, trained, weights
+from trainers import SGD, batches_of, descend, make_trainer, same, train_logs, trained, weights
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -41,7 +40,6 @@ from hf_guidance.targets import RNNConfig, RNNForCausalLM
 
 gc.freeze()  # what is imported by now; Trainer collects garbage at every start, and half a second would go into that
 
-SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 STILL = {**SGD, "learning_rate": 0.0}  # the weights stay, so that every step can be told by hand
 
 
@@ -62,18 +60,6 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def batches_of(network: nn.Module) -> list[dict[str, Tensor]]:
-    """The inputs of every training forward of a network from now on."""
-    seen: list[dict[str, Tensor]] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if module.training:
-            seen.append({name: value for name, value in kwargs.items() if name in ("input_ids", "labels")})
-
-    network.register_forward_pre_hook(keep, with_kwargs=True)
-    return seen
-
-
 def count_forwards(network: nn.Module) -> list[bool]:
     """One entry per forward of a network from now on: whether it was in train mode."""
     modes: list[bool] = []
@@ -89,14 +75,6 @@ def by_hand(kind: str, target: nn.Module, guide: nn.Module, batch: dict[str, Ten
     with torch.no_grad():
         theirs = hidden_states(guide, {"input_ids": batch["input_ids"]})
     return sum((1 - cka(ours[t], theirs[g]) for t, g in EVEN), torch.tensor(0.0, dtype=torch.float64))
-
-
-def descend(network: nn.Module, loss: Tensor) -> None:
-    """One step of `SGD` by hand."""
-    slopes = gradients(network, loss)
-    with torch.no_grad():
-        for parameter, slope in zip(network.parameters(), slopes, strict=True):
-            parameter -= SGD["learning_rate"] * slope
 
 
 # ------------------------------------------------------------------------------------ invariant 1: without guidance
