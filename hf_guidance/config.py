@@ -24,6 +24,7 @@ Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | boo
 
 CONFIG_NAME = "guidance_config.json"
 HIDDEN_STATES = "hidden_states"
+AUTO = "auto"
 
 CHOICES = {
     "guidance_reduction": ("sum", "mean"),
@@ -66,10 +67,10 @@ class GuidanceConfig:
 
     # Optional[...] rather than `... | None`: on Python 3.10 HfArgumentParser reads only the former.
     measure: str = _knob(
-        "linear_cka",
-        f"Similarity measure to maximise: {', '.join(MEASURES)}, a registered one, or module:function for your own. "
-        "linear_cka and ridge are near 1 from the start where features outnumber samples; debiased_cka and ridge_loo "
-        "are not.",
+        AUTO,
+        f"Similarity measure to maximise: {AUTO}, {', '.join(MEASURES)}, a registered one, or module:function for your "
+        f"own. {AUTO} takes ridge_loo for tokens and debiased_cka for rows or a sketch, and is saved as what it took. "
+        "linear_cka and ridge are near 1 from the start where features outnumber samples.",
     )
     ridge_penalty: Optional[float] = _knob(
         None,
@@ -155,7 +156,7 @@ class GuidanceConfig:
         for name, possible in CHOICES.items():
             if getattr(self, name) not in possible:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; possible are {', '.join(possible)}.")
-        for name in [self.measure, *self.log_measures]:
+        for name in [self.resolved_measure(), *self.log_measures]:
             check_measure(name)
         check_schedule(self.guidance_schedule)
         check_mapping(self.layer_mapping)
@@ -166,7 +167,7 @@ class GuidanceConfig:
     def _check_numbers(self) -> None:
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
             raise ValueError(f"guidance_weight is {self.guidance_weight}; it must be a finite number ≥ 0.")
-        least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": min_samples(self.measure)}
+        least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": min_samples(self.resolved_measure())}
         least |= {"guidance_every": 1, "sketch": 2}
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
@@ -235,6 +236,22 @@ class GuidanceConfig:
                 "cache_guide needs guide features that depend on the sample alone, but with guide_batch_norm='batch' "
                 "they depend on the whole batch: set 'eval' or 'calibrated', or leave cache_guide out."
             )
+
+    # ---------------------------------------------------------------------------------------------------- measure
+
+    def resolved_measure(self) -> str:
+        """Return the measure, which for `auto` depends on the samples; recipes/README.md has the evidence.
+
+        Tokens outnumber features: there ridge_loo asks the target to contain the guide's features, not to equal them.
+        Rows are outnumbered by features: there debiased_cka is 0 for unrelated ones. Only it takes a sketch.
+        """
+        if self.measure != AUTO:
+            return self.measure
+        return "ridge_loo" if self.sample_axis == "token" and self.sketch is None else "debiased_cka"
+
+    def resolved(self) -> GuidanceConfig:
+        """Return a copy that names its measure instead of `auto`."""
+        return replace(self, measure=self.resolved_measure())
 
     # ------------------------------------------------------------------------------------------------------- JSON
 

@@ -107,7 +107,7 @@ class GuidanceLoss:
         total_steps: int | None = None,
     ) -> None:
         check_types(guide, config)
-        self.target, self.guide, self.config = target, guide, config or GuidanceConfig()
+        self.target, self.guide, self.config = target, guide, (config or GuidanceConfig()).resolved()
         self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
         check_apart(target, guide)
         freeze(guide, self.config.guide_batch_norm)

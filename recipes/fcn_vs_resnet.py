@@ -171,8 +171,9 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     values["remove_unused_columns"] = False  # the rows still hold images
     if recipe.streaming:
         values["accelerator_config"] = {"dispatch_batches": False}  # else rank 0 decodes for all ranks
-    if small:
-        values["measure"] = "ridge"  # for linear CKA see the log in recipes/README.md
+    values["measure"] = (
+        "ridge" if small else "linear_cka"
+    )  # see the log in recipes/README.md; the paper's is linear CKA
     if is_resnet(str(recipe.guide)):
         values["guide_layers"] = ["Conv2d"]  # every convolution, as in the paper
     return values

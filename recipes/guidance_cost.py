@@ -90,6 +90,7 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     """Return the defaults of the other flags."""
     values: dict[str, Any] = {"output_dir": "outputs/guidance_cost", "per_device_train_batch_size": 64}
     values |= {"report_to": ["none"], "ddp_find_unused_parameters": False}
+    values["measure"] = "linear_cka"  # the paper's
     return values | ({"guide_layers": ["Conv2d"]} if is_resnet(recipe.guide) else {})
 
 
@@ -111,7 +112,7 @@ def goal_of(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
     if setting.length is not None:
         goal = TEXT_GOALS.get(setting.name) if plain and recipe.threads == 1 else None
         return goal and goal + 0.1 * guidance.measure.startswith("ridge")
-    exact = guidance == GuidanceConfig(guide_layers=["Conv2d"])
+    exact = guidance == GuidanceConfig(measure="linear_cka", guide_layers=["Conv2d"])
     return GOALS.get(setting.name) if usual and exact and plain else None
 
 

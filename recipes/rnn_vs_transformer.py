@@ -117,7 +117,9 @@ def preset(task: str, size: str) -> Preset:
             target=partial(recurrent, num_hidden_layers=4, **rnn),
             guide=partial(decoder, length=32 if small else 96, n_layer=4, **transformer),
             training=training_defaults(*((400, 128, 3e-3) if small else (31_300, 256, 1e-3))),
-            guidance={"sample_axis": "token", "max_tokens": 256, "measure": "ridge"} if small else {},
+            guidance={"sample_axis": "token", "max_tokens": 256, "measure": "ridge"}
+            if small
+            else {"measure": "linear_cka"},
             guide_training={},
         )
     if task == "parity":

@@ -42,7 +42,11 @@ def similarity_map(
         one number per guide layer) and `pairs` (as named in the logs).
     """
     config = replace(
-        config.alone(), guidance_weight=1.0, guidance_schedule="constant", guidance_stop_step=None, log_measures=[]
+        config.alone().resolved(),
+        guidance_weight=1.0,
+        guidance_schedule="constant",
+        guidance_stop_step=None,
+        log_measures=[],
     )
     target = copy.deepcopy(target)
     norms = [module for module in target.modules() if isinstance(module, BATCH_NORM)]

@@ -16,7 +16,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_guidance.card.redaction import own_names
-from hf_guidance.config import CHOICES
+from hf_guidance.config import AUTO, CHOICES
 from hf_guidance.similarity.registry import MEASURES
 
 # flags of `accelerate launch` and `torchrun` for the number and kind of processes
@@ -29,7 +29,7 @@ SECRET = {"token", "secret", "key", "password"}
 REPORTS = {"all", "none", *INTEGRATION_TO_CALLBACK}
 POSSIBLE = {
     **CHOICES,
-    "measure": MEASURES,
+    "measure": (AUTO, *MEASURES),
     "log_measures": MEASURES,
     "report_to": REPORTS,
     "include_for_metrics": ("inputs", "loss"),

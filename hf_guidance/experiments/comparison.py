@@ -67,7 +67,7 @@ def _place(run: Run, folder: Path) -> Path:
 
 
 def _check_guidance(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfig) -> None:
-    config = dataclasses.replace(guidance, **run.guidance)
+    config = dataclasses.replace(guidance, **run.guidance).resolved()
     make = run.like if run.needs else run.guide
     if make is None or not config.guidance_weight:
         return
@@ -111,7 +111,8 @@ def carry_out(
         ValueError: If the folder holds a run with other settings, finished or not, or with another guide.
     """
     place = _place(run, folder)
-    args, guidance = _arguments(run, args, place), dataclasses.replace(guidance, **run.guidance)
+    args = _arguments(run, args, place)
+    guidance = dataclasses.replace(guidance, **run.guidance).resolved()
     set_seed(run.seed)
     model, task = run.model(), run.task or task
     if run.guide and guidance.cache_guide:

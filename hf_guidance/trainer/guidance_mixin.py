@@ -52,7 +52,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         check_types(guide, guidance)
         super().__init__(*args, **kwargs)
         self.guide: Any = guide
-        self.guidance = guidance or GuidanceConfig()
+        self.guidance = (guidance or GuidanceConfig()).resolved()
         self._loss: GuidanceLoss | None = None
         self._sums = RunningMeans()
         self._finite = FiniteSteps(self.accelerator, self._sums, self.guidance.on_non_finite == "skip")

@@ -116,7 +116,7 @@ def test_goals_stand_beside_what_they_are_of_only(tmp_path):
     goal_of, arguments = recipe["goal_of"], recipe["Arguments"]
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     (row,) = recipe["settings"](arguments(rows=["256/32/256"]), 64)
-    exact = GuidanceConfig(guide_layers=["Conv2d"])
+    exact = GuidanceConfig(measure="linear_cka", guide_layers=["Conv2d"])
     assert goal_of(arguments(), args, exact, row) == 1.15
     assert goal_of(arguments(), args, GuidanceConfig(measure="ridge", guide_layers=["Conv2d"]), row) is None
     assert goal_of(arguments(depth=3), args, exact, row) is None
