@@ -105,7 +105,7 @@ def _tokens(task: Task) -> dict[str, Any]:
 
 def preset(task: str, size: str) -> Preset:
     """Return the settings of a task, which were tuned on validation data: see the log in recipes/README.md."""
-    small = size == "small"
+    small, of_paper = size == "small", "linear_cka"
     rnn: dict[str, Any]
     transformer: dict[str, Any]
     if task == "copy_paste":
@@ -119,7 +119,7 @@ def preset(task: str, size: str) -> Preset:
             training=training_defaults(*((400, 128, 3e-3) if small else (31_300, 256, 1e-3))),
             guidance={"sample_axis": "token", "max_tokens": 256, "measure": "ridge"}
             if small
-            else {"measure": "linear_cka"},
+            else {"measure": of_paper},
             guide_training={},
         )
     if task == "parity":
@@ -136,7 +136,7 @@ def preset(task: str, size: str) -> Preset:
             ),
             guide=partial(recurrent, num_labels=2, num_hidden_layers=1, hidden_size=width),
             training=training_defaults(1500 if small else 31_300, 256, 1e-3),
-            guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge"},
+            guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge" if small else of_paper},
             guide_training={"max_grad_norm": 1.0, "learning_rate": 1e-3},
             curriculum=(5, 10, 20) if small else (5, 10, 20, 50),
         )
@@ -147,7 +147,7 @@ def preset(task: str, size: str) -> Preset:
         target=partial(recurrent, num_hidden_layers=4, **rnn),
         guide=partial(decoder, length=64, n_layer=4, **transformer),
         training=training_defaults(*((300, 64, 2e-3) if small else (60_000, 256, 1e-3))) | {"max_grad_norm": 0.25},
-        guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge"},
+        guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge" if small else of_paper},
         guide_training={"max_steps": 1000} if small else {},
     )
 
