@@ -108,6 +108,16 @@ class GuidanceConfig:
         "sequence", "Meaning of one sample: sequence (a batch row, positions flattened) or token (a valid position)."
     )
     max_tokens: int = _knob(1024, "With sample_axis=token: largest number of positions per batch, chosen by a hash.")
+    skip_first_positions: int = _knob(
+        0,
+        "Number of first positions of each row to leave out. The first tokens of pretrained networks can carry most of "
+        "the energy of a layer.",
+    )
+    guide_rows: Optional[int] = _knob(
+        None,
+        "Run the guide on this many rows of the batch, chosen by a hash in each step, and compare only these. Unset "
+        "takes all rows.",
+    )
     similarity_batch: str = _knob(
         "local",
         "Batch to compute a similarity over: local (each process its own batch), global (the batches of all processes "
@@ -168,7 +178,8 @@ class GuidanceConfig:
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
             raise ValueError(f"guidance_weight is {self.guidance_weight}; it must be a finite number ≥ 0.")
         least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": min_samples(self.resolved_measure())}
-        least |= {"guidance_every": 1, "sketch": 2}
+        least |= {"guidance_every": 1, "sketch": 2, "skip_first_positions": 0}
+        least |= {"guide_rows": min_samples(self.resolved_measure()) if self.sample_axis == "sequence" else 1}
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
@@ -185,7 +196,16 @@ class GuidanceConfig:
             )
         if self.guide_input == "prealign_noise" and not self.prealign_steps:
             raise ValueError("guide_input='prealign_noise' is for pre-alignment: set prealign_steps to 1 or more.")
-
+        if self.guide_rows is not None and self.similarity_batch == "accumulated":
+            raise ValueError(
+                "similarity_batch='accumulated' compares all rows of all micro-batches: leave guide_rows out, or set "
+                "similarity_batch='local'."
+            )
+        if self.guide_rows is not None and (self.guide_input, self.similarity_batch) == ("shuffled", "global"):
+            raise ValueError(
+                "guide_input='shuffled' exchanges rows of one process, and with similarity_batch='global' a process "
+                "may have a single one of the guide_rows: leave guide_rows out, or set similarity_batch='local'."
+            )
         if self.similarity_batch == "accumulated" and self.guide_input != "batch":
             raise ValueError(
                 f"similarity_batch='accumulated' needs guide_input='batch', got {self.guide_input!r}: set "

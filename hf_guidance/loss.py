@@ -16,7 +16,7 @@ from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
-from hf_guidance.features.rows import Batch
+from hf_guidance.features.rows import Batch, choose_rows
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, check_types, freeze
@@ -24,6 +24,7 @@ from hf_guidance.guide.inputs import (
     generator_for,
     is_packed,
     noise_like,
+    rows_for_guide,
     vocabulary_size,
     with_decoder_inputs,
     without_guide,
@@ -179,7 +180,8 @@ class GuidanceLoss:
             batch = noise_like(batch, self._common_vocabulary(), generator_for(*key))
         config = self.config
         seen = with_decoder_inputs(batch, self.target)
-        samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank)
+        rows = self._rows_of(seen, step, micro_step, rank)
+        samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank, rows=rows)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
         measure, needed = self.measures[0].name, self.measures[0].min_samples
         too_few = config.sample_axis == "sequence" and samples.count < needed
@@ -192,13 +194,28 @@ class GuidanceLoss:
         if watched.why_unguided:
             yield watched
             return
-        guide = self.running.layers(batch, key, partial(self.samples_of, like=samples))
+        given, rows = rows_for_guide(batch, rows)
+        guide = self.running.layers(given, key, partial(self.samples_of, like=samples, rows=rows))
         with self.target_reader.reading(not_recomputed(samples.layer)) as layers:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
 
+    def _rows_of(self, batch: Batch, *place: int) -> Tensor | None:
+        if self.config.guide_rows is None:
+            return None
+        if self.ranks:
+            place = (*place[:2], 0)  # all ranks choose their rows together
+        seed = generator_for(self.seed, *place, 3).initial_seed()
+        return choose_rows(batch, self.config.guide_rows, seed, self.ranks)
+
     def samples_of(
-        self, batch: Batch, like: Samples | None = None, step: int = 0, micro_step: int = 0, rank: int = 0
+        self,
+        batch: Batch,
+        like: Samples | None = None,
+        step: int = 0,
+        micro_step: int = 0,
+        rank: int = 0,
+        rows: Tensor | None = None,
     ) -> Samples:
         """Make the samples of a batch.
 
@@ -208,10 +225,12 @@ class GuidanceLoss:
             step: Optimizer steps already taken.
             micro_step: Index of the micro-batch in this optimizer step.
             rank: Index of this process.
+            rows: Indices of the rows to compare; None for all.
         """
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch
+        options |= {"skip_first": self.config.skip_first_positions, "rows": rows}
         return Samples(
             batch,
             self.config.sample_axis,

@@ -18,6 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_guidance import GuidanceConfig
+
 VOCABULARY, LENGTH = 17, 6
 
 
@@ -110,6 +112,11 @@ def token_rows(rows: int = 24, length: int = LENGTH, seed: int = 0) -> list[dict
     """The same as a dataset."""
     batch = token_batch(rows, length, seed)
     return [{name: value[i] for name, value in batch.items()} for i in range(rows)]
+
+
+def linear(**settings: Any) -> GuidanceConfig:
+    """Settings that train on linear CKA, the similarity written out below, unless they name another measure."""
+    return GuidanceConfig(**{"measure": "linear_cka", **settings})
 
 
 def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:

@@ -1,14 +1,14 @@
 """Small networks and rows that the tests of the cost of guidance share."""
 
 import torch
+from builders import linear
 
-from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.cost.meters import operations
 from hf_guidance.experiments.cost.random_rows import random_tokens
 from hf_guidance.targets.vision import vision_target
 
 CPU = torch.device("cpu")
-CONVS = GuidanceConfig(guide_layers=["Conv2d"])
+CONVS = linear(guide_layers=["Conv2d"])
 
 
 def operations_of(work, *args, **kwargs):

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from builders import gpt2, llama
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_guidance import GuidanceConfig
+from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.config import CHOICES
 from hf_guidance.schedule import SCHEDULES
-from hf_guidance.similarity.registry import MEASURES
+from hf_guidance.similarity.registry import MEASURES, get_measure
 
 FIELDS = {field.name: field for field in dataclasses.fields(GuidanceConfig)}
 
@@ -33,6 +35,8 @@ CHANGED = {  # another value than the default for every field, all at once
     "layer_mapping": "last_2",
     "sample_axis": "token",
     "max_tokens": 64,
+    "skip_first_positions": 1,
+    "guide_rows": 8,
     "similarity_batch": "global",
     "sketch": 512,
     "ridge_penalty": 0.5,
@@ -92,10 +96,37 @@ def test_no_field_is_also_one_of_training_arguments() -> None:
     assert not set(FIELDS) & {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_defaults_are_the_papers_but_for_the_measure() -> None:
     config = GuidanceConfig()
-    assert (config.measure, config.guidance_weight, config.guidance_reduction) == ("linear_cka", 1.0, "sum")
+    assert (config.measure, config.guidance_weight, config.guidance_reduction) == ("auto", 1.0, "sum")
     assert (config.layer_mapping, config.sample_axis, config.guide_input) == ("even", "sequence", "batch")
+
+
+@pytest.mark.parametrize(
+    ("settings", "measure"),
+    [
+        ({}, "debiased_cka"),
+        ({"sample_axis": "token"}, "ridge_loo"),
+        ({"sample_axis": "token", "sketch": 64}, "debiased_cka"),
+        ({"measure": "ridge"}, "ridge"),
+    ],
+)
+def test_an_automatic_measure_depends_on_the_samples_and_is_kept_as_what_it_became(
+    tmp_path: Path, settings: dict[str, Any], measure: str
+) -> None:
+    config = GuidanceConfig(**settings).resolved()
+    assert config == GuidanceConfig(**{**settings, "measure": measure})
+    config.save(tmp_path)
+    assert GuidanceConfig.load(tmp_path)[0].measure == measure
+    loss = GuidanceLoss(gpt2(), llama(), GuidanceConfig(**settings))
+    assert loss.config.measure == loss.measures[0].name == measure
+
+
+@pytest.mark.parametrize(("axis", "n"), [("sequence", 32), ("token", 512)])
+def test_an_automatic_measure_starts_far_below_one_on_unrelated_features(axis: str, n: int) -> None:
+    x, y = torch.randn(2, n, 2048, generator=torch.Generator().manual_seed(0))
+    measure = get_measure(GuidanceConfig(sample_axis=axis).resolved_measure())
+    assert measure(x, y) < 0.2
 
 
 def test_two_configs_share_no_list() -> None:
@@ -177,7 +208,16 @@ BAD = [
     ({"guidance_weight": math.inf}, "guidance_weight is inf; it must be a finite number"),
     ({"prealign_steps": -1}, "prealign_steps is -1; it must be at least 0"),
     ({"calibration_batches": 0}, "calibration_batches is 0; it must be at least 1"),
-    ({"max_tokens": 2}, "max_tokens is 2; it must be at least 3"),
+    ({"guide_rows": 3}, "guide_rows is 3; it must be at least 4"),
+    ({"guide_rows": 2, "measure": "ridge"}, "guide_rows is 2; it must be at least 3"),
+    ({"guide_rows": 0, "sample_axis": "token"}, "guide_rows is 0; it must be at least 1"),
+    ({"guide_rows": 8, "similarity_batch": "accumulated"}, "compares all rows of all micro-batches: leave guide_rows"),
+    (
+        {"guide_rows": 8, "similarity_batch": "global", "guide_input": "shuffled"},
+        "a process may have a single one of the guide_rows: leave guide_rows out",
+    ),
+    ({"skip_first_positions": -1}, "skip_first_positions is -1; it must be at least 0"),
+    ({"max_tokens": 2, "measure": "ridge"}, "max_tokens is 2; it must be at least 3"),
     ({"max_tokens": 3, "measure": "debiased_cka"}, "max_tokens is 3; it must be at least 4"),
     (
         {"guidance_stop_step": 0},

@@ -20,6 +20,7 @@ from builders import (
     gradients,
     guidance_by_hand,
     hidden_states,
+    linear,
     llama,
     module_outputs,
     seeded,
@@ -41,7 +42,7 @@ Batch = dict[str, Tensor]
 
 def watch(target: nn.Module, guide: nn.Module, batch: Batch, where: Any = (), **config: Any) -> tuple[Watched, Any]:
     """One watched forward, and what the target returned."""
-    guidance = GuidanceLoss(target, guide, GuidanceConfig(**config))
+    guidance = GuidanceLoss(target, guide, linear(**config))
     with guidance.watch(batch, **dict(where)) as watched:
         outputs = target(**watched.inputs)
     guidance.close()
@@ -227,7 +228,7 @@ def test_chance_depends_on_seed_step_micro_step_and_rank_and_on_nothing_else(con
     target, guide, batch = gpt2(), llama(), token_batch(rows=16)
 
     def loss(seed: int = 0, **where: int) -> float:
-        guidance = GuidanceLoss(target, guide, GuidanceConfig(**config), seed=seed)
+        guidance = GuidanceLoss(target, guide, linear(**config), seed=seed)
         with guidance.watch(batch, **where) as watched:
             target(**watched.inputs)
         guidance.close()
@@ -506,7 +507,7 @@ def test_at_steps_between_no_guide_is_run() -> None:
 
 
 def test_what_is_only_looked_at_is_left_out_where_it_is_not_logged() -> None:
-    guidance = GuidanceLoss(target := gpt2(), llama())
+    guidance = GuidanceLoss(target := gpt2(), llama(), linear())
     with guidance.watch(token_batch(), log=False) as watched:
         target(**watched.inputs)
     assert list(watched.similarities) == ["linear_cka"]
@@ -522,7 +523,7 @@ def test_features_that_are_overwritten_in_place_have_the_gradient_of_what_they_w
             return self.first(self.embed(input_ids)).relu_()
 
     target, guide, batch = seeded(InPlace, 3), llama(), token_batch()
-    guidance = GuidanceLoss(target, guide, GuidanceConfig(target_layers=["first"], guide_layers=["hidden_states.1"]))
+    guidance = GuidanceLoss(target, guide, linear(target_layers=["first"], guide_layers=["hidden_states.1"]))
     with guidance.watch(batch) as watched:
         target(batch["input_ids"])
     ours = target.first(target.embed(batch["input_ids"]))
@@ -624,7 +625,7 @@ def test_close_takes_every_hook_off() -> None:
 def test_a_loop_of_ones_own_follows_weight_and_schedule(config: dict[str, Any], step: int, weights: Any) -> None:
     target, guide, batch = gpt2(), llama(), token_batch()
     runs = inputs_of(guide)
-    guidance = GuidanceLoss(target, guide, GuidanceConfig(**config), total_steps=10)
+    guidance = GuidanceLoss(target, guide, linear(**config), total_steps=10)
     with guidance.watch(batch, step=step) as watched:
         target(**watched.inputs)
     task = torch.tensor(3.0)
@@ -645,3 +646,41 @@ def test_an_encoder_decoder_guide_without_decoder_inputs_says_what_it_needs() ->
     words = "is an encoder-decoder, but the batch has nothing for its decoder: add guide_decoder_input_ids"
     with pytest.raises(ValueError, match=words), guidance.watch(token_batch()):
         pass
+
+
+# ------------------------------------------------------------------------------------------------- some of the rows
+
+
+@pytest.mark.parametrize("axis", ["sequence", "token"])
+def test_a_guide_on_some_rows_gives_the_loss_and_the_gradient_of_a_batch_of_these(axis: str) -> None:
+    target, guide, batch = gpt2(), llama(), token_batch(16)
+    seen = inputs_of(guide)
+    settings = {"sample_axis": axis, "measure": "debiased_cka"}
+    some, _ = watch(target, guide, batch, {"step": 3}, guide_rows=5, **settings)
+    (rows,) = seen
+    assert rows.shape == (5, LENGTH)
+    (some.loss + 0 * sum(p.sum() for p in target.parameters())).backward()
+    found = {name: parameter.grad.clone() for name, parameter in target.named_parameters()}
+    target.zero_grad()
+    alone, _ = watch(target, guide, {"input_ids": rows}, {"step": 3}, **settings)
+    (alone.loss + 0 * sum(p.sum() for p in target.parameters())).backward()
+    torch.testing.assert_close(some.loss, alone.loss)
+    for name, parameter in target.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_each_step_the_guide_sees_other_rows() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch(16)
+    guidance = GuidanceLoss(target, guide, GuidanceConfig(guide_rows=5))
+    seen = inputs_of(guide)
+    for step in (0, 0, 1):
+        with guidance.watch(batch, step=step) as watched:
+            target(**watched.inputs)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_rows_are_chosen_among_columns_that_have_one_entry_for_each_row_alone() -> None:
+    batch = token_batch(16) | {"cu_seqlens": torch.arange(3)}
+    with pytest.raises(ValueError, match=r"one entry for each row, but their lengths are .*'cu_seqlens': 3"):
+        watch(gpt2(), llama(), batch, guide_rows=5)

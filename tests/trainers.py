@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders import arguments, gradients, token_rows
+from builders import arguments, gradients, linear, token_rows
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -22,7 +22,7 @@ def make_trainer(
     own = {"train_dataset", "eval_dataset", "compute_loss_func", "model_init", "callbacks", "data_collator"}
     for_trainer = {name: settings.pop(name) for name in own & settings.keys()}
     fields = GuidanceConfig.__dataclass_fields__.keys() & settings.keys()
-    guidance = GuidanceConfig(**{name: settings.pop(name) for name in fields}) if guide is not None else None
+    guidance = linear(**{name: settings.pop(name) for name in fields}) if guide is not None else None
     data = {"train_dataset": token_rows(), **for_trainer}
     return GuidanceTrainer(model=target, guide=guide, guidance=guidance, args=arguments(folder, **settings), **data)
 

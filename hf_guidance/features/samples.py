@@ -10,12 +10,23 @@ from torch import Tensor
 
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import Batch, content_of, first_valid, hashes_of, in_front, masks_of, mix
+from hf_guidance.features.rows import (
+    INT64_MAX,
+    Batch,
+    content_of,
+    first_valid,
+    hashes_of_rows,
+    in_front,
+    masks_of,
+    mix,
+    over,
+    take_rows,
+    tensors_of,
+)
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, flat, layer_of
 from hf_guidance.similarity.sketch import Sketch
 
-INT64_MAX = torch.iinfo(torch.int64).max
 Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and the number of tokens of each rank
 
 
@@ -30,6 +41,8 @@ class Samples:
         max_tokens: Largest number of tokens, all ranks together. They are chosen by a hash of row content, position and
             `seed`, so that row order and padding do not change the choice.
         seed: Seed of that choice.
+        skip_first: Number of valid positions at the beginning of each row that are left out.
+        rows: Indices of the rows that are compared; None for all.
         like: Samples of the other network, whose choice of tokens is used.
         ranks: Processes whose batches are taken as one; None for this process alone.
         sketch: Sketch of wide layers.
@@ -49,15 +62,19 @@ class Samples:
         axis: str = "sequence",
         max_tokens: int = 1024,
         seed: int = 0,
+        skip_first: int = 0,
+        rows: Tensor | None = None,
         like: Samples | None = None,
         ranks: Ranks | None = None,
         sketch: Sketch | None = None,
         primal_below: float = PRIMAL_BELOW,
     ) -> None:
+        self.rows, self._of = rows, len(content_of(batch))
+        batch = batch if rows is None else take_rows(batch, rows)
         self.content = content_of(batch)
         self.batch_size = self.content.shape[0]
-        self.axis, self.max_tokens, self.seed, self.like = axis, max_tokens, seed, like
-        self.masks = masks_of({k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 2})
+        self.axis, self.max_tokens, self.seed, self.skip_first, self.like = axis, max_tokens, seed, skip_first, like
+        self.masks = masks_of(tensors_of(batch))
         self.ranks, self.sketch, self.primal_below = ranks, sketch, primal_below
         self.counts, self.lengths = self._across_ranks()
         self.count = sum(self.counts)
@@ -78,25 +95,30 @@ class Samples:
         Raises:
             ValueError: If the first axis of the output is not the batch, or its length is not that of the mask.
         """
-        if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[0] != self.batch_size:
+        if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[0] != self._of:
             got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(
-                f"layer {name!r} gave {got}; expected a tensor with the batch's {self.batch_size} samples on its "
+                f"layer {name!r} gave {got}; expected a tensor with the batch's {self._of} samples on its "
                 "first axis. Guide and target see the same rows; choose another layer if this one is not batch-first."
             )
-        if self.axis == "token" and features.ndim == 4:
-            features = features.flatten(2).transpose(1, 2)  # (batch, channels, h, w): a token is a place in the image
         given, precision, counts = features, features.dtype, self.counts
+        if self.rows is not None:
+            features = features[self.rows.to(features.device)]
+        is_map = self.axis == "token" and features.ndim == 4  # (batch, channels, h, w): a token is a place in the image
+        if is_map:
+            features = features.flatten(2).transpose(1, 2)
         kind = self._kind_of_mask(name, features)
         if kind is not None:
             features = self._aligned(features, kind)
+        if self.skip_first and features.ndim == 3 and not is_map:
+            features = self._without_first(name, features)
         mask, length, sketch = None, None, None
         if self.axis == "token":
             self.positions[name] = features.shape[1] if kind is None else f"the {kind}'s"
             rows, positions, counts = self._tokens(name, features, kind)
             features = features[rows, positions]
         elif kind is not None:
-            mask, length = first_valid(self.masks[kind]).to(features.device), self.lengths[kind]
+            mask, length = self._valid(kind).to(features.device), self.lengths[kind] - self.skip_first
         if self.sketch and parts == 1:
             sketch = partial(self.sketch, name)
             if mask is None:
@@ -195,7 +217,19 @@ class Samples:
         if kind not in self._orders:
             self._orders[kind] = in_front(self.masks[kind])
         order = self._orders[kind]
-        return features if order is None else features.take_along_dim(_over(order.to(features.device), features), dim=1)
+        return features if order is None else features.take_along_dim(over(order.to(features.device), features), dim=1)
+
+    def _valid(self, kind: str) -> Tensor:
+        """Return which positions count, `(batch, length)`, once valid ones are in front and the first are left out."""
+        return first_valid(self.masks[kind])[:, self.skip_first :]
+
+    def _without_first(self, name: str, features: Tensor) -> Tensor:
+        if features.shape[1] <= self.skip_first:
+            raise ValueError(
+                f"skip_first_positions is {self.skip_first}, but layer {name!r} has {features.shape[1]} positions: "
+                "lower it, so that some are left."
+            )
+        return features[:, self.skip_first :]
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
@@ -220,7 +254,7 @@ class Samples:
         key = features.shape[1] if kind is None else kind
         if key not in self._chosen:
             everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=self.content.device)
-            rows, positions = self._choose(everywhere if kind is None else first_valid(self.masks[kind]))
+            rows, positions = self._choose(everywhere if kind is None else self._valid(kind))
             counts = [len(rows)]
             if self.ranks is not None:
                 counts = [row[0] for row in self.ranks.numbers(counts, rows.device)]
@@ -237,13 +271,9 @@ class Samples:
             rows, positions = valid.nonzero(as_tuple=True)
             return rows, positions
         positions = torch.arange(valid.shape[1], device=valid.device)
-        mask = self.masks.get("encoder")  # the mask of the content, whichever layer the tokens are chosen for
-        content = self.content
-        if mask is not None and content.shape[:2] == mask.shape:
-            content, mask = self._aligned(content, "encoder"), _over(first_valid(mask), content)
-        else:
-            mask = None
-        score = mix(hashes_of(content, mask)[:, None] + mix(positions + 1)[None, :] + self.seed) & INT64_MAX
+        # the mask of the content, whichever layer the tokens are chosen for
+        hashes = hashes_of_rows(self.content, self.masks.get("encoder"))
+        score = mix(hashes[:, None] + mix(positions + 1)[None, :] + self.seed) & INT64_MAX
         score = torch.where(valid, score, INT64_MAX)
         if self.ranks is not None:
             scores = torch.cat([score.flatten(), score.new_full((self.max_tokens + 1,), INT64_MAX)])
@@ -264,8 +294,3 @@ def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
     """
     last = smallest[-1]
     return torch.where(smallest[0] < last, score < last, score <= last)
-
-
-def _over(mask: Tensor, features: Tensor) -> Tensor:
-    """Append axes to `(batch, length)` so that it spreads over features `(batch, length, …)`."""
-    return mask.reshape(mask.shape + (1,) * (features.ndim - 2))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.reader import AllRead, LayerReader, Reduce
-from hf_guidance.features.rows import Batch
+from hf_guidance.features.rows import Batch, take_rows
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
 from hf_guidance.guide.inputs import (
@@ -27,7 +27,6 @@ from hf_guidance.guide.inputs import (
     noise_like,
     seen_by,
     shuffle_rows,
-    take_rows,
     vocabulary_size,
 )
 from hf_guidance.guide.sharding import is_sharded

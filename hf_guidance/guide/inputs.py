@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hf_guidance.features.reader import base_model_of
-from hf_guidance.features.rows import Batch
+from hf_guidance.features.rows import Batch, take_rows
 
 GUIDE_PREFIX = "guide_"
 GUIDE_PIXELS = "guide_pixel_values"
@@ -161,9 +161,20 @@ def shuffle_rows(batch: Batch, generator: torch.Generator) -> dict[str, Any]:
     return take_rows(batch, source)
 
 
-def take_rows(batch: Batch, rows: Tensor) -> dict[str, Any]:
-    """Return a batch of these rows, given by their indices."""
-    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+def rows_for_guide(batch: Batch, rows: Tensor | None) -> tuple[Batch, Tensor | None]:
+    """Select the rows that the guide runs on.
+
+    Args:
+        batch: Columns for both networks.
+        rows: Indices of the rows to compare, `(k,)`; None for all.
+
+    Returns:
+        The batch of these rows, and which of its rows to compare; None for all. A batch of no row is one of the first
+        row, none of which is compared, because few networks run on no row.
+    """
+    if rows is None:
+        return batch, None
+    return (take_rows(batch, rows), None) if len(rows) else (take_rows(batch, rows.new_zeros(1)), rows)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

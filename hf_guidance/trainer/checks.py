@@ -91,9 +91,15 @@ def check_settings(
         check_accumulates(args, sharded=sharded)
     if config.similarity_batch == "global":
         Ranks()  # raises an error that names what is missing
-    rows, needed = rows_of_a_process(args), min_samples(config.measure)
     times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
-    if config.sample_axis == "sequence" and rows * times.get(config.similarity_batch, 1) < needed:
+    rows = rows_of_a_process(args) * times.get(config.similarity_batch, 1)
+    if config.guide_rows is not None and config.guide_rows > rows:
+        raise ValueError(
+            f"guide_rows is {config.guide_rows}, but a batch has {rows} rows: lower it, or leave it out to run the "
+            "guide on all rows."
+        )
+    needed = min_samples(config.measure)
+    if config.sample_axis == "sequence" and rows < needed:
         split = f", split over {args.world_size} processes" if splits_batches(args) else ""
         raise ValueError(
             f"per_device_train_batch_size is {args.per_device_train_batch_size}{split}, but {config.measure} needs at "

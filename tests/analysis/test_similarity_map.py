@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from builders import linear
 from torch import nn
 
-from hf_guidance import GuidanceConfig, linear_cka
+from hf_guidance import linear_cka
 from hf_guidance.analysis.similarity_map import similarity_map
 from hf_guidance.targets import FCNConfig, FCNForImageClassification
 
@@ -21,7 +22,7 @@ def networks(dropout=0.5):
 
 def test_every_pair_is_the_measure_of_the_two_layers_with_batch_statistics_and_without_dropout():
     target, guide, batch = networks()
-    content = similarity_map(target, guide, GuidanceConfig(guide_layers=["Linear"]), batch)
+    content = similarity_map(target, guide, linear(guide_layers=["Linear"]), batch)
     assert content["target_layers"] == [f"hidden_states.{i}" for i in (1, 2, 3)]
     assert content["guide_layers"] == ["1", "3"]
     assert content["pairs"] == ["hidden_states.1~1", "hidden_states.3~3"]
@@ -40,7 +41,7 @@ def test_target_guide_and_randomness_are_left_as_they_are():
     target, guide, batch = networks()
     before = copy.deepcopy(target.state_dict())
     state = torch.get_rng_state()
-    config = GuidanceConfig(guide_layers=["Linear"], guidance_schedule="linear", guidance_stop_step=5, prealign_steps=2)
+    config = linear(guide_layers=["Linear"], guidance_schedule="linear", guidance_stop_step=5, prealign_steps=2)
     similarity_map(target, guide, config, batch)
     assert torch.equal(torch.get_rng_state(), state)
     assert target.training

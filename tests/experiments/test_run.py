@@ -37,11 +37,11 @@ def test_what_weights_and_curves_depend_on_is_in_the_settings_and_nothing_of_pla
 
 def test_a_setting_that_changed_is_named_with_both_values(tmp_path, settings):
     check_same_settings(tmp_path, settings())  # there is no run yet
-    (tmp_path / SETTINGS).write_text(json.dumps(settings(GuidanceConfig())))
-    check_same_settings(tmp_path, settings(GuidanceConfig()))
+    (tmp_path / SETTINGS).write_text(json.dumps(settings(GuidanceConfig(measure="ridge"))))
+    check_same_settings(tmp_path, settings(GuidanceConfig(measure="ridge")))
     with pytest.raises(ValueError, match=r"other settings: data\.min_length was 8, is 9\. Give another output_dir"):
-        check_same_settings(tmp_path, settings(GuidanceConfig(), data=DATA | {"min_length": 9}))
-    with pytest.raises(ValueError, match=r"guidance\.measure was 'linear_cka', is 'rsa'"):
+        check_same_settings(tmp_path, settings(GuidanceConfig(measure="ridge"), data=DATA | {"min_length": 9}))
+    with pytest.raises(ValueError, match=r"guidance\.measure was 'ridge', is 'rsa'"):
         check_same_settings(tmp_path, settings(GuidanceConfig(measure="rsa")))
 
 

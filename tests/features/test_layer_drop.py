@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import arguments, cka, gpt2, llama, seeded, token_batch
+from builders import arguments, cka, gpt2, linear, llama, seeded, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from trainers import same, train_logs, weights
@@ -34,7 +34,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceTrainer
+from hf_guidance import GuidanceLoss, GuidanceTrainer
 from hf_guidance.analysis.similarity_map import similarity_map
 from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.reader import LayerReader
@@ -287,7 +287,7 @@ def by_hand(loss: GuidanceLoss, outputs: dict[str, Tensor]) -> dict[str, Tensor]
 def test_loss_and_gradient_are_those_of_the_pairs_whose_layer_ran(
     skipped: tuple[int, ...], reduction: str, skip: Callable[..., None]
 ) -> None:
-    config = GuidanceConfig(guidance_reduction=reduction, log_measures=["debiased_cka"])
+    config = linear(guidance_reduction=reduction, log_measures=["debiased_cka"])
     loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), config)
     skip(*skipped)
     watched, outputs = guided(loss)
@@ -310,7 +310,7 @@ def test_loss_and_gradient_are_those_of_the_pairs_whose_layer_ran(
 
 
 def test_pairs_are_made_of_all_layers_though_the_first_step_skips_some(skip: Callable[..., None]) -> None:
-    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1))
+    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), linear())
     for step, skipped in enumerate([(0, 2), (), (1,), (0, 1, 2), (2,)]):
         skip(*skipped)
         watched, outputs = guided(loss, step)
@@ -322,7 +322,7 @@ def test_pairs_are_made_of_all_layers_though_the_first_step_skips_some(skip: Cal
 
 @pytest.mark.parametrize("layers", ["hidden_states", "encoder.layers.*"])
 def test_a_step_that_skips_all_layers_is_unguided(layers: str, skip: Callable[..., None]) -> None:
-    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), GuidanceConfig(target_layers=[layers]))
+    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), linear(target_layers=[layers]))
     skip(0, 1, 2)
     watched, _ = guided(loss)  # the first step, from which the pairs are made
     assert watched.loss is None
@@ -337,7 +337,7 @@ def test_a_step_that_skips_all_layers_is_unguided(layers: str, skip: Callable[..
     [["hidden_states.3~hidden_states.3", "hidden_states.1~hidden_states.1"], ["encoder.layers.2~hidden_states.3"]],
 )
 def test_pairs_that_are_named_are_left_out_alike(pairs: list[str], skip: Callable[..., None]) -> None:
-    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), GuidanceConfig(layer_pairs=pairs))
+    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), linear(layer_pairs=pairs))
     skip(1)
     watched, outputs = guided(loss)
     expected = by_hand(loss, outputs)["hidden_states.3~hidden_states.3"].item()
@@ -363,7 +363,7 @@ def test_a_step_that_skips_the_only_trainable_layers_is_no_error(skip: Callable[
 def test_layers_that_are_frozen_behind_an_input_with_a_gradient_are_an_error() -> None:
     target = wav2vec2(make=Wav2Vec2ForSequenceClassification, layerdrop=0.0)
     target.freeze_base_model()  # whose feature encoder lets its output carry a gradient all the same
-    loss = GuidanceLoss(target, wav2vec2(seed=1))
+    loss = GuidanceLoss(target, wav2vec2(seed=1), linear())
     words = "carries a gradient to a weight: they are frozen"
     with pytest.raises(ValueError, match=words), loss.watch(audio()) as watched:
         target(**watched.inputs)
@@ -371,7 +371,7 @@ def test_layers_that_are_frozen_behind_an_input_with_a_gradient_are_an_error() -
 
 def test_layerdrop_that_changes_after_the_layers_were_found_is_an_error() -> None:
     target = wav2vec2(layerdrop=0.0)
-    loss = GuidanceLoss(target, wav2vec2(seed=1))
+    loss = GuidanceLoss(target, wav2vec2(seed=1), linear())
     target.config.layerdrop = 0.4
     with pytest.raises(
         ValueError, match=r"the layerdrop of \w+ was 0 when guidance looked .*, but now it is 0\.4: set it"
@@ -382,7 +382,7 @@ def test_layerdrop_that_changes_after_the_layers_were_found_is_an_error() -> Non
 def test_activation_checkpointing_does_not_change_what_ran(skip: Callable[..., None]) -> None:
     target = wav2vec2()
     target.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss = GuidanceLoss(target, wav2vec2(seed=1))
+    loss = GuidanceLoss(target, wav2vec2(seed=1), linear())
     skip(1)
     watched, outputs = guided(loss)
     assert watched.similarities["linear_cka"].keys() == by_hand(loss, outputs).keys()
@@ -393,7 +393,7 @@ def test_activation_checkpointing_does_not_change_what_ran(skip: Callable[..., N
 
 @pytest.mark.slow
 def test_a_compiled_target_skips_layers_too() -> None:
-    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1))
+    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), linear())
     outputs = Outputs(loss.target, *layer_names("encoder.layers")).seen  # hooks are compiled, too: one for all steps
     loss.target.compile(backend="aot_eager")
     skipped = set()
@@ -411,7 +411,7 @@ def test_a_compiled_target_skips_layers_too() -> None:
 
 def test_a_map_of_similarities_shows_all_layers() -> None:
     target, guide = wav2vec2(), wav2vec2(seed=1)
-    found = similarity_map(target, guide, GuidanceConfig(), audio())
+    found = similarity_map(target, guide, linear(), audio())
     assert found["target_layers"] == [f"hidden_states.{i}" for i in range(1, LAYERS + 1)]
     assert len(found["pairs"]) == LAYERS
     assert target.training
@@ -452,7 +452,7 @@ class SkipsByItself(nn.Module):
 
 def test_words_when_a_layer_is_missing_in_a_network_without_layerdrop() -> None:
     target = seeded(SkipsByItself, 0)
-    loss = GuidanceLoss(target, llama(layers=2, vocabulary=20), GuidanceConfig(target_layers=["one", "other"]))
+    loss = GuidanceLoss(target, llama(layers=2, vocabulary=20), linear(target_layers=["one", "other"]))
     with loss.watch(TOKENS) as watched:
         target(**watched.inputs)
     assert watched.loss > 0
@@ -463,7 +463,7 @@ def test_words_when_a_layer_is_missing_in_a_network_without_layerdrop() -> None:
 
 
 def test_words_when_the_target_does_not_run() -> None:
-    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1))
+    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), linear())
     with pytest.raises(ValueError, match="the target did not run inside `watch`"), loss.watch(audio()):
         pass
 
@@ -483,7 +483,7 @@ def test_a_similarity_over_several_batches_is_refused(make: Callable[[], Any], s
         "similarity_batch='local'"
     )
     with pytest.raises(ValueError, match=words):
-        GuidanceLoss(make(), llama(), GuidanceConfig(similarity_batch=batch))
+        GuidanceLoss(make(), llama(), linear(similarity_batch=batch))
 
 
 def test_micro_batches_taken_as_one_are_refused() -> None:
@@ -492,7 +492,7 @@ def test_micro_batches_taken_as_one_are_refused() -> None:
 
 
 def test_a_similarity_over_several_batches_of_layers_that_are_never_skipped_is_not_refused() -> None:
-    config = GuidanceConfig(similarity_batch="accumulated", target_layers=["encoder_hidden_states"])
+    config = linear(similarity_batch="accumulated", target_layers=["encoder_hidden_states"])
     GuidanceLoss(two_stacks(BartModel, BartConfig)(), llama(), config)
 
 
@@ -562,7 +562,7 @@ def test_a_run_trains_and_counts_the_pairs_that_are_left_out(tmp_path: Path, acc
 def test_of_weight_zero_a_run_is_that_of_a_plain_trainer(tmp_path: Path) -> None:
     plain, guided = classifier(), classifier()
     Trainer(plain, arguments(tmp_path), train_dataset=rows()).train()
-    config = GuidanceConfig(guidance_weight=0.0)
+    config = linear(guidance_weight=0.0)
     GuidanceTrainer(guided, arguments(tmp_path), train_dataset=rows(), guide=wav2vec2(seed=1), guidance=config).train()
     assert same(weights(plain), weights(guided))
 

@@ -133,6 +133,63 @@ def test_order_of_the_rows_does_not_matter(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(after.flatten().sort().values, before.flatten().sort().values)
 
 
+# ------------------------------------------------------------------------------------------ some rows, some positions
+
+
+@pytest.mark.parametrize("settings", AXES)
+def test_some_rows_are_compared_as_a_batch_of_them_alone(settings: dict[str, Any]) -> None:
+    batch, features = network()
+    rows = torch.tensor([1, 2, 5, 8])
+    alone = Samples({name: value[rows] for name, value in batch.items()}, **settings)
+    some = Samples(batch, rows=rows, **settings)
+    assert some.count == 4
+    torch.testing.assert_close(some.layer("h", features).values, alone.layer("h", features[rows]).values)
+
+
+def test_of_no_row_nothing_is_compared() -> None:
+    batch, features = network()
+    samples = Samples(batch, "token", rows=torch.tensor([], dtype=torch.int64))
+    assert samples.count == 0
+    assert samples.layer("h", features).samples == 0
+
+
+@pytest.mark.parametrize("padding", ["none", *PADDINGS])
+@pytest.mark.parametrize("axis", ["sequence", "token"])
+def test_the_first_valid_positions_are_left_out_wherever_they_stand(padding: str, axis: str) -> None:
+    batch, features = network(**PADDINGS.get(padding, {}))
+    plain, plain_features = network()
+    later = {name: value[:, 2:] for name, value in plain.items()}
+    expected = Samples(later, axis).layer("h", plain_features[:, 2:]).gram()
+    torch.testing.assert_close(Samples(batch, axis, skip_first=2).layer("h", features).gram(), expected)
+
+
+def test_without_a_mask_the_first_positions_are_left_out_too_but_not_those_of_an_image_or_a_pooled_layer() -> None:
+    ids, features = torch.ones(ROWS, LENGTH, dtype=torch.int64), normal(ROWS, LENGTH, WIDTH)
+    for axis in ("sequence", "token"):
+        skipping, all_of_them = Samples({"input_ids": ids}, axis, skip_first=1), Samples({"input_ids": ids}, axis)
+        expected = all_of_them.layer("h", features[:, 1:]).gram()
+        torch.testing.assert_close(skipping.layer("h", features).gram(), expected)
+        image = normal(ROWS, WIDTH, 2, 3)
+        torch.testing.assert_close(skipping.layer("i", image).gram(), all_of_them.layer("i", image).gram())
+    pooled = normal(ROWS, WIDTH)
+    torch.testing.assert_close(Samples({"input_ids": ids}, skip_first=1).layer("p", pooled).values, gram(pooled))
+
+
+def test_the_places_of_an_image_are_those_of_a_vision_transformer_without_its_first_token() -> None:
+    images = {"pixel_values": normal(2, 3, 8, 8)}
+    tokens, places = normal(2, 7, WIDTH), normal(2, WIDTH, 2, 3)
+    samples = Samples(images, "token", skip_first=1)
+    guide = Samples(images, "token", skip_first=1, like=samples)
+    pairs = [("t", "g")]
+    samples.check_aligned(pairs, {"t": samples.layer("t", tokens)}, guide, {"g": guide.layer("g", places)})
+
+
+def test_some_position_has_to_be_left() -> None:
+    batch, features = network()
+    with pytest.raises(ValueError, match=r"skip_first_positions is 7, but layer 'h' has 7 positions: lower it"):
+        Samples(batch, skip_first=7).layer("h", features)
+
+
 # ------------------------------------------------------------------------------------------------ choice of tokens
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import LENGTH, VOCABULARY, NormNet, arguments, gpt2, llama, seeded, token_rows
+from builders import LENGTH, VOCABULARY, NormNet, arguments, gpt2, linear, llama, seeded, token_rows
 from datasets import Dataset
 from torch import Tensor
 
-from hf_guidance import GuidanceConfig, GuidanceTrainer
+from hf_guidance import GuidanceTrainer
 from hf_guidance.experiments.cost.random_rows import random_images
 from hf_guidance.guide.cache import GuideCache
 from hf_guidance.targets.vision import vision_target
@@ -37,7 +37,7 @@ def trainer(folder: Path, cache: Path | None, guide: Any = None, data: Any = Non
     return GuidanceTrainer(
         model=gpt2(),
         guide=llama() if guide is None else guide,
-        guidance=GuidanceConfig(**config),
+        guidance=linear(**config),
         args=arguments(folder, **{"max_steps": 12, "lr_scheduler_type": "constant", **changes}),
         train_dataset=numbered() if data is None else data,
     )
@@ -202,7 +202,7 @@ def test_settings_under_which_features_are_no_function_of_the_sample_are_refused
     changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        GuidanceConfig(**{**CACHED, "cache_guide": "cache", **changes})
+        linear(**{**CACHED, "cache_guide": "cache", **changes})
 
 
 def test_a_folder_that_cannot_be_written_and_a_full_disk_are_said_before_training(
@@ -314,7 +314,7 @@ def test_a_guide_of_the_same_weights_that_computes_other_features_is_refused(tmp
 
     def run(folder: str, network: torch.nn.Module) -> None:
         args = arguments(tmp_path / folder, max_steps=1)
-        config = GuidanceConfig(**CACHED, cache_guide=str(tmp_path / "cache"), guide_layers=["Conv2d"])
+        config = linear(**CACHED, cache_guide=str(tmp_path / "cache"), guide_layers=["Conv2d"])
         target = vision_target("deep_fcn", 8, width=32, depth=2, num_labels=4)
         GuidanceTrainer(model=target, guide=network, guidance=config, args=args, train_dataset=images).train()
 
@@ -377,5 +377,5 @@ def test_a_torn_cache_is_said_to_be_one(tmp_path: Path) -> None:
 
 
 def test_the_folder_in_a_saved_config_has_no_path(tmp_path: Path) -> None:
-    GuidanceConfig(**CACHED, cache_guide=str(tmp_path / "deep" / "cache")).save(tmp_path)
+    linear(**CACHED, cache_guide=str(tmp_path / "deep" / "cache")).save(tmp_path)
     assert json.loads((tmp_path / "guidance_config.json").read_text())["guidance"]["cache_guide"] == "cache"

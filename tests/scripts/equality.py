@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders import VOCABULARY, arguments, gpt2, llama, seeded
+from builders import VOCABULARY, arguments, gpt2, linear, llama, seeded
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from transformers import Trainer
@@ -109,7 +109,7 @@ def run(folder: str, optimizer: str, own: dict[str, Any], common: dict[str, Any]
         **settings,
     )
     options: dict[str, Any] = {"args": args, "train_dataset": data, "data_collator": collate}
-    guided = {} if plain else {"guide": llama(), "guidance": GuidanceConfig(**config)}
+    guided = {} if plain else {"guide": llama(), "guidance": linear(**config)}
     model = gpt2()
     if norm:
         model.transformer.drop = SynchronisedNorm()  # where no bias comes before it, that it would hide

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from builders import NormNet, arguments, gpt2, gradients, guidance_by_hand, llama, token_rows
+from builders import NormNet, arguments, gpt2, gradients, guidance_by_hand, linear, llama, token_rows
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-from hf_guidance import GuidanceConfig, GuidanceTrainer
+from hf_guidance import GuidanceTrainer
 from hf_guidance.tasks.images import count_skipped
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -31,12 +31,12 @@ def main(folder: Path) -> None:
     seen["uneven"] = train(
         folder, gpt2(), llama(), rows=22, max_steps=-1, num_train_epochs=1, accelerator_config=UNEVEN
     )
-    seen["stopped"] = train(folder, gpt2(), llama(), guidance=GuidanceConfig(guidance_stop_step=1))
+    seen["stopped"] = train(folder, gpt2(), llama(), guidance=linear(guidance_stop_step=1))
     seen["unguided"] = train(folder, gpt2(), None)
     seen["plain"] = logs_of(Trainer(gpt2(), distributed(folder), train_dataset=token_rows(32)))
-    seen["prealigned"] = train(folder, gpt2(), llama(), guidance=GuidanceConfig(prealign_steps=3))
-    seen["noise"] = train(folder, gpt2(), llama(), guidance=GuidanceConfig(guide_input="noise"))
-    config = GuidanceConfig(guide_layers=["out"], guide_batch_norm="calibrated", calibration_batches=2)
+    seen["prealigned"] = train(folder, gpt2(), llama(), guidance=linear(prealign_steps=3))
+    seen["noise"] = train(folder, gpt2(), llama(), guidance=linear(guide_input="noise"))
+    config = linear(guide_layers=["out"], guide_batch_norm="calibrated", calibration_batches=2)
     seen["calibrated"] = train(folder, gpt2(), guide := NormNet(), guidance=config)
     seen["calibrated"]["statistics"] = guide.norm.running_mean
     rank = torch.distributed.get_rank()
@@ -91,7 +91,7 @@ def losses_and_gradients_by_hand(folder: Path) -> dict[str, Any]:
     """One optimizer step of two micro-steps under DDP, and what this rank makes of the same batches by itself."""
     target, copy, guide, batches = gpt2(), gpt2(), llama(), []
     target.register_forward_pre_hook(lambda module, args, kwargs: batches.append(dict(kwargs)), with_kwargs=True)
-    config = GuidanceConfig(guidance_weight=0.7)
+    config = linear(guidance_weight=0.7)
     seen = train(folder, target, guide, guidance=config, rows=16, max_steps=1, gradient_accumulation_steps=2, **SGD)
     batches = [{name: batch[name] for name in ("input_ids", "labels")} for batch in batches]
     task = [copy(**batch).loss for batch in batches]

@@ -120,7 +120,7 @@ def test_the_networks_forwards_have_all_of_the_threads():
     with threadpool_limits(2, user_api="blas"), guidance.watch(token_batch(4)) as watched:
         target(**watched.inputs)
         seen.extend(threads_of_numpy())
-    assert len(watched.similarities["linear_cka"]) == 3
+    assert len(watched.similarities["debiased_cka"]) == 3
     assert set(seen) == {2}
 
 

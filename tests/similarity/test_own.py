@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import linear
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,7 +42,7 @@ def test_the_gradient_is_that_of_the_function_on_centred_scaled_features(batch: 
     target, guide, x = nn.Linear(5, 20).double(), nn.Linear(5, 8).double(), torch.randn(batch, 5, dtype=torch.float64)
     layers = {"target_layers": ["**"], "guide_layers": ["**"]}
     target, guide = nn.Sequential(target), nn.Sequential(guide)
-    config = GuidanceConfig(measure="own_measures:negative_distance", log_measures=["debiased_cka"], **layers)
+    config = linear(measure="own_measures:negative_distance", log_measures=["debiased_cka"], **layers)
     with GuidanceLoss(target, guide, config).watch({"input": x}) as watched:
         target(x)
     watched.loss.backward()
@@ -65,7 +66,7 @@ def test_one_can_be_logged_beside_another(registered: None) -> None:
     target, guide, x = (nn.Sequential(nn.Linear(5, d)) for d in (20, 8)), None, torch.randn(6, 5)
     target, guide = target
     layers = {"target_layers": ["**"], "guide_layers": ["**"]}
-    with GuidanceLoss(target, guide, GuidanceConfig(log_measures=["dot"], **layers)).watch({"input": x}) as watched:
+    with GuidanceLoss(target, guide, linear(log_measures=["dot"], **layers)).watch({"input": x}) as watched:
         target(x)
     assert list(watched.similarities) == ["linear_cka", "dot"]
 
@@ -108,7 +109,7 @@ def test_beside_one_the_others_still_compare_wide_layers_by_gram_matrices(
     register_measure("dot", lambda x, y: (x * x).mean() * (y * y).mean())
     n, d = 8, 3000
     target, guide = nn.Sequential(nn.Linear(5, d)), nn.Sequential(nn.Linear(5, d))
-    config = GuidanceConfig(measure=measures[0], log_measures=[measures[1]], target_layers=["**"], guide_layers=["**"])
+    config = linear(measure=measures[0], log_measures=[measures[1]], target_layers=["**"], guide_layers=["**"])
     x = torch.randn(n, 5)
     with FlopCounterMode(display=False) as counter, GuidanceLoss(target, guide, config).watch({"input": x}) as watched:
         target(x)

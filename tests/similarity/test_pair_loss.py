@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from builders import linear
 from torch import nn
 
-from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance import GuidanceLoss
 from hf_guidance.similarity.layers import Layer, layer_of
 from hf_guidance.similarity.pair_loss import compare_pairs, guidance_loss, similarities, with_slopes
 from hf_guidance.similarity.registry import MEASURES, get_measure
@@ -123,7 +124,7 @@ def test_a_guidance_loss_goes_either_way_to_the_same(batch):
     torch.manual_seed(0)
     target = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12))
     guide = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9))
-    config = GuidanceConfig(target_layers=["Linear"], guide_layers=["Linear"], log_measures=["rsa"])
+    config = linear(target_layers=["Linear"], guide_layers=["Linear"], log_measures=["rsa"])
     rows = torch.randn(batch, 6)
     with GuidanceLoss(target, guide, config).watch({"input": rows}) as watched:
         target(rows)
@@ -215,7 +216,7 @@ class BesideTheWay(nn.Module):
 @pytest.mark.parametrize("batch", [20, 200])  # by Gram matrices, and by features
 def test_a_layer_in_no_pair_takes_no_part_in_the_first_step_either(batch):
     target, guide = BesideTheWay(), nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12))
-    config = GuidanceConfig(target_layers=["first", "side", "masked", "last"], guide_layers=["Linear"])
+    config = linear(target_layers=["first", "side", "masked", "last"], guide_layers=["Linear"])
     guidance, rows = GuidanceLoss(target, guide, config), torch.randn(batch, 6)
     with guidance.watch({"input": rows}) as watched:
         target(rows)

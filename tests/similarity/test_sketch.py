@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import EVEN, gpt2, hidden_states, llama, token_batch
+from builders import EVEN, gpt2, hidden_states, linear, llama, token_batch
 from torch import Tensor, nn
 
-from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance import GuidanceLoss
 from hf_guidance.similarity.cosines import agreement_of_halves
 from hf_guidance.similarity.layers import gram, layer_of
 from hf_guidance.similarity.pair_loss import guidance_loss, similarities
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_sketched_layers_and_does_not_depend_on_seed_or_step
 
     def loss(step: int = 0, seed: int = 0, **config: object) -> Tensor:
         target = gpt2()
-        guidance = GuidanceLoss(target, llama(), GuidanceConfig(**config), seed=seed)
+        guidance = GuidanceLoss(target, llama(), linear(**config), seed=seed)
         with guidance.watch(batch, step=step) as watched:
             target(**watched.inputs)
         return watched.loss.detach()
@@ -124,15 +124,15 @@ def test_the_loss_is_that_of_sketched_layers_and_does_not_depend_on_seed_or_step
 
 def test_a_sketch_of_more_numbers_than_any_layer_has_is_an_error() -> None:
     target = gpt2()
-    guidance = GuidanceLoss(target, llama(), GuidanceConfig(sketch=1000))
+    guidance = GuidanceLoss(target, llama(), linear(sketch=1000))
     words = r"sketch is 1000, but the widest layer that is compared has 72 features: there is nothing to sketch"
     with pytest.raises(ValueError, match=words), guidance.watch(token_batch()) as watched:
         target(**watched.inputs)
     with pytest.raises(ValueError, match="sketch is 1; it must be at least 2"):
-        GuidanceConfig(sketch=1)
+        linear(sketch=1)
     for settings in ({"measure": "ridge"}, {"log_measures": ["rsa"]}):
         with pytest.raises(ValueError, match=r"takes no sketch, .* use one of linear_cka, debiased_cka in measure"):
-            GuidanceLoss(gpt2(), llama(), GuidanceConfig(sketch=16, **settings))
+            GuidanceLoss(gpt2(), llama(), linear(sketch=16, **settings))
 
 
 @pytest.mark.parametrize("form", [0, 10_000])  # by Gram matrices, and by features
@@ -177,7 +177,7 @@ def test_a_module_that_is_overwritten_counts_as_it_was(size: int) -> None:
     found = []
     for inplace in (False, True):
         target, guide = network(inplace, 0), network(inplace, 1)
-        loss = GuidanceLoss(target, guide, GuidanceConfig(target_layers=["Conv2d"], guide_layers=["Conv2d"], sketch=8))
+        loss = GuidanceLoss(target, guide, linear(target_layers=["Conv2d"], guide_layers=["Conv2d"], sketch=8))
         assert loss.sketch is not None
         loss.sketch.size = loss.running.sketch.size = size
         with loss.watch({"input": torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(2))}) as watched:
@@ -197,7 +197,7 @@ def test_a_sketch_that_is_mostly_noise_is_said(rank: int, is_said: bool, caplog:
     networks = [nn.Sequential(nn.Identity(), nn.Linear(2000, 2000)) for _ in range(2)]
     for network in networks:
         nn.init.eye_(network[1].weight)
-    guidance = GuidanceLoss(*networks, GuidanceConfig(sketch=64, target_layers=["1"], guide_layers=["1"]))
+    guidance = GuidanceLoss(*networks, linear(sketch=64, target_layers=["1"], guide_layers=["1"]))
     with guidance.watch({"input": rows}):
         networks[0](rows)
     assert ("debiased_cka is mostly noise. Raise sketch, or leave it out" in caplog.text) == is_said

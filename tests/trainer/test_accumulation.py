@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import VOCABULARY, gpt2, llama, t5, token_rows
+from builders import VOCABULARY, gpt2, linear, llama, t5, token_rows
 from torch import Tensor, nn
 from trainers import make_trainer, same, trained, weights
 
-from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance import GuidanceLoss
 from hf_guidance.targets import FCNConfig, FCNForImageClassification
 from hf_guidance.trainer.accumulation import Accumulated
 
@@ -56,7 +56,7 @@ def gradients(network: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_gradient_of_the_micro_batches_is_that_of_the_whole(options: Any, ragged: bool, sizes: Any) -> None:
     target, guide, batch = gpt2().double(), llama().double(), text(ragged)
-    loss = GuidanceLoss(target, guide, GuidanceConfig(**options))
+    loss = GuidanceLoss(target, guide, linear(**options))
     with loss.watch(batch, step=3) as whole:
         target(**whole.inputs)
     whole.loss.backward()
@@ -78,7 +78,7 @@ def test_dropout_is_the_same_both_times_and_the_random_state_moves_as_without_lo
         target(**part)
     after = torch.get_rng_state()
     torch.manual_seed(0)
-    window, seen = Accumulated(GuidanceLoss(target, llama(), GuidanceConfig()), parts), []
+    window, seen = Accumulated(GuidanceLoss(target, llama(), linear()), parts), []
     for number in range(2):
         with window.watch(number) as watched:
             target(**watched.inputs)
@@ -95,7 +95,7 @@ def test_running_statistics_move_once_for_each_micro_batch() -> None:
     images = torch.randn(8, 1, 4, 4)
     parts = [{"pixel_values": part} for part in images.split(4)]
     plain, target, guide = network().train(), network().train(), network()
-    loss = GuidanceLoss(target, guide, GuidanceConfig())
+    loss = GuidanceLoss(target, guide, linear())
     for part in parts:
         plain(**part)
     window = Accumulated(loss, parts)
@@ -159,7 +159,7 @@ def test_columns_that_the_loss_function_takes_do_not_reach_the_target(tmp_path: 
 def test_other_vocabularies_are_refused() -> None:
     parts = [{"input_ids": torch.ones(4, 3, dtype=torch.long)}] * 2
     with pytest.raises(ValueError, match="vocabular"):
-        Accumulated(GuidanceLoss(gpt2(), llama(vocabulary=40), GuidanceConfig()), parts)
+        Accumulated(GuidanceLoss(gpt2(), llama(vocabulary=40), linear()), parts)
 
 
 def test_labels_of_several_lengths_are_a_decoders_mask() -> None:
@@ -168,7 +168,7 @@ def test_labels_of_several_lengths_are_a_decoders_mask() -> None:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :length].contiguous()}
 
     target, parts = t5(), [part(3), part(5)]
-    window = Accumulated(GuidanceLoss(target, t5(1), GuidanceConfig()), parts)
+    window = Accumulated(GuidanceLoss(target, t5(1), linear()), parts)
     with window.watch(0) as watched:
         target(**watched.inputs)
     assert watched.loss is not None
@@ -208,4 +208,4 @@ def test_what_cannot_be_accumulated_is_refused(tmp_path: Path, settings: dict[st
 def test_several_lengths_without_a_mask_are_refused() -> None:
     parts = [{"input_ids": torch.ones(4, length, dtype=torch.long)} for length in (3, 5)]
     with pytest.raises(ValueError, match=r"differ in the length of \['input_ids'\] and have no attention_mask"):
-        Accumulated(GuidanceLoss(gpt2(), llama(), GuidanceConfig()), parts)
+        Accumulated(GuidanceLoss(gpt2(), llama(), linear()), parts)

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import arguments, gpt2, llama, token_rows
+from builders import arguments, gpt2, linear, llama, token_rows
 from trainers import make_trainer, same, trained
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_guidance import GuidanceConfig
 from hf_guidance.trainer.checkpoints import check_goes_on, fault_of, last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_settings, check_trainer
 
@@ -319,4 +318,4 @@ def test_batches_that_are_split_over_the_processes(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match=words) if words else nullcontext():
-        check_settings(args, GuidanceConfig())
+        check_settings(args, linear())

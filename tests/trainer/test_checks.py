@@ -3,9 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from builders import arguments, gpt2, llama
+from builders import arguments, gpt2, linear, llama
 
-from hf_guidance import GuidanceConfig
 from hf_guidance.guide.freezing import check_types
 from hf_guidance.trainer.checks import check_settings, rows_of_a_process, splits_batches
 
@@ -32,13 +31,13 @@ def test_a_split_batch_is_shared_evenly_or_refused() -> None:
 )
 def test_settings_that_guidance_cannot_do_with_are_refused(settings, guidance, words, tmp_path) -> None:
     with pytest.raises(ValueError, match=words):
-        check_settings(arguments(tmp_path, **settings), GuidanceConfig(**guidance))
+        check_settings(arguments(tmp_path, **settings), linear(**guidance))
 
 
 def test_tokens_need_no_rows_and_accumulation_makes_up_for_few(tmp_path) -> None:
-    check_settings(arguments(tmp_path, per_device_train_batch_size=1), GuidanceConfig(sample_axis="token"))
+    check_settings(arguments(tmp_path, per_device_train_batch_size=1), linear(sample_axis="token"))
     few = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    check_settings(few, GuidanceConfig(similarity_batch="accumulated"))
+    check_settings(few, linear(similarity_batch="accumulated"))
 
 
 def test_a_guide_and_a_config_that_are_none_are_named() -> None:
@@ -47,6 +46,6 @@ def test_a_guide_and_a_config_that_are_none_are_named() -> None:
     with pytest.raises(ValueError, match="guidance is a dict; expected a GuidanceConfig"):
         check_types(gpt2(), {"measure": "rsa"})
     with pytest.raises(ValueError, match=r"guidance_weight is 1\.0, but there is no guide"):
-        check_types(None, GuidanceConfig())
+        check_types(None, linear())
     check_types(llama(), None)
-    check_types(None, GuidanceConfig(guidance_weight=0.0))
+    check_types(None, linear(guidance_weight=0.0))

@@ -18,6 +18,7 @@ from builders import (
     gpt2,
     gradients,
     guidance_by_hand,
+    linear,
     llama,
     token_batch,
     token_rows,
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from trainers import make_trainer, same, trained, weights
 from transformers import TrainerCallback, TrainerState
 
-from hf_guidance import GuidanceConfig, GuidanceTrainer
+from hf_guidance import GuidanceTrainer
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.logs import RunningMeans
 
@@ -113,7 +114,7 @@ def test_a_run_without_guidance_stops_too(tmp_path: Path, guided: bool) -> None:
 def test_a_step_without_guidance_is_skipped_and_counted_too(tmp_path: Path) -> None:
     target = gpt2()
     spoil(target.lm_head, 1)
-    config = GuidanceConfig(guidance_weight=0, on_non_finite="skip")
+    config = linear(guidance_weight=0, on_non_finite="skip")
     trainer = GuidanceTrainer(target, arguments(tmp_path), train_dataset=token_rows(), guidance=config)
     assert [log.get("guidance/skipped_steps") for log in trained(trainer)[1]] == [None, 1, None]
     assert all(value.isfinite().all() for value in weights(target).values())
@@ -295,7 +296,7 @@ def test_a_similarity_that_is_not_finite_is_not_the_scalers_business(tmp_path: P
 def test_large_activations_of_low_precision_give_the_same_similarity_and_a_finite_gradient(
     dtype: torch.dtype, size: float
 ) -> None:
-    from hf_guidance import GuidanceConfig, GuidanceLoss
+    from hf_guidance import GuidanceLoss
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -308,7 +309,7 @@ def test_large_activations_of_low_precision_give_the_same_similarity_and_a_finit
             return self.body(input_ids)
 
     target, guide, batch = Scaled(), llama(), {"input_ids": token_batch()["input_ids"]}
-    loss = GuidanceLoss(target, guide, GuidanceConfig(target_layers=["body"], guide_layers=["hidden_states.1"]))
+    loss = GuidanceLoss(target, guide, linear(target_layers=["body"], guide_layers=["hidden_states.1"]))
     with loss.watch(batch) as watched:
         target(**batch)
     (similarity,) = watched.similarities["linear_cka"].values()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import arguments, cka, gpt2, guidance_by_hand, hidden_states, llama, t5, token_rows
+from builders import arguments, cka, gpt2, guidance_by_hand, hidden_states, linear, llama, t5, token_rows
 from torch import nn
 from trainers import SGD, batches_of, descend, trained, weights
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
@@ -34,7 +34,7 @@ def test_the_mixin_guides_another_trainer_with_a_loss_of_its_own(tmp_path: Path)
     target, guide = gpt2(), llama()
     batches, copy = batches_of(target), gpt2()
     args = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=1, **SGD)
-    trainer = GuidedDoubling(model=target, guide=guide, args=args, train_dataset=token_rows())
+    trainer = GuidedDoubling(model=target, guide=guide, guidance=linear(), args=args, train_dataset=token_rows())
     (log,) = trained(trainer)[1]
     task = [2 * copy(**batch).loss for batch in batches]
     guidance = [guidance_by_hand(copy, guide, batch) for batch in batches]
@@ -52,7 +52,9 @@ def test_the_mixin_guides_a_seq2seq_trainer(tmp_path: Path) -> None:
     target, guide, data = t5(0), t5(1), token_rows(8)
     batches, copy = batches_of(target), t5(0)
     args = Seq2SeqTrainingArguments(**{**arguments(tmp_path).to_dict(), "max_steps": 2, "predict_with_generate": True})
-    trainer = GuidedSeq2Seq(model=target, guide=guide, args=args, train_dataset=data, eval_dataset=data)
+    trainer = GuidedSeq2Seq(
+        model=target, guide=guide, guidance=linear(), args=args, train_dataset=data, eval_dataset=data
+    )
     logs = trained(trainer)[1]
     ids = batches[0]["input_ids"]
     shifted = torch.cat([torch.zeros(4, 1, dtype=torch.long), batches[0]["labels"][:, :-1]], 1)

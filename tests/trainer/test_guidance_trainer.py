@@ -22,6 +22,7 @@ from builders import (
     gpt2,
     guidance_by_hand,
     hidden_states,
+    linear,
     llama,
     llama_config,
     module_outputs,
@@ -35,7 +36,7 @@ from trainers import SGD, batches_of, descend, make_trainer, same, train_logs, t
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide
+from hf_guidance import GuidanceTrainer, load_guide
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
 
 gc.freeze()  # what is imported by now; Trainer collects garbage at every start, and half a second would go into that
@@ -423,7 +424,7 @@ def test_every_checkpoint_and_saved_model_holds_the_guidance_config_and_the_guid
     folders = [tmp_path / "run" / "checkpoint-1", tmp_path / "run" / "checkpoint-2", tmp_path / "model"]
     for folder in folders:
         written = json.loads((folder / "guidance_config.json").read_text())
-        assert GuidanceConfig(**written["guidance"]) == trainer.guidance
+        assert linear(**written["guidance"]) == trainer.guidance
         assert written["guidance"]["guidance_weight"] == 0.3
         assert written["guide"]["architecture"] == "LlamaModel"
         assert written["guide"]["parameters"] == sum(p.numel() for p in guide.parameters())
@@ -756,7 +757,7 @@ def test_a_compiled_target_is_guided_as_an_uncompiled_one(tmp_path: Path) -> Non
     [
         ({"guide": "gpt2"}, r"guide is 'gpt2'; expected a network: use load_guide\('gpt2'\)"),
         ({"guide": llama, "guidance": {"measure": "rsa"}}, "guidance is a dict; expected a GuidanceConfig"),
-        ({"guidance": GuidanceConfig(guidance_weight=2)}, "guidance_weight is 2, but there is no guide"),
+        ({"guidance": linear(guidance_weight=2)}, "guidance_weight is 2, but there is no guide"),
     ],
 )
 def test_what_is_not_a_guide_or_a_config_is_said_at_once(tmp_path: Path, given: dict[str, Any], words: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, llama, token_batch, token_rows
+from builders import gpt2, linear, llama, token_batch, token_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainers import make_trainer, same, train_logs, trained, weights
@@ -18,7 +18,7 @@ from transformers import DataCollatorWithFlattening, GPT2LMHeadModel, Trainer, T
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceMixin, GuidanceTrainer
+from hf_guidance import GuidanceLoss, GuidanceMixin, GuidanceTrainer
 from hf_guidance.schedule import Weights
 from hf_guidance.trainer.guided_steps import GuidedSteps
 
@@ -125,7 +125,7 @@ def test_a_part_of_a_run_without_guided_steps_is_no_error_after_one_that_had_som
 
 def test_in_a_loop_of_ones_own_the_watched_forward_says_why_it_is_not_guided() -> None:
     target = gpt2()
-    loss = GuidanceLoss(target, llama(), GuidanceConfig(measure="ridge", sample_axis="token", max_tokens=8))
+    loss = GuidanceLoss(target, llama(), linear(measure="ridge", sample_axis="token", max_tokens=8))
     batch = {"input_ids": torch.arange(2)[None], "labels": torch.arange(2)[None]}
     with loss.watch(batch) as watched:
         target(**watched.inputs)

@@ -76,7 +76,7 @@ def bytes_of_global_batch(
         The bytes; None for a sketch that the measure does not take, or with more dimensions than the widest layer has
         features.
     """
-    if sketch is not None and not get_measure(config.measure).takes_sketch:
+    if sketch is not None and not get_measure(config.resolved_measure()).takes_sketch:
         return None
     count = len(next(iter(batch.values())))
     rows = (

@@ -5,11 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from builders import LENGTH, gpt2, llama, module_outputs, token_batch
+from builders import LENGTH, gpt2, linear, llama, module_outputs, token_batch
 from costs import CONVS, fcn
 from torch import nn
 
-from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.cost.communication import bytes_of_global_batch, compared_features
 
 
@@ -35,7 +34,7 @@ def test_features_in_half_precision_are_half_the_bytes_unless_they_are_sketched(
 
 
 def test_the_layers_compared_are_those_in_a_pair_as_samples_and_features():
-    guidance = GuidanceConfig(layer_pairs=["hidden_states.2~hidden_states.1"])
+    guidance = linear(layer_pairs=["hidden_states.2~hidden_states.1"])
     found = compared_features(gpt2(), llama(), guidance, nullcontext, token_batch(4))
     width = {layer.of_target: (layer.samples, layer.features) for layer in found}
     assert width == {True: (4, LENGTH * 8), False: (4, LENGTH * 12)}  # hidden sizes of the two

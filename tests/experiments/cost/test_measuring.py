@@ -5,11 +5,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from builders import arguments, gpt2, llama, module_outputs
+from builders import arguments, gpt2, linear, llama, module_outputs
 from costs import CONVS, fcn, texts
 from torch import nn
 
-from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.cost.communication import Compared, compared_features
 from hf_guidance.experiments.cost.measuring import Plan, measure_cost
 from hf_guidance.experiments.cost.random_rows import random_images
@@ -72,7 +71,7 @@ def test_what_was_measured_is_kept_though_the_arithmetic_fails(tmp_path, monkeyp
 
     monkeypatch.setattr("hf_guidance.experiments.cost.measuring.matmul_rate", fails)
     plan = Plan(rounds=1, steps=1, paper=False, arithmetic=True)
-    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(), plan)
+    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), linear(), plan)
     assert found["overhead"]["median"] > 0
     assert "arithmetic" not in found
     assert "what was measured is kept" in caplog.text
@@ -80,7 +79,7 @@ def test_what_was_measured_is_kept_though_the_arithmetic_fails(tmp_path, monkeyp
 
 def test_a_guide_that_no_step_runs_leaves_the_plain_step_as_the_floor(tmp_path):
     plan = Plan(rounds=1, steps=1, paper=False)
-    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(guidance_weight=0.0), plan)
+    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), linear(guidance_weight=0.0), plan)
     assert found["guide_forwards"] == 0
     assert found["overhead"] == found["guided_over_plain"]
     assert found["split"]["guide_forward"] == found["global_bytes"]["exact"] == 0
@@ -90,8 +89,8 @@ def test_a_guide_that_no_step_runs_leaves_the_plain_step_as_the_floor(tmp_path):
 @pytest.mark.parametrize("how", [{"guidance_every": 2}, {"guidance_stop_step": 1}], ids=lambda how: next(iter(how)))
 def test_only_counted_steps_count_the_guides_forwards(how, tmp_path):
     plan = Plan(rounds=1, steps=1, paper=False, arithmetic=True)  # the discarded step is guided
-    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(**how), plan)
-    always = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), GuidanceConfig(), plan)
+    found = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), linear(**how), plan)
+    always = measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), linear(), plan)
     assert always["guide_forwards"] == 1
     assert found["guide_forwards"] == (0.5 if "guidance_every" in how else 0)
     count = {name: row["arithmetic"]["operations"] for name, row in (("found", found), ("always", always))}
@@ -104,17 +103,17 @@ def test_only_counted_steps_count_the_guides_forwards(how, tmp_path):
 
 
 def test_steps_of_two_kinds_are_not_measured_as_one(tmp_path):
-    guidance = GuidanceConfig(guidance_stop_step=3)
+    guidance = linear(guidance_stop_step=3)
     with pytest.raises(ValueError, match=r"steps 1 to 3 of each turn are counted, and they are not .* of two kinds"):
         measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), guidance, Plan(steps=3))
-    every = GuidanceConfig(guidance_every=2, prealign_steps=2)
+    every = linear(guidance_every=2, prealign_steps=2)
     with pytest.raises(ValueError, match=r"prealign_steps=2, guidance_every=2\)"):
         measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), every, Plan(steps=4))
 
 
 def test_a_cache_is_full_before_steps_are_counted(tmp_path, resnet):
     cached = {"cache_guide": str(tmp_path / "cache"), "sketch": 4, "sample_id_column": "id", "guidance_every": 2}
-    guidance, rows = GuidanceConfig(guide_layers=["Conv2d"], **cached), random_images(16, 32, 4)
+    guidance, rows = linear(guide_layers=["Conv2d"], **cached), random_images(16, 32, 4)
     found = measure_cost(fcn(), resnet, rows, arguments(tmp_path), guidance, Plan(rounds=1, steps=7, paper=False))
     assert found["guide_forwards"] == 0  # though steps 5 to 8 are of a second epoch
 
@@ -122,15 +121,13 @@ def test_a_cache_is_full_before_steps_are_counted(tmp_path, resnet):
 def test_rows_that_are_no_whole_steps_are_refused(tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2)
     with pytest.raises(ValueError, match="there are 8 rows, and a step takes 6"):
-        measure_cost(gpt2(), llama(), texts(), args, GuidanceConfig(), Plan(rounds=1, steps=1))
+        measure_cost(gpt2(), llama(), texts(), args, linear(), Plan(rounds=1, steps=1))
 
 
 def test_a_caches_look_at_the_first_rows_is_no_part_of_a_step(tmp_path, resnet):
     cached = {"cache_guide": str(tmp_path / "cache"), "sketch": 4, "sample_id_column": "id"}
     plan, rows = Plan(rounds=1, steps=1, paper=False, arithmetic=True), random_images(8, 32, 4)
-    found = measure_cost(
-        fcn(), resnet, rows, arguments(tmp_path), GuidanceConfig(guide_layers=["Conv2d"], **cached), plan
-    )
+    found = measure_cost(fcn(), resnet, rows, arguments(tmp_path), linear(guide_layers=["Conv2d"], **cached), plan)
     count = found["arithmetic"]["operations"]
     assert found["guide_forwards"] == 0
     assert found["arithmetic"]["products_seconds"] > 0
@@ -141,7 +138,7 @@ def test_a_caches_look_at_the_first_rows_is_no_part_of_a_step(tmp_path, resnet):
 def test_layers_that_stay_features_have_no_products_of_n_by_n_matrices(tmp_path, resnet, batch, primal):
     plan, rows = Plan(rounds=1, steps=1, paper=False, arithmetic=True), random_images(batch, 32, 4)
     args = arguments(tmp_path, per_device_train_batch_size=batch)
-    guidance = GuidanceConfig(guide_layers=["Conv2d"], sketch=4)
+    guidance = linear(guide_layers=["Conv2d"], sketch=4)
     found = measure_cost(fcn(), resnet, rows, args, guidance, plan)
     assert (found["arithmetic"]["products_seconds"] is None) == primal
     table = cost_tables([{**found, "name": f"{batch}/32/8", "goal": None, "batch_size": batch}])
@@ -157,7 +154,7 @@ def test_accumulated_products_are_those_of_all_micro_batches_for_each_of_them(tm
     plan = Plan(rounds=1, steps=1, paper=False, arithmetic=True)
     pairs = ["hidden_states.1~hidden_states.1", "hidden_states.2~hidden_states.1"]
     for batch, samples, of_guide in (("accumulated", 8, 1), ("local", 4, 2)):
-        guidance = GuidanceConfig(layer_pairs=pairs, similarity_batch=batch)
+        guidance = linear(layer_pairs=pairs, similarity_batch=batch)
         measure_cost(gpt2(), llama(), texts(), args, guidance, plan)
         assert {layer.samples for layer in found["of"]} == {samples}
         assert sorted(layer.of_target for layer in found["of"]) == [False] * of_guide + [True] * 4
@@ -165,10 +162,10 @@ def test_accumulated_products_are_those_of_all_micro_batches_for_each_of_them(tm
 
 def test_every_micro_step_runs_the_guide(tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    found = measure_cost(gpt2(), llama(), texts(), args, GuidanceConfig(), Plan(rounds=1, steps=2))
+    found = measure_cost(gpt2(), llama(), texts(), args, linear(), Plan(rounds=1, steps=2))
     assert found["guide_forwards"] == 2
     args = arguments(tmp_path, per_device_train_batch_size=4)
-    once = measure_cost(gpt2(), llama(), texts(), args, GuidanceConfig(), Plan(rounds=1, steps=1, paper=False))
+    once = measure_cost(gpt2(), llama(), texts(), args, linear(), Plan(rounds=1, steps=1, paper=False))
     assert found["global_bytes"]["exact"] == 2 * once["global_bytes"]["exact"]
     assert found["floor"]["median"] == pytest.approx(found["plain"]["median"] + 2 * found["guide"]["median"])
     assert found["guided"]["samples_per_second"] == pytest.approx(8 / found["guided"]["median"])
@@ -184,5 +181,5 @@ def test_a_plan_without_measurements_is_refused(name):
 def test_the_target_is_not_trained_itself(tmp_path):
     target = gpt2()
     before = copy.deepcopy(target.state_dict())
-    measure_cost(target, llama(), texts(), arguments(tmp_path), GuidanceConfig(), Plan(rounds=1, steps=1, paper=False))
+    measure_cost(target, llama(), texts(), arguments(tmp_path), linear(), Plan(rounds=1, steps=1, paper=False))
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())

@@ -3,11 +3,11 @@
 import copy
 
 import torch
-from builders import arguments, cka, gpt2, gradients, guidance_by_hand, llama, module_outputs, token_batch
+from builders import arguments, cka, gpt2, gradients, guidance_by_hand, linear, llama, module_outputs, token_batch
 from costs import CONVS, fcn, operations_of
 from torch import nn
 
-from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance import GuidanceLoss
 from hf_guidance.experiments.cost.paper_formulation import PaperTrainer
 from hf_guidance.experiments.cost.paper_formulation import cka as paper_cka
 from hf_guidance.experiments.cost.random_rows import random_images
@@ -15,7 +15,7 @@ from hf_guidance.experiments.cost.random_rows import random_images
 
 def test_the_yardsticks_loss_is_one_minus_cka_summed_over_the_pairs(tmp_path):
     target, guide, batch = gpt2(), llama().eval(), token_batch()
-    trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=GuidanceConfig())
+    trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=linear())
     target.train()
     found = trainer.paper_loss(target, batch)
     torch.testing.assert_close(found.double(), guidance_by_hand(target, guide, batch), rtol=1e-4, atol=0)
@@ -46,7 +46,7 @@ def test_a_pair_costs_the_yardstick_six_grams_and_twelve_square_products():
 
 
 def test_the_yardstick_runs_the_target_twice_a_step_and_adds_the_weighted_sum(tmp_path):
-    config = GuidanceConfig(guidance_weight=0.5, layer_pairs=["hidden_states.2~hidden_states.1"])
+    config = linear(guidance_weight=0.5, layer_pairs=["hidden_states.2~hidden_states.1"])
     target, guide = gpt2(), llama().eval()
     trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=config)
     runs = []
