@@ -28,7 +28,7 @@ AUTO = "auto"
 
 CHOICES = {
     "guidance_reduction": ("sum", "mean"),
-    "sample_axis": ("sequence", "token"),
+    "sample_axis": ("sequence", "token", "within"),
     "similarity_batch": ("local", "global", "accumulated"),
     "guide_input": ("batch", "noise", "prealign_noise", "shuffled"),
     "guide_batch_norm": ("eval", "batch", "calibrated"),
@@ -105,9 +105,13 @@ class GuidanceConfig:
         "Explicit pairs '<target layer>~<guide layer>'. They replace layer_mapping, target_layers and guide_layers.",
     )
     sample_axis: str = _knob(
-        "sequence", "Meaning of one sample: sequence (a batch row, positions flattened) or token (a valid position)."
+        "sequence",
+        "Meaning of one sample: sequence (a batch row, positions flattened), token (a valid position of any row) or "
+        "within (a valid position among those of its row; the similarity is the mean over the rows).",
     )
-    max_tokens: int = _knob(1024, "With sample_axis=token: largest number of positions per batch, chosen by a hash.")
+    max_tokens: int = _knob(
+        1024, "With sample_axis=token or within: largest number of positions per batch, or per row, chosen by a hash."
+    )
     skip_first_positions: int = _knob(
         0,
         "Number of first positions of each row to leave out. The first tokens of pretrained networks can carry most of "
@@ -189,6 +193,14 @@ class GuidanceConfig:
             raise ValueError(
                 f"guidance_stop_step is {self.guidance_stop_step}; it must be at least 1 and not before the end of "
                 f"pre-alignment (prealign_steps={self.prealign_steps}). For no guidance set guidance_weight=0."
+            )
+        if self.sample_axis == "within" and (self.similarity_batch != "local" or self.sketch is not None):
+            name, value = (
+                ("sketch", self.sketch) if self.sketch is not None else ("similarity_batch", self.similarity_batch)
+            )
+            raise ValueError(
+                "sample_axis='within' compares each row by itself, and weighs all rows of all processes and "
+                f"micro-batches alike; it takes no {name}={value!r}: leave {name} out."
             )
         if self.prealign_steps and not self.guidance_weight:
             raise ValueError(

@@ -16,13 +16,12 @@ from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
-from hf_guidance.features.rows import Batch, choose_rows
+from hf_guidance.features.rows import Batch, choose_rows, is_packed
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, check_types, freeze
 from hf_guidance.guide.inputs import (
     generator_for,
-    is_packed,
     noise_like,
     rows_for_guide,
     vocabulary_size,
@@ -33,8 +32,7 @@ from hf_guidance.guide.sharding import shard
 from hf_guidance.mapping import Pair, pair_layers, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule
 from hf_guidance.similarity.cosines import agreement_of_halves
-from hf_guidance.similarity.layers import Layer
-from hf_guidance.similarity.pair_loss import guidance_loss, similarities
+from hf_guidance.similarity.pair_loss import Groups, guidance_loss_of_groups
 from hf_guidance.similarity.registry import Measure, check_takes_sketch, get_measure, primal_below_of
 from hf_guidance.similarity.sketch import Sketch
 
@@ -184,7 +182,7 @@ class GuidanceLoss:
         samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank, rows=rows)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
         measure, needed = self.measures[0].name, self.measures[0].min_samples
-        too_few = config.sample_axis == "sequence" and samples.count < needed
+        too_few = samples.count < {"sequence": needed, "token": 0, "within": 1}[config.sample_axis]
         if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
             watched.why_unguided = samples.why_too_few(measure, needed, samples.count, is_packed(seen))
         elif config.guide_input == "shuffled" and samples.batch_size < 2:
@@ -196,7 +194,7 @@ class GuidanceLoss:
             return
         given, rows = rows_for_guide(batch, rows)
         guide = self.running.layers(given, key, partial(self.samples_of, like=samples, rows=rows))
-        with self.target_reader.reading(not_recomputed(samples.layer)) as layers:
+        with self.target_reader.reading(not_recomputed(samples.layers)) as layers:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
 
@@ -231,6 +229,7 @@ class GuidanceLoss:
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch
         options |= {"skip_first": self.config.skip_first_positions, "rows": rows}
+        options["least"] = self.measures[0].min_samples
         return Samples(
             batch,
             self.config.sample_axis,
@@ -277,7 +276,7 @@ class GuidanceLoss:
         sizes = [size for size in (vocabulary_size(self.target), vocabulary_size(self.guide)) if size]
         return min(sizes, default=None)
 
-    def _resolve_pairs(self, layers: Mapping[str, Layer], padded: bool) -> None:
+    def _resolve_pairs(self, layers: Groups, padded: bool) -> None:
         targets, guides = self.target_reader.names(), self.running.names()
         if self.config.layer_pairs is not None:
             self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
@@ -295,9 +294,9 @@ class GuidanceLoss:
         self.target_reader.keep = {target for target, _ in self.pairs}
         self.guide_reader.keep = {guide for _, guide in self.pairs}
 
-    def _warn_of_noise(self, targets: Mapping[str, Layer], guides: Mapping[str, Layer]) -> None:
+    def _warn_of_noise(self, targets: Groups, guides: Groups) -> None:
         layers = [
-            side[name]
+            side[name][0]
             for pair in self.pairs or []
             for side, name in zip((targets, guides), pair, strict=True)
             if name in side
@@ -317,8 +316,8 @@ class GuidanceLoss:
     def compare(
         self,
         watched: Watched,
-        target: tuple[Samples, Mapping[str, Layer]],
-        guide: tuple[Samples, Mapping[str, Layer]],
+        target: tuple[Samples, Groups],
+        guide: tuple[Samples, Groups],
         *,
         log: bool = True,
         scale: float = 1.0,
@@ -327,8 +326,8 @@ class GuidanceLoss:
 
         Args:
             watched: Result to fill in.
-            target: The target's samples, and its layers by name.
-            guide: The guide's samples, and its layers by name.
+            target: The target's samples, and its layers by name, one for each group of samples.
+            guide: The guide's samples, and its layers by name, likewise.
             log: Whether to compute the config's `log_measures` too.
             scale: Factor of the gradient, not of the value.
 
@@ -357,17 +356,19 @@ class GuidanceLoss:
             )
             return
         samples.check_aligned(pairs, targets, guide_samples, guides)
-        n = min(targets[target].samples for target, _ in pairs)
+        n = min(layer.samples for target, _ in pairs for layer in targets[target])
         trained_on, *logged = self.measures
         if n < trained_on.min_samples:
             watched.why_unguided = samples.why_too_few(trained_on.name, trained_on.min_samples, n)
             return
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
-        watched.loss, values = guidance_loss(pairs, trained_on, targets, guides, mean=mean, scale=scale)
+        watched.loss, values = guidance_loss_of_groups(pairs, trained_on, targets, guides, mean=mean, scale=scale)
         watched.similarities[trained_on.name] = values
         for measure in logged if log else ():
             if n >= measure.min_samples:
-                watched.similarities[measure.name] = similarities(pairs, measure, targets, guides)
+                with torch.no_grad():
+                    values = guidance_loss_of_groups(pairs, measure, targets, guides)[1]
+                watched.similarities[measure.name] = values
         if torch.is_grad_enabled() and not self._reaches_weights:
             self._reaches_weights = reaches_weights(watched.loss)
             if not self._reaches_weights:

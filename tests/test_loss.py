@@ -34,7 +34,7 @@ from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.loss import Watched
 from hf_guidance.similarity.layers import layer_of
 from hf_guidance.similarity.pair_loss import guidance_loss
-from hf_guidance.similarity.registry import MEASURES
+from hf_guidance.similarity.registry import MEASURES, get_measure
 from hf_guidance.targets import RNNConfig, RNNForCausalLM
 
 Batch = dict[str, Tensor]
@@ -684,3 +684,30 @@ def test_rows_are_chosen_among_columns_that_have_one_entry_for_each_row_alone() 
     batch = token_batch(16) | {"cu_seqlens": torch.arange(3)}
     with pytest.raises(ValueError, match=r"one entry for each row, but their lengths are .*'cu_seqlens': 3"):
         watch(gpt2(), llama(), batch, guide_rows=5)
+
+
+# ----------------------------------------------------------------------------------------------------- within each row
+
+
+def within_by_hand(target: nn.Module, guide: nn.Module, batch: Batch, measure: str, lengths: list[int]) -> Tensor:
+    """Σ over `EVEN` of 1 − the mean over the rows of the similarity of a row's own positions."""
+    with torch.no_grad():
+        theirs = hidden_states(guide, {k: batch[k] for k in ("input_ids", "attention_mask")})
+    ours, similar = hidden_states(target, {k: batch[k] for k in ("input_ids", "attention_mask")}), get_measure(measure)
+    total = torch.tensor(0.0)
+    for t, g in EVEN:
+        rows = [similar(ours[t][i, :n], theirs[g][i, :n]) for i, n in enumerate(lengths) if n >= similar.min_samples]
+        total = total + 1 - torch.stack(rows).mean()
+    return total
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("lengths", [[6] * 8, [6, 4, 2, 5, 6, 1, 4, 6]], ids=["full rows", "ragged"])
+def test_within_each_row_its_positions_are_compared(measure: str, lengths: list[int]) -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    batch["attention_mask"] = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
+    watched, _ = watch(target, guide, batch, sample_axis="within", measure=measure, max_tokens=LENGTH)
+    expected = within_by_hand(target, guide, batch, measure, lengths)
+    torch.testing.assert_close(watched.loss, expected, rtol=1e-4, atol=1e-5)
+    for got, wanted in zip(gradients(target, watched.loss), gradients(target, expected), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)

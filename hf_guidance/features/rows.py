@@ -1,8 +1,9 @@
-"""Rows of a batch: their content, and which of their positions are valid."""
+"""Rows of a batch: their content and valid positions, and the choice of the rows and tokens to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -106,6 +107,107 @@ def choose_rows(batch: Batch, count: int, seed: int, ranks: Ranks | None = None)
         return None
     chosen = scores.argsort(stable=True)[:count].sort().values - first
     return chosen[(chosen >= 0) & (chosen < len(content))]
+
+
+def choose_tokens(
+    valid: Tensor, hashes: Tensor, count: int, seed: int, ranks: Ranks | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose tokens by a hash of row content, position and seed, so that row order does not change the choice.
+
+    Args:
+        valid: Positions to choose from, `(batch, length)`.
+        hashes: Hash of each row, `(batch,)`.
+        count: Largest number of tokens, all ranks together.
+        seed: Seed of the choice.
+        ranks: Processes whose batches are taken as one; None for this process alone.
+
+    Returns:
+        Rows and positions of the chosen tokens of this process.
+    """
+    total = int(valid.sum())
+    if ranks is not None:
+        total = sum(row[0] for row in ranks.numbers([total], hashes.device))
+    if total <= count:
+        rows, positions = valid.nonzero(as_tuple=True)
+        return rows, positions
+    score = _scores(valid, hashes, seed)
+    if ranks is not None:
+        scores = torch.cat([score.flatten(), score.new_full((count + 1,), INT64_MAX)])
+        rows, positions = _below_the_last(score, ranks.smallest(scores, count + 1)).nonzero(as_tuple=True)
+        return rows, positions
+    smallest, chosen = score.flatten().topk(count + 1, largest=False)
+    chosen = chosen[_below_the_last(smallest, smallest)]
+    return chosen // valid.shape[1], chosen % valid.shape[1]
+
+
+def choose_within_rows(valid: Tensor, hashes: Tensor, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Choose up to `count` positions of each row, as `choose_tokens` does, and group the rows by their number.
+
+    Args:
+        valid: Positions to choose from, `(batch, length)`, in front of each row.
+        hashes: Hash of each row, `(batch,)`.
+        count: Largest number of positions of a row.
+        seed: Seed of the choice.
+
+    Returns:
+        Groups of rows `(r,)` with positions `(r, n)`, from few positions to many.
+    """
+    numbers = valid.sum(1)
+    groups = []
+    for n in numbers.clamp(max=count).unique().tolist():
+        rows = (numbers.clamp(max=count) == n).nonzero().flatten()
+        if n < count or valid.shape[1] <= count:
+            positions = torch.arange(n, device=valid.device).expand(len(rows), n)
+        else:
+            scores = _scores(valid[rows], hashes[rows], seed)
+            positions = scores.topk(n, dim=1, largest=False).indices.sort(1).values
+        groups.append((rows, positions))
+    return groups
+
+
+def _scores(valid: Tensor, hashes: Tensor, seed: int) -> Tensor:
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    score = mix(hashes[:, None] + mix(positions + 1)[None, :] + seed) & INT64_MAX
+    return torch.where(valid, score, INT64_MAX)
+
+
+def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
+    """Select the scores below the last of the smallest ones; if there are none, those equal to it.
+
+    Equal rows have equal scores. They are taken or left together, so that the choice does not depend on how rows are
+    split over batches.
+    """
+    last = smallest[-1]
+    return torch.where(smallest[0] < last, score < last, score <= last)
+
+
+def documents_of(batch: Batch) -> list[slice]:
+    """Return the positions of each document in a packed batch: one row, in which position ids restart.
+
+    The list is empty for any other batch.
+    """
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
+        return []
+    starts = (positions[0, 1:] <= positions[0, :-1]).nonzero().flatten() + 1
+    bounds = [0, *starts.tolist(), positions.shape[1]]
+    return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 else []
+
+
+def is_packed(batch: Batch) -> bool:
+    """Tell whether a batch is one row of several documents, as `DataCollatorWithFlattening` makes it."""
+    return bool(documents_of(batch)) or "cu_seq_lens_q" in batch or "seq_idx" in batch
+
+
+def unpacked(documents: Sequence[slice], packed: Tensor) -> Tensor:
+    """Put each document of a packed row `(1, length, …)` in a row of its own, `(documents, longest, …)`.
+
+    What follows a short document is a repetition of its first position.
+    """
+    longest = max(place.stop - place.start for place in documents)
+    offsets = torch.arange(longest)
+    places = [torch.where(offsets < d.stop - d.start, offsets, 0) + d.start for d in documents]
+    return packed[0][torch.stack(places).to(packed.device)]
 
 
 def take_rows(batch: Batch, rows: Tensor) -> dict[str, Column]:

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.reader import AllRead, LayerReader, Reduce
-from hf_guidance.features.rows import Batch, take_rows
+from hf_guidance.features.rows import Batch, documents_of, is_packed, take_rows
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
 from hf_guidance.guide.inputs import (
     accepted_columns,
     check_vocabularies,
-    documents_of,
     forward_arguments,
     generator_for,
     guide_batch,
-    is_packed,
     noise_like,
     seen_by,
     shuffle_rows,
@@ -73,7 +71,7 @@ class GuideRunning:
     @torch.no_grad()
     def layers(
         self, batch: Batch, key: tuple[int, ...], samples_of: Callable[[Batch], Samples]
-    ) -> tuple[Samples, dict[str, Layer]]:
+    ) -> tuple[Samples, dict[str, tuple[Layer, ...]]]:
         """Run the guide on its input, and make its layers.
 
         Args:
@@ -101,7 +99,7 @@ class GuideRunning:
             inputs = shuffle_rows(inputs, generator_for(*key, 2))
         samples = samples_of(inputs)
         if self.config.cache_guide is None:
-            return samples, self.read(inputs, samples.layer)
+            return samples, self.read(inputs, samples.layers)
         if self.cache is None:
             raise ValueError("cache_guide is set: call open_cache once before the first step, as GuidanceTrainer does.")
         ids, seen = self._ids(batch), seen_by(self.guide, inputs)
@@ -109,7 +107,7 @@ class GuideRunning:
         assert self.sketch is not None
         parts = {name: self.sketch.parts if name in self._sketched_layers else 1 for name in features}
         wanted = [name for name in features if self.reader.keep is None or name in self.reader.keep]
-        return samples, {name: samples.layer(name, features[name], parts[name]) for name in wanted}
+        return samples, {name: samples.layers(name, features[name], parts[name]) for name in wanted}
 
     def read(self, inputs: Batch, reduce: Reduce) -> dict[str, Any]:
         """Run one forward, and reduce each layer as soon as it is computed. It ends after the last layer in a pair."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,24 +79,6 @@ def seen_by(guide: nn.Module, inputs: Batch) -> dict[str, Any]:
     """Select the inputs that the guide's forward accepts. Positional ones are named by their number."""
     args, kwargs = forward_arguments(guide, inputs)
     return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
-
-
-def documents_of(batch: Batch) -> list[slice]:
-    """Return the positions of each document in a packed batch: one row, in which position ids restart.
-
-    The list is empty for any other batch.
-    """
-    positions = batch.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
-        return []
-    starts = (positions[0, 1:] <= positions[0, :-1]).nonzero().flatten() + 1
-    bounds = [0, *starts.tolist(), positions.shape[1]]
-    return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 else []
-
-
-def is_packed(batch: Batch) -> bool:
-    """Tell whether a batch is one row of several documents, as `DataCollatorWithFlattening` makes it."""
-    return bool(documents_of(batch)) or "cu_seq_lens_q" in batch or "seq_idx" in batch
 
 
 def without_guide(batch: Batch, ids: str | None = None) -> dict[str, Any]:

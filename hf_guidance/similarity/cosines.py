@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_guidance.similarity.forms import halves_of
 from hf_guidance.similarity.layers import Layer
-from hf_guidance.similarity.matrices import center, exact_float32, inner, u_center
+from hf_guidance.similarity.matrices import center, exact_float32, inner, over_matrix, plus_product, u_center
 
 ROUNDINGS = 16  # a norm below this many roundings of the mean diagonal carries no signal
 Kernel = Callable[[Tensor], Tensor]
@@ -27,8 +27,8 @@ class Side:
 
     Attributes:
         layer: The layer, without its graph.
-        inverse: One over h(K, K), a scalar; 0 if that is 0 up to rounding.
-        kernel: Of a dual layer, its kernels `(parts, n, n)`.
+        inverse: One over h(K, K); 0 if that is 0 up to rounding.
+        kernel: Of a dual layer, its kernels `(parts, …, n, n)`.
         diagonal: Of a primal layer with U-centred kernels, the diagonal of its Gram matrix, `(n,)`.
         added: Of such a layer, by how much of each sample `K x` differs from `X Xᵀ x`, `(n,)`.
         own: Of a target layer, half the slope of h(K, K); of a primal one of one part `Xᵀ X`, from which it is made.
@@ -92,7 +92,8 @@ class Cosine:
         common = inner(target.dual(self.debiased), other)
         if target.own is None:
             return common * scale, None
-        slope = other * (scale / target.layer.parts) - target.own * (common * target.inverse * scale)
+        share = common * target.inverse * scale
+        slope = other * over_matrix(scale / target.layer.parts) - target.own * over_matrix(share)
         if target.pull is not None:
             return common * scale, target.pull(slope)
         return common * scale, slope if target.layer.parts > 1 else slope[0]
@@ -101,28 +102,28 @@ class Cosine:
         x = target.layer.values
         if guide.kernel is None:
             y = guide.layer.values
-            cross = y.T @ x
-            common = cross.square().sum()
+            cross = y.mT @ x
+            common = cross.square().sum((-2, -1))
             if guide.added is not None and target.diagonal is not None:
-                common = common + target.diagonal @ guide.added
-            slope = y @ (cross * (2 * scale)) if target.own is not None else None
+                common = common + torch.linalg.vecdot(target.diagonal, guide.added)
+            slope = y @ (cross * over_matrix(2 * scale)) if target.own is not None else None
         else:
             product = guide.dual(self.debiased) @ x
             common = inner(x, product)
-            slope = product * (2 * scale) if target.own is not None else None
+            slope = product * over_matrix(2 * scale) if target.own is not None else None
         if slope is None or target.own is None:
             return common * scale, None
         share = common * target.inverse * scale
         if target.layer.parts > 1:
             slope -= target.own * share
         else:
-            slope = slope.addmm(x, target.own * (-2 * share))
+            slope = plus_product(slope, x, target.own * over_matrix(-2 * share))
         if self.debiased:
-            added = target.added * -share if target.added is not None and target.layer.parts == 1 else 0
-            added = 2 * (added if guide.added is None else added + guide.added * scale)
+            added = target.added * -share[..., None] if target.added is not None and target.layer.parts == 1 else 0
+            added = 2 * (added if guide.added is None else added + guide.added * scale[..., None])
             if isinstance(added, Tensor):
-                slope.addcmul_(x, added[:, None])
-                slope -= slope.mean(0)
+                slope.addcmul_(x, added[..., None])
+                slope -= slope.mean(-2, keepdim=True)
         return common * scale, slope
 
 
@@ -139,7 +140,7 @@ def agreement_of_halves(layer: Layer, debiased: bool) -> float:
         with exact_float32(gram.device):
             gram = halves @ halves.mT
     kernel = u_center(gram) if debiased else gram
-    squares = inner(kernel, kernel)
+    squares = inner(kernel, kernel).sum()
     return float(2 * inner(kernel[0], kernel[1]) / squares) if squares > 0 else 1.0
 
 
@@ -170,13 +171,13 @@ def _of_features(layer: Layer, debiased: bool, with_slope: bool) -> Side:
     if layer.parts > 1:
         return _of_halves(layer, debiased, with_slope)
     x = layer.values
-    own = x.T @ x
-    norm, diagonal, added = own.square().sum(), None, None
+    own = x.mT @ x
+    norm, diagonal, added = own.square().sum((-2, -1)), None, None
     inverse = _inverse(norm, layer)
     if debiased:
         diagonal = _diagonal(x)
         added = _added(diagonal)
-        inverse = _inverse(norm + diagonal @ added, layer, norm)
+        inverse = _inverse(norm + torch.linalg.vecdot(diagonal, added), layer, norm)
     return Side(layer, inverse, None, diagonal, added, own if with_slope else None)
 
 
@@ -203,7 +204,7 @@ def _of_kernel(function: Kernel, layer: Layer, with_slope: bool) -> Side:
 
     def pull(slope: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(made, leaf, slope, retain_graph=True)
-        return layer.tangent(found if layer.form == "dual" else (found + found.T) @ layer.values)
+        return layer.tangent(found if layer.form == "dual" else (found + found.mT) @ layer.values)
 
     own, pull_back = (kernel, pull) if with_slope else (None, None)
     return Side(layer, _inverse(inner(kernel[0], kernel[0]), layer), kernel, own=own, pull=pull_back)
@@ -214,17 +215,17 @@ def _of_kernel(function: Kernel, layer: Layer, with_slope: bool) -> Side:
 
 def rbf(gram: Tensor) -> Tensor:
     """Compute the centred Gaussian kernel whose squared bandwidth is the mean squared distance of two samples."""
-    n, diagonal = len(gram), gram.diagonal()
-    squared = (diagonal[:, None] + diagonal[None, :] - 2 * gram).clamp(min=0)
+    n, diagonal = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
+    squared = (diagonal[..., :, None] + diagonal[..., None, :] - 2 * gram).clamp(min=0)
     kernel = torch.exp(squared * (-(n - 1) / (4 * n)))  # the mean squared distance is 2 tr K / (n − 1), and tr K is n
     return center(kernel)
 
 
 def off_diagonal_cosines(gram: Tensor) -> Tensor:
     """Compute off-diagonal cosine similarities minus their mean; 0 on the diagonal and for a sample at the mean."""
-    n = len(gram)
-    at_mean = gram.diagonal() <= ROUNDINGS * torch.finfo(gram.dtype).eps  # a sample at the mean has no direction
-    scale = torch.where(at_mean, 0, torch.where(at_mean, 1, gram.diagonal()).rsqrt())
+    n, diagonal = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
+    at_mean = diagonal <= ROUNDINGS * torch.finfo(gram.dtype).eps  # a sample at the mean has no direction
+    scale = torch.where(at_mean, 0, torch.where(at_mean, 1, diagonal).rsqrt())
     off_diagonal = ~torch.eye(n, dtype=torch.bool, device=gram.device)
-    cosine = torch.where(off_diagonal, gram * scale[:, None] * scale[None, :], 0)
-    return torch.where(off_diagonal, cosine - cosine.sum() / (n * (n - 1)), 0)
+    cosine = torch.where(off_diagonal, gram * scale[..., :, None] * scale[..., None, :], 0)
+    return torch.where(off_diagonal, cosine - cosine.sum((-2, -1), keepdim=True) / (n * (n - 1)), 0)

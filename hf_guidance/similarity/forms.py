@@ -18,7 +18,7 @@ class Made(NamedTuple):
 
     Args:
         values: See `Layer`.
-        factor: By which the squared features were multiplied; 0 for a dead layer.
+        factor: By which the squared features were multiplied, a number or `(…, 1, 1)`; 0 for a dead layer.
         mean: Mean of the features if a dual backward must subtract it.
     """
 
@@ -36,14 +36,14 @@ def primal(x: Tensor, precision: torch.dtype, noise: Tensor | None = None) -> Ma
     """Centre and scale features.
 
     Args:
-        x: Features `(n, d)`.
+        x: Features `(…, n, d)`.
         precision: Dtype in which they were computed.
         noise: Energy of the rounding, if a mean was subtracted before.
     """
-    mean = x.mean(0)
+    mean = x.mean(-2, keepdim=True)
     centred = x - mean
-    centred -= centred.mean(0)  # removes the rounding of the mean
-    factor = _factor(centred.square().mean(0), mean, precision, noise)
+    centred -= centred.mean(-2, keepdim=True)  # removes the rounding of the mean
+    factor = _factor(centred, mean, precision, noise)
     return Made(centred.mul_(factor.sqrt()), factor)
 
 
@@ -57,43 +57,46 @@ def dual(
         parts: Number of parts of the features, each with a Gram matrix of its own.
         with_gradient: Whether a backward will multiply the features.
     """
-    plain = x.dtype == torch.float32 and parts == 1 and noise is None and for_numpy(x)
+    plain = x.dtype == torch.float32 and x.ndim == 2 and parts == 1 and noise is None and for_numpy(x)
     if plain and (found := centred_product(x, with_gradient)):
         gram, energy, mean = found
         if mean is None or not _may_be_dead(energy, mean, precision):
             return Made(gram.mul_(1 / energy), 1 / energy, mean)
-    mean = x.mean(0)
+    mean = x.mean(-2, keepdim=True)
     centred = x - mean
-    factor = _factor(centred.square().mean(0), mean, precision, noise)
+    factor = _factor(centred, mean, precision, noise)
     with exact_float32(x.device):
         gram = center_in_place(outer(halves_of(centred, parts)))  # again, to remove the rounding of the mean
     return Made(gram.mul_(parts * factor), factor, mean)
 
 
-def from_product(gram: Tensor, precision: torch.dtype) -> Made:
-    """Centre and scale the products `x xᵀ` of features that still have their mean, `(n, n)` or `(2, n, n)`.
+def from_product(gram: Tensor, precision: torch.dtype, parts: int = 1) -> Made:
+    """Centre and scale the products `x xᵀ` of features that still have their mean, `(…, n, n)`.
 
     They are zero where the spread is within the rounding of the mean or of the sum of products.
     """
-    parts = 1 if gram.ndim == 2 else len(gram)
-    offset = gram.mean() * parts  # constant features included, so that more layers count as dead than in `_factor`
-    energy = center_in_place(gram).diagonal(dim1=-2, dim2=-1).mean() * parts
+    over = (-3, -2, -1) if parts > 1 else (-2, -1)
+    # constant features included, so that more layers count as dead than in `_factor`
+    offset = gram.mean(over, keepdim=True) * parts
+    diagonal = center_in_place(gram).diagonal(dim1=-2, dim2=-1)[..., None]
+    energy = diagonal.mean(over, keepdim=True) * parts
     factor = _inverse(energy, max(_rounding(precision), SUM_ROUNDING) * offset)
     return Made(gram.mul_(parts * factor), factor)
 
 
-def _factor(spread: Tensor, mean: Tensor, precision: torch.dtype, noise: Tensor | None) -> Tensor:
-    """Compute one over the energy of a layer, 0 if it is dead: if half of its energy or more is rounding.
+def _factor(centred: Tensor, mean: Tensor, precision: torch.dtype, noise: Tensor | None) -> Tensor:
+    """Compute one over the energy of layers, `(…, 1, 1)`; 0 for a dead one, half of whose energy or more is rounding.
 
     Args:
-        spread: Variance of each feature.
-        mean: Mean of each feature, whose rounding is judged feature by feature.
+        centred: Features minus their mean, `(…, n, d)`.
+        mean: Mean of each feature, `(…, 1, d)`, whose rounding is judged feature by feature.
         precision: Dtype in which the features were computed.
         noise: Energy of the rounding, if a mean was subtracted before.
     """
+    spread = centred.square().mean(-2, keepdim=True)
     if noise is None:
-        noise = torch.minimum(spread, _rounding(precision) * mean.square()).sum()
-    return _inverse(spread.sum(), 2 * noise)
+        noise = torch.minimum(spread, _rounding(precision) * mean.square()).sum(-1, keepdim=True)
+    return _inverse(spread.sum(-1, keepdim=True), 2 * noise)
 
 
 def _inverse(energy: Tensor, least: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from hf_guidance.similarity import half_precision
 from hf_guidance.similarity.forms import Made, dual, from_product, halves_of, masked, primal
-from hf_guidance.similarity.matrices import center, center_in_place, exact_float32, inner, outer
+from hf_guidance.similarity.matrices import center, center_in_place, exact_float32, inner, outer, over_matrix
 
 PRIMAL_BELOW = 0.4  # largest d / n at which the 7 n d² operations of a pair are fewer than 3 n² d
 Form: TypeAlias = Literal["primal", "dual"]
@@ -28,7 +28,8 @@ class Layer:
 
     Attributes:
         values: Features `(n, d)` if primal; Gram matrix `(n, n)` if dual, or those of both halves of a sketch, `(2, n,
-            n)`. They carry the graph of the layer's features.
+            n)`. A further first axis is of batch rows, each of which is a layer by itself. They carry the graph of the
+            layer's features.
         form: `primal` or `dual`.
         width: Number d of features.
         parts: 2 for a sketched layer, whose first and second half of features are independent sketches, scaled so that
@@ -45,6 +46,11 @@ class Layer:
         """Return the number n of samples."""
         return self.values.shape[-2]
 
+    @property
+    def rows(self) -> int:
+        """Return the number of batch rows that are layers by themselves; 1 if the samples are of all rows."""
+        return len(self.values) if self.values.ndim > 2 and self.parts == 1 else 1
+
     def gram(self) -> Tensor:
         """Return the Gram matrix of a layer in either form: the mean over the parts, `(n, n)`."""
         if self.form == "primal":
@@ -58,9 +64,10 @@ class Layer:
         """
         along = inner(slope, self.values) / self.samples
         if self.form == "primal":
-            return slope.sub_(slope.mean(0)).addcmul_(self.values, along, value=-1)
+            return slope.sub_(slope.mean(-2, keepdim=True)).addcmul_(self.values, over_matrix(along), value=-1)
         slope = (slope + slope.mT) / 2
-        slope.diagonal(dim1=-2, dim2=-1).sub_(along / self.parts)
+        along = along if self.parts == 1 else along.mean(0)
+        slope.diagonal(dim1=-2, dim2=-1).sub_(along[..., None])
         return center_in_place(slope)
 
     def in_dual_form(self) -> Layer:
@@ -104,6 +111,7 @@ def layer_of(
     precision: torch.dtype | None = None,
     copy: bool = False,
     in_region: bool = False,
+    of_rows: bool = False,
 ) -> Layer:
     """Make a layer from its features: the only place that chooses its form.
 
@@ -116,6 +124,7 @@ def layer_of(
         copy: Keep a copy for the backward, because the features may be overwritten in place before it.
         in_region: The features come from a network that runs now. Under autocast, features in float32 are then as
             coarse as the autocast dtype, so a GPU may multiply them on its tensor cores.
+        of_rows: The features are `(rows, n, d)`: each row is a layer by itself.
 
     Raises:
         ValueError: If the features have fewer than two axes, or do not match the mask.
@@ -127,11 +136,11 @@ def layer_of(
         features = features.float()
     precision, noise = precision or features.dtype, None
     if mask is None:
-        x = flat(features)
+        x = features if of_rows else flat(features)
     else:
         with exact_float32(features.device):
             x, parts, noise = masked(_float(features), mask.bool(), precision, sketch)
-    form: Form = "primal" if x.shape[1] <= primal_below * len(x) else "dual"
+    form: Form = "primal" if x.shape[-1] <= primal_below * x.shape[-2] else "dual"
     with_cores = form == "dual" and mask is None and x.is_cuda and half_precision.for_tensor_cores(x, in_region)
     if not with_cores:
         x = _float(x)
@@ -142,12 +151,12 @@ def layer_of(
         if form == "primal":
             made = primal(x.detach(), precision, noise)
         elif with_cores:
-            made = from_product(half_precision.outer(halves_of(x.detach(), parts)), precision)
+            made = from_product(half_precision.outer(halves_of(x.detach(), parts)), precision, parts)
         else:
             made = dual(x.detach(), parts, precision, noise, wanted)
     if wanted:
         made = made._replace(values=_Values.apply(x, made, form, parts, copy and x.data_ptr() == features.data_ptr()))
-    return Layer(made.values, form, x.shape[1], parts)
+    return Layer(made.values, form, x.shape[-1], parts)
 
 
 def _float(x: Tensor) -> Tensor:

@@ -62,13 +62,13 @@ def _products_in(precision: str) -> Iterator[None]:
 
 
 def center(gram: Tensor) -> Tensor:
-    """Subtract row and column means of a symmetric matrix `(n, n)`; differentiable."""
-    mean = gram.mean(0)
-    return gram - mean[:, None] - (mean - mean.mean())
+    """Subtract row and column means of symmetric matrices `(…, n, n)`; differentiable."""
+    mean = gram.mean(-1, keepdim=True)
+    return gram - mean - (mean.mT - mean.mean(-2, keepdim=True))
 
 
 def center_in_place(gram: Tensor) -> Tensor:
-    """Do as `center` in place, for one matrix or several `(…, n, n)`: `H K H` with `H = I − 11ᵀ/n`."""
+    """Do as `center` in place: `H K H` with `H = I − 11ᵀ/n`."""
     mean = gram.mean(-1, keepdim=True)
     return gram.sub_(mean).sub_(mean.mT - mean.mean(-2, keepdim=True))
 
@@ -89,8 +89,18 @@ def u_center(gram: Tensor) -> Tensor:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum the products of two matrices' entries, row by row: one long sum on a CPU loses digits."""
-    return torch.linalg.vecdot(a, b).sum()
+    """Sum the products of entries of two matrices `(…, n, d)`, row by row: one long sum on a CPU loses digits."""
+    return torch.linalg.vecdot(a, b).sum(-1)
+
+
+def over_matrix(number: Tensor) -> Tensor:
+    """Append two axes to numbers `(…)` so that they spread over matrices `(…, n, d)`."""
+    return number[..., None, None]
+
+
+def plus_product(a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0) -> Tensor:
+    """Compute `a + alpha b c` of matrices, or of equally many of them, `(…, n, d)`."""
+    return (torch.addmm if a.ndim == 2 else torch.baddbmm)(a, b, c, alpha=alpha)
 
 
 # --------------------------------------------------------------------------------------------------------- products

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,11 +59,18 @@ class Own:
     def compare(self, target: tuple[Layer, bool], guide: Layer) -> tuple[Tensor, Tensor | None]:
         """Compute the similarity of a pair, and its slope in the target's features, if that is needed.
 
+        Of layers of batch rows the function gets one row at a time.
+
         Raises:
             ValueError: If the function returns no scalar, a value that is not finite for finite features, or one
                 without a gradient in the target's features.
         """
         layer, with_slope = target
+        if layer.values.ndim > 2:
+            pairs = zip(layer.values, guide.values, strict=True)
+            found = [self.compare((replace(layer, values=x), with_slope), replace(guide, values=y)) for x, y in pairs]
+            slopes = [slope for _, slope in found if slope is not None]
+            return torch.stack([value for value, _ in found]), torch.stack(slopes) if slopes else None
         with torch.set_grad_enabled(with_slope):
             features = layer.values.clone().requires_grad_(with_slope)
             value = self.function(features, guide.values.clone())  # it may change its arguments

@@ -14,6 +14,7 @@ from hf_guidance.similarity.layers import Context, Layer, without_second_derivat
 from hf_guidance.similarity.matrices import exact_float32
 
 Layers = Mapping[str, Layer]
+Groups = Mapping[str, Sequence[Layer]]  # name → a layer for each group of samples that are compared with each other
 
 
 class TwoStages(Protocol):
@@ -38,7 +39,7 @@ def guidance_loss(
     mean: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the sum or mean over the pairs of (1 − similarity), and each pair's similarity.
+    """Compute the sum or mean over the pairs of (1 − similarity), and each pair's similarity; means over batch rows.
 
     The slope of each target layer is computed at once. Until the backward only that slope is kept, nothing else that
     the measure computed. The loss has no second derivative.
@@ -57,8 +58,40 @@ def guidance_loss(
     """
     values, slopes = compare_pairs(pairs, measure, targets, guides)
     count = len(pairs) if mean else 1
-    loss = with_slopes((1 - values).sum() / count, targets, slopes, -scale / count)
-    return loss, dict(zip(map(PAIR_SEPARATOR.join, pairs), values.unbind(), strict=True))
+    rows = values[0].numel()  # several if each batch row is compared by itself
+    loss = with_slopes((1 - values).sum() / (count * rows), targets, slopes, -scale / (count * rows))
+    return loss, dict(zip(map(PAIR_SEPARATOR.join, pairs), values.view(len(pairs), rows).mean(1).unbind(), strict=True))
+
+
+def guidance_loss_of_groups(
+    pairs: Sequence[Pair],
+    measure: TwoStages,
+    targets: Groups,
+    guides: Groups,
+    *,
+    mean: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the mean of `guidance_loss` over groups of samples, weighted by the number of batch rows in them.
+
+    Args:
+        pairs, measure, mean, scale: As of `guidance_loss`.
+        targets, guides: Layers by name, one for each group.
+
+    Returns:
+        As `guidance_loss`.
+    """
+    rows = torch.tensor([float(layer.rows) for layer in targets[pairs[0][0]]])
+    losses, values = [], []
+    for i in range(len(rows)):
+        sides = ({name: layers[i] for name, layers in side.items()} for side in (targets, guides))
+        loss, found = guidance_loss(pairs, measure, *sides, mean=mean, scale=scale)
+        losses.append(loss)
+        values.append(torch.stack([*found.values()]))
+    if len(rows) == 1:
+        return losses[0], found
+    shares = (rows / rows.sum()).to(losses[0])
+    return shares @ torch.stack(losses), dict(zip(found, (shares @ torch.stack(values)).unbind(), strict=True))
 
 
 @torch.no_grad()
@@ -83,7 +116,7 @@ def compare_pairs(
         pairs, measure, targets, guides: As of `guidance_loss`.
 
     Returns:
-        The similarities, `(pairs,)`, and target layer → slope, of those layers that need a gradient.
+        The similarities, `(pairs,)` or `(pairs, rows)`, and target layer → slope, of those layers that need a gradient.
     """
     like, with_gradient = targets[pairs[0][0]].values, torch.is_grad_enabled()
     values: dict[Pair, Tensor] = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.similarity.layers import Layer
+from hf_guidance.similarity.matrices import over_matrix, plus_product
 
 
 @dataclass
@@ -36,12 +37,12 @@ class Predictor:
     @cached_property
     def is_alive(self) -> Tensor:
         """Tell whether there is any signal; a dead layer predicts nothing."""
-        return self.layer.values.any()
+        return self.layer.values.flatten(-2).any(-1)
 
     @cached_property
     def inverse(self) -> Tensor:
         """Return `A⁻¹` of a primal layer."""
-        return _inverse(self.layer.values.T @ self.layer.values, self.penalty)
+        return _inverse(self.layer.values.mT @ self.layer.values, self.penalty)
 
     @cached_property
     def fit(self) -> Tensor:
@@ -55,7 +56,7 @@ class Predictor:
 
     def weights(self, diagonal: Tensor) -> Tensor | None:
         """Return by which each sample's squared residual counts, from the diagonal of M; None if all count alike."""
-        return (diagonal - 1 / len(diagonal)).reciprocal().square() if self.leave_one_out else None
+        return (diagonal - 1 / diagonal.shape[-1]).reciprocal().square() if self.leave_one_out else None
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class Ridge:
 
 def _inverse(matrix: Tensor, penalty: float) -> Tensor:
     shifted = matrix.clone()
-    shifted.diagonal().add_(penalty)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    return torch.cholesky_inverse(factor).masked_fill_(failed > 0, torch.nan)
+    return torch.cholesky_inverse(factor).masked_fill_(over_matrix(failed > 0), torch.nan)
 
 
 def _of_features(target: Predictor, y: Tensor, total: float) -> tuple[Tensor, Tensor | None]:
@@ -98,25 +99,25 @@ def _of_features(target: Predictor, y: Tensor, total: float) -> tuple[Tensor, Te
     With D the weights, the slope of the squared residuals is `−2 (M D E Wᵀ + E (D E)ᵀ F − M C F)`, where `F = X A⁻¹`
     and C is what the weights depend on.
     """
-    x, n = target.layer.values, len(y)
-    w = target.inverse @ (x.T @ y)
-    e = torch.addmm(y, x, w, alpha=-1)
+    x, n = target.layer.values, y.shape[-2]
+    w = target.inverse @ (x.mT @ y)
+    e = plus_product(y, x, w, alpha=-1)
     weights = target.weights(1 - torch.linalg.vecdot(target.fit, x)) if target.leave_one_out else None
-    squares = torch.linalg.vector_norm(e, dim=1).square()
-    residual = squares.sum() if weights is None else weights @ squares
-    value = torch.linalg.vector_norm(y).square() / n - residual / total
+    squares = torch.linalg.vector_norm(e, dim=-1).square()
+    residual = squares.sum(-1) if weights is None else torch.linalg.vecdot(weights, squares)
+    value = torch.linalg.vector_norm(y, dim=(-2, -1)).square() / n - residual / total
     if not target.with_slope:
         return value, None
     if weights is None:
         weighted, back = e, target.inverse @ w * target.penalty  # as Xᵀ E = λ W
     else:
-        weighted = weights[:, None] * e
-        back = target.inverse @ (x.T @ weighted)
-    slope = torch.addmm(weighted, x, back, alpha=-1) @ (w.T * (2 / total))
-    slope = slope.addmm(e, back.T * (2 / total))
+        weighted = weights[..., None] * e
+        back = target.inverse @ (x.mT @ weighted)
+    slope = plus_product(weighted, x, back, alpha=-1) @ (w.mT * (2 / total))
+    slope = plus_product(slope, e, back.mT * (2 / total))
     if weights is not None:
-        changing = (2 / total * 2 * weights * weights.sqrt() * squares)[:, None] * target.fit
-        slope = (slope - changing).addmm(target.fit, x.T @ changing)
+        changing = (2 / total * 2 * weights * weights.sqrt() * squares)[..., None] * target.fit
+        slope = plus_product(slope - changing, target.fit, x.mT @ changing)
     return value, target.layer.tangent(slope)
 
 
@@ -126,16 +127,16 @@ def _of_grams(target: Predictor, gram: Tensor, total: float) -> tuple[Tensor, Te
     The slope in K is `−M J M / λ`, where J is the slope of the squared residuals in M.
     """
     m = target.residual_maker
-    weights = target.weights(m.diagonal())
+    weights = target.weights(m.diagonal(dim1=-2, dim2=-1))
     ml = m @ gram
     squares = torch.linalg.vecdot(ml, m)  # the diagonal of M L M
-    residual = squares.sum() if weights is None else weights @ squares
-    value = gram.trace() / len(gram) - residual / total
+    residual = squares.sum(-1) if weights is None else torch.linalg.vecdot(weights, squares)
+    value = gram.diagonal(dim1=-2, dim2=-1).mean(-1) - residual / total
     if not target.with_slope:
         return value, None
-    half = ml if weights is None else weights[:, None] * ml
-    j = half + half.T
+    half = ml if weights is None else weights[..., None] * ml
+    j = half + half.mT
     if weights is not None:
-        j.diagonal().sub_(2 * weights * weights.sqrt() * squares)
+        j.diagonal(dim1=-2, dim2=-1).sub_(2 * weights * weights.sqrt() * squares)
     slope = (m @ j @ m) / (target.penalty * total)
     return value, target.layer.tangent(slope if target.layer.form == "dual" else 2 * slope @ target.layer.values)

@@ -29,20 +29,22 @@ class Rotation:
             return Root(layer, layer.values, None, with_slope)
         # eigh raises for NaN; NaN still reaches the result through K
         values, vectors = torch.linalg.eigh(layer.gram().nan_to_num(0, 0, 0))
-        cutoff = len(values) * torch.finfo(values.dtype).eps * values[-1]  # below, eigenvalues are rounding
+        cutoff = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]  # below, eigenvalues are rounding
         root = torch.where(values > cutoff, values, 0).sqrt()
         inverse = torch.where(values > cutoff, 1 / root, 0)
-        return Root(layer, vectors * root, (vectors * inverse).T, with_slope)
+        return Root(layer, vectors * root[..., None, :], (vectors * inverse[..., None, :]).mT, with_slope)
 
     def compare(self, target: Root, guide: Root) -> tuple[Tensor, Tensor | None]:
         """Compute the similarity of a pair, and its slope in the values of the target's layer, if that is needed."""
-        n, broken = target.layer.samples, 0 * (target.layer.values.sum() + guide.layer.values.sum())  # NaN or 0
-        left, singular, right = torch.linalg.svd((target.root.T @ guide.root).nan_to_num(0, 0, 0), full_matrices=False)
-        value = singular.sum() / n + broken
+        n = target.layer.samples
+        broken = 0 * sum(side.layer.values.sum((-2, -1)) for side in (target, guide))  # NaN or 0
+        product = (target.root.mT @ guide.root).nan_to_num(0, 0, 0)
+        left, singular, right = torch.linalg.svd(product, full_matrices=False)
+        value = singular.sum(-1) / n + broken
         if not target.with_slope:
             return value, None
-        turned = guide.root @ (right.T @ left.T)
+        turned = guide.root @ (right.mT @ left.mT)
         if target.inverse is None:
             return value, target.layer.tangent(turned / n)
         half = turned @ target.inverse / (2 * n)
-        return value, target.layer.tangent(half + half.T - target.root @ (target.inverse @ half))
+        return value, target.layer.tangent(half + half.mT - target.root @ (target.inverse @ half))

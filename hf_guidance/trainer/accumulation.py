@@ -88,12 +88,12 @@ class Accumulated:
             yield watched
             return
 
-        def layer(name: str, features: Tensor) -> Layer:
+        def layers_of(name: str, features: Tensor) -> tuple[Layer, ...]:
             others = [features if i == number else read[name] for i, read in enumerate(self._features)]
-            return self._samples.layer(name, _in_one(others))
+            return self._samples.layers(name, _in_one(others))
 
         _set_random_state(self._states[number])
-        with loss.target_reader.reading(not_recomputed(layer)) as layers:
+        with loss.target_reader.reading(not_recomputed(layers_of)) as layers:
             yield watched
         loss.compare(watched, (self._samples, layers), self._guide, log=log, scale=len(self.batches))
 
@@ -158,8 +158,8 @@ def _kept(name: str, features: Tensor) -> Tensor:
     return features.detach() if HIDDEN.fullmatch(name) else features.detach().clone()
 
 
-def _layers(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, Layer]:
-    return {name: samples.layer(name, _in_one([features[name] for features in read])) for name in read[0]}
+def _layers(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, tuple[Layer, ...]]:
+    return {name: samples.layers(name, _in_one([features[name] for features in read])) for name in read[0]}
 
 
 def _devices() -> list[Any]:

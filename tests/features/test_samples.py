@@ -181,7 +181,7 @@ def test_the_places_of_an_image_are_those_of_a_vision_transformer_without_its_fi
     samples = Samples(images, "token", skip_first=1)
     guide = Samples(images, "token", skip_first=1, like=samples)
     pairs = [("t", "g")]
-    samples.check_aligned(pairs, {"t": samples.layer("t", tokens)}, guide, {"g": guide.layer("g", places)})
+    samples.check_aligned(pairs, {"t": samples.layers("t", tokens)}, guide, {"g": guide.layers("g", places)})
 
 
 def test_some_position_has_to_be_left() -> None:

@@ -36,7 +36,8 @@ def test_both_forms_and_the_product_are_of_the_same_centred_scaled_features(dtyp
         torch.testing.assert_close(dual(x, parts, dtype).values.double(), expected, rtol=0, atol=close)
         if offset < 50:  # beyond, it is left to the others
             product = halves_of(x, parts) @ halves_of(x, parts).mT
-            torch.testing.assert_close(from_product(product, dtype).values.double(), expected, rtol=0, atol=10 * close)
+            made = from_product(product, dtype, parts)
+            torch.testing.assert_close(made.values.double(), expected, rtol=0, atol=10 * close)
 
 
 def test_masked_features_have_one_more_for_each_position_in_each_part() -> None:
