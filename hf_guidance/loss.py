@@ -53,6 +53,8 @@ class Watched:
         similarities: Measure → pair → similarity, detached. The measure trained on comes first.
         why_unguided: Why there is no loss although guidance has a weight, and what to do about it.
         skipped_pairs: Number of pairs left out because LayerDrop skipped their target layer.
+        rows: Number of rows that are compared by themselves (`sample_axis="within"`), else 1: the weight of this loss
+            in a mean over micro-batches and processes.
     """
 
     inputs: dict[str, Any]
@@ -61,6 +63,7 @@ class Watched:
     similarities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     why_unguided: str = ""
     skipped_pairs: int = 0
+    rows: int = 1
 
     def total(self, task_loss: Tensor) -> Tensor:
         """Return the loss to train on: the weighted sum of the task loss and the guidance loss.
@@ -197,6 +200,12 @@ class GuidanceLoss:
         with self.target_reader.reading(not_recomputed(samples.layers)) as layers:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
+
+    def rows_to_compare(self, batch: Batch, *, step: int, micro_step: int, rank: int = 0) -> int:
+        """Count the rows of a batch that `watch` will compare by themselves with `sample_axis="within"`."""
+        seen = with_decoder_inputs(batch, self.target)
+        rows = self._rows_of(seen, step, micro_step, rank)
+        return self.samples_of(seen, step=step, micro_step=micro_step, rank=rank, rows=rows).count
 
     def _rows_of(self, batch: Batch, *place: int) -> Tensor | None:
         if self.config.guide_rows is None:
@@ -364,6 +373,7 @@ class GuidanceLoss:
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
         watched.loss, values = guidance_loss_of_groups(pairs, trained_on, targets, guides, mean=mean, scale=scale)
         watched.similarities[trained_on.name] = values
+        watched.rows = samples.count if self.config.sample_axis == "within" else 1
         for measure in logged if log else ():
             if n >= measure.min_samples:
                 with torch.no_grad():

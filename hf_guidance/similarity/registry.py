@@ -19,6 +19,7 @@ from hf_guidance.similarity.pair_loss import compare_pairs, with_slopes
 from hf_guidance.similarity.regression import Ridge
 from hf_guidance.similarity.rotation import Rotation
 
+RIDGE_BELOW = 0.8  # largest d / n at which a target layer stays features for ridge, whose dual form inverts n × n
 ALL_INVARIANCES = frozenset({"orthogonal", "isotropic_scaling", "translation", "permutation"})
 
 
@@ -78,7 +79,7 @@ def _cosine(name: str, min_samples: int, *, debiased: bool = False, kernel: Any 
 
 def _ridge(name: str, penalty: float, leave_one_out: bool = False) -> Measure:
     method = Ridge(penalty, leave_one_out)
-    return Measure(name, 3, method.prepare, lambda layer: layer, method.compare, guide_below=1)
+    return Measure(name, 3, method.prepare, lambda layer: layer, method.compare, RIDGE_BELOW, guide_below=1)
 
 
 def _rotation() -> Measure:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -60,6 +61,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
         self._in_window = 0  # number of its micro-batches that have been trained on
+        self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
         self.add_callback(self._finite)
         if guide is None:
             return
@@ -141,7 +143,18 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""
         found = super().get_batch_samples(*args, **kwargs)
         self._batches, self._window, self._in_window = found[0], None, 0  # so that only one window is in memory
+        self._rows = self._rows_of_step() if self.guide is not None and self.guidance.sample_axis == "within" else None
         return found
+
+    def _rows_of_step(self) -> float | None:
+        """Return the mean number of rows that a micro-batch of this step compares by themselves, over all processes."""
+        step, rank = self.state.global_step, self.accelerator.process_index
+        if not self._schedule()(step).guidance:
+            return None
+        place = {"step": step, "rank": rank}
+        rows = [self.guidance_loss.rows_to_compare(b, micro_step=i, **place) for i, b in enumerate(self._batches)]
+        mean = torch.tensor(sum(rows) / max(1, len(rows)), device=self.accelerator.device)
+        return float(self.accelerator.reduce(mean, reduction="mean"))
 
     def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Tensor | int | None) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
@@ -159,11 +172,13 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             if watched.weights.guidance:
                 sums.add("guidance/skipped_batches", 1.0, 0)
             return watched.total(task_loss)
-        sums.add("guidance/loss", watched.loss.detach())
+        sums.add("guidance/loss", watched.loss.detach() * watched.rows, watched.rows)
         for measure, similarities in watched.similarities.items():
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
-                sums.add(f"guidance/{group}/{pair}", value)
+                sums.add(f"guidance/{group}/{pair}", value * watched.rows, watched.rows)
+        if self._rows is not None:
+            watched.loss = watched.loss * (watched.rows / self._rows)
         if task_is_scaled:  # then Trainer does not divide by the accumulation steps
             watched.loss = watched.loss / steps
         return watched.total(task_loss)

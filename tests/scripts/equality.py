@@ -44,6 +44,13 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sequences of other lengths on each rank": ({}, {"ragged": True}),
     "the same, tokens": ({}, {"ragged": True, "sample_axis": "token", "max_tokens": 12}),
     "ridge": ({}, {"measure": "ridge"}),
+    "a guide on 3 of the rows": ({}, {"guide_rows": 3}),  # in some steps a process has none of them
+    "the same, sequences of other lengths": ({}, {"guide_rows": 5, "ragged": True}),
+    "within each row, ragged": ({"similarity_batch": "local"}, {"sample_axis": "within", "ragged": True}),
+    "within each row, ragged, accumulation": (
+        {"similarity_batch": "local", "gradient_accumulation_steps": 2, "batch": BATCH // 4},
+        {"sample_axis": "within", "ragged": True},
+    ),
     "sketch of 64": ({}, {"sketch": 64}),
     "batch norm, synchronised": ({}, {"norm": True}),
     "a last batch of 5 rows, 4 and 1": ({}, {"rows": BATCH * STEPS - 3, **UNEVEN}),
