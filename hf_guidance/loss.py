@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
+from hf_guidance.features.choices import choose_rows
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
-from hf_guidance.features.rows import Batch, choose_rows, is_packed
+from hf_guidance.features.rows import Batch, is_packed
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, check_types, freeze
@@ -188,7 +189,7 @@ class GuidanceLoss:
         too_few = samples.count < {"sequence": needed, "token": 0, "within": 1}[config.sample_axis]
         if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
             watched.why_unguided = samples.why_too_few(measure, needed, samples.count, is_packed(seen))
-        elif config.guide_input == "shuffled" and samples.batch_size < 2:
+        elif config.guide_input == "shuffled" and min(samples.rows_in_batch, samples.batch_size) < 2:
             watched.why_unguided = (
                 "guide_input='shuffled' exchanges the rows of a batch, but this batch has only one row"
             )

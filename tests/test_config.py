@@ -216,6 +216,19 @@ BAD = [
         {"guide_rows": 8, "similarity_batch": "global", "guide_input": "shuffled"},
         "a process may have a single one of the guide_rows: leave guide_rows out",
     ),
+    *(
+        ({"sample_axis": "within", **own}, rf"sample_axis='within' compares each row by itself, .* takes no {name}")
+        for own, name in (
+            ({"sketch": 64}, "sketch=64"),
+            ({"similarity_batch": "global"}, "similarity_batch='global'"),
+            ({"similarity_batch": "accumulated"}, "similarity_batch='accumulated'"),
+        )
+    ),
+    (
+        {"sample_axis": "within", "cache_guide": "features", "sample_id_column": "id", "sketch": 64},
+        "it takes no sketch=64: leave sketch out",
+    ),
+    ({"sample_axis": "within", "max_tokens": 3}, "max_tokens is 3; it must be at least 4"),
     ({"skip_first_positions": -1}, "skip_first_positions is -1; it must be at least 0"),
     ({"max_tokens": 2, "measure": "ridge"}, "max_tokens is 2; it must be at least 3"),
     ({"max_tokens": 3, "measure": "debiased_cka"}, "max_tokens is 3; it must be at least 4"),

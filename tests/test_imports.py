@@ -131,7 +131,7 @@ def test_without_what_only_recipes_need_one_can_still_train(tmp_path: Path) -> N
     assert "RESULT" in done.stdout, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.split("RESULT")[1])
     assert result["guide"] == "RNNModel"
-    assert 0 < result["log"]["guidance/loss"] < 1
+    assert 0 < result["log"]["guidance/loss"] < 2
 
 
 # what four modules of the flat package had, before they became rooms

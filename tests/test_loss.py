@@ -22,13 +22,27 @@ from builders import (
     hidden_states,
     linear,
     llama,
+    llama_config,
     module_outputs,
     seeded,
     t5,
     token_batch,
 )
 from torch import Tensor, nn
-from transformers import BartConfig, BartModel, BertConfig, BertModel, MambaConfig, MambaModel, T5EncoderModel
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    DataCollatorWithFlattening,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaModel,
+    T5EncoderModel,
+)
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.loss import Watched
@@ -711,3 +725,97 @@ def test_within_each_row_its_positions_are_compared(measure: str, lengths: list[
     torch.testing.assert_close(watched.loss, expected, rtol=1e-4, atol=1e-5)
     for got, wanted in zip(gradients(target, watched.loss), gradients(target, expected), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def documents(lengths: list[int]) -> list[dict[str, list[int]]]:
+    ids = torch.randint(VOCABULARY, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(4))
+    return [{"input_ids": row[:n].tolist(), "labels": row[:n].tolist()} for row, n in zip(ids, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("axis", ["sequence", "token", "within"])
+@pytest.mark.parametrize("settings", [{}, {"max_tokens": 5}, {"skip_first_positions": 1}], ids=str)
+def test_packed_and_padded_documents_give_the_same_loss(axis: str, settings: dict[str, Any]) -> None:
+    rows = documents([6, 5, 3, 6, 4, 9, 5, 8])
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    padded = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
+    packed = DataCollatorWithFlattening()(rows)
+    target, guide = seeded(lambda: LlamaForCausalLM(llama_config(layers=2)), 0), llama()
+    target.config.use_cache = False  # as Trainer does; else transformers takes the documents for one
+    found = []
+    for batch in (padded, packed):
+        watched, _ = watch(target, guide, dict(batch), sample_axis=axis, measure="debiased_cka", **settings)
+        found.append((watched.loss.item(), gradients(target, watched.loss)))
+    (loss, slopes), (packed_loss, packed_slopes) = found
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    for got, wanted in zip(packed_slopes, slopes, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_within_rows_no_tensor_grows_with_the_square_of_the_batch(ragged: bool) -> None:
+    target, guide = gpt2(), llama()
+
+    def largest(rows: int) -> int:
+        sizes = [0]
+
+        class Watching(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                found = function(*args, **(kwargs or {}))
+                sizes.extend(t.numel() for t in pytree.tree_leaves(found) if isinstance(t, Tensor))
+                return found
+
+        batch = token_batch(rows)
+        lengths = torch.arange(rows) % 3 + 4 if ragged else torch.full((rows,), LENGTH)
+        batch["attention_mask"] = (torch.arange(LENGTH) < lengths[:, None]).long()
+        guidance = GuidanceLoss(target, guide, GuidanceConfig(sample_axis="within"))
+        with guidance.watch(batch) as watched:
+            target(**watched.inputs)
+        with Watching():
+            gradients(target, watched.loss)
+        with Watching(), guidance.watch(batch) as watched:
+            target(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        guidance.close()
+        return max(sizes)
+
+    assert largest(128) <= 2 * largest(64)
+
+
+def test_rows_with_too_few_positions_are_left_out_and_a_batch_of_such_rows_is_not_guided() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch(3)
+    batch["attention_mask"] = (torch.arange(LENGTH) < torch.tensor([6, 3, 5])[:, None]).long()
+    watched, _ = watch(target, guide, batch, sample_axis="within", measure="debiased_cka")
+    assert watched.rows == 2
+    two = {name: value[[0, 2]] for name, value in batch.items()}
+    alone, _ = watch(target, guide, two, sample_axis="within", measure="debiased_cka")
+    torch.testing.assert_close(watched.loss, alone.loss)
+    short = batch | {"attention_mask": (torch.arange(LENGTH) < torch.tensor([3, 2, 1])[:, None]).long()}
+    unguided, _ = watch(target, guide, short, sample_axis="within", measure="debiased_cka")
+    assert unguided.loss is None
+    assert "debiased_cka needs at least 4 valid positions in a row" in unguided.why_unguided
+
+
+def test_within_rows_both_layers_need_the_same_positions_and_the_error_names_both_numbers() -> None:
+    target, guide, batch = gpt2(), llama(), token_batch()
+    batch["guide_input_ids"] = batch["input_ids"][:, :5]
+    with pytest.raises(ValueError, match=r"gives 6 samples \(6 positions a row\) and the guide layer 5 \(5\)"):
+        watch(target, guide, batch, sample_axis="within", guide_shares_tokenizer=True)
+    with pytest.raises(ValueError, match=r"layer 'classifier' gave shape \(8, 3\), which has no positions"):
+        watch(Pooling(), guide, token_batch(), sample_axis="within", target_layers=["classifier"])
+
+
+class Pooling(nn.Module):
+    """A classifier of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.classifier = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.classifier(self.embed(input_ids).mean(1))
+
+
+def test_within_rows_a_network_is_like_its_own_copy_on_whatever_positions_are_chosen() -> None:
+    batch = token_batch()
+    watched, _ = watch(gpt2(), gpt2(), batch, sample_axis="within", max_tokens=4, measure="linear_cka")
+    assert watched.loss.item() == pytest.approx(0, abs=1e-5)

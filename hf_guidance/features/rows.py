@@ -1,4 +1,4 @@
-"""Rows of a batch: their content and valid positions, and the choice of the rows and tokens to compare."""
+"""Rows of a batch: their content, their valid positions, and the features of those that are compared."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hf_guidance.features.distributed import Ranks
-
-INT64_MAX = torch.iinfo(torch.int64).max
 Column: TypeAlias = Tensor | Sequence[str] | Sequence[int] | Sequence[float] | str | int | float | bool | None
 Batch: TypeAlias = Mapping[str, Column]  # as a collator makes it; only tensors are computed with
 
@@ -60,127 +57,6 @@ def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return masks
 
 
-def hashes_of_rows(content: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute a hash of each row, `(batch,)`, that depends neither on padding nor on the order of the rows.
-
-    Args:
-        content: Content of the rows, `(batch, …)`.
-        mask: Its valid positions `(batch, length)`, if they are told apart.
-    """
-    if mask is None or content.shape[:2] != mask.shape:
-        return hashes_of(content)
-    valid = over(first_valid(mask), content)
-    order = in_front(mask)
-    return hashes_of(content if order is None else content.take_along_dim(over(order, content), dim=1), valid)
-
-
-def choose_rows(batch: Batch, count: int, seed: int, ranks: Ranks | None = None) -> Tensor | None:
-    """Choose rows of a batch by a hash of their content and a seed, so that their order does not change the choice.
-
-    Args:
-        batch: Inputs of a network.
-        count: Number of rows, all ranks together.
-        seed: Seed of the choice.
-        ranks: Processes whose batches are taken as one; None for this process alone.
-
-    Returns:
-        Indices of the chosen rows of this process in ascending order, `(k,)`; None if the batch has no more than that.
-
-    Raises:
-        ValueError: If a column has no entry for each row.
-    """
-    lengths = {name: len(value) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            "guide_rows runs the guide on some rows, so each column needs one entry for each row, but their lengths "
-            f"are {lengths}: leave guide_rows out."
-        )
-    content = content_of(batch)
-    mask = masks_of(tensors_of(batch)).get("encoder")
-    scores = mix(hashes_of_rows(content, mask) + seed) & INT64_MAX
-    sizes, first = [len(scores)], 0
-    if ranks is not None:
-        sizes = [row[0] for row in ranks.numbers(sizes, scores.device)]
-        first = sum(sizes[: ranks.rank])
-        scores = ranks.gather(scores, sizes)
-    if len(scores) <= count:
-        return None
-    chosen = scores.argsort(stable=True)[:count].sort().values - first
-    return chosen[(chosen >= 0) & (chosen < len(content))]
-
-
-def choose_tokens(
-    valid: Tensor, hashes: Tensor, count: int, seed: int, ranks: Ranks | None = None
-) -> tuple[Tensor, Tensor]:
-    """Choose tokens by a hash of row content, position and seed, so that row order does not change the choice.
-
-    Args:
-        valid: Positions to choose from, `(batch, length)`.
-        hashes: Hash of each row, `(batch,)`.
-        count: Largest number of tokens, all ranks together.
-        seed: Seed of the choice.
-        ranks: Processes whose batches are taken as one; None for this process alone.
-
-    Returns:
-        Rows and positions of the chosen tokens of this process.
-    """
-    total = int(valid.sum())
-    if ranks is not None:
-        total = sum(row[0] for row in ranks.numbers([total], hashes.device))
-    if total <= count:
-        rows, positions = valid.nonzero(as_tuple=True)
-        return rows, positions
-    score = _scores(valid, hashes, seed)
-    if ranks is not None:
-        scores = torch.cat([score.flatten(), score.new_full((count + 1,), INT64_MAX)])
-        rows, positions = _below_the_last(score, ranks.smallest(scores, count + 1)).nonzero(as_tuple=True)
-        return rows, positions
-    smallest, chosen = score.flatten().topk(count + 1, largest=False)
-    chosen = chosen[_below_the_last(smallest, smallest)]
-    return chosen // valid.shape[1], chosen % valid.shape[1]
-
-
-def choose_within_rows(valid: Tensor, hashes: Tensor, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Choose up to `count` positions of each row, as `choose_tokens` does, and group the rows by their number.
-
-    Args:
-        valid: Positions to choose from, `(batch, length)`, in front of each row.
-        hashes: Hash of each row, `(batch,)`.
-        count: Largest number of positions of a row.
-        seed: Seed of the choice.
-
-    Returns:
-        Groups of rows `(r,)` with positions `(r, n)`, from few positions to many.
-    """
-    numbers = valid.sum(1)
-    groups = []
-    for n in numbers.clamp(max=count).unique().tolist():
-        rows = (numbers.clamp(max=count) == n).nonzero().flatten()
-        if n < count or valid.shape[1] <= count:
-            positions = torch.arange(n, device=valid.device).expand(len(rows), n)
-        else:
-            scores = _scores(valid[rows], hashes[rows], seed)
-            positions = scores.topk(n, dim=1, largest=False).indices.sort(1).values
-        groups.append((rows, positions))
-    return groups
-
-
-def _scores(valid: Tensor, hashes: Tensor, seed: int) -> Tensor:
-    positions = torch.arange(valid.shape[1], device=valid.device)
-    score = mix(hashes[:, None] + mix(positions + 1)[None, :] + seed) & INT64_MAX
-    return torch.where(valid, score, INT64_MAX)
-
-
-def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
-    """Select the scores below the last of the smallest ones; if there are none, those equal to it.
-
-    Equal rows have equal scores. They are taken or left together, so that the choice does not depend on how rows are
-    split over batches.
-    """
-    last = smallest[-1]
-    return torch.where(smallest[0] < last, score < last, score <= last)
-
-
 def documents_of(batch: Batch) -> list[slice]:
     """Return the positions of each document in a packed batch: one row, in which position ids restart.
 
@@ -215,14 +91,6 @@ def take_rows(batch: Batch, rows: Tensor) -> dict[str, Column]:
     return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 
 
-def mix(value: Tensor) -> Tensor:
-    """Hash int64 values to all 64 bits. Products wrap around."""
-    for factor in (-7046029254386353131, -4658895280553007687):
-        value = value ^ (value >> 29)
-        value *= factor
-    return value ^ (value >> 32)
-
-
 def first_valid(mask: Tensor) -> Tensor:
     """Return `(batch, length)`: true at as many first positions of each row as the mask has valid ones."""
     return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
@@ -240,16 +108,134 @@ def over(mask: Tensor, features: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (features.ndim - 2))
 
 
-def hashes_of(content: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Compute a hash of each row's content, `(batch,)`, that does not depend on padding.
+class ComparedRows:
+    """Rows of a batch that are compared, and a layer's features of them, with the valid positions in front.
 
     Args:
-        content: Rows `(batch, …)`.
-        valid: Which entries count, spread over the content; None for all.
+        batch: Inputs of the network. `attention_mask` `(batch, length)` tells the valid positions. Those of a decoder
+            come from `decoder_attention_mask`, else from the labels that are not −100. A document of a packed row is a
+            row.
+        axis: As of `Samples`.
+        rows: Indices of the rows that are compared; None for all.
+        skip_first: Number of valid positions at the beginning of each row that are left out.
+        least: For `within`, fewest positions of a row that is compared.
+        kept: For `within`, the rows that the other network has enough positions in; None if they are to be found.
+
+    Attributes:
+        rows_in_batch: Number of rows that the network sees.
+        content: Content of the compared rows.
+        masks: Their valid positions, `encoder` and `decoder` → `(rows, length)`.
+        positions: Layer → number of its positions or whose mask they have; equal in a pair.
     """
-    content = content if not content.is_floating_point() else content.float().view(torch.int32)
-    if valid is not None:
-        content = torch.where(valid, content, -1)
-    content = content.flatten(1).long()
-    places = mix(torch.arange(content.shape[1], device=content.device) + 1)
-    return torch.where(content == -1, 0, mix(content + places)).sum(1)
+
+    def __init__(
+        self, batch: Batch, axis: str, rows: Tensor | None, skip_first: int, least: int, kept: Tensor | None
+    ) -> None:
+        self.axis, self.rows, self.skip_first, self.least = axis, rows, skip_first, least
+        self.content, self.masks, self.documents = content_of(batch), masks_of(tensors_of(batch)), documents_of(batch)
+        self.rows_in_batch = len(self.content)
+        if self.documents:
+            lengths = torch.tensor([place.stop - place.start for place in self.documents])
+            self.content = unpacked(self.documents, self.content)
+            self.masks = {"encoder": (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.content.device)}
+        elif rows is not None:
+            self._take(rows)
+        self.kept = self._with_positions() if kept is None and axis == "within" and self.masks else kept
+        if self.kept is not None:
+            self._take(self.kept)
+        self.positions: dict[str, int | str] = {}
+        self._orders: dict[str, Tensor | None] = {}
+
+    def prepared(self, name: str, features: Tensor) -> tuple[Tensor, str | None]:
+        """Return the compared rows of a layer's output, their valid positions in front, and the kind of their mask.
+
+        Args:
+            name: Name of the layer.
+            features: Output of the layer, `(batch, …)`.
+
+        Raises:
+            ValueError: If the first axis of the output is not the batch, its length is not that of the mask, or it has
+                too few positions.
+        """
+        if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[0] != self.rows_in_batch:
+            got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"layer {name!r} gave {got}; expected a tensor with the batch's {self.rows_in_batch} samples on its "
+                "first axis. Guide and target see the same rows; choose another layer if this one is not batch-first."
+            )
+        if self.documents:
+            if features.ndim < 3 or features.shape[1] != self.documents[-1].stop:
+                raise ValueError(
+                    f"layer {name!r} gave shape {tuple(features.shape)}, but the batch is one row of "
+                    f"{len(self.documents)} documents: choose a layer with one position per token, or pad the rows."
+                )
+            features = unpacked(self.documents, features)
+        for rows in (self.rows, self.kept):
+            if rows is not None:
+                features = features[rows.to(features.device)]
+        by_position = self.axis != "sequence"
+        is_map = by_position and features.ndim == 4  # (batch, channels, h, w): a position is a place in the image
+        if is_map:
+            features = features.flatten(2).transpose(1, 2)
+        if by_position and features.ndim < 3:
+            raise ValueError(
+                f"layer {name!r} gave shape {tuple(features.shape)}, which has no positions; sample_axis="
+                f"{self.axis!r} needs (batch, length, d). Use sample_axis='sequence' or another layer."
+            )
+        kind = self._kind_of_mask(name, features)
+        if kind is not None:
+            features = self._aligned(features, kind)
+        if self.skip_first and features.ndim == 3 and not is_map:
+            features = self._without_first(name, features)
+        if by_position:
+            self.positions[name] = features.shape[1] if kind is None else f"the {kind}'s"
+        if self.axis == "within" and kind is None and features.shape[1] < self.least:
+            raise ValueError(
+                f"layer {name!r} has {features.shape[1]} positions in a row, and the measure needs {self.least}: use "
+                "another layer or sample_axis='sequence'."
+            )
+        return features, kind
+
+    def valid(self, kind: str) -> Tensor:
+        """Return which positions count, `(batch, length)`, once valid ones are in front and the first are left out."""
+        return first_valid(self.masks[kind])[:, self.skip_first :]
+
+    def _kind_of_mask(self, name: str, features: Tensor) -> str | None:
+        """Return which mask describes the positions of a layer; None if it has no positions or there is no mask."""
+        if not self.masks or features.ndim < 3:
+            return None
+        fitting = [kind for kind, mask in self.masks.items() if mask.shape[1] == features.shape[1]]
+        if not fitting:
+            lengths = ", ".join(f"{kind} {mask.shape[1]}" for kind, mask in self.masks.items())
+            raise ValueError(
+                f"layer {name!r} has {features.shape[1]} positions, but the mask has another number ({lengths}), so "
+                "padding cannot be told apart: choose a layer with one position per token."
+            )
+        is_encoder = {"encoder", "encoder_hidden_states"} & set(name.split("."))
+        side = "encoder" if is_encoder else "decoder"
+        return side if side in fitting else fitting[0]
+
+    def _take(self, rows: Tensor) -> None:
+        self.content = self.content[rows.to(self.content.device)]
+        self.masks = {kind: mask[rows.to(mask.device)] for kind, mask in self.masks.items()}
+
+    def _with_positions(self) -> Tensor | None:
+        """Return the rows with enough valid positions; None for all."""
+        numbers = torch.stack([mask.sum(1) for mask in self.masks.values()]).amin(0) - self.skip_first
+        kept = (numbers >= self.least).nonzero().flatten()
+        return None if len(kept) == len(numbers) else kept
+
+    def _aligned(self, features: Tensor, kind: str) -> Tensor:
+        """Move each row's valid positions to its front, in their order."""
+        if kind not in self._orders:
+            self._orders[kind] = in_front(self.masks[kind])
+        order = self._orders[kind]
+        return features if order is None else features.take_along_dim(over(order.to(features.device), features), dim=1)
+
+    def _without_first(self, name: str, features: Tensor) -> Tensor:
+        if features.shape[1] <= self.skip_first:
+            raise ValueError(
+                f"skip_first_positions is {self.skip_first}, but layer {name!r} has {features.shape[1]} positions: "
+                "lower it, so that some are left."
+            )
+        return features[:, self.skip_first :]

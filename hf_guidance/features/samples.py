@@ -8,22 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hf_guidance.features.choices import choose_tokens, choose_within_rows, hashes_of_rows
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import (
-    Batch,
-    choose_tokens,
-    choose_within_rows,
-    content_of,
-    documents_of,
-    first_valid,
-    hashes_of_rows,
-    in_front,
-    masks_of,
-    over,
-    tensors_of,
-    unpacked,
-)
+from hf_guidance.features.rows import Batch, ComparedRows
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, flat, layer_of
 from hf_guidance.similarity.pair_loss import Groups
@@ -33,7 +21,7 @@ Tokens = tuple[Tensor, Tensor, list[int]]  # rows, positions, and the number of 
 Choice = list[tuple[Tensor, Tensor]]  # rows and positions, of rows with equally many positions
 
 
-class Samples:
+class Samples(ComparedRows):
     """Samples of one batch, over which the outputs of a network's layers are compared.
 
     Args:
@@ -75,29 +63,14 @@ class Samples:
         sketch: Sketch | None = None,
         primal_below: float = PRIMAL_BELOW,
     ) -> None:
-        self.axis, self.max_tokens, self.seed, self.skip_first, self.like = axis, max_tokens, seed, skip_first, like
-        self.rows, self._of, self._documents = rows, len(content_of(batch)), documents_of(batch)
-        self.content, self.masks = content_of(batch), masks_of(tensors_of(batch))
-        if self._documents:
-            lengths = torch.tensor([place.stop - place.start for place in self._documents])
-            self.content = unpacked(self._documents, self.content)
-            self.masks = {"encoder": (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.content.device)}
-        elif rows is not None:
-            self._take(rows)
-        self.kept: Tensor | None = None  # for `within`, the rows with enough positions
-        if axis == "within" and self.masks:
-            self.kept = self._with_positions(least) if like is None else like.kept
-        if self.kept is not None:
-            self._take(self.kept)
+        super().__init__(batch, axis, rows, skip_first, least, None if like is None else like.kept)
+        self.max_tokens, self.seed, self.like = max_tokens, seed, like
         self.batch_size = len(self.content)
         self.ranks, self.sketch, self.primal_below = ranks, sketch, primal_below
         self.counts, self.lengths = self._across_ranks()
         self.count = sum(self.counts)
-        self.positions: dict[str, int | str] = {}  # mask or number of positions of a layer's tokens; equal in a pair
-        self._orders: dict[str, Tensor | None] = {}
         self._chosen: dict[str | int, Tokens] = {}  # by kind of mask, or number of positions without one
         self._groups: dict[str | int, Choice] = {}
-        self._least = least
         if like is not None and axis != "sequence":
             self._check_same_tokens(like)
 
@@ -112,7 +85,7 @@ class Samples:
         """
         if self.axis != "within":
             return (self.layer(name, features, parts),)
-        features, kind = self._prepared(name, features)
+        features, kind = self.prepared(name, features)
         groups = self._grouped(features, kind)
         index = torch.cat([(rows[:, None] * features.shape[1] + positions).flatten() for rows, positions in groups])
         tokens = features.flatten(0, 1).flatten(1)[index.to(features.device)]
@@ -134,14 +107,14 @@ class Samples:
             ValueError: If the first axis of the output is not the batch, or its length is not that of the mask.
         """
         given, counts = features, self.counts
-        features, kind = self._prepared(name, features)
+        features, kind = self.prepared(name, features)
         precision = features.dtype
         mask, length, sketch = None, None, None
         if self.axis == "token":
             rows, positions, counts = self._tokens(name, features, kind)
             features = features[rows, positions]
         elif kind is not None:
-            mask, length = self._valid(kind).to(features.device), self.lengths[kind] - self.skip_first
+            mask, length = self.valid(kind).to(features.device), self.lengths[kind] - self.skip_first
         if self.sketch and parts == 1:
             sketch = partial(self.sketch, name)
             if mask is None:
@@ -221,93 +194,6 @@ class Samples:
         longest = {kind: max(row[2 + i] for row in every) for i, kind in enumerate(lengths)}
         return [row[0] for row in every], longest
 
-    # ---------------------------------------------------------------------------------------------------- padding
-
-    def _kind_of_mask(self, name: str, features: Tensor) -> str | None:
-        """Return which mask describes the positions of a layer; None if it has no positions or there is no mask."""
-        if not self.masks or features.ndim < 3:
-            return None
-        fitting = [kind for kind, mask in self.masks.items() if mask.shape[1] == features.shape[1]]
-        if not fitting:
-            lengths = ", ".join(f"{kind} {mask.shape[1]}" for kind, mask in self.masks.items())
-            raise ValueError(
-                f"layer {name!r} has {features.shape[1]} positions, but the mask has another number ({lengths}), so "
-                "padding cannot be told apart: choose a layer with one position per token."
-            )
-        is_encoder = {"encoder", "encoder_hidden_states"} & set(name.split("."))
-        side = "encoder" if is_encoder else "decoder"
-        return side if side in fitting else fitting[0]
-
-    def _prepared(self, name: str, features: Tensor) -> tuple[Tensor, str | None]:
-        """Return the compared rows of a layer's output, their valid positions in front, and the kind of their mask."""
-        if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[0] != self._of:
-            got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
-                f"layer {name!r} gave {got}; expected a tensor with the batch's {self._of} samples on its "
-                "first axis. Guide and target see the same rows; choose another layer if this one is not batch-first."
-            )
-        if self._documents:
-            if features.ndim < 3 or features.shape[1] != self._documents[-1].stop:
-                raise ValueError(
-                    f"layer {name!r} gave shape {tuple(features.shape)}, but the batch is one row of "
-                    f"{len(self._documents)} documents: choose a layer with one position per token, or pad the rows."
-                )
-            features = unpacked(self._documents, features)
-        for rows in (self.rows, self.kept):
-            if rows is not None:
-                features = features[rows.to(features.device)]
-        by_position = self.axis != "sequence"
-        is_map = by_position and features.ndim == 4  # (batch, channels, h, w): a position is a place in the image
-        if is_map:
-            features = features.flatten(2).transpose(1, 2)
-        if by_position and features.ndim < 3:
-            raise ValueError(
-                f"layer {name!r} gave shape {tuple(features.shape)}, which has no positions; sample_axis="
-                f"{self.axis!r} needs (batch, length, d). Use sample_axis='sequence' or another layer."
-            )
-        kind = self._kind_of_mask(name, features)
-        if kind is not None:
-            features = self._aligned(features, kind)
-        if self.skip_first and features.ndim == 3 and not is_map:
-            features = self._without_first(name, features)
-        if by_position:
-            self.positions[name] = features.shape[1] if kind is None else f"the {kind}'s"
-        if self.axis == "within" and kind is None and features.shape[1] < self._least:
-            raise ValueError(
-                f"layer {name!r} has {features.shape[1]} positions in a row, and the measure needs {self._least}: use "
-                "another layer or sample_axis='sequence'."
-            )
-        return features, kind
-
-    def _take(self, rows: Tensor) -> None:
-        self.content = self.content[rows.to(self.content.device)]
-        self.masks = {kind: mask[rows.to(mask.device)] for kind, mask in self.masks.items()}
-
-    def _with_positions(self, least: int) -> Tensor | None:
-        """Return the rows with enough valid positions; None for all."""
-        numbers = torch.stack([mask.sum(1) for mask in self.masks.values()]).amin(0) - self.skip_first
-        kept = (numbers >= least).nonzero().flatten()
-        return None if len(kept) == len(numbers) else kept
-
-    def _aligned(self, features: Tensor, kind: str) -> Tensor:
-        """Move each row's valid positions to its front, in their order."""
-        if kind not in self._orders:
-            self._orders[kind] = in_front(self.masks[kind])
-        order = self._orders[kind]
-        return features if order is None else features.take_along_dim(over(order.to(features.device), features), dim=1)
-
-    def _valid(self, kind: str) -> Tensor:
-        """Return which positions count, `(batch, length)`, once valid ones are in front and the first are left out."""
-        return first_valid(self.masks[kind])[:, self.skip_first :]
-
-    def _without_first(self, name: str, features: Tensor) -> Tensor:
-        if features.shape[1] <= self.skip_first:
-            raise ValueError(
-                f"skip_first_positions is {self.skip_first}, but layer {name!r} has {features.shape[1]} positions: "
-                "lower it, so that some are left."
-            )
-        return features[:, self.skip_first :]
-
     # ----------------------------------------------------------------------------------------------------- tokens
 
     def _check_same_tokens(self, like: Samples) -> None:
@@ -347,4 +233,4 @@ class Samples:
         """Return the valid positions, and the rows' hashes, by the mask of the content whichever the layer's is."""
         everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=self.content.device)
         hashes = hashes_of_rows(self.content, self.masks.get("encoder"))
-        return everywhere if kind is None else self._valid(kind), hashes
+        return everywhere if kind is None else self.valid(kind), hashes

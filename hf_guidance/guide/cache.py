@@ -18,7 +18,8 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from hf_guidance.config import Json
-from hf_guidance.features.rows import Batch, content_of, mix
+from hf_guidance.features.choices import mix
+from hf_guidance.features.rows import Batch, content_of
 
 logger = logging.getLogger(__name__)
 

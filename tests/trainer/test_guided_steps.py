@@ -33,10 +33,17 @@ def listed_rows() -> list[dict[str, list[int]]]:
     return [{name: value.tolist() for name, value in row.items()} for row in token_rows()]
 
 
-def test_packed_batches_on_the_sequence_axis_warn_at_once_and_end_in_an_error_that_keeps_the_weights(
+def flattened_without_positions(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """A packed row whose documents only `cu_seq_lens_q` tells."""
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+    del packed["position_ids"]
+    return packed
+
+
+def test_packed_batches_without_positions_warn_at_once_and_end_in_an_error_that_keeps_the_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    packing = {"data_collator": DataCollatorWithFlattening(), "train_dataset": listed_rows()}
+    packing = {"data_collator": flattened_without_positions, "train_dataset": listed_rows()}
     trainer = make_trainer(tmp_path, gpt2(), llama(), **packing)
     with (
         caplog.at_level(logging.WARNING, "hf_guidance"),
@@ -51,9 +58,10 @@ def test_packed_batches_on_the_sequence_axis_warn_at_once_and_end_in_an_error_th
     assert all(torch.equal(value, now[name]) for name, value in kept.items())
 
 
-def test_packed_batches_on_the_token_axis_are_guided(tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", ["sequence", "token", "within"])
+def test_packed_batches_are_guided(tmp_path: Path, axis: str) -> None:
     packing = {"data_collator": DataCollatorWithFlattening(), "train_dataset": listed_rows()}
-    logs = trained(make_trainer(tmp_path, gpt2(), llama(), sample_axis="token", **packing))[1]
+    logs = trained(make_trainer(tmp_path, gpt2(), llama(), sample_axis=axis, **packing))[1]
     assert all(log["guidance/weight"] == 1 and log["guidance/loss"] > 0 for log in logs)
 
 

@@ -1,0 +1,155 @@
+"""Choice of the rows and positions to compare, by a hash of content and a seed: order and padding do not matter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.rows import Batch, content_of, first_valid, in_front, masks_of, over, tensors_of
+
+INT64_MAX = torch.iinfo(torch.int64).max
+
+
+def choose_rows(batch: Batch, count: int, seed: int, ranks: Ranks | None = None) -> Tensor | None:
+    """Choose rows of a batch by a hash of their content and a seed, so that their order does not change the choice.
+
+    Args:
+        batch: Inputs of a network.
+        count: Number of rows, all ranks together.
+        seed: Seed of the choice.
+        ranks: Processes whose batches are taken as one; None for this process alone.
+
+    Returns:
+        Indices of the chosen rows of this process in ascending order, `(k,)`; None if the batch has no more than that.
+
+    Raises:
+        ValueError: If a column has no entry for each row.
+    """
+    lengths = {name: len(value) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            "guide_rows runs the guide on some rows, so each column needs one entry for each row, but their lengths "
+            f"are {lengths}: leave guide_rows out."
+        )
+    content = content_of(batch)
+    mask = masks_of(tensors_of(batch)).get("encoder")
+    scores = mix(hashes_of_rows(content, mask) + seed) & INT64_MAX
+    sizes, first = [len(scores)], 0
+    if ranks is not None:
+        sizes = [row[0] for row in ranks.numbers(sizes, scores.device)]
+        first = sum(sizes[: ranks.rank])
+        scores = ranks.gather(scores, sizes)
+    if len(scores) <= count:
+        return None
+    chosen = scores.argsort(stable=True)[:count].sort().values - first
+    return chosen[(chosen >= 0) & (chosen < len(content))]
+
+
+def choose_tokens(
+    valid: Tensor, hashes: Tensor, count: int, seed: int, ranks: Ranks | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose tokens by a hash of row content, position and seed, so that row order does not change the choice.
+
+    Args:
+        valid: Positions to choose from, `(batch, length)`.
+        hashes: Hash of each row, `(batch,)`.
+        count: Largest number of tokens, all ranks together.
+        seed: Seed of the choice.
+        ranks: Processes whose batches are taken as one; None for this process alone.
+
+    Returns:
+        Rows and positions of the chosen tokens of this process.
+    """
+    total = int(valid.sum())
+    if ranks is not None:
+        total = sum(row[0] for row in ranks.numbers([total], hashes.device))
+    if total <= count:
+        rows, positions = valid.nonzero(as_tuple=True)
+        return rows, positions
+    score = _scores(valid, hashes, seed)
+    if ranks is not None:
+        scores = torch.cat([score.flatten(), score.new_full((count + 1,), INT64_MAX)])
+        rows, positions = _below_the_last(score, ranks.smallest(scores, count + 1)).nonzero(as_tuple=True)
+        return rows, positions
+    smallest, chosen = score.flatten().topk(count + 1, largest=False)
+    chosen = chosen[_below_the_last(smallest, smallest)]
+    return chosen // valid.shape[1], chosen % valid.shape[1]
+
+
+def choose_within_rows(valid: Tensor, hashes: Tensor, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Choose up to `count` positions of each row, as `choose_tokens` does, and group the rows by their number.
+
+    Args:
+        valid: Positions to choose from, `(batch, length)`, in front of each row.
+        hashes: Hash of each row, `(batch,)`.
+        count: Largest number of positions of a row.
+        seed: Seed of the choice.
+
+    Returns:
+        Groups of rows `(r,)` with positions `(r, n)`, from few positions to many.
+    """
+    numbers = valid.sum(1)
+    groups = []
+    for n in numbers.clamp(max=count).unique().tolist():
+        rows = (numbers.clamp(max=count) == n).nonzero().flatten()
+        if n < count or valid.shape[1] <= count:
+            positions = torch.arange(n, device=valid.device).expand(len(rows), n)
+        else:
+            scores = _scores(valid[rows], hashes[rows], seed)
+            positions = scores.topk(n, dim=1, largest=False).indices.sort(1).values
+        groups.append((rows, positions))
+    return groups
+
+
+def _scores(valid: Tensor, hashes: Tensor, seed: int) -> Tensor:
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    score = mix(hashes[:, None] + mix(positions + 1)[None, :] + seed) & INT64_MAX
+    return torch.where(valid, score, INT64_MAX)
+
+
+def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
+    """Select the scores below the last of the smallest ones; if there are none, those equal to it.
+
+    Equal rows have equal scores. They are taken or left together, so that the choice does not depend on how rows are
+    split over batches.
+    """
+    last = smallest[-1]
+    return torch.where(smallest[0] < last, score < last, score <= last)
+
+
+def hashes_of_rows(content: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute a hash of each row, `(batch,)`, that depends neither on padding nor on the order of the rows.
+
+    Args:
+        content: Content of the rows, `(batch, …)`.
+        mask: Its valid positions `(batch, length)`, if they are told apart.
+    """
+    if mask is None or content.shape[:2] != mask.shape:
+        return hashes_of(content)
+    valid = over(first_valid(mask), content)
+    order = in_front(mask)
+    return hashes_of(content if order is None else content.take_along_dim(over(order, content), dim=1), valid)
+
+
+def hashes_of(content: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute a hash of each row's content, `(batch,)`, that does not depend on padding.
+
+    Args:
+        content: Rows `(batch, …)`.
+        valid: Which entries count, spread over the content; None for all.
+    """
+    content = content if not content.is_floating_point() else content.float().view(torch.int32)
+    if valid is not None:
+        content = torch.where(valid, content, -1)
+    content = content.flatten(1).long()
+    places = mix(torch.arange(content.shape[1], device=content.device) + 1)
+    return torch.where(content == -1, 0, mix(content + places)).sum(1)
+
+
+def mix(value: Tensor) -> Tensor:
+    """Hash int64 values to all 64 bits. Products wrap around."""
+    for factor in (-7046029254386353131, -4658895280553007687):
+        value = value ^ (value >> 29)
+        value *= factor
+    return value ^ (value >> 32)

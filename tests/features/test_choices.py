@@ -1,0 +1,60 @@
+"""Choice of rows and positions: by content and seed, whatever order and padding."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_guidance.features.choices import choose_rows, choose_within_rows, mix
+
+
+def test_mixing_scatters_neighbours_over_all_bits_but_the_signs_and_loses_none() -> None:
+    mixed = mix(torch.arange(4096))
+    assert len(mixed.unique()) == 4096
+    bits = (mixed[:, None] >> torch.arange(63)) & 1
+    assert (bits.double().mean(0) - 0.5).abs().max() < 0.05  # six standard errors of 0.008
+
+
+def ids(rows: int = 32, length: int = 5) -> torch.Tensor:
+    return torch.randint(1000, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_rows_are_chosen_by_content_and_seed_whatever_their_order_and_padding() -> None:
+    content = ids()
+    mask = torch.arange(5) < torch.randint(1, 6, (32, 1), generator=torch.Generator().manual_seed(1))
+    chosen = choose_rows({"input_ids": content, "attention_mask": mask}, 7, seed=3)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert len(chosen) == 7
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(2))
+    longer = torch.full((32, 9), 5)
+    longer[:, 4:] = torch.where(mask, content, 6)  # other junk, and on both sides
+    wider = torch.nn.functional.pad(mask, (4, 0))
+    permuted = choose_rows({"input_ids": longer[order], "attention_mask": wider[order]}, 7, seed=3)
+    assert sorted(order[permuted].tolist()) == chosen.tolist()
+
+
+def test_each_step_chooses_other_rows_and_in_the_long_run_all_alike() -> None:
+    batch = {"input_ids": ids()}
+    counts = torch.zeros(32)
+    for seed in range(1000):
+        counts[choose_rows(batch, 8, seed)] += 1
+    assert (counts - 250).abs().max() < 75  # 5.5 standard errors of 13.7
+
+
+def test_equal_rows_do_not_change_the_number_and_a_small_batch_is_taken_whole() -> None:
+    same = {"input_ids": torch.ones(6, 4, dtype=torch.int64)}
+    assert choose_rows(same, 4, seed=0).tolist() == [0, 1, 2, 3]
+    assert choose_rows(same, 6, seed=0) is None
+    assert choose_rows(same, 9, seed=0) is None
+
+
+def test_within_rows_positions_are_chosen_up_to_a_number_and_rows_grouped_by_it() -> None:
+    valid = torch.arange(6) < torch.tensor([6, 2, 5, 2, 3])[:, None]
+    hashes = torch.arange(5)
+    found = choose_within_rows(valid, hashes, 4, seed=1)
+    assert [rows.tolist() for rows, _ in found] == [[1, 3], [4], [0, 2]]
+    assert found[0][1].tolist() == [[0, 1], [0, 1]]
+    for row, positions in zip(found[2][0], found[2][1], strict=True):
+        assert len(positions.unique()) == 4
+        assert valid[row, positions].all()
+    (every,) = choose_within_rows(torch.ones(3, 4, dtype=torch.bool), hashes[:3], 4, seed=1)
+    assert every[1].tolist() == [[0, 1, 2, 3]] * 3
