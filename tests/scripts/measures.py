@@ -39,7 +39,7 @@ from hf_guidance.targets import (
 )
 from hf_guidance.tasks import build_task
 
-MEASURES = ("linear_cka", "debiased_cka", "ridge", "ridge_loo")
+MEASURES = ("linear_cka", "debiased_cka", "ridge", "ridge_loo", "ridge_loo 0.1")  # the number is a ridge_penalty
 WEIGHTS = (1.0, 3.0)
 SEEDS = (100, 101)
 SIZES = {"embedding_size": 16, "hidden_sizes": [64, 128, 256, 512]}  # a quarter of ResNet-50's width
@@ -204,7 +204,9 @@ def run(name: str, case: Case, measure: str, weight: float, seed: int, folder: P
     """Train one target, guided or alone, and return what the table needs."""
     guided: dict[str, Any] = {}
     if weight:
-        config = GuidanceConfig(measure=measure, guidance_weight=weight, log_measures=[], **case.guidance)
+        name, _, penalty = measure.partition(" ")
+        own = case.guidance | ({"ridge_penalty": float(penalty)} if penalty else {})
+        config = GuidanceConfig(measure=name, guidance_weight=weight, log_measures=[], **own)
         guided = {"guide": trained_guide(name, case, seed, folder), "guidance": config}
     set_seed(seed)
     target = case.target()

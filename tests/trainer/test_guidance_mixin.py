@@ -80,4 +80,4 @@ def test_within_rows_a_batch_of_one_row_is_guided(tmp_path: Path) -> None:
     trainer = GuidanceTrainer(gpt2(), args, train_dataset=token_rows(), guide=llama(), guidance=guidance)
     logs = trained(trainer)[1]
     assert [log["guidance/weight"] for log in logs] == [1, 1, 1]
-    assert all(0 < log["guidance/loss"] < 4 for log in logs)
+    assert all(0 < log["guidance/loss"] < 6 for log in logs)
