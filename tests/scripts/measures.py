@@ -1,6 +1,7 @@
 """Which measure should be the default: a small grid of measures and weights on five tasks, two seeds each.
 
     python tests/scripts/measures.py outputs/measures [--images zalando-datasets/fashion_mnist] [--tasks copy_paste …]
+    python tests/scripts/measures.py outputs/measures --rows --tasks language_modeling convnet
 
 `outputs/shakespeare.txt` (`make shakespeare`) must exist. The folder receives `results.jsonl`, one line for each run;
 the same command goes on after a stop, and at the end prints the tables of recipes/LOG.md. One seed's runs share initial
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -39,9 +40,13 @@ from hf_guidance.targets import (
 )
 from hf_guidance.tasks import build_task
 
-MEASURES = ("linear_cka", "debiased_cka", "ridge", "ridge_loo", "ridge_loo 0.1")  # the number is a ridge_penalty
+MEASURES: dict[str, dict[str, Any]] = {  # as which a table shows fields of GuidanceConfig
+    **{name: {"measure": name} for name in ("linear_cka", "debiased_cka", "ridge", "ridge_loo")},
+    "ridge_loo, penalty 0.1": {"measure": "ridge_loo", "ridge_penalty": 0.1},
+}
 WEIGHTS = (1.0, 3.0)
 SEEDS = (100, 101)
+ROWS = {"all rows": 1, "a quarter of the rows": 4}
 SIZES = {"embedding_size": 16, "hidden_sizes": [64, 128, 256, 512]}  # a quarter of ResNet-50's width
 
 
@@ -200,13 +205,13 @@ def trained_guide(name: str, case: Case, seed: int, folder: Path) -> nn.Module:
     return guide
 
 
-def run(name: str, case: Case, measure: str, weight: float, seed: int, folder: Path) -> dict[str, Any]:
+def run(
+    name: str, case: Case, label: str, fields: dict[str, Any], weight: float, seed: int, folder: Path
+) -> dict[str, Any]:
     """Train one target, guided or alone, and return what the table needs."""
     guided: dict[str, Any] = {}
     if weight:
-        name, _, penalty = measure.partition(" ")
-        own = case.guidance | ({"ridge_penalty": float(penalty)} if penalty else {})
-        config = GuidanceConfig(measure=name, guidance_weight=weight, log_measures=[], **own)
+        config = GuidanceConfig(guidance_weight=weight, log_measures=[], **(case.guidance | fields))
         guided = {"guide": trained_guide(name, case, seed, folder), "guidance": config}
     set_seed(seed)
     target = case.target()
@@ -214,27 +219,32 @@ def run(name: str, case: Case, measure: str, weight: float, seed: int, folder: P
     logs = [log for log in trainer.state.log_history if "loss" in log]
     seen = [[v for k, v in log.items() if k.startswith("guidance/similarity/")] for log in (logs[0], logs[-1])]
     similarity = [statistics.fmean(values) if values else None for values in seen]
-    found = {"task": name, "measure": measure, "weight": weight, "seed": seed, "value": case.evaluate(target)}
+    found = {"task": name, "measure": label, "weight": weight, "seed": seed, "value": case.evaluate(target)}
     return found | {"seconds": round(seconds, 1), "first": similarity[0], "last": similarity[1]}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the results as Markdown: task and weight × measure, both seeds, and the first similarity."""
-    lines = [
-        "| task | weight | alone | " + " | ".join(MEASURES) + " |",
-        "|" + "---|" * (3 + len(MEASURES)),
-    ]
-    for task in dict.fromkeys(r["task"] for r in results):
+def table(results: list[dict[str, Any]], labels: Iterable[str], seeds: Sequence[int]) -> str:
+    """Return the results as Markdown: task and weight × setting, each seed's value, the first similarity, the time."""
+    labels = list(labels)
+    lines = ["| task | weight | alone | " + " | ".join(labels) + " |", "|" + "---|" * (3 + len(labels))]
+    for task in dict.fromkeys(r["task"] for r in results if r["measure"] in labels):
         for weight in WEIGHTS:
             cells = [
-                [r for r in results if (r["task"], r["measure"], r["weight"]) == (task, measure, w)]
-                for measure, w in [("alone", 0.0), *((m, weight) for m in MEASURES)]
+                [
+                    r
+                    for r in results
+                    if (r["task"], r["measure"], r["weight"]) == (task, label, w) and r["seed"] in seeds
+                ]
+                for label, w in [("alone", 0.0), *((label, weight) for label in labels)]
             ]
+            if not any(cells[1:]):
+                continue
             words = []
             for found in cells:
                 values = ", ".join(f"{r['value']:.1f}" for r in found)
                 starts = [r["first"] for r in found if r["first"] is not None]
-                words.append(values + (f" ({statistics.fmean(starts):.2f})" if starts else ""))
+                taken = f"; {statistics.fmean(r['seconds'] for r in found):.0f} s" if found else ""
+                words.append(values + (f" ({statistics.fmean(starts):.2f})" if starts else "") + taken)
             lines.append(f"| {task} | {weight:g} | " + " | ".join(words) + " |")
     return "\n".join(lines)
 
@@ -244,27 +254,38 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", default="zalando-datasets/fashion_mnist")
     parser.add_argument("--tasks", nargs="+", default=list(CASES))
+    parser.add_argument("--rows", action="store_true", help="compare the guide on all rows and on a quarter of them")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    seeds = (*SEEDS, 102) if given.rows else SEEDS
     given.folder.mkdir(parents=True, exist_ok=True)
     log = given.folder / "results.jsonl"
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(r["task"], r["measure"], r["weight"], r["seed"]) for r in results}
     for name in given.tasks:
         case = CASES[name](given.images)
-        for seed in SEEDS:
-            for measure, weight in [("alone", 0.0), *((m, w) for w in WEIGHTS for m in MEASURES)]:
-                if (name, measure, weight, seed) in done:
+        settings = {(label, w): fields for w in WEIGHTS for label, fields in MEASURES.items()}
+        if given.rows:
+            batch, measure = case.training["per_device_train_batch_size"], BEST[name]
+            settings = {
+                (f"{measure}, {label}", 1.0): {"measure": measure, "guide_rows": batch // part}
+                for label, part in ROWS.items()
+            }
+        for seed in seeds:
+            for (label, weight), fields in [(("alone", 0.0), {}), *settings.items()]:
+                if (name, label, weight, seed) in done:
                     continue
-                found = run(name, case, measure, weight, seed, given.folder)
+                found = run(name, case, label, fields, weight, seed, given.folder)
                 assert math.isfinite(found["value"])
                 results.append(found)
                 with log.open("a") as file:
                     file.write(json.dumps(found) + "\n")
                 print(found, flush=True)
-    print(table(results))
+    labels = MEASURES if not given.rows else [f"{measure}, {label}" for measure in set(BEST.values()) for label in ROWS]
+    print(table(results, labels, seeds))
 
 
+BEST = {"language_modeling": "ridge", "convnet": "debiased_cka"}
 CASES: dict[str, Callable[[str], Case]] = {
     "copy_paste": lambda _: sequences("copy_paste"),
     "language_modeling": lambda _: sequences(
