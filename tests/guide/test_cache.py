@@ -72,6 +72,15 @@ def test_the_guide_runs_in_the_first_epoch_alone_and_training_is_that_without_a_
     assert "The guide's features" not in capsys.readouterr().out  # it has been said
 
 
+def test_a_guide_on_some_rows_with_a_cache_trains_as_without(tmp_path: Path) -> None:
+    some = {"guidance": {"guide_rows": 3}}
+    cached, plain = trainer(tmp_path / "a", tmp_path / "cache", **some), trainer(tmp_path / "b", None, **some)
+    cached.train()
+    plain.train()
+    ours, theirs = ([log["guidance/loss"] for log in run.state.log_history if "loss" in log] for run in (cached, plain))
+    assert ours == pytest.approx(theirs, abs=5e-3)
+
+
 @pytest.mark.parametrize("settings", [{"guidance": {"guidance_every": 2}}, {"per_device_train_batch_size": 3}], ids=str)
 def test_the_guide_is_shown_each_sample_once(tmp_path: Path, settings: dict[str, Any]) -> None:
     guide, rows = llama(), 0

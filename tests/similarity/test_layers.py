@@ -66,7 +66,9 @@ def _masked(seed: int) -> Tensor:
     return torch.randn(20, 6, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1
 
 
-@pytest.mark.parametrize(("n", "d"), [(8, 16), (32, 16), (512, 16), (8, 2000), (32, 2000), (512, 2000), (8, 50_000)])
+@pytest.mark.parametrize(
+    ("n", "d"), [(8, 16), (32, 16), (512, 16), (8, 2000), (32, 2000), (512, 2000), (8, 50_000), (8, 500_000)]
+)
 @pytest.mark.parametrize("name", ["linear_cka", "debiased_cka", "ridge", "ridge_loo"])
 def test_float32_is_float64_up_to_rounding_in_the_form_that_is_chosen(name: str, n: int, d: int) -> None:
     x = features((n, d), 0, 0.5)
@@ -74,7 +76,7 @@ def test_float32_is_float64_up_to_rounding_in_the_form_that_is_chosen(name: str,
     x, y = x.float(), y.float()
     value, gradient = compared(name, x, y, target=0.4, guide=0.4)
     exact, exact_gradient = compared(name, x.double(), y.double(), target=0.4, guide=0.4)
-    close = 2e-4 if (n, d) == (8, 50_000) else 1e-5  # a sum of many products, from which U-centring takes most
+    close = 2e-4 if d > 2000 else 1e-5  # a sum of many products, from which U-centring takes most
     assert value.item() == pytest.approx(exact.item(), abs=close)
     assert (gradient.double() - exact_gradient).norm() < 100 * close * exact_gradient.norm()
 
