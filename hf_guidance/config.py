@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional, TypeAlias, TypeVar
 
-from hf_guidance.mapping import check_mapping, parse_pair
+from hf_guidance.mapping import check_mapping, pair_weight, parse_pair
 from hf_guidance.schedule import check_schedule
 from hf_guidance.similarity.registry import MEASURES, check_measure, min_samples
 
@@ -79,7 +79,7 @@ class GuidanceConfig:
     )
     guidance_weight: float = _knob(1.0, "Weight of the guidance loss. 0 turns guidance off.")
     guidance_reduction: str = _knob(
-        "sum", "How to combine the losses of the layer pairs: sum (as in the paper) or mean."
+        "sum", "How to combine the losses of the layer pairs: sum (as in the paper) or mean, both weighted."
     )
     guidance_schedule: str = _knob(
         "constant", "Guidance weight over the run: constant, or linear or cosine decay to 0."
@@ -102,7 +102,8 @@ class GuidanceConfig:
     )
     layer_pairs: Optional[list[str]] = _knob(
         None,
-        "Explicit pairs '<target layer>~<guide layer>'. They replace layer_mapping, target_layers and guide_layers.",
+        "Explicit pairs '<target layer>~<guide layer>'. They replace layer_mapping, target_layers and guide_layers. "
+        "'@' gives a pair a weight other than 1: 'h.3~h.1@0.5'.",
     )
     sample_axis: str = _knob(
         "sequence", "Meaning of one sample: sequence (a batch row, positions flattened) or token (a valid position)."
@@ -205,6 +206,11 @@ class GuidanceConfig:
         pairs = [parse_pair(text) for text in self.layer_pairs]
         if len(set(pairs)) < len(pairs):
             raise ValueError(f"layer_pairs names a pair twice: {self.layer_pairs}.")
+        if not any(pair_weight(text) for text in self.layer_pairs):
+            raise ValueError(
+                f"layer_pairs gives every pair the weight 0: {self.layer_pairs}. Give one a weight above 0; for no "
+                "guidance set guidance_weight=0."
+            )
 
     def _check_cache(self) -> None:
         if self.cache_guide is None:

@@ -29,7 +29,7 @@ from hf_guidance.guide.inputs import (
     without_guide,
 )
 from hf_guidance.guide.sharding import shard
-from hf_guidance.mapping import Pair, pair_layers, parse_pair
+from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule
 from hf_guidance.similarity.cosines import agreement_of_halves
 from hf_guidance.similarity.layers import Layer
@@ -49,7 +49,7 @@ class Watched:
     Attributes:
         inputs: Inputs to run the target on: the batch, or noise during pre-alignment on noise.
         weights: Weights of guidance and task at this step.
-        loss: Sum or mean over the pairs of (1 − similarity), a scalar. None if the step is not guided. With
+        loss: Weighted sum or mean over the pairs of (1 − similarity), a scalar. None if the step is not guided. With
             `similarity_batch="global"` its gradient suits a wrapper that averages gradients over the ranks.
         similarities: Measure → pair → similarity, detached. The measure trained on comes first.
         why_unguided: Why there is no loss although guidance has a weight, and what to do about it.
@@ -121,7 +121,8 @@ class GuidanceLoss:
         self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch, "target")
         self.pairs: list[Pair] | None = None  # set on the first batch, which shows how many hidden states there are
         self._reaches_weights = False  # set once a gradient is seen to reach a weight
-        explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
+        self._pair_weights = {parse_pair(text): pair_weight(text) for text in self.config.layer_pairs or []}
+        explicit = list(self._pair_weights)
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
@@ -261,7 +262,7 @@ class GuidanceLoss:
     def _resolve_pairs(self, layers: Mapping[str, Layer], padded: bool) -> None:
         targets, guides = self.target_reader.names(), self.running.names()
         if self.config.layer_pairs is not None:
-            self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
+            self.pairs = list(self._pair_weights)
         else:
             self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
         all_seen = all(target in layers for target, _ in self.pairs)
@@ -331,10 +332,12 @@ class GuidanceLoss:
         watched.skipped_pairs = len(every) - len(pairs)
         if watched.skipped_pairs:
             reader.check_skipped([target for target, _ in every if target not in targets])
-        if not pairs:
+        weights = [self._pair_weights.get(pair, 1.0) for pair in pairs]
+        if not any(weights):
             drop = in_words(reader.layer_drop.settings)
+            which = "all pairs with a weight above 0" if pairs else "all pairs"
             watched.why_unguided = (
-                f"LayerDrop skipped the target layers of all pairs ({drop}): lower it, or compare more layers"
+                f"LayerDrop skipped the target layers of {which} ({drop}): lower it, or compare more layers"
             )
             return
         samples.check_aligned(pairs, targets, guide_samples, guides)
@@ -344,7 +347,9 @@ class GuidanceLoss:
             watched.why_unguided = samples.why_too_few(trained_on.name, trained_on.min_samples, n)
             return
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
-        watched.loss, values = guidance_loss(pairs, trained_on, targets, guides, mean=mean, scale=scale)
+        watched.loss, values = guidance_loss(
+            pairs, trained_on, targets, guides, weights=weights, mean=mean, scale=scale
+        )
         watched.similarities[trained_on.name] = values
         for measure in logged if log else ():
             if n >= measure.min_samples:

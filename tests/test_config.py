@@ -45,7 +45,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "shard_guide": True,
     "save_guide": True,
 }
-PAIRS = {"layer_pairs": ["hidden_states.1~layer1", "hidden_states.2~layer1"]}
+PAIRS = {"layer_pairs": ["hidden_states.1~layer1@0.5", "hidden_states.2~layer1"]}
 CACHED = {"cache_guide": "features", "sample_id_column": "id", "sketch": 64}
 
 
@@ -194,6 +194,12 @@ BAD = [
     ({"layer_pairs": []}, "layer_pairs is empty; name at least one pair, or leave it out"),
     ({"layer_pairs": ["h.0"]}, "layer pair 'h.0' is not of the form"),
     ({"layer_pairs": ["a~b", "a ~ b"]}, "layer_pairs names a pair twice"),
+    ({"layer_pairs": ["a~b@1", "a~b@2"]}, "layer_pairs names a pair twice"),
+    ({"layer_pairs": ["a~b@-1"]}, "layer pair 'a~b@-1' has the weight '-1'; write a finite number ≥ 0 after '@'"),
+    (
+        {"layer_pairs": ["a~b@0", "c~d@0"]},
+        "layer_pairs gives every pair the weight 0: .* for no guidance set guidance_wei",
+    ),
     ({**PAIRS, "guide_layers": ["layer1"]}, "layer_pairs already names the layers: leave target_layers and guide_la"),
     *(({name: "nonsense"}, f"{name} is 'nonsense'; possible are {', '.join(CHOICES[name])}") for name in CHOICES),
 ]

@@ -109,6 +109,34 @@ def test_explicit_pairs_compare_modules_and_hidden_states_as_named() -> None:
     assert list(watched.similarities["linear_cka"]) == pairs
 
 
+@pytest.mark.parametrize(("reduction", "divisor"), [("sum", 1.0), ("mean", 2.25)])
+def test_pairs_count_with_their_weights_and_are_named_without(reduction: str, divisor: float) -> None:
+    target, guide, batch = gpt2().double(), llama().double(), token_batch()
+    pairs = [
+        "hidden_states.1~hidden_states.2@0.25",
+        "hidden_states.1~hidden_states.3",
+        "hidden_states.2~hidden_states.3@1",
+    ]
+    watched, _ = watch(
+        target,
+        guide,
+        batch,
+        layer_pairs=pairs,
+        guidance_reduction=reduction,
+        measure="linear_cka",
+        log_measures=["rsa"],
+    )
+    ours, theirs = hidden_states(target, batch), hidden_states(guide, {"input_ids": batch["input_ids"]})
+    first, second, third = cka(ours[0], theirs[1]), cka(ours[0], theirs[2]), cka(ours[1], theirs[2])
+    expected = (0.25 * (1 - first) + (1 - second) + (1 - third)) / divisor
+    assert watched.loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    names = [pair.partition("@")[0] for pair in pairs]
+    values = [watched.similarities["linear_cka"][name].item() for name in names]
+    assert values == pytest.approx([first.item(), second.item(), third.item()], abs=1e-9)
+    assert list(watched.similarities["rsa"]) == names
+    torch.testing.assert_close(gradients(target, watched.loss), gradients(target, expected), rtol=1e-7, atol=1e-10)
+
+
 def test_padding_is_left_out() -> None:
     mask = torch.arange(LENGTH) < torch.tensor([6, 2, 4, 3, 5, 6, 1, 4])[:, None]
     target, guide, batch = gpt2(), llama(), {**token_batch(), "attention_mask": mask.long()}

@@ -8,6 +8,7 @@ from typing import Any
 from hf_guidance.card.contents import Network, PairRow, RunFacts, Values
 from hf_guidance.card.markdown import count, shown, table
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.mapping import pair_weight
 
 SEEN = {
     "batch": "what the target saw",
@@ -84,9 +85,10 @@ def guidance(facts: RunFacts) -> str:
     one = "a row of the batch, its positions flattened"
     if config.sample_axis == "token":
         one = f"a token, at most {config.max_tokens} of a batch"
+    weighted = "weighted " if any(pair_weight(text) != 1 for text in config.layer_pairs or ()) else ""
     rows = [
         ["similarity", config.measure],
-        ["weight", f"{config.guidance_weight:g}, on the {config.guidance_reduction} over the pairs"],
+        ["weight", f"{config.guidance_weight:g}, on the {weighted}{config.guidance_reduction} over the pairs"],
         ["schedule", schedule],
         ["one sample", one],
         ["the guide saw", SEEN[config.guide_input]],

@@ -35,10 +35,11 @@ def guidance_loss(
     targets: Layers,
     guides: Layers,
     *,
+    weights: Sequence[float] | None = None,
     mean: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the sum or mean over the pairs of (1 − similarity), and each pair's similarity.
+    """Compute the weighted sum or mean over the pairs of (1 − similarity), and each pair's similarity.
 
     The slope of each target layer is computed at once. Until the backward only that slope is kept, nothing else that
     the measure computed. The loss has no second derivative.
@@ -49,15 +50,20 @@ def guidance_loss(
         targets: Layers of the target with their graphs, by name. Layers in no pair are ignored. All are compared on the
             device of the first one.
         guides: Layers of the guide, over the same samples.
-        mean: Take the mean over the pairs instead of the sum.
+        weights: Weight of each pair, not all 0; None weighs all pairs equally.
+        mean: Divide the sum by the sum of the weights.
         scale: Factor of the gradient, not of the value.
 
     Returns:
-        The loss, a scalar, and pair → similarity, detached.
+        The loss, a scalar, and pair → similarity, detached and unweighted.
     """
-    values, slopes = compare_pairs(pairs, measure, targets, guides)
-    count = len(pairs) if mean else 1
-    loss = with_slopes((1 - values).sum() / count, targets, slopes, -scale / count)
+    weights = weights if weights is not None and any(weight != 1 for weight in weights) else None
+    values, slopes = compare_pairs(pairs, measure, targets, guides, weights)
+    count = 1.0 if not mean else len(pairs) if weights is None else sum(weights)
+    terms = 1 - values
+    if weights is not None:  # one product each, as moving the weights to a GPU would wait for it
+        terms = torch.stack([weight * term for weight, term in zip(weights, terms.unbind(), strict=True)])
+    loss = with_slopes(terms.sum() / count, targets, slopes, -scale / count)
     return loss, dict(zip(map(PAIR_SEPARATOR.join, pairs), values.unbind(), strict=True))
 
 
@@ -75,17 +81,23 @@ def similarities(pairs: Sequence[Pair], measure: TwoStages, targets: Layers, gui
 
 
 def compare_pairs(
-    pairs: Sequence[Pair], measure: TwoStages, targets: Layers, guides: Layers
+    pairs: Sequence[Pair],
+    measure: TwoStages,
+    targets: Layers,
+    guides: Layers,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the similarity of each pair, and the slope of their sum in the values of each target layer.
+    """Compute the similarity of each pair, and the slope of their weighted sum in the values of each target layer.
 
     Args:
         pairs, measure, targets, guides: As of `guidance_loss`.
+        weights: Weight of each pair in the slopes; None for 1.
 
     Returns:
         The similarities, `(pairs,)`, and target layer → slope, of those layers that need a gradient.
     """
     like, with_gradient = targets[pairs[0][0]].values, torch.is_grad_enabled()
+    weight_of = {} if weights is None else dict(zip(pairs, weights, strict=True))
     values: dict[Pair, Tensor] = {}
     slopes: dict[str, Tensor] = {}
     with torch.no_grad(), exact_float32(like.device):
@@ -102,6 +114,8 @@ def compare_pairs(
             for pair in [pair for pair in pairs if pair[0] == t]:
                 values[pair], slope = measure.compare(side, guide_sides[pair[1]])
                 if wanted:
+                    if (weight := weight_of.get(pair, 1)) != 1:
+                        slope = weight * slope
                     total = slope if total is None else total + slope
             if total is not None and compared is not layer:
                 total = 2 * total @ layer.values  # the slope in features, from that in their Gram matrix

@@ -112,6 +112,9 @@ db.url=⟨postgres⟩://x
 --guide_layers ⟨dGhpc0lzQVNlY3JldFRva2Vu⟩
 --guide_layers=⟨0123456789abcdef0123⟩
 --layer_pairs h.0~⟨AbCdEfGhIjKlMnOpQr⟩
+--layer_pairs h.0~h.1@⟨hunter2⟩
+--layer_pairs h.0~⟨AbCdEfGhIjKlMnOpQr⟩@0.5
+--target_layers ⟨alice@example.com⟩
 --label_names labels ⟨glpat-abcdef⟩
 --label_names ⟨eyJhbGciOi.eyJzdWIi.c2ln⟩
 --include_for_metrics loss ⟨hunter2⟩
