@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Optional, TypeAlias, TypeVar
 
 from hf_guidance.mapping import check_mapping, pair_weight, parse_pair
-from hf_guidance.schedule import check_schedule
+from hf_guidance.schedule import check_schedule, check_warmup
 from hf_guidance.similarity.registry import MEASURES, check_measure, min_samples
 
 Config = TypeVar("Config")
@@ -88,6 +88,11 @@ class GuidanceConfig:
         None,
         "Optimizer step at which guidance stops (guidance as initialisation). A decay ends here. Unset guides to the "
         "end of the run.",
+    )
+    guidance_warmup_steps: int = _knob(
+        0,
+        "Number of optimizer steps, after prealign_steps, over which the guidance weight rises linearly to its full "
+        "value.",
     )
     guidance_every: int = _knob(1, "Guide only every N optimizer steps; skip the guide's forward otherwise.")
     prealign_steps: int = _knob(0, "Number of first optimizer steps that train on guidance alone.")
@@ -168,7 +173,12 @@ class GuidanceConfig:
     def _check_numbers(self) -> None:
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
             raise ValueError(f"guidance_weight is {self.guidance_weight}; it must be a finite number ≥ 0.")
-        least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": min_samples(self.resolved_measure())}
+        least = {
+            "prealign_steps": 0,
+            "guidance_warmup_steps": 0,
+            "calibration_batches": 1,
+            "max_tokens": min_samples(self.resolved_measure()),
+        }
         least |= {"guidance_every": 1, "sketch": 2}
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
@@ -180,6 +190,7 @@ class GuidanceConfig:
                 f"guidance_stop_step is {self.guidance_stop_step}; it must be at least 1 and not before the end of "
                 f"pre-alignment (prealign_steps={self.prealign_steps}). For no guidance set guidance_weight=0."
             )
+        check_warmup(self.guidance_warmup_steps, self.prealign_steps, self.guidance_stop_step)
         if self.prealign_steps and not self.guidance_weight:
             raise ValueError(
                 "prealign_steps trains on guidance alone, but guidance_weight is 0: set guidance_weight above 0."
@@ -265,9 +276,9 @@ class GuidanceConfig:
         return asdict(self)
 
     def alone(self) -> GuidanceConfig:
-        """Return a copy for one process and one batch outside training: no other ranks, no cache, every step guided."""
+        """Return a copy for one process and one batch outside training: no ranks, no cache, each step guided fully."""
         local: dict[str, Any] = {"similarity_batch": "local", "cache_guide": None, "sample_id_column": None}
-        return replace(self, **local, guidance_every=1, shard_guide=False)
+        return replace(self, **local, guidance_every=1, guidance_warmup_steps=0, shard_guide=False)
 
     def without_paths(self) -> dict[str, Any]:
         """Return the fields as `to_dict` does, but with only the last part of the path in `cache_guide`."""

@@ -86,8 +86,8 @@ class GuidanceLoss:
 
     Raises:
         ValueError: If a layer does not exist, guide and target share parameters, or a global batch has no process group
-            or meets LayerDrop, or a measure takes no sketch. On the first batch: the vocabularies or the samples of the
-            two networks do not match.
+            or meets LayerDrop, a measure takes no sketch, or the warm-up is longer than the run. On the first batch:
+            the vocabularies or the samples of the two networks do not match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -109,6 +109,8 @@ class GuidanceLoss:
         check_types(guide, config)
         self.target, self.guide, self.config = target, guide, (config or GuidanceConfig()).resolved()
         self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
+        if total_steps is not None:
+            self.schedule()  # raises for a warm-up that is too long
         check_apart(target, guide)
         freeze(guide, self.config.guide_batch_norm)
         if self.config.shard_guide:
@@ -145,6 +147,7 @@ class GuidanceLoss:
             config.guidance_weight,
             stop_step=config.guidance_stop_step,
             prealign_steps=config.prealign_steps,
+            warmup_steps=config.guidance_warmup_steps,
             every=config.guidance_every,
             total_steps=self.total_steps,
         )

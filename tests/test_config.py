@@ -26,6 +26,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "guidance_reduction": "mean",
     "guidance_schedule": "linear",
     "guidance_stop_step": 300,
+    "guidance_warmup_steps": 5,
     "prealign_steps": 20,
     "guidance_every": 4,
     "target_layers": ["h.*.mlp", "Linear"],
@@ -199,6 +200,11 @@ BAD = [
     (
         {"layer_pairs": ["a~b@0", "c~d@0"]},
         "layer_pairs gives every pair the weight 0: .* for no guidance set guidance_wei",
+    ),
+    ({"guidance_warmup_steps": -1}, "guidance_warmup_steps is -1; it must be at least 0"),
+    (
+        {"guidance_warmup_steps": 5, "prealign_steps": 2, "guidance_stop_step": 7},
+        "guidance_warmup_steps is 5 after prealign_steps=2, but guidance stops at step 7, before it has its full",
     ),
     ({**PAIRS, "guide_layers": ["layer1"]}, "layer_pairs already names the layers: leave target_layers and guide_la"),
     *(({name: "nonsense"}, f"{name} is 'nonsense'; possible are {', '.join(CHOICES[name])}") for name in CHOICES),

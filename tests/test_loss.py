@@ -647,6 +647,7 @@ def test_close_takes_every_hook_off() -> None:
         ({"guidance_weight": 2.0, "guidance_stop_step": 3}, 3, (0.0, 1.0)),
         ({"guidance_weight": 2.0, "prealign_steps": 3}, 2, (2.0, 0.0)),
         ({"guidance_weight": 2.0, "guidance_schedule": "linear"}, 5, (1.0, 1.0)),
+        ({"guidance_weight": 2.0, "guidance_warmup_steps": 4}, 0, (0.5, 1.0)),
     ],
 )
 def test_a_loop_of_ones_own_follows_weight_and_schedule(config: dict[str, Any], step: int, weights: Any) -> None:
@@ -659,6 +660,13 @@ def test_a_loop_of_ones_own_follows_weight_and_schedule(config: dict[str, Any], 
     expected = weights[1] * 3 + weights[0] * guidance_by_hand(target, guide, batch).item()
     assert watched.total(task).item() == pytest.approx(expected, abs=1e-5)
     assert len(runs) == (weights[0] > 0) + 1  # by hand it ran once more
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_refused_before_it_begins() -> None:
+    config = GuidanceConfig(guidance_warmup_steps=11)
+    with pytest.raises(ValueError, match="guidance_warmup_steps is 11, but the run has 10 optimizer steps"):
+        GuidanceLoss(gpt2(), llama(), config, total_steps=10)
+    assert GuidanceLoss(gpt2(), llama(), config).weights(0) == pytest.approx((1 / 11, 1.0))  # of unknown length
 
 
 def test_a_batch_too_small_to_compare_leaves_the_task_loss() -> None:

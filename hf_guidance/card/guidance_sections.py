@@ -78,6 +78,8 @@ def guidance(facts: RunFacts) -> str:
         return ""
     config = GuidanceConfig.from_dict(facts["guidance"])
     schedule = SCHEDULES[config.guidance_schedule]
+    if config.guidance_warmup_steps:
+        schedule = f"linear warm-up over {config.guidance_warmup_steps} steps, then {schedule}"
     if config.prealign_steps:
         schedule = f"{config.prealign_steps} steps of pre-alignment, then {schedule}"
     if config.guidance_stop_step is not None:

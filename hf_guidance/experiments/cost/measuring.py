@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,7 @@ def measure_cost(
             are no multiple of the rows of a step.
     """
     cycle = guidance.guidance_every
+    guidance = replace(guidance, guidance_warmup_steps=0)  # the cost of a step does not depend on the weight
     counted = math.ceil(plan.steps / cycle) * cycle
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if len(rows) % a_step:
