@@ -89,6 +89,11 @@ class GuidanceConfig:
         "Optimizer step at which guidance stops (guidance as initialisation). A decay ends here. Unset guides to the "
         "end of the run.",
     )
+    guidance_stop_similarity: Optional[float] = _knob(
+        None,
+        "Mean similarity over all pairs, in (0, 1], at which guidance stops for good. It is decided every 20 optimizer "
+        "steps, from the guided steps since the last decision. Unset never stops for it.",
+    )
     guidance_warmup_steps: int = _knob(
         0,
         "Number of optimizer steps, after prealign_steps, over which the guidance weight rises linearly to its full "
@@ -191,6 +196,11 @@ class GuidanceConfig:
                 f"pre-alignment (prealign_steps={self.prealign_steps}). For no guidance set guidance_weight=0."
             )
         check_warmup(self.guidance_warmup_steps, self.prealign_steps, self.guidance_stop_step)
+        if self.guidance_stop_similarity is not None and not 0 < self.guidance_stop_similarity <= 1:
+            raise ValueError(
+                f"guidance_stop_similarity is {self.guidance_stop_similarity}; it must be above 0 and at most 1, which "
+                "is the same geometry. Leave it out to guide whatever the similarity."
+            )
         if self.prealign_steps and not self.guidance_weight:
             raise ValueError(
                 "prealign_steps trains on guidance alone, but guidance_weight is 0: set guidance_weight above 0."

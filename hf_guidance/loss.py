@@ -84,6 +84,10 @@ class GuidanceLoss:
         autocast: Makes the context of the guide's forward. By default the guide runs in the surrounding context.
         total_steps: Optimizer steps of the run. A decay without `guidance_stop_step` ends here.
 
+    Attributes:
+        stopped_at: Optimizer step from which guidance is off for good; None while it is not. `GuidanceTrainer` sets it
+            for `guidance_stop_similarity`; in a loop of your own, set it yourself.
+
     Raises:
         ValueError: If a layer does not exist, guide and target share parameters, or a global batch has no process group
             or meets LayerDrop, a measure takes no sketch, or the warm-up is longer than the run. On the first batch:
@@ -109,6 +113,7 @@ class GuidanceLoss:
         check_types(guide, config)
         self.target, self.guide, self.config = target, guide, (config or GuidanceConfig()).resolved()
         self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
+        self.stopped_at: int | None = None
         if total_steps is not None:
             self.schedule()  # raises for a warm-up that is too long
         check_apart(target, guide)
@@ -150,6 +155,7 @@ class GuidanceLoss:
             warmup_steps=config.guidance_warmup_steps,
             every=config.guidance_every,
             total_steps=self.total_steps,
+            stopped_at=self.stopped_at,
         )
 
     @contextmanager

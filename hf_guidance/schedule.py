@@ -61,6 +61,7 @@ def make_schedule(
     warmup_steps: int = 0,
     every: int = 1,
     total_steps: int | None = None,
+    stopped_at: int | None = None,
 ) -> Schedule:
     """Build the schedule of a run.
 
@@ -73,6 +74,8 @@ def make_schedule(
             `weight / warmup_steps` to `weight`. A decay starts after them.
         every: After pre-alignment, guide only at optimizer steps divisible by this number.
         total_steps: Optimizer steps of the run. A decay without `stop_step` ends here.
+        stopped_at: Optimizer step from which guidance is off for good, pre-alignment included. It does not move the end
+            of a decay.
 
     Returns:
         A function from the number of optimizer steps already taken to `Weights`.
@@ -91,6 +94,8 @@ def make_schedule(
     start = prealign_steps + warmup_steps  # of the decay
 
     def schedule(step: int) -> Weights:
+        if stopped_at is not None and step >= stopped_at:
+            return Weights(0.0, 1.0)
         if step < prealign_steps:
             return Weights(weight, 0.0)
         if (end is not None and step >= end) or step % every:

@@ -26,6 +26,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "guidance_reduction": "mean",
     "guidance_schedule": "linear",
     "guidance_stop_step": 300,
+    "guidance_stop_similarity": 0.75,
     "guidance_warmup_steps": 5,
     "prealign_steps": 20,
     "guidance_every": 4,
@@ -206,6 +207,9 @@ BAD = [
         {"guidance_warmup_steps": 5, "prealign_steps": 2, "guidance_stop_step": 7},
         "guidance_warmup_steps is 5 after prealign_steps=2, but guidance stops at step 7, before it has its full",
     ),
+    ({"guidance_stop_similarity": 0.0}, r"guidance_stop_similarity is 0\.0; it must be above 0 and at most 1"),
+    ({"guidance_stop_similarity": 1.5}, r"guidance_stop_similarity is 1\.5; it must be above 0 and at most 1"),
+    ({"guidance_stop_similarity": math.nan}, "guidance_stop_similarity is nan; it must be above 0 and at most 1"),
     ({**PAIRS, "guide_layers": ["layer1"]}, "layer_pairs already names the layers: leave target_layers and guide_la"),
     *(({name: "nonsense"}, f"{name} is 'nonsense'; possible are {', '.join(CHOICES[name])}") for name in CHOICES),
 ]

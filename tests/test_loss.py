@@ -669,6 +669,18 @@ def test_a_warm_up_that_is_longer_than_the_run_is_refused_before_it_begins() -> 
     assert GuidanceLoss(gpt2(), llama(), config).weights(0) == pytest.approx((1 / 11, 1.0))  # of unknown length
 
 
+def test_a_loop_of_ones_own_stops_guidance_for_good() -> None:
+    guide, target, batch = llama(), gpt2(), token_batch()
+    guidance, runs = GuidanceLoss(target, guide, GuidanceConfig(prealign_steps=9)), inputs_of(guide)
+    guidance.stopped_at = 5
+    for step, weights in ((4, (1.0, 0.0)), (5, (0.0, 1.0)), (99, (0.0, 1.0))):
+        with guidance.watch(batch, step=step) as watched:
+            target(**watched.inputs)
+        assert watched.weights == weights
+        assert (watched.loss is None) == (weights[0] == 0)
+    assert len(runs) == 1
+
+
 def test_a_batch_too_small_to_compare_leaves_the_task_loss() -> None:
     with GuidanceLoss(gpt2(), llama()).watch(token_batch(rows=2)) as watched:
         pass

@@ -102,6 +102,14 @@ def test_words_where_a_warm_up_is_too_long() -> None:
     check_warmup(0, 6, 6, 3)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_once_stopped_guidance_is_off_for_good_and_its_weight_before_is_as_without(name: str) -> None:
+    whole = guidance(name, 8, stop_step=8, warmup_steps=2)
+    assert guidance(name, 8, stop_step=8, warmup_steps=2, stopped_at=5) == [*whole[:5], 0, 0, 0]
+    schedule = make_schedule(name, 2.0, prealign_steps=6, stop_step=8, stopped_at=4)
+    assert [schedule(step) for step in (3, 4, 7)] == [(2.0, 0.0), (0.0, 1.0), (0.0, 1.0)]
+
+
 def test_unknown_schedule_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="Unknown guidance_schedule 'exponential'; possible are constant, linear, cos"):
         check_schedule("exponential")

@@ -84,6 +84,10 @@ def guidance(facts: RunFacts) -> str:
         schedule = f"{config.prealign_steps} steps of pre-alignment, then {schedule}"
     if config.guidance_stop_step is not None:
         schedule += f", ending at step {config.guidance_stop_step}"
+    if config.guidance_stop_similarity is not None:
+        schedule += f", ending at a mean similarity of {config.guidance_stop_similarity:g}: "
+        stopped_at = facts.get("stopped_at")
+        schedule += "not reached" if stopped_at is None else f"reached at step {stopped_at}"
     one = "a row of the batch, its positions flattened"
     if config.sample_axis == "token":
         one = f"a token, at most {config.max_tokens} of a batch"

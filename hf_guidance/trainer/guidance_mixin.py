@@ -28,13 +28,14 @@ from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, is_last_before_log
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
+from hf_guidance.trainer.similarity_stop import SimilarityStop, StoppingMixin
 
 logger = logging.getLogger(__name__)
 
 GUIDE_FOLDER = "guide"
 
 
-class GuidanceMixin(PublishingMixin, ResumingMixin):
+class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin):
     """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
 
     Args:
@@ -55,7 +56,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self.guidance = (guidance or GuidanceConfig()).resolved()
         self._loss: GuidanceLoss | None = None
         self._sums = RunningMeans()
-        self._finite = FiniteSteps(self.accelerator, self._sums, self.guidance.on_non_finite == "skip")
+        skip = self.guidance.on_non_finite == "skip"
+        self._finite = FiniteSteps(self.accelerator, self._sums, skip, self._take_similarities)
         self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
@@ -65,6 +67,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             return
         check_trainer(self)
         self._guided = GuidedSteps(partial(check_trainer, self), self._schedule, lambda: self._finite.left_out)
+        if self.guidance.guidance_stop_similarity is not None:
+            self.add_callback(SimilarityStop(self.guidance.guidance_stop_similarity))
         self.add_callback(self._guided)
         check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device may hold the whole guide
@@ -94,6 +98,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
                 self._loss.close()
             autocast = self.accelerator.autocast
             self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
+        if self._stop:
+            self._loss.stopped_at = self._stop.stopped_at
         return self._loss
 
     def _schedule(self) -> Schedule:
@@ -160,6 +166,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
                 sums.add("guidance/skipped_batches", 1.0, 0)
             return watched.total(task_loss)
         sums.add("guidance/loss", watched.loss.detach())
+        if self._stop:
+            self._stop.note(compared.values())
         for measure, similarities in watched.similarities.items():
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():

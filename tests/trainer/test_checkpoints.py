@@ -142,6 +142,7 @@ def test_the_state_of_an_earlier_run_does_not_vouch_for_a_checkpoint_that_is_bei
         ({"guidance_weight": 0.5}, r"guidance_weight was 1\.0, is 0\.5"),
         ({"guide_input": "noise"}, "guide_input was 'batch', is 'noise'"),
         ({"guidance_warmup_steps": 2}, "guidance_warmup_steps was 0, is 2"),
+        ({"guidance_stop_similarity": 0.5}, r"guidance_stop_similarity was None, is 0\.5"),
         ({"per_device_train_batch_size": 8}, "per_device_train_batch_size was 4, is 8"),
         ({"seed": 8}, "seed was 7, is 8"),
         ({"data_seed": 8}, "data_seed was None, is 8"),

@@ -149,9 +149,14 @@ def _guided_share(loss: GuidanceLoss, steps: range) -> float:
     """Return the share of the counted steps that are guided, which must be the same in every cycle.
 
     Raises:
-        ValueError: If the cycles have different numbers of guided steps.
+        ValueError: If the cycles have different numbers of guided steps, or may have.
     """
     loss.total_steps, config = steps.stop, loss.config
+    if config.guidance_stop_similarity is not None:
+        raise ValueError(
+            "guidance_stop_similarity may end guidance while steps are counted, and their times would be of two kinds: "
+            "leave it out to measure the cost."
+        )
     guided = [bool(loss.weights(step).guidance) for step in steps]
     cycles = {sum(guided[i : i + config.guidance_every]) for i in range(0, len(steps), config.guidance_every)}
     if len(cycles) > 1:
