@@ -152,6 +152,11 @@ class GuidanceConfig:
         "tokenizer serves both, as when one embedding is padded.",
     )
     log_measures: list[str] = _knob(["debiased_cka"], "Further similarity measures to log, without training on them.")
+    eval_similarity: bool = _knob(
+        False,
+        "Measure the similarities at each evaluation too, on its data. Each batch takes one more forward of both "
+        "networks.",
+    )
     on_non_finite: str = _knob(
         "stop",
         "What to do if a loss, similarity or gradient is not finite: stop (with an error that names it) or skip "
@@ -201,6 +206,11 @@ class GuidanceConfig:
                 f"guidance_stop_similarity is {self.guidance_stop_similarity}; it must be above 0 and at most 1, which "
                 "is the same geometry. Leave it out to guide whatever the similarity."
             )
+        if self.eval_similarity and not self.guidance_weight:
+            raise ValueError(
+                "eval_similarity measures guidance on validation data, but guidance_weight is 0: there is nothing to "
+                "measure. Set guidance_weight above 0, or leave eval_similarity out."
+            )
         if self.prealign_steps and not self.guidance_weight:
             raise ValueError(
                 "prealign_steps trains on guidance alone, but guidance_weight is 0: set guidance_weight above 0."
@@ -244,6 +254,11 @@ class GuidanceConfig:
             raise ValueError(
                 "cache_guide stores a sketch of each sample's features under the sample's id: set sketch (such as "
                 "1024) and sample_id_column (dataset.add_column('id', range(len(dataset))) makes one)."
+            )
+        if self.eval_similarity:
+            raise ValueError(
+                "cache_guide stores the guide's features of training rows under their ids, and validation rows have no "
+                "ids: leave out eval_similarity or cache_guide."
             )
         if self.similarity_batch == "accumulated":
             raise ValueError("cache_guide does not work with similarity_batch='accumulated': leave one of the two out.")

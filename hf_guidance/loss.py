@@ -160,7 +160,14 @@ class GuidanceLoss:
 
     @contextmanager
     def watch(
-        self, batch: Batch, *, step: int = 0, micro_step: int = 0, rank: int = 0, log: bool = True
+        self,
+        batch: Batch,
+        *,
+        step: int = 0,
+        micro_step: int = 0,
+        rank: int = 0,
+        log: bool = True,
+        weights: Weights | None = None,
     ) -> Iterator[Watched]:
         """Run the guide on a batch, then watch the one forward of the target inside the `with` block.
 
@@ -173,6 +180,7 @@ class GuidanceLoss:
             micro_step: Index of the micro-batch in this optimizer step.
             rank: Index of this process. All randomness is a function of the seed, step, micro-step and rank.
             log: Whether to compute the config's `log_measures` too.
+            weights: Weights of guidance and task to use instead of those of the step, as to measure without training.
 
         Yields:
             The inputs to run the target on. Its loss and similarities are filled in when the block ends.
@@ -181,7 +189,7 @@ class GuidanceLoss:
             ValueError: If the target did not run in the block, or its layers do not match the guide's. Also if no
                 target layer in a pair carries a gradient to a weight.
         """
-        key, weights = (self.seed, step, micro_step, rank), self.weights(step)
+        key, weights = (self.seed, step, micro_step, rank), weights or self.weights(step)
         if not weights.guidance:
             yield Watched(without_guide(batch, self.config.sample_id_column), weights)
             return

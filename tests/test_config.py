@@ -43,6 +43,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "calibration_batches": 3,
     "guide_shares_tokenizer": True,
     "log_measures": ["rsa", "ridge"],
+    "eval_similarity": True,
     "on_non_finite": "skip",
     "shard_guide": True,
     "save_guide": True,
@@ -98,6 +99,12 @@ def test_the_defaults_are_the_papers() -> None:
     config = GuidanceConfig()
     assert (config.measure, config.guidance_weight, config.guidance_reduction) == ("linear_cka", 1.0, "sum")
     assert (config.layer_mapping, config.sample_axis, config.guide_input) == ("even", "sequence", "batch")
+
+
+def test_alone_every_step_is_guided_in_full() -> None:
+    config = GuidanceConfig(guidance_every=3, guidance_warmup_steps=9, similarity_batch="global", eval_similarity=True)
+    alone = config.alone()
+    assert (alone.guidance_every, alone.guidance_warmup_steps, alone.similarity_batch) == (1, 0, "local")
 
 
 def test_two_configs_share_no_list() -> None:
@@ -210,6 +217,11 @@ BAD = [
     ({"guidance_stop_similarity": 0.0}, r"guidance_stop_similarity is 0\.0; it must be above 0 and at most 1"),
     ({"guidance_stop_similarity": 1.5}, r"guidance_stop_similarity is 1\.5; it must be above 0 and at most 1"),
     ({"guidance_stop_similarity": math.nan}, "guidance_stop_similarity is nan; it must be above 0 and at most 1"),
+    (
+        {"eval_similarity": True, "guidance_weight": 0},
+        "guidance_weight is 0: there is nothing to measure. Set guidance_we",
+    ),
+    ({"eval_similarity": True, **CACHED}, "and validation rows have no ids: leave out eval_similarity or cache_guide"),
     ({**PAIRS, "guide_layers": ["layer1"]}, "layer_pairs already names the layers: leave target_layers and guide_la"),
     *(({name: "nonsense"}, f"{name} is 'nonsense'; possible are {', '.join(CHOICES[name])}") for name in CHOICES),
 ]

@@ -31,6 +31,7 @@ from transformers import BartConfig, BartModel, BertConfig, BertModel, MambaConf
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.loss import Watched
+from hf_guidance.schedule import Weights
 from hf_guidance.similarity.layers import layer_of
 from hf_guidance.similarity.pair_loss import guidance_loss
 from hf_guidance.similarity.registry import MEASURES
@@ -679,6 +680,14 @@ def test_a_loop_of_ones_own_stops_guidance_for_good() -> None:
         assert watched.weights == weights
         assert (watched.loss is None) == (weights[0] == 0)
     assert len(runs) == 1
+
+
+def test_weights_can_be_given_to_measure_whatever_the_step_says() -> None:
+    guidance = GuidanceLoss(gpt2(), llama(), GuidanceConfig(guidance_stop_step=1))
+    with guidance.watch(token_batch(), step=5, weights=Weights(1.0, 1.0)) as watched:
+        guidance.target(**watched.inputs)
+    assert watched.loss is not None
+    assert watched.weights == (1.0, 1.0)
 
 
 def test_a_batch_too_small_to_compare_leaves_the_task_loss() -> None:

@@ -16,13 +16,14 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
 from hf_guidance.guide.identity import identity
-from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns, without_guide
+from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
 from hf_guidance.guide.sharding import check_whole
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.trainer.accumulation import Accumulated
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
 from hf_guidance.trainer.checks import check_trainer
+from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 GUIDE_FOLDER = "guide"
 
 
-class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin):
+class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMixin):
     """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
 
     Args:
@@ -62,6 +63,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin):
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
         self._in_window = 0  # number of its micro-batches that have been trained on
+        self._is_calibrated = False
         self.add_callback(self._finite)
         if guide is None:
             return
@@ -212,8 +214,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin):
             self._guided.before = guided_steps_of(checkpoint)
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step = (-1, 0)
-        if self.guide is not None and self._calibrates():
-            calibrate(self)
+        self._is_calibrated = False  # the data may be others
+        self._calibrate_once()
         if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
             open_cache(self)
         if self.guide is not None and self.guidance.save_guide:
@@ -241,11 +243,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin):
     def _calibrates(self) -> bool:
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
 
-    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
-
-    def _for_target(self, inputs: Batch) -> dict[str, Any]:
-        return without_guide(inputs, self.guidance.sample_id_column)
+    def _calibrate_once(self) -> None:
+        if self.guide is not None and self._calibrates() and not self._is_calibrated:
+            calibrate(self)
+            self._is_calibrated = True
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -158,6 +158,7 @@ def test_a_change_of_what_is_trained_is_refused_and_named(run: Path, change: dic
     ("change", "words"),
     [
         ({"log_measures": ["rsa"]}, "log_measures was ['debiased_cka'], is ['rsa']."),
+        ({"eval_similarity": True}, "eval_similarity was False, is True."),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1, is 2. Data order, randomness or"),
         ({"bf16": True}, "precision was 'float32', is 'bf16'. Data order, randomness or rounding will differ"),
     ],

@@ -93,6 +93,14 @@ def test_the_card_says_at_which_step_guidance_stopped(tmp_path):
     assert "a step, guided or not, on average" in body
 
 
+def test_similarities_on_validation_data_are_no_results_of_the_task(tmp_path):
+    own = trained(tmp_path, guidance=GuidanceConfig(sample_axis="token", eval_similarity=True))
+    assert own.evaluate()["eval_guidance/similarity"]
+    own.create_model_card(dataset="rows")
+    metadata, _ = check_card((tmp_path / "out" / "README.md").read_text())
+    assert [m["type"] for m in metadata["model-index"][0]["results"][0]["metrics"]] == ["loss"]
+
+
 def test_a_users_command_is_no_prose(tmp_path, monkeypatch):
     monkeypatch.setenv("USER", "tester")
     command = "python train.py --hub_model_id tester/net --measure ridge"
