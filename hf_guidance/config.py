@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional, TypeAlias, TypeVar
 
-from hf_guidance.mapping import check_mapping, parse_pair
-from hf_guidance.schedule import check_schedule
+from hf_guidance.mapping import check_mapping, pair_weight, parse_pair
+from hf_guidance.schedule import check_schedule, check_warmup
 from hf_guidance.similarity.registry import MEASURES, check_measure, min_samples
 
 Config = TypeVar("Config")
@@ -79,7 +79,7 @@ class GuidanceConfig:
     )
     guidance_weight: float = _knob(1.0, "Weight of the guidance loss. 0 turns guidance off.")
     guidance_reduction: str = _knob(
-        "sum", "How to combine the losses of the layer pairs: sum (as in the paper) or mean."
+        "sum", "How to combine the losses of the layer pairs: sum (as in the paper) or mean, both weighted."
     )
     guidance_schedule: str = _knob(
         "constant", "Guidance weight over the run: constant, or linear or cosine decay to 0."
@@ -88,6 +88,16 @@ class GuidanceConfig:
         None,
         "Optimizer step at which guidance stops (guidance as initialisation). A decay ends here. Unset guides to the "
         "end of the run.",
+    )
+    guidance_stop_similarity: Optional[float] = _knob(
+        None,
+        "Mean similarity over all pairs, in (0, 1], at which guidance stops for good. It is decided every 20 optimizer "
+        "steps, from the guided steps since the last decision. Unset never stops for it.",
+    )
+    guidance_warmup_steps: int = _knob(
+        0,
+        "Number of optimizer steps, after prealign_steps, over which the guidance weight rises linearly to its full "
+        "value.",
     )
     guidance_every: int = _knob(1, "Guide only every N optimizer steps; skip the guide's forward otherwise.")
     prealign_steps: int = _knob(0, "Number of first optimizer steps that train on guidance alone.")
@@ -102,7 +112,8 @@ class GuidanceConfig:
     )
     layer_pairs: Optional[list[str]] = _knob(
         None,
-        "Explicit pairs '<target layer>~<guide layer>'. They replace layer_mapping, target_layers and guide_layers.",
+        "Explicit pairs '<target layer>~<guide layer>'. They replace layer_mapping, target_layers and guide_layers. "
+        "'@' gives a pair a weight other than 1: 'h.3~h.1@0.5'.",
     )
     sample_axis: str = _knob(
         "sequence",
@@ -155,6 +166,11 @@ class GuidanceConfig:
         "tokenizer serves both, as when one embedding is padded.",
     )
     log_measures: list[str] = _knob(["debiased_cka"], "Further similarity measures to log, without training on them.")
+    eval_similarity: bool = _knob(
+        False,
+        "Measure the similarities at each evaluation too, on its data. Each batch takes one more forward of both "
+        "networks.",
+    )
     on_non_finite: str = _knob(
         "stop",
         "What to do if a loss, similarity or gradient is not finite: stop (with an error that names it) or skip "
@@ -181,9 +197,17 @@ class GuidanceConfig:
     def _check_numbers(self) -> None:
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
             raise ValueError(f"guidance_weight is {self.guidance_weight}; it must be a finite number ≥ 0.")
-        least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": min_samples(self.resolved_measure())}
-        least |= {"guidance_every": 1, "sketch": 2, "skip_first_positions": 0}
-        least |= {"guide_rows": min_samples(self.resolved_measure()) if self.sample_axis == "sequence" else 1}
+        needed = min_samples(self.resolved_measure())
+        least = {
+            "prealign_steps": 0,
+            "guidance_warmup_steps": 0,
+            "calibration_batches": 1,
+            "guidance_every": 1,
+            "max_tokens": needed,
+            "sketch": 2,
+            "skip_first_positions": 0,
+            "guide_rows": needed if self.sample_axis == "sequence" else 1,
+        }
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
@@ -201,6 +225,17 @@ class GuidanceConfig:
             raise ValueError(
                 "sample_axis='within' compares each row by itself, and weighs all rows of all processes and "
                 f"micro-batches alike; it takes no {name}={value!r}: leave {name} out."
+            )
+        check_warmup(self.guidance_warmup_steps, self.prealign_steps, self.guidance_stop_step)
+        if self.guidance_stop_similarity is not None and not 0 < self.guidance_stop_similarity <= 1:
+            raise ValueError(
+                f"guidance_stop_similarity is {self.guidance_stop_similarity}; it must be above 0 and at most 1, which "
+                "is the same geometry. Leave it out to guide whatever the similarity."
+            )
+        if self.eval_similarity and not self.guidance_weight:
+            raise ValueError(
+                "eval_similarity measures guidance on validation data, but guidance_weight is 0: there is nothing to "
+                "measure. Set guidance_weight above 0, or leave eval_similarity out."
             )
         if self.prealign_steps and not self.guidance_weight:
             raise ValueError(
@@ -237,6 +272,11 @@ class GuidanceConfig:
         pairs = [parse_pair(text) for text in self.layer_pairs]
         if len(set(pairs)) < len(pairs):
             raise ValueError(f"layer_pairs names a pair twice: {self.layer_pairs}.")
+        if not any(pair_weight(text) for text in self.layer_pairs):
+            raise ValueError(
+                f"layer_pairs gives every pair the weight 0: {self.layer_pairs}. Give one a weight above 0; for no "
+                "guidance set guidance_weight=0."
+            )
 
     def _check_cache(self) -> None:
         if self.cache_guide is None:
@@ -249,6 +289,11 @@ class GuidanceConfig:
             raise ValueError(
                 "cache_guide stores a sketch of each sample's features under the sample's id: set sketch (such as "
                 "1024) and sample_id_column (dataset.add_column('id', range(len(dataset))) makes one)."
+            )
+        if self.eval_similarity:
+            raise ValueError(
+                "cache_guide stores the guide's features of training rows under their ids, and validation rows have no "
+                "ids: leave out eval_similarity or cache_guide."
             )
         if self.similarity_batch == "accumulated":
             raise ValueError("cache_guide does not work with similarity_batch='accumulated': leave one of the two out.")
@@ -291,9 +336,9 @@ class GuidanceConfig:
         return asdict(self)
 
     def alone(self) -> GuidanceConfig:
-        """Return a copy for one process and one batch outside training: no other ranks, no cache, every step guided."""
+        """Return a copy for one process and one batch outside training: no ranks, no cache, each step guided fully."""
         local: dict[str, Any] = {"similarity_batch": "local", "cache_guide": None, "sample_id_column": None}
-        return replace(self, **local, guidance_every=1, shard_guide=False)
+        return replace(self, **local, guidance_every=1, guidance_warmup_steps=0, shard_guide=False)
 
     def without_paths(self) -> dict[str, Any]:
         """Return the fields as `to_dict` does, but with only the last part of the path in `cache_guide`."""

@@ -30,7 +30,7 @@ from hf_guidance.guide.inputs import (
     without_guide,
 )
 from hf_guidance.guide.sharding import shard
-from hf_guidance.mapping import Pair, pair_layers, parse_pair
+from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule
 from hf_guidance.similarity.cosines import agreement_of_halves
 from hf_guidance.similarity.pair_loss import Groups, guidance_loss_of_groups
@@ -49,7 +49,7 @@ class Watched:
     Attributes:
         inputs: Inputs to run the target on: the batch, or noise during pre-alignment on noise.
         weights: Weights of guidance and task at this step.
-        loss: Sum or mean over the pairs of (1 − similarity), a scalar. None if the step is not guided. With
+        loss: Weighted sum or mean over the pairs of (1 − similarity), a scalar. None if the step is not guided. With
             `similarity_batch="global"` its gradient suits a wrapper that averages gradients over the ranks.
         similarities: Measure → pair → similarity, detached. The measure trained on comes first.
         why_unguided: Why there is no loss although guidance has a weight, and what to do about it.
@@ -87,10 +87,14 @@ class GuidanceLoss:
         autocast: Makes the context of the guide's forward. By default the guide runs in the surrounding context.
         total_steps: Optimizer steps of the run. A decay without `guidance_stop_step` ends here.
 
+    Attributes:
+        stopped_at: Optimizer step from which guidance is off for good; None while it is not. `GuidanceTrainer` sets it
+            for `guidance_stop_similarity`; in a loop of your own, set it yourself.
+
     Raises:
         ValueError: If a layer does not exist, guide and target share parameters, or a global batch has no process group
-            or meets LayerDrop, or a measure takes no sketch. On the first batch: the vocabularies or the samples of the
-            two networks do not match.
+            or meets LayerDrop, a measure takes no sketch, or the warm-up is longer than the run. On the first batch:
+            the vocabularies or the samples of the two networks do not match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -112,6 +116,9 @@ class GuidanceLoss:
         check_types(guide, config)
         self.target, self.guide, self.config = target, guide, (config or GuidanceConfig()).resolved()
         self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
+        self.stopped_at: int | None = None
+        if total_steps is not None:
+            self.schedule()  # raises for a warm-up that is too long
         check_apart(target, guide)
         freeze(guide, self.config.guide_batch_norm)
         if self.config.shard_guide:
@@ -124,7 +131,8 @@ class GuidanceLoss:
         self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch, "target")
         self.pairs: list[Pair] | None = None  # set on the first batch, which shows how many hidden states there are
         self._reaches_weights = False  # set once a gradient is seen to reach a weight
-        explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
+        self._pair_weights = {parse_pair(text): pair_weight(text) for text in self.config.layer_pairs or []}
+        explicit = list(self._pair_weights)
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
@@ -147,13 +155,22 @@ class GuidanceLoss:
             config.guidance_weight,
             stop_step=config.guidance_stop_step,
             prealign_steps=config.prealign_steps,
+            warmup_steps=config.guidance_warmup_steps,
             every=config.guidance_every,
             total_steps=self.total_steps,
+            stopped_at=self.stopped_at,
         )
 
     @contextmanager
     def watch(
-        self, batch: Batch, *, step: int = 0, micro_step: int = 0, rank: int = 0, log: bool = True
+        self,
+        batch: Batch,
+        *,
+        step: int = 0,
+        micro_step: int = 0,
+        rank: int = 0,
+        log: bool = True,
+        weights: Weights | None = None,
     ) -> Iterator[Watched]:
         """Run the guide on a batch, then watch the one forward of the target inside the `with` block.
 
@@ -166,6 +183,7 @@ class GuidanceLoss:
             micro_step: Index of the micro-batch in this optimizer step.
             rank: Index of this process. All randomness is a function of the seed, step, micro-step and rank.
             log: Whether to compute the config's `log_measures` too.
+            weights: Weights of guidance and task to use instead of those of the step, as to measure without training.
 
         Yields:
             The inputs to run the target on. Its loss and similarities are filled in when the block ends.
@@ -174,7 +192,7 @@ class GuidanceLoss:
             ValueError: If the target did not run in the block, or its layers do not match the guide's. Also if no
                 target layer in a pair carries a gradient to a weight.
         """
-        key, weights = (self.seed, step, micro_step, rank), self.weights(step)
+        key, weights = (self.seed, step, micro_step, rank), weights or self.weights(step)
         if not weights.guidance:
             yield Watched(without_guide(batch, self.config.sample_id_column), weights)
             return
@@ -289,7 +307,7 @@ class GuidanceLoss:
     def _resolve_pairs(self, layers: Groups, padded: bool) -> None:
         targets, guides = self.target_reader.names(), self.running.names()
         if self.config.layer_pairs is not None:
-            self.pairs = [parse_pair(text) for text in self.config.layer_pairs]
+            self.pairs = list(self._pair_weights)
         else:
             self.pairs = pair_layers(targets, guides, self.config.layer_mapping)
         all_seen = all(target in layers for target, _ in self.pairs)
@@ -359,10 +377,12 @@ class GuidanceLoss:
         watched.skipped_pairs = len(every) - len(pairs)
         if watched.skipped_pairs:
             reader.check_skipped([target for target, _ in every if target not in targets])
-        if not pairs:
+        weights = [self._pair_weights.get(pair, 1.0) for pair in pairs]
+        if not any(weights):
             drop = in_words(reader.layer_drop.settings)
+            which = "all pairs with a weight above 0" if pairs else "all pairs"
             watched.why_unguided = (
-                f"LayerDrop skipped the target layers of all pairs ({drop}): lower it, or compare more layers"
+                f"LayerDrop skipped the target layers of {which} ({drop}): lower it, or compare more layers"
             )
             return
         samples.check_aligned(pairs, targets, guide_samples, guides)
@@ -372,7 +392,8 @@ class GuidanceLoss:
             watched.why_unguided = samples.why_too_few(trained_on.name, trained_on.min_samples, n)
             return
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
-        watched.loss, values = guidance_loss_of_groups(pairs, trained_on, targets, guides, mean=mean, scale=scale)
+        options: Any = {"weights": weights, "mean": mean, "scale": scale}
+        watched.loss, values = guidance_loss_of_groups(pairs, trained_on, targets, guides, **options)
         watched.similarities[trained_on.name] = values
         watched.rows = samples.count if self.config.sample_axis == "within" else 1
         for measure in logged if log else ():

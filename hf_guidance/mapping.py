@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 Pair = tuple[str, str]  # (target layer, guide layer)
 
-PAIR_SEPARATOR = "~"
+PAIR_SEPARATOR, WEIGHT_SEPARATOR = "~", "@"
 NAMED_MAPPINGS = ("even", "reversed")
 LAST = re.compile(r"last_([1-9]\d*)")
 
@@ -22,12 +23,13 @@ def check_mapping(kind: str) -> None:
 
 
 def parse_pair(text: str) -> Pair:
-    """Split `"<target layer>~<guide layer>"` into a pair.
+    """Split `"<target layer>~<guide layer>"`, with or without a weight, into a pair.
 
     Raises:
-        ValueError: If the text has another form.
+        ValueError: If the text has another form, or as `pair_weight` does.
     """
-    target, separator, guide = text.partition(PAIR_SEPARATOR)
+    names, _ = _names_and_weight(text)
+    target, separator, guide = names.partition(PAIR_SEPARATOR)
     if not (separator and target.strip() and guide.strip()) or PAIR_SEPARATOR in guide:
         raise ValueError(
             f"layer pair {text!r} is not of the form '<target layer>~<guide layer>', such as 'hidden_states.1~layer1'."
@@ -35,8 +37,33 @@ def parse_pair(text: str) -> Pair:
     return target.strip(), guide.strip()
 
 
+def pair_weight(text: str) -> float:
+    """Return the weight of a pair: the number after `@`, such as 0.5 of `"h.3~h.1@0.5"`, else 1.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0.
+    """
+    return _names_and_weight(text)[1]
+
+
+def _names_and_weight(text: str) -> tuple[str, float]:
+    names, separator, number = text.partition(WEIGHT_SEPARATOR)
+    if not separator:
+        return names, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(
+            f"layer pair {text!r} has the weight {number.strip()!r}; write a finite number ≥ 0 after '@', such as "
+            "'hidden_states.1~layer1@0.5', or leave '@' out for a weight of 1."
+        )
+    return names, weight
+
+
 def pair_name(pair: Pair) -> str:
-    """Return the pair as configs, logs and cards write it."""
+    """Return the pair as logs and cards write it, without its weight."""
     return PAIR_SEPARATOR.join(pair)
 
 

@@ -28,6 +28,8 @@ CHANGED = {  # another value than the default for every field, all at once
     "guidance_reduction": "mean",
     "guidance_schedule": "linear",
     "guidance_stop_step": 300,
+    "guidance_stop_similarity": 0.75,
+    "guidance_warmup_steps": 5,
     "prealign_steps": 20,
     "guidance_every": 4,
     "target_layers": ["h.*.mlp", "Linear"],
@@ -45,11 +47,12 @@ CHANGED = {  # another value than the default for every field, all at once
     "calibration_batches": 3,
     "guide_shares_tokenizer": True,
     "log_measures": ["rsa", "ridge"],
+    "eval_similarity": True,
     "on_non_finite": "skip",
     "shard_guide": True,
     "save_guide": True,
 }
-PAIRS = {"layer_pairs": ["hidden_states.1~layer1", "hidden_states.2~layer1"]}
+PAIRS = {"layer_pairs": ["hidden_states.1~layer1@0.5", "hidden_states.2~layer1"]}
 CACHED = {"cache_guide": "features", "sample_id_column": "id", "sketch": 64}
 
 
@@ -127,6 +130,12 @@ def test_an_automatic_measure_starts_far_below_one_on_unrelated_features(axis: s
     x, y = torch.randn(2, n, 2048, generator=torch.Generator().manual_seed(0))
     measure = get_measure(GuidanceConfig(sample_axis=axis).resolved_measure())
     assert measure(x, y) < 0.2
+
+
+def test_alone_every_step_is_guided_in_full() -> None:
+    config = GuidanceConfig(guidance_every=3, guidance_warmup_steps=9, similarity_batch="global", eval_similarity=True)
+    alone = config.alone()
+    assert (alone.guidance_every, alone.guidance_warmup_steps, alone.similarity_batch) == (1, 0, "local")
 
 
 def test_two_configs_share_no_list() -> None:
@@ -247,6 +256,25 @@ BAD = [
     ({"layer_pairs": []}, "layer_pairs is empty; name at least one pair, or leave it out"),
     ({"layer_pairs": ["h.0"]}, "layer pair 'h.0' is not of the form"),
     ({"layer_pairs": ["a~b", "a ~ b"]}, "layer_pairs names a pair twice"),
+    ({"layer_pairs": ["a~b@1", "a~b@2"]}, "layer_pairs names a pair twice"),
+    ({"layer_pairs": ["a~b@-1"]}, "layer pair 'a~b@-1' has the weight '-1'; write a finite number ≥ 0 after '@'"),
+    (
+        {"layer_pairs": ["a~b@0", "c~d@0"]},
+        "layer_pairs gives every pair the weight 0: .* for no guidance set guidance_wei",
+    ),
+    ({"guidance_warmup_steps": -1}, "guidance_warmup_steps is -1; it must be at least 0"),
+    (
+        {"guidance_warmup_steps": 5, "prealign_steps": 2, "guidance_stop_step": 7},
+        "guidance_warmup_steps is 5 after prealign_steps=2, but guidance stops at step 7, before it has its full",
+    ),
+    ({"guidance_stop_similarity": 0.0}, r"guidance_stop_similarity is 0\.0; it must be above 0 and at most 1"),
+    ({"guidance_stop_similarity": 1.5}, r"guidance_stop_similarity is 1\.5; it must be above 0 and at most 1"),
+    ({"guidance_stop_similarity": math.nan}, "guidance_stop_similarity is nan; it must be above 0 and at most 1"),
+    (
+        {"eval_similarity": True, "guidance_weight": 0},
+        "guidance_weight is 0: there is nothing to measure. Set guidance_we",
+    ),
+    ({"eval_similarity": True, **CACHED}, "and validation rows have no ids: leave out eval_similarity or cache_guide"),
     ({**PAIRS, "guide_layers": ["layer1"]}, "layer_pairs already names the layers: leave target_layers and guide_la"),
     *(({name: "nonsense"}, f"{name} is 'nonsense'; possible are {', '.join(CHOICES[name])}") for name in CHOICES),
 ]

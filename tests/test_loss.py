@@ -46,6 +46,7 @@ from transformers import (
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.loss import Watched
+from hf_guidance.schedule import Weights
 from hf_guidance.similarity.layers import layer_of
 from hf_guidance.similarity.pair_loss import guidance_loss
 from hf_guidance.similarity.registry import MEASURES, get_measure
@@ -122,6 +123,34 @@ def test_explicit_pairs_compare_modules_and_hidden_states_as_named() -> None:
     expected = [cka(mlp, last).item(), cka(wte, first).item(), cka(mlp, embedded).item()]
     assert [value.item() for value in watched.similarities["linear_cka"].values()] == pytest.approx(expected, abs=1e-5)
     assert list(watched.similarities["linear_cka"]) == pairs
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("sum", 1.0), ("mean", 2.25)])
+def test_pairs_count_with_their_weights_and_are_named_without(reduction: str, divisor: float) -> None:
+    target, guide, batch = gpt2().double(), llama().double(), token_batch()
+    pairs = [
+        "hidden_states.1~hidden_states.2@0.25",
+        "hidden_states.1~hidden_states.3",
+        "hidden_states.2~hidden_states.3@1",
+    ]
+    watched, _ = watch(
+        target,
+        guide,
+        batch,
+        layer_pairs=pairs,
+        guidance_reduction=reduction,
+        measure="linear_cka",
+        log_measures=["rsa"],
+    )
+    ours, theirs = hidden_states(target, batch), hidden_states(guide, {"input_ids": batch["input_ids"]})
+    first, second, third = cka(ours[0], theirs[1]), cka(ours[0], theirs[2]), cka(ours[1], theirs[2])
+    expected = (0.25 * (1 - first) + (1 - second) + (1 - third)) / divisor
+    assert watched.loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    names = [pair.partition("@")[0] for pair in pairs]
+    values = [watched.similarities["linear_cka"][name].item() for name in names]
+    assert values == pytest.approx([first.item(), second.item(), third.item()], abs=1e-9)
+    assert list(watched.similarities["rsa"]) == names
+    torch.testing.assert_close(gradients(target, watched.loss), gradients(target, expected), rtol=1e-7, atol=1e-10)
 
 
 def test_padding_is_left_out() -> None:
@@ -634,6 +663,7 @@ def test_close_takes_every_hook_off() -> None:
         ({"guidance_weight": 2.0, "guidance_stop_step": 3}, 3, (0.0, 1.0)),
         ({"guidance_weight": 2.0, "prealign_steps": 3}, 2, (2.0, 0.0)),
         ({"guidance_weight": 2.0, "guidance_schedule": "linear"}, 5, (1.0, 1.0)),
+        ({"guidance_weight": 2.0, "guidance_warmup_steps": 4}, 0, (0.5, 1.0)),
     ],
 )
 def test_a_loop_of_ones_own_follows_weight_and_schedule(config: dict[str, Any], step: int, weights: Any) -> None:
@@ -646,6 +676,33 @@ def test_a_loop_of_ones_own_follows_weight_and_schedule(config: dict[str, Any], 
     expected = weights[1] * 3 + weights[0] * guidance_by_hand(target, guide, batch).item()
     assert watched.total(task).item() == pytest.approx(expected, abs=1e-5)
     assert len(runs) == (weights[0] > 0) + 1  # by hand it ran once more
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_refused_before_it_begins() -> None:
+    config = GuidanceConfig(guidance_warmup_steps=11)
+    with pytest.raises(ValueError, match="guidance_warmup_steps is 11, but the run has 10 optimizer steps"):
+        GuidanceLoss(gpt2(), llama(), config, total_steps=10)
+    assert GuidanceLoss(gpt2(), llama(), config).weights(0) == pytest.approx((1 / 11, 1.0))  # of unknown length
+
+
+def test_a_loop_of_ones_own_stops_guidance_for_good() -> None:
+    guide, target, batch = llama(), gpt2(), token_batch()
+    guidance, runs = GuidanceLoss(target, guide, GuidanceConfig(prealign_steps=9)), inputs_of(guide)
+    guidance.stopped_at = 5
+    for step, weights in ((4, (1.0, 0.0)), (5, (0.0, 1.0)), (99, (0.0, 1.0))):
+        with guidance.watch(batch, step=step) as watched:
+            target(**watched.inputs)
+        assert watched.weights == weights
+        assert (watched.loss is None) == (weights[0] == 0)
+    assert len(runs) == 1
+
+
+def test_weights_can_be_given_to_measure_whatever_the_step_says() -> None:
+    guidance = GuidanceLoss(gpt2(), llama(), GuidanceConfig(guidance_stop_step=1))
+    with guidance.watch(token_batch(), step=5, weights=Weights(1.0, 1.0)) as watched:
+        guidance.target(**watched.inputs)
+    assert watched.loss is not None
+    assert watched.weights == (1.0, 1.0)
 
 
 def test_a_batch_too_small_to_compare_leaves_the_task_loss() -> None:

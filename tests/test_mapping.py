@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hf_guidance.mapping import check_mapping, pair_layers, pair_name, parse_pair
+from hf_guidance.mapping import check_mapping, pair_layers, pair_name, pair_weight, parse_pair
 
 
 def layers(side: str, n: int) -> list[str]:
@@ -68,6 +68,23 @@ def test_a_pair_survives_being_written_and_read() -> None:
 def test_what_is_no_pair_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match=rf"layer pair '{text}' is not of the form '<target layer>~<guide layer>'"):
         parse_pair(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "weight"), [("h.3~h.1@0.5", 0.5), (" h.3 ~ h.1 @ 2 ", 2.0), ("h.3~h.1@0", 0.0), ("h.3~h.1", 1.0)]
+)
+def test_a_pair_has_the_weight_after_its_at_sign_or_one(text: str, weight: float) -> None:
+    assert parse_pair(text) == ("h.3", "h.1")
+    assert pair_weight(text) == weight
+    assert pair_name(parse_pair(text)) == "h.3~h.1"
+
+
+@pytest.mark.parametrize("weight", ["-0.5", "", "half", "nan", "inf", "1@2", "0.5~h.2"])
+def test_a_weight_that_is_none_is_an_error_that_names_the_pair(weight: str) -> None:
+    words = rf"layer pair 'h\.3~h\.1@{weight}' has the weight '{weight}'; write a finite number ≥ 0 after '@', such as"
+    for read in (pair_weight, parse_pair):
+        with pytest.raises(ValueError, match=words):
+            read(f"h.3~h.1@{weight}")
 
 
 @pytest.mark.parametrize("kind", ["", "Even", "last", "last_0", "last_-1", "last_2.5", "last_k", "random"])

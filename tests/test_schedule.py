@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hf_guidance.schedule import SCHEDULES, Weights, check_schedule, make_schedule
+from hf_guidance.schedule import SCHEDULES, Weights, check_schedule, check_warmup, make_schedule
 
 
 def guidance(name: str, steps: int, **options: Any) -> list[float]:
@@ -65,6 +65,49 @@ def test_every_so_manieth_step_is_guided_and_all_steps_of_prealignment_are() -> 
     assert guidance("constant", 8, every=3) == [2, 0, 0, 2, 0, 0, 2, 0]
     assert guidance("constant", 8, every=3, prealign_steps=2, stop_step=6) == [2, 2, 0, 2, 0, 0, 0, 0]
     assert guidance("linear", 5, every=2, stop_step=4) == pytest.approx([2, 0, 1, 0, 0])
+
+
+def test_a_warm_up_rises_linearly_and_no_step_of_it_has_weight_0() -> None:
+    assert guidance("constant", 6, warmup_steps=4) == pytest.approx([0.5, 1, 1.5, 2, 2, 2])
+    assert guidance("constant", 5, warmup_steps=1) == [2, 2, 2, 2, 2]
+    assert guidance("constant", 7, warmup_steps=4, every=2, stop_step=6) == pytest.approx([0.5, 0, 1.5, 0, 2, 0, 0])
+
+
+def test_a_warm_up_comes_after_prealignment_and_before_the_decay() -> None:
+    after = {"prealign_steps": 2, "warmup_steps": 2}
+    assert guidance("constant", 5, **after) == pytest.approx([2, 2, 1, 2, 2])
+    expected = [2, 2, 1, 2, 2, 1.5, 1, 0.5, 0]  # the decay is over the four steps 4 to 7
+    assert guidance("linear", 9, **after, stop_step=8) == pytest.approx(expected)
+    assert guidance("linear", 9, **after, total_steps=8) == pytest.approx(expected)
+    assert guidance("linear", 4, **after, total_steps=4) == pytest.approx([2, 2, 1, 2])  # nothing is left to decay
+    assert [make_schedule("linear", 2.0, **after, total_steps=8)(step).task for step in (1, 2)] == [0, 1]
+
+
+def test_words_where_a_warm_up_is_too_long() -> None:
+    words = (
+        "guidance_warmup_steps is 4 after prealign_steps=2, but guidance stops at step 6, before it has its full weight"
+    )
+    with pytest.raises(ValueError, match=words):
+        check_warmup(4, 2, 6)
+    with pytest.raises(
+        ValueError, match=r"guidance_warmup_steps is 6, but guidance stops at step 6.*lower guidance_warmup"
+    ):
+        make_schedule("constant", 1.0, warmup_steps=6, stop_step=6)
+    words = (
+        "guidance_warmup_steps is 4 after prealign_steps=2, but the run has 5 optimizer steps: lower guidance_warmup"
+    )
+    with pytest.raises(ValueError, match=words):
+        make_schedule("constant", 1.0, warmup_steps=4, prealign_steps=2, total_steps=5)
+    check_warmup(4, 2, 7, 6)
+    check_warmup(0, 6, 6, 3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_once_stopped_guidance_is_off_for_good_and_its_weight_before_is_as_without(name: str) -> None:
+    whole = guidance(name, 8, stop_step=8, warmup_steps=2)
+    assert guidance(name, 8, stop_step=8, warmup_steps=2, stopped_at=5) == [*whole[:5], 0, 0, 0]
+    schedule = make_schedule(name, 2.0, prealign_steps=6, stop_step=8, stopped_at=4)
+    assert [schedule(step) for step in (3, 4, 7)] == [(2.0, 0.0), (0.0, 1.0), (0.0, 1.0)]
 
 
 def test_unknown_schedule_is_an_error_that_lists_the_known_ones() -> None:

@@ -31,15 +31,17 @@ class Curves(TypedDict, total=False):
     settings: dict[str, Any]
 
 
+GUIDANCE = "guidance/"  # in the names of what is measured of guidance, in training and on validation data
 SIMILARITY = "guidance/similarity/"
 # what Trainer logs for an evaluation beside the metrics
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
 def metrics_of(log: Log, split: str) -> dict[str, float]:
-    """Return name → value of the metrics that a log entry holds for the split `eval` or `test`."""
+    """Return name → value of the task's metrics that a log entry holds for the split `eval` or `test`."""
     values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}
-    return {n: float(v) for n, v in values.items() if not n.endswith(SPEED) and isinstance(v, (int, float))}
+    own = {name: value for name, value in values.items() if not name.endswith(SPEED) and GUIDANCE not in name}
+    return {name: float(value) for name, value in own.items() if isinstance(value, (int, float))}
 
 
 def training_curve(history: History) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_guidance.card.redaction import own_names
 from hf_guidance.config import AUTO, CHOICES
+from hf_guidance.mapping import WEIGHT_SEPARATOR
 from hf_guidance.similarity.registry import MEASURES
 
 # flags of `accelerate launch` and `torchrun` for the number and kind of processes
@@ -150,6 +151,10 @@ def _published_value(action: argparse.Action, value: str) -> str | None:
     if action.type not in (str, None):
         return None
     value = Path(value).name if Path(value).is_absolute() else value
+    if action.dest == "layer_pairs":
+        pair, separator, weight = value.partition(WEIGHT_SEPARATOR)
+        harmless = _is_harmless(pair) and (not separator or NUMBER.fullmatch(weight))
+        return value if harmless else None
     return value if _is_harmless(value, own=action.dest == PUBLIC) else None
 
 

@@ -84,6 +84,7 @@ class RunFacts(TypedDict, total=False):
     target: Network
     guide: Network
     guidance: Values
+    stopped_at: int
     pairs: Pairs
     results: Results
     comparison: Comparison

@@ -8,6 +8,7 @@ from typing import Any
 from hf_guidance.card.contents import Network, PairRow, RunFacts, Values
 from hf_guidance.card.markdown import count, shown, table
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.mapping import pair_weight
 
 SEEN = {
     "batch": "what the target saw",
@@ -77,16 +78,23 @@ def guidance(facts: RunFacts) -> str:
         return ""
     config = GuidanceConfig.from_dict(facts["guidance"])
     schedule = SCHEDULES[config.guidance_schedule]
+    if config.guidance_warmup_steps:
+        schedule = f"linear warm-up over {config.guidance_warmup_steps} steps, then {schedule}"
     if config.prealign_steps:
         schedule = f"{config.prealign_steps} steps of pre-alignment, then {schedule}"
     if config.guidance_stop_step is not None:
         schedule += f", ending at step {config.guidance_stop_step}"
+    if config.guidance_stop_similarity is not None:
+        schedule += f", ending at a mean similarity of {config.guidance_stop_similarity:g}: "
+        stopped_at = facts.get("stopped_at")
+        schedule += "not reached" if stopped_at is None else f"reached at step {stopped_at}"
     one = "a row of the batch, its positions flattened"
     if config.sample_axis == "token":
         one = f"a token, at most {config.max_tokens} of a batch"
+    weighted = "weighted " if any(pair_weight(text) != 1 for text in config.layer_pairs or ()) else ""
     rows = [
         ["similarity", config.measure],
-        ["weight", f"{config.guidance_weight:g}, on the {config.guidance_reduction} over the pairs"],
+        ["weight", f"{config.guidance_weight:g}, on the {weighted}{config.guidance_reduction} over the pairs"],
         ["schedule", schedule],
         ["one sample", one],
         ["the guide saw", SEEN[config.guide_input]],

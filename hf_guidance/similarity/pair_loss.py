@@ -36,10 +36,13 @@ def guidance_loss(
     targets: Layers,
     guides: Layers,
     *,
+    weights: Sequence[float] | None = None,
     mean: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the sum or mean over the pairs of (1 − similarity), and each pair's similarity; means over batch rows.
+    """Compute the weighted sum or mean over the pairs of (1 − similarity), and each pair's similarity.
+
+    Of layers of batch rows, which are compared by themselves, these are means over the rows.
 
     The slope of each target layer is computed at once. Until the backward only that slope is kept, nothing else that
     the measure computed. The loss has no second derivative.
@@ -50,16 +53,21 @@ def guidance_loss(
         targets: Layers of the target with their graphs, by name. Layers in no pair are ignored. All are compared on the
             device of the first one.
         guides: Layers of the guide, over the same samples.
-        mean: Take the mean over the pairs instead of the sum.
+        weights: Weight of each pair, not all 0; None weighs all pairs equally.
+        mean: Divide the sum by the sum of the weights.
         scale: Factor of the gradient, not of the value.
 
     Returns:
-        The loss, a scalar, and pair → similarity, detached.
+        The loss, a scalar, and pair → similarity, detached and unweighted.
     """
-    values, slopes = compare_pairs(pairs, measure, targets, guides)
-    count = len(pairs) if mean else 1
+    weights = weights if weights is not None and any(weight != 1 for weight in weights) else None
+    values, slopes = compare_pairs(pairs, measure, targets, guides, weights)
     rows = values[0].numel()  # several if each batch row is compared by itself
-    loss = with_slopes((1 - values).sum() / (count * rows), targets, slopes, -scale / (count * rows))
+    count = 1.0 if not mean else len(pairs) if weights is None else sum(weights)
+    terms = 1 - values
+    if weights is not None:  # one product each, as moving the weights to a GPU would wait for it
+        terms = torch.stack([weight * term for weight, term in zip(weights, terms.unbind(), strict=True)])
+    loss = with_slopes(terms.sum() / (count * rows), targets, slopes, -scale / (count * rows))
     return loss, dict(zip(map(PAIR_SEPARATOR.join, pairs), values.view(len(pairs), rows).mean(1).unbind(), strict=True))
 
 
@@ -68,30 +76,30 @@ def guidance_loss_of_groups(
     measure: TwoStages,
     targets: Groups,
     guides: Groups,
-    *,
-    mean: bool = False,
-    scale: float = 1.0,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the mean of `guidance_loss` over groups of samples, weighted by the number of batch rows in them.
 
     Args:
-        pairs, measure, mean, scale: As of `guidance_loss`.
+        pairs, measure, **options: As of `guidance_loss`.
         targets, guides: Layers by name, one for each group.
 
     Returns:
         As `guidance_loss`.
     """
-    rows = torch.tensor([float(layer.rows) for layer in targets[pairs[0][0]]])
-    losses, values = [], []
-    for i in range(len(rows)):
+    rows = [layer.rows for layer in targets[pairs[0][0]]]
+
+    def of_group(i: int) -> tuple[Tensor, dict[str, Tensor]]:
         sides = ({name: layers[i] for name, layers in side.items()} for side in (targets, guides))
-        loss, found = guidance_loss(pairs, measure, *sides, mean=mean, scale=scale)
-        losses.append(loss)
-        values.append(torch.stack([*found.values()]))
-    if len(rows) == 1:
-        return losses[0], found
-    shares = (rows / rows.sum()).to(losses[0])
-    return shares @ torch.stack(losses), dict(zip(found, (shares @ torch.stack(values)).unbind(), strict=True))
+        return guidance_loss(pairs, measure, *sides, **options)
+
+    found = [of_group(i) for i in range(len(rows))]
+    if len(found) == 1:
+        return found[0]
+    losses, values = zip(*found, strict=True)
+    loss = sum(n * loss for n, loss in zip(rows, losses, strict=True)) / sum(rows)
+    means = {name: sum(n * v[name] for n, v in zip(rows, values, strict=True)) / sum(rows) for name in values[0]}
+    return loss, means
 
 
 @torch.no_grad()
@@ -108,17 +116,23 @@ def similarities(pairs: Sequence[Pair], measure: TwoStages, targets: Layers, gui
 
 
 def compare_pairs(
-    pairs: Sequence[Pair], measure: TwoStages, targets: Layers, guides: Layers
+    pairs: Sequence[Pair],
+    measure: TwoStages,
+    targets: Layers,
+    guides: Layers,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the similarity of each pair, and the slope of their sum in the values of each target layer.
+    """Compute the similarity of each pair, and the slope of their weighted sum in the values of each target layer.
 
     Args:
         pairs, measure, targets, guides: As of `guidance_loss`.
+        weights: Weight of each pair in the slopes; None for 1.
 
     Returns:
         The similarities, `(pairs,)` or `(pairs, rows)`, and target layer → slope, of those layers that need a gradient.
     """
     like, with_gradient = targets[pairs[0][0]].values, torch.is_grad_enabled()
+    weight_of = {} if weights is None else dict(zip(pairs, weights, strict=True))
     values: dict[Pair, Tensor] = {}
     slopes: dict[str, Tensor] = {}
     with torch.no_grad(), exact_float32(like.device):
@@ -135,6 +149,8 @@ def compare_pairs(
             for pair in [pair for pair in pairs if pair[0] == t]:
                 values[pair], slope = measure.compare(side, guide_sides[pair[1]])
                 if wanted:
+                    if (weight := weight_of.get(pair, 1)) != 1:
+                        slope = weight * slope
                     total = slope if total is None else total + slope
             if total is not None and compared is not layer:
                 total = 2 * total @ layer.values  # the slope in features, from that in their Gram matrix

@@ -1,7 +1,8 @@
 """The Trainer with a guidance loss, and what a run needs around it.
 
 Read `guidance_mixin` first. The other files hold checkpoints, checks before training, logs, steps that are not finite
-or not guided, the model card, and pushes to the Hub.
+or not guided, the end of guidance at a similarity, similarities on validation data, the model card, and pushes to the
+Hub.
 """
 
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint

@@ -92,7 +92,7 @@ class Accumulated:
             others = [features if i == number else read[name] for i, read in enumerate(self._features)]
             return self._samples.layers(name, _in_one(others))
 
-        _set_random_state(self._states[number])
+        set_random_state(self._states[number])
         with loss.target_reader.reading(not_recomputed(layers_of)) as layers:
             yield watched
         loss.compare(watched, (self._samples, layers), self._guide, log=log, scale=len(self.batches))
@@ -104,7 +104,7 @@ class Accumulated:
         target, found = self.loss.target, []
         buffers = [(buffer, buffer.clone()) for buffer in target.buffers()]
         for batch in batches:
-            self._states.append(_random_state())
+            self._states.append(random_state())
             inputs = without_guide(batch, self.loss.config.sample_id_column)
             inputs = {name: value for name, value in inputs.items() if name not in self._leave_out}
             with self.loss.autocast(), self.loss.target_reader.reading(_kept) as read:
@@ -168,11 +168,13 @@ def _devices() -> list[Any]:
     return [torch] if accelerator is None else [torch, torch.get_device_module(accelerator)]
 
 
-def _random_state() -> list[Tensor]:
+def random_state() -> list[Tensor]:
+    """Return torch's random states, of the CPU and of the accelerator in use."""
     return [device.get_rng_state() for device in _devices()]
 
 
-def _set_random_state(state: Sequence[Tensor]) -> None:
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Set torch's random states to those that `random_state` returned."""
     for device, own in zip(_devices(), state, strict=True):
         device.set_rng_state(own)
 

@@ -32,7 +32,7 @@ WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 OPTIMIZER = ("optimizer*", "global_step*")
 GUIDED_STEPS = "guided_steps"  # key in the same file
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
-HARMLESS |= {"shard_guide"}
+HARMLESS |= {"shard_guide", "eval_similarity"}
 FATAL = {"seed", "data_seed", "max_steps"}  # max_steps only where the decay ends with the run
 BATCH = {"per_device_train_batch_size", "world_size", "gradient_accumulation_steps", "split_batches"}
 

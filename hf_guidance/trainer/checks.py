@@ -13,6 +13,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies
+from hf_guidance.schedule import check_warmup
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates
 from hf_guidance.trainer.protocol import GuidedTrainer
@@ -87,6 +88,8 @@ def check_settings(
             "auto_find_batch_size changes the batch size, and a similarity depends on it. Set "
             "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
         )
+    if config.guidance_weight and args.max_steps > 0:
+        check_warmup(config.guidance_warmup_steps, config.prealign_steps, config.guidance_stop_step, args.max_steps)
     if config.similarity_batch == "accumulated":
         check_accumulates(args, sharded=sharded)
     if config.similarity_batch == "global":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,14 +34,22 @@ class FiniteSteps(TrainerCallback):
         accelerator: The accelerator of the trainer.
         logs: Receives the means of every step that is taken.
         skip: Leave the step out instead of stopping.
+        on_taken: Called before every step that is taken; None for nothing.
 
     Attributes:
         sums: Logs of the micro-steps in the present optimizer step.
         left_out: Whether the present optimizer step is left out.
     """
 
-    def __init__(self, accelerator: Accelerator, logs: RunningMeans, skip: bool) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        logs: RunningMeans,
+        skip: bool,
+        on_taken: Callable[[], None] | None = None,
+    ) -> None:
         self.accelerator, self.logs, self.skip, self.active = accelerator, logs, skip, False
+        self._on_taken = on_taken
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self.reset()
 
@@ -83,6 +91,8 @@ class FiniteSteps(TrainerCallback):
         """Raise FloatingPointError on every rank, or drop the gradients, if a value on any rank is not finite."""
         if not self._any_not_finite():
             self.logs.take(self.sums)
+            if self._on_taken is not None:
+                self._on_taken()
             return
         found = gather_object([self._not_finite()])
         words = [word for losses, _ in found for word in losses] or list(

@@ -17,25 +17,27 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
 from hf_guidance.guide.identity import identity
-from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns, without_guide
+from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
 from hf_guidance.guide.sharding import check_whole
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.trainer.accumulation import Accumulated
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
 from hf_guidance.trainer.checks import check_trainer
+from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, is_last_before_log
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
+from hf_guidance.trainer.similarity_stop import SimilarityStop, StoppingMixin
 
 logger = logging.getLogger(__name__)
 
 GUIDE_FOLDER = "guide"
 
 
-class GuidanceMixin(PublishingMixin, ResumingMixin):
+class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMixin):
     """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
 
     Args:
@@ -56,17 +58,21 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
         self.guidance = (guidance or GuidanceConfig()).resolved()
         self._loss: GuidanceLoss | None = None
         self._sums = RunningMeans()
-        self._finite = FiniteSteps(self.accelerator, self._sums, self.guidance.on_non_finite == "skip")
+        skip = self.guidance.on_non_finite == "skip"
+        self._finite = FiniteSteps(self.accelerator, self._sums, skip, self._take_similarities)
         self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
         self._in_window = 0  # number of its micro-batches that have been trained on
         self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
+        self._is_calibrated = False
         self.add_callback(self._finite)
         if guide is None:
             return
         check_trainer(self)
         self._guided = GuidedSteps(partial(check_trainer, self), self._schedule, lambda: self._finite.left_out)
+        if self.guidance.guidance_stop_similarity is not None:
+            self.add_callback(SimilarityStop(self.guidance.guidance_stop_similarity))
         self.add_callback(self._guided)
         check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device may hold the whole guide
@@ -96,6 +102,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
                 self._loss.close()
             autocast = self.accelerator.autocast
             self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
+        if self._stop:
+            self._loss.stopped_at = self._stop.stopped_at
         return self._loss
 
     def _schedule(self) -> Schedule:
@@ -173,6 +181,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
                 sums.add("guidance/skipped_batches", 1.0, 0)
             return watched.total(task_loss)
         sums.add("guidance/loss", watched.loss.detach() * watched.rows, watched.rows)
+        if self._stop:
+            self._stop.note(compared.values())
         for measure, similarities in watched.similarities.items():
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
@@ -219,8 +229,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
             self._guided.before = guided_steps_of(checkpoint)
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step = (-1, 0)
-        if self.guide is not None and self._calibrates():
-            calibrate(self)
+        self._is_calibrated = False  # the data may be others
+        self._calibrate_once()
         if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
             open_cache(self)
         if self.guide is not None and self.guidance.save_guide:
@@ -248,11 +258,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin):
     def _calibrates(self) -> bool:
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0
 
-    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
-
-    def _for_target(self, inputs: Batch) -> dict[str, Any]:
-        return without_guide(inputs, self.guidance.sample_id_column)
+    def _calibrate_once(self) -> None:
+        if self.guide is not None and self._calibrates() and not self._is_calibrated:
+            calibrate(self)
+            self._is_calibrated = True
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -20,6 +20,7 @@ from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import command_line, environment
 from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.similarity_stop import stop_among
 
 Facts = dict[str, Any]
 VERSIONS = ("python", "torch", "transformers", "accelerate")
@@ -56,6 +57,7 @@ def run_facts(trainer: GuidedTrainer, **given: Any) -> RunFacts:
         "target": _target(model),
         "guide": _guide(trainer) if guided else None,
         "guidance": trainer.guidance.without_paths() if guided else None,
+        "stopped_at": stopped_at(trainer) if guided else None,
         "pairs": pairs_facts(similarity_curves(history)) if guided else None,
         "results": _results(history, best_step(trainer)),
         "training": training_facts(
@@ -155,6 +157,12 @@ def pairs_facts(points: list[dict[str, float]]) -> Facts | None:
     return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
 
 
+def stopped_at(trainer: GuidedTrainer) -> int | None:
+    """Return the step at which guidance stopped because of `guidance_stop_similarity`; None if it did not."""
+    stop = stop_among(trainer.callback_handler.callbacks)
+    return None if stop is None else stop.stopped_at
+
+
 def best_step(trainer: Trainer | GuidedTrainer) -> int | None:
     """Return the step of the best weights if training has ended and loaded them; else None."""
     state, args = trainer.state, trainer.args
@@ -221,8 +229,8 @@ def _always(trainer: GuidedTrainer) -> bool | None:
     config = trainer.guidance
     if trainer.guide is None or not config.guidance_weight:
         return None
-    stops = config.guidance_stop_step is not None and config.guidance_stop_step < trainer.state.global_step
-    return not stops and config.guidance_every == 1
+    ends = [step for step in (config.guidance_stop_step, stopped_at(trainer)) if step is not None]
+    return all(step >= trainer.state.global_step for step in ends) and config.guidance_every == 1
 
 
 def _emissions(trainer: GuidedTrainer) -> float | None:

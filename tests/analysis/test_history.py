@@ -35,3 +35,10 @@ def test_metrics_are_numbers_and_no_speeds() -> None:
     assert metrics_of(HISTORY[1], "eval") == {"loss": 1.5, "accuracy": 0.5}
     assert metrics_of(HISTORY[3], "eval") == {"loss": 1.25, "accuracy": 0.75}
     assert metrics_of(HISTORY[4], "test") == {"accuracy": 1.0}
+
+
+def test_similarities_on_validation_data_are_no_metrics_of_the_task() -> None:
+    log = {"step": 1, "eval_guidance/similarity": 0.5, "eval_loss": 2.0, "eval_guidance/rsa/a~b": 0.25, "eval_f1": 0.75}
+    assert metrics_of(log, "eval") == {"loss": 2.0, "f1": 0.75}
+    assert metrics_of({"eval_near_guidance/similarity": 0.5, "eval_near_loss": 1.0}, "eval") == {"near_loss": 1.0}
+    assert validation_curve([log])[0] == "f1"

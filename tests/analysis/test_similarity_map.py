@@ -37,6 +37,15 @@ def test_every_pair_is_the_measure_of_the_two_layers_with_batch_statistics_and_w
         assert row[1] == pytest.approx(float(linear_cka(features, guide(batch["pixel_values"]))), abs=1e-4)
 
 
+def test_weights_of_pairs_and_a_warm_up_change_no_value():
+    target, guide, batch = networks()
+    pairs = ["hidden_states.1~3", "hidden_states.3~1"]
+    plain = similarity_map(target, guide, linear(layer_pairs=pairs), batch)
+    config = linear(layer_pairs=["hidden_states.1~3@0.5", "hidden_states.3~1@0"], guidance_warmup_steps=9)
+    assert similarity_map(target, guide, config, batch) == plain
+    assert plain["pairs"] == pairs
+
+
 def test_target_guide_and_randomness_are_left_as_they_are():
     target, guide, batch = networks()
     before = copy.deepcopy(target.state_dict())

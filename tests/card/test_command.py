@@ -112,6 +112,9 @@ db.url=⟨postgres⟩://x
 --guide_layers ⟨dGhpc0lzQVNlY3JldFRva2Vu⟩
 --guide_layers=⟨0123456789abcdef0123⟩
 --layer_pairs h.0~⟨AbCdEfGhIjKlMnOpQr⟩
+--layer_pairs h.0~h.1@⟨hunter2⟩
+--layer_pairs h.0~⟨AbCdEfGhIjKlMnOpQr⟩@0.5
+--target_layers ⟨alice@example.com⟩
 --label_names labels ⟨glpat-abcdef⟩
 --label_names ⟨eyJhbGciOi.eyJzdWIi.c2ln⟩
 --include_for_metrics loss ⟨hunter2⟩
@@ -197,6 +200,7 @@ python train.py --metric_for_best_model eval_loss --label_names labels start_pos
 python train.py --measure debiased_cka --log_measures rsa ridge --guidance_weight 0.5 --sample_axis token
 python train.py --target_layers 'h.*.mlp' hidden_states.3 --guide_layers Conv2d ResNetForImageClassification
 python train.py --layer_pairs 'hidden_states.1~h.0' 'h.11.attn~layers.5' --guide_shares_tokenizer --max_tokens 64
+python train.py --layer_pairs 'h.3~h.1@0.5' 'h.2~h.1@1e-2' --guidance_warmup_steps 20 --guidance_stop_similarity 0.9
 python train.py --cache_guide cache/guide --sketch 1024 --sample_id_column id --include_num_input_tokens_seen
 accelerate launch recipes/r.py --use_cpu --seeds 0 1 2 --learning_rates 1e-3 3e-3 --runs alone untrained_guide
 python r.py --guide timm/resnet18.a1_in1k --text_files outputs/shakespeare.txt --longer_baseline --learning_rates=1e-3

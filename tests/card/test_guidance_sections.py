@@ -65,6 +65,20 @@ def test_settings_that_most_runs_leave_alone_are_shown_where_they_are_not():
     assert guidance_sections.guidance({}) == ""
 
 
+def test_weights_of_pairs_a_warm_up_and_the_step_where_guidance_stopped_are_shown():
+    config = {"layer_pairs": ["h.3~h.1@0.5", "h.2~h.1"], "guidance_reduction": "mean", "guidance_warmup_steps": 5}
+    config |= {"guidance_stop_similarity": 0.9, "prealign_steps": 10, "guidance_weight": 2.0}
+    facts = {"guide": {"batch_norm": False}, "guidance": GuidanceConfig(**config).to_dict()}
+    rows = {row[0]: row[1] for row in cells(guidance_sections.guidance(facts | {"stopped_at": 40}))}
+    assert rows["weight"] == "2, on the weighted mean over the pairs"
+    assert rows["layers paired"] == r"one by one: h.3\~h.1@0.5, h.2\~h.1"
+    begin = "10 steps of pre-alignment, then linear warm-up over 5 steps, then constant, "
+    begin += "ending at a mean similarity of 0.9: "
+    assert rows["schedule"] == begin + "reached at step 40"
+    rows = {row[0]: row[1] for row in cells(guidance_sections.guidance(facts))}
+    assert rows["schedule"] == begin + "not reached"
+
+
 def test_similarities_are_means_over_the_steps_since_the_log_before_and_finite():
     text = guidance_sections.pairs(pairs(("a", "b", 0.25, float("nan")), first=5, before_last=10, last=15))
     assert "mean over steps 1–5" in text

@@ -349,6 +349,20 @@ def test_pairs_that_are_named_are_left_out_alike(pairs: list[str], skip: Callabl
     assert watched.similarities.get("linear_cka", {}).keys() == set(pairs[1:])
 
 
+def test_pairs_of_weight_0_that_are_left_guide_no_step(skip: Callable[..., None]) -> None:
+    pairs = ["hidden_states.3~hidden_states.3", "hidden_states.1~hidden_states.1@0"]
+    config = linear(layer_pairs=pairs, guidance_reduction="mean", measure="linear_cka")
+    loss = GuidanceLoss(wav2vec2(), wav2vec2(seed=1), config)
+    skip(1)
+    watched, outputs = guided(loss)
+    expected = by_hand(loss, outputs)["hidden_states.3~hidden_states.3"].item()
+    assert watched.loss.item() == pytest.approx(1 - expected, abs=1e-5)
+    skip(2)
+    watched, _ = guided(loss)
+    assert watched.loss is None
+    assert watched.why_unguided.startswith("LayerDrop skipped the target layers of all pairs with a weight above 0 (")
+
+
 def test_a_step_that_skips_the_only_trainable_layers_is_no_error(skip: Callable[..., None]) -> None:
     target = biogpt()
     target.requires_grad_(False).layers[2].requires_grad_(True)

@@ -78,6 +78,39 @@ def test_mean_and_scale(mean):
     torch.testing.assert_close(scaled, 3 * plain)
 
 
+@pytest.mark.parametrize("primal", ["abcxy", "ab", ""])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("name", ["linear_cka", "ridge_loo"])
+def test_each_pair_counts_with_its_weight_and_its_similarity_is_unweighted(primal, mean, name):
+    made, plain, measure = features(), features(), get_measure(name)
+    weights = [0.5, 3.0, 0.0, 1.0]  # layer a is in two pairs of other weights, b only in one without
+    primal = primal if name == "linear_cka" else "abcxy"
+    loss, values = guidance_loss(PAIRS, measure, *sides(made, primal), weights=weights, mean=mean)
+    found = {
+        f"{t}~{g}": cka(plain[t], plain[g]) if name == "linear_cka" else measure(plain[t], plain[g]) for t, g in PAIRS
+    }
+    expected = 0.5 * (1 - found["a~x"]) + 3 * (1 - found["a~y"]) + (1 - found["c~x"])
+    expected = expected / 4.5 if mean else expected
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert {pair: value.item() for pair, value in values.items()} == pytest.approx(
+        {pair: value.item() for pair, value in found.items()}, abs=1e-12
+    )
+    loss.backward()
+    expected.backward()
+    for layer in "ac":
+        torch.testing.assert_close(made[layer].grad, plain[layer].grad, rtol=1e-9, atol=1e-12)
+    assert not made["b"].grad.any()
+
+
+def test_weights_of_one_change_no_bit():
+    made = [features(torch.float32), features(torch.float32)]
+    losses = [guidance_loss(PAIRS, CKA, *sides(x), weights=w)[0] for x, w in zip(made, (None, [1.0] * 4), strict=True)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    assert all(torch.equal(made[0][name].grad, made[1][name].grad) for name in "abc")
+
+
 def test_similarities_have_no_graph():
     found = similarities(PAIRS, CKA, *sides(features()))
     assert list(found) == ["a~x", "a~y", "b~y", "c~x"]

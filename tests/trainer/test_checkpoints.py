@@ -140,6 +140,8 @@ def test_the_state_of_an_earlier_run_does_not_vouch_for_a_checkpoint_that_is_bei
         ({"sample_axis": "token"}, "sample_axis was 'sequence', is 'token'"),
         ({"guidance_weight": 0.5}, r"guidance_weight was 1\.0, is 0\.5"),
         ({"guide_input": "noise"}, "guide_input was 'batch', is 'noise'"),
+        ({"guidance_warmup_steps": 2}, "guidance_warmup_steps was 0, is 2"),
+        ({"guidance_stop_similarity": 0.5}, r"guidance_stop_similarity was None, is 0\.5"),
         ({"per_device_train_batch_size": 8}, "per_device_train_batch_size was 4, is 8"),
         ({"seed": 8}, "seed was 7, is 8"),
         ({"data_seed": 8}, "data_seed was None, is 8"),
@@ -155,6 +157,7 @@ def test_a_change_of_what_is_trained_is_refused_and_named(run: Path, change: dic
     ("change", "words"),
     [
         ({"log_measures": ["rsa"]}, "log_measures was ['debiased_cka'], is ['rsa']."),
+        ({"eval_similarity": True}, "eval_similarity was False, is True."),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1, is 2. Data order, randomness or"),
         ({"bf16": True}, "precision was 'float32', is 'bf16'. Data order, randomness or rounding will differ"),
     ],

@@ -24,6 +24,7 @@ def test_a_split_batch_is_shared_evenly_or_refused() -> None:
     ("settings", "guidance", "words"),
     [
         ({"per_device_train_batch_size": 2}, {}, "per_device_train_batch_size is 2, but linear_cka needs at least 3"),
+        ({}, {"guidance_warmup_steps": 4}, "guidance_warmup_steps is 4, but the run has 3 optimizer steps: lower"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size changes the batch size"),
         ({}, {"similarity_batch": "global"}, "there is no process group"),
         ({}, {"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1. Set it to 2 or more"),
@@ -32,6 +33,11 @@ def test_a_split_batch_is_shared_evenly_or_refused() -> None:
 def test_settings_that_guidance_cannot_do_with_are_refused(settings, guidance, words, tmp_path) -> None:
     with pytest.raises(ValueError, match=words):
         check_settings(arguments(tmp_path, **settings), linear(**guidance))
+
+
+def test_a_warm_up_is_not_looked_at_without_guidance_or_a_known_length(tmp_path) -> None:
+    check_settings(arguments(tmp_path), linear(guidance_warmup_steps=4, guidance_weight=0.0, measure="rsa"))
+    check_settings(arguments(tmp_path, max_steps=-1), linear(guidance_warmup_steps=4, measure="linear_cka"))
 
 
 def test_tokens_need_no_rows_and_accumulation_makes_up_for_few(tmp_path) -> None:

@@ -188,6 +188,20 @@ def test_a_run_of_which_some_steps_were_not_guided_says_how_many(
     assert "Only 1 of the 3 optimizer steps that should have been guided were." in caplog.text
 
 
+def test_a_warm_up_longer_than_epochs_make_the_run_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), guidance_warmup_steps=7, max_steps=-1, num_train_epochs=1)
+    with pytest.raises(ValueError, match="guidance_warmup_steps is 7, but the run has 6 optimizer steps"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_warm_up_is_logged_and_all_its_steps_are_guided(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), guidance_warmup_steps=2, guidance_weight=3.0, prealign_steps=1)
+    logs = trained(trainer)[1]
+    assert [log["guidance/weight"] for log in logs] == [3.0, 1.5, 3.0]
+    assert caplog.text == ""
+
+
 def test_a_run_of_pre_alignment_alone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_trainer(tmp_path, gpt2(), llama(), prealign_steps=3).train()
     assert "All 3 optimizer steps are pre-alignment, none is of the task: see prealign_steps." in caplog.text

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 import hf_guidance.trainer.card_mixin
 import hf_guidance.trainer.run_facts
 from hf_guidance import GuidanceConfig, GuidanceTrainer
-from hf_guidance.trainer.run_facts import _results, best_step, pairs_facts, timms_name
+from hf_guidance.trainer.run_facts import _results, best_step, pairs_facts, stopped_at, timms_name
 
 
 class CodeCarbonCallback(TrainerCallback):
@@ -28,7 +28,7 @@ class CodeCarbonCallback(TrainerCallback):
 def trained(folder, *callbacks, **options):
     own = GuidanceTrainer(
         gpt2(),
-        arguments(folder / "out"),
+        options.pop("args", arguments(folder / "out")),
         train_dataset=token_rows(),
         guide=llama(),
         callbacks=list(callbacks),
@@ -70,6 +70,7 @@ def test_values_of_several_sets_to_validate_with_are_all_there_and_none_of_their
         ({"guidance_stop_step": 1}, "a step, guided or not, on average"),
         ({"guidance_every": 2}, "a step, guided or not, on average"),
         ({"guidance_stop_step": 99}, "a step with guidance"),
+        ({"guidance_stop_similarity": 1.0}, "a step with guidance"),
         ({"guidance_weight": 0.0}, "a step"),
     ],
 )
@@ -80,6 +81,24 @@ def test_the_time_of_a_step_is_called_what_it_is(guidance, words, tmp_path):
     assert re.search(rf"^\| {words} +\| [\d.e-]+ s of CPU time +\|$", body, re.MULTILINE)
     assert ("and [guided](" in body) == ("weight" not in str(guidance))
     assert "in training, and similarity of every pair" in body  # as nothing was validated
+
+
+def test_the_card_says_at_which_step_guidance_stopped(tmp_path):
+    guidance = GuidanceConfig(sample_axis="token", guidance_stop_similarity=0.001, measure="linear_cka")
+    own = trained(tmp_path, guidance=guidance, args=arguments(tmp_path / "out", max_steps=22))
+    assert stopped_at(own) == 20
+    own.create_model_card()
+    _, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert "constant, ending at a mean similarity of 0.001: reached at step 20" in body
+    assert "a step, guided or not, on average" in body
+
+
+def test_similarities_on_validation_data_are_no_results_of_the_task(tmp_path):
+    own = trained(tmp_path, guidance=GuidanceConfig(sample_axis="token", eval_similarity=True))
+    assert own.evaluate()["eval_guidance/similarity"]
+    own.create_model_card(dataset="rows")
+    metadata, _ = check_card((tmp_path / "out" / "README.md").read_text())
+    assert [m["type"] for m in metadata["model-index"][0]["results"][0]["metrics"]] == ["loss"]
 
 
 def test_a_users_command_is_no_prose(tmp_path, monkeypatch):

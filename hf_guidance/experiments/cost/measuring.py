@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,7 @@ def measure_cost(
             are no multiple of the rows of a step.
     """
     cycle = guidance.guidance_every
+    guidance = replace(guidance, guidance_warmup_steps=0)  # the cost of a step does not depend on the weight
     counted = math.ceil(plan.steps / cycle) * cycle
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if len(rows) % a_step:
@@ -148,9 +149,14 @@ def _guided_share(loss: GuidanceLoss, steps: range) -> float:
     """Return the share of the counted steps that are guided, which must be the same in every cycle.
 
     Raises:
-        ValueError: If the cycles have different numbers of guided steps.
+        ValueError: If the cycles have different numbers of guided steps, or may have.
     """
     loss.total_steps, config = steps.stop, loss.config
+    if config.guidance_stop_similarity is not None:
+        raise ValueError(
+            "guidance_stop_similarity may end guidance while steps are counted, and their times would be of two kinds: "
+            "leave it out to measure the cost."
+        )
     guided = [bool(loss.weights(step).guidance) for step in steps]
     cycles = {sum(guided[i : i + config.guidance_every]) for i in range(0, len(steps), config.guidance_every)}
     if len(cycles) > 1:

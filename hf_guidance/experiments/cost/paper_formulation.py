@@ -18,7 +18,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_guide
-from hf_guidance.mapping import Pair, pair_layers, parse_pair
+from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ class PaperTrainer(Trainer):
 
     Args:
         guide: The frozen network.
-        guidance: Layers to compare, and the weight of the sum. Measure and sample axis are ignored: the measure is
-            linear CKA with one sample per row.
+        guidance: Layers to compare, the weights of the pairs, and that of the sum. Measure and sample axis are ignored:
+            the measure is linear CKA with one sample per row.
         *args, **kwargs: Arguments of the Trainer.
 
     Source: Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035), and its released code.
@@ -54,7 +54,8 @@ class PaperTrainer(Trainer):
     def __init__(self, *args: Any, guide: nn.Module, guidance: GuidanceConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.guide, self.guidance = guide.to(self.args.device), guidance
-        self._explicit = [parse_pair(text) for text in guidance.layer_pairs or []]
+        self._weights = {parse_pair(text): pair_weight(text) for text in guidance.layer_pairs or []}
+        self._explicit = list(self._weights)
         ours = [target for target, _ in self._explicit] or guidance.target_layers
         theirs = [name for _, name in self._explicit] or guidance.guide_layers
         self._target_reader = LayerReader(self.accelerator.unwrap_model(self.model), ours, "target")
@@ -67,13 +68,14 @@ class PaperTrainer(Trainer):
         return (found[0] + weighted, *found[1:]) if isinstance(found, tuple) else found + weighted
 
     def paper_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """Compute the sum over the pairs of (1 − CKA), with a separate forward of each network."""
+        """Compute the weighted sum over the pairs of (1 − CKA), with a separate forward of each network."""
         with torch.no_grad(), self.accelerator.autocast(), self._guide_reader.reading(_keep) as theirs:
             positional, named = forward_arguments(self.guide, guide_batch(inputs, model))
             self.guide(*positional, **named)
         with self._target_reader.reading(_keep) as ours:
             model(**without_guide(inputs))
-        return torch.stack([1 - cka(_rows(ours[t]), _rows(theirs[g])) for t, g in self._pairs()]).sum()
+        losses = {(t, g): 1 - cka(_rows(ours[t]), _rows(theirs[g])) for t, g in self._pairs()}
+        return torch.stack([self._weights.get(pair, 1.0) * loss for pair, loss in losses.items()]).sum()
 
     def _pairs(self) -> list[Pair]:
         names = self._target_reader.names(), self._guide_reader.names()

@@ -111,6 +111,15 @@ def test_steps_of_two_kinds_are_not_measured_as_one(tmp_path):
         measure_cost(gpt2(), llama(), texts(), arguments(tmp_path), every, Plan(steps=4))
 
 
+def test_a_warm_up_longer_than_what_is_measured_costs_as_much_and_a_stop_at_an_unknown_step_is_refused(tmp_path):
+    plan, args = Plan(rounds=1, steps=1, paper=False), arguments(tmp_path)
+    guidance = linear(guidance_warmup_steps=1000, measure="linear_cka")
+    assert measure_cost(gpt2(), llama(), texts(), args, guidance, plan)["guide_forwards"] == 1
+    guidance = linear(guidance_stop_similarity=0.9)
+    with pytest.raises(ValueError, match="guidance_stop_similarity may end guidance while steps are counted"):
+        measure_cost(gpt2(), llama(), texts(), args, guidance, plan)
+
+
 def test_a_cache_is_full_before_steps_are_counted(tmp_path, resnet):
     cached = {"cache_guide": str(tmp_path / "cache"), "sketch": 4, "sample_id_column": "id", "guidance_every": 2}
     guidance, rows = linear(guide_layers=["Conv2d"], **cached), random_images(16, 32, 4)

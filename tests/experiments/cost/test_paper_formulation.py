@@ -46,7 +46,7 @@ def test_a_pair_costs_the_yardstick_six_grams_and_twelve_square_products():
 
 
 def test_the_yardstick_runs_the_target_twice_a_step_and_adds_the_weighted_sum(tmp_path):
-    config = linear(guidance_weight=0.5, layer_pairs=["hidden_states.2~hidden_states.1"])
+    config = linear(guidance_weight=0.5, layer_pairs=["hidden_states.2~hidden_states.1@3"])
     target, guide = gpt2(), llama().eval()
     trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=config)
     runs = []
@@ -57,5 +57,5 @@ def test_the_yardstick_runs_the_target_twice_a_step_and_adds_the_weighted_sum(tm
     assert len(runs) == 2
     ours = target(**batch, output_hidden_states=True).hidden_states[2]
     theirs = guide(batch["input_ids"], output_hidden_states=True).hidden_states[1]
-    expected = target(**batch).loss + 0.5 * (1 - cka(ours, theirs))
+    expected = target(**batch).loss + 0.5 * 3 * (1 - cka(ours, theirs))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-4, atol=0)

@@ -1,0 +1,131 @@
+"""The end of guidance once the similarity is high enough."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+if TYPE_CHECKING:
+    Behind = Trainer
+else:
+    Behind = object
+
+logger = logging.getLogger(__name__)
+
+DECIDE_EVERY = 20  # optimizer steps between two decisions, each of which waits for the device and for the other ranks
+
+
+class SimilarityStop(TrainerCallback, ExportableState):
+    """A callback that ends guidance for good when the mean similarity reaches a threshold.
+
+    The mean is over all pairs, micro-steps and ranks since the last decision. Its sum stays on the device until the
+    next decision or checkpoint. A checkpoint holds it, so that a resumed run stops at the same step.
+
+    Args:
+        threshold: Mean similarity at which guidance stops.
+
+    Attributes:
+        stopped_at: Optimizer steps taken when guidance stopped; None while it has not.
+        is_logged: Whether a log has told that step.
+        total: Sum of the similarities since the last decision, as far as it is reduced over the ranks.
+        count: Number of its terms.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self._reset()
+
+    def _reset(self) -> None:
+        self.stopped_at: int | None = None
+        self.is_logged = False
+        self.total, self.count = 0.0, 0.0
+        self._present: list[Tensor] = []  # means over the pairs, of the micro-steps of the present optimizer step
+        self._taken: list[Tensor] = []  # of the optimizer steps that were taken, and are not yet in `total`
+
+    def note(self, similarities: Collection[Tensor]) -> None:
+        """Remember the similarities of all pairs at a micro-step."""
+        if self.stopped_at is None and similarities:
+            self._present.append(torch.stack(list(similarities)).float().mean())
+
+    def take(self) -> None:
+        """Count the micro-steps of the present optimizer step, which is taken and not left out."""
+        self._taken += self._present
+        self._present = []
+
+    def settle(self, device: torch.device) -> None:
+        """Add the sums of all ranks to `total` and `count`. All ranks must call it together."""
+        own = torch.tensor([0.0, float(len(self._taken))], device=device)
+        if self._taken:
+            own[0] = torch.stack(self._taken).sum()
+        total, count = reduce(own, reduction="sum").tolist()
+        self.total, self.count, self._taken = self.total + total, self.count + count, []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Start anew, or from the checkpoint that the run resumes from."""
+        self._reset()
+        callbacks: Any = state.stateful_callbacks  # annotated as a list, and is a dict
+        saved = callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._present = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Decide, every `DECIDE_EVERY` optimizer steps, unless no step was guided since the last decision."""
+        if self.stopped_at is not None or state.global_step % DECIDE_EVERY:
+            return
+        self.settle(args.device)
+        if self.count and (mean := self.total / self.count) >= self.threshold:
+            self.stopped_at = state.global_step
+            if state.is_world_process_zero:
+                logger.info(
+                    "Guidance stops at step %d: the mean similarity is %.4f, and guidance_stop_similarity is %g.",
+                    self.stopped_at,
+                    mean,
+                    self.threshold,
+                )
+        self.total, self.count = 0.0, 0.0
+
+    def state(self) -> dict[str, Any]:
+        names = ("stopped_at", "is_logged", "total", "count")
+        return {"args": {"threshold": self.threshold}, "attributes": {name: getattr(self, name) for name in names}}
+
+
+def stop_among(callbacks: Sequence[TrainerCallback]) -> SimilarityStop | None:
+    """Return the callback that stops guidance; None if there is none.
+
+    Ask for it anew each time: Trainer may replace it when a run resumes (`restore_callback_states_from_checkpoint`).
+    """
+    return next((callback for callback in callbacks if isinstance(callback, SimilarityStop)), None)
+
+
+class StoppingMixin(Behind):
+    """The part of `GuidanceMixin` that stops guidance for `guidance_stop_similarity`."""
+
+    @property
+    def _stop(self) -> SimilarityStop | None:
+        return stop_among(self.callback_handler.callbacks)
+
+    def _take_similarities(self) -> None:
+        if self._stop:
+            self._stop.take()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._stop:
+            self._stop.settle(self.args.device)  # on all ranks, as only one of them writes the state
+        super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        stop = self._stop
+        if "loss" in logs and stop and stop.stopped_at is not None and not stop.is_logged:
+            logs["guidance/stopped_at_step"], stop.is_logged = stop.stopped_at, True
+        super().log(logs, start_time)
