@@ -647,7 +647,7 @@ def test_close_takes_every_hook_off() -> None:
     before = hooks()
     pairs = ["transformer.h.0~layers.0", "hidden_states.2~hidden_states.3"]
     guidance = GuidanceLoss(target, guide, GuidanceConfig(layer_pairs=pairs))
-    assert hooks() == before + 6
+    assert hooks() == before + 7
     guidance.close()
     assert hooks() == before
 

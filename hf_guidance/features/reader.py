@@ -64,14 +64,14 @@ class LayerReader:
             else:
                 modules.update(find_modules(base, layer, role))
         self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], modules)
+        self._needs_gradients, self._ignoring, self._of_backbone = False, False, None
+        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         if self._hidden:
             self._check_returns_hidden_states()
-            self._handles = [
-                model.register_forward_pre_hook(self._ask_for_hidden_states, with_kwargs=True),
-                model.register_forward_hook(self._read_hidden_states),
-            ]
-        else:
-            self._handles = []
+            backbone = getattr(base, "base_model", base)
+            if isinstance(backbone, nn.Module) and backbone is not base:
+                self._handles.append(backbone.register_forward_hook(self._keep_backbone))
+            self._handles.append(model.register_forward_hook(self._read_hidden_states))
         self._order = list(modules)
         self._handles += [m.register_forward_hook(partial(self._read_module, name)) for name, m in modules.items()]
 
@@ -86,6 +86,7 @@ class LayerReader:
             Layer → result of `reduce`, filled in during the forward.
         """
         self._reduce, self._read, self._counted = reduce, {}, {}
+        self._needs_gradients, self._ignoring = torch.is_grad_enabled(), False
         if self.layer_drop.has_rate:
             self.layer_drop.start()
         try:
@@ -95,7 +96,7 @@ class LayerReader:
                 self.layer_drop.stop()
             self._seen = list(self._read)
             # keep nothing of a forward, so that the network can be copied and saved
-            self._reduce, self._read = None, {}
+            self._reduce, self._read, self._of_backbone = None, {}, None
 
     def names(self) -> list[str]:
         """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.
@@ -128,7 +129,7 @@ class LayerReader:
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def _store(self, name: str, output: Any) -> None:
-        if self._reduce is None or (self.keep is not None and name not in self.keep):
+        if self._reduce is None or self._ignoring or (self.keep is not None and name not in self.keep):
             return
         if name in self._read:
             raise ValueError(
@@ -142,14 +143,24 @@ class LayerReader:
     def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._store(name, output)
 
-    def _ask_for_hidden_states(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return None if self._reduce is None else (args, {**kwargs, "output_hidden_states": True})
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Ask for hidden states, unless this is one more forward without gradients, of a reference or for metrics."""
+        self._ignoring = self._needs_gradients and not torch.is_grad_enabled()
+        if self._reduce is None or self._ignoring or not self._hidden:
+            return None
+        return args, {**kwargs, "output_hidden_states": True}
+
+    def _keep_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._of_backbone = None if self._reduce is None or self._ignoring else output
 
     def _read_hidden_states(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._reduce is None:
+        backbone, self._of_backbone = self._of_backbone, None
+        if self._reduce is None or self._ignoring:
             return
         for kind, index in self._hidden:
             states = _states(output, kind)
+            if states is None and not isinstance(output, tuple):
+                states = _states(backbone, kind)  # a fused head drops them
             if states is not None and self.layer_drop.settings:
                 states = self.layer_drop.in_full(kind, states)
             if not states:

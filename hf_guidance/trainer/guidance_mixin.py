@@ -128,7 +128,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMix
                 self._finite.expect_finite({"task loss": task_loss.detach()}, "")
             return found
         with self._watch(inputs) as watched:
-            task_loss, outputs = super().compute_loss(model, watched.inputs, return_outputs=True, **kwargs)
+            found = super().compute_loss(model, watched.inputs, return_outputs=return_outputs, **kwargs)
+        task_loss, outputs = found if isinstance(found, tuple) else (found, None)
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, seeded, t5
+from builders import gpt2, seeded, t5, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -28,7 +28,7 @@ from transformers import (
     TimmWrapperConfig,
     ViTConfig,
 )
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from hf_guidance.features.modules import find_modules
 from hf_guidance.features.reader import LayerReader, first_tensor
@@ -472,3 +472,47 @@ def test_a_copy_of_a_read_network_works_on_its_own() -> None:
     twin = copy.deepcopy(model)
     assert set(read(reader, model, IDS)) == {"transformer.h.0", "transformer.h.1", "hidden_states.1", "hidden_states.2"}
     torch.testing.assert_close(twin(IDS).logits, model(IDS).logits)
+
+
+# --------------------------------------------------------------------------------------------- heads of other trainers
+
+
+class FusedHead(nn.Module):
+    """A language model whose head drops the hidden states, as TRL's fused one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = gpt2()
+        self.base_model = self.inner.transformer
+        self.config = self.inner.config
+
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **kwargs: Any) -> Any:
+        found = self.base_model(input_ids, output_hidden_states=output_hidden_states)
+        return CausalLMOutput(logits=self.inner.lm_head(found.last_hidden_state))
+
+
+def test_hidden_states_that_the_head_drops_are_those_of_the_backbone() -> None:
+    target, batch = FusedHead(), token_batch()
+    reader = LayerReader(target, ["hidden_states"], "target")
+    with reader.reading(lambda _, x: x) as read:
+        target(batch["input_ids"])
+    expected = target.base_model(batch["input_ids"], output_hidden_states=True).hidden_states[1:]
+    assert list(read) == ["hidden_states.1", "hidden_states.2"]
+    for got, wanted in zip(read.values(), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("layers", [["hidden_states"], ["transformer.h.*"]])
+def test_more_forwards_without_gradients_are_not_read(layers: list[str]) -> None:
+    target, batch = gpt2(), token_batch()
+    reader = LayerReader(target, layers, "target")
+    with reader.reading(lambda _, x: x) as read:
+        with torch.no_grad():
+            target(batch["input_ids"].flip(0))  # a reference, before
+        outputs = target(batch["input_ids"])
+        with torch.no_grad():
+            again = target(batch["input_ids"].flip(0))  # for metrics, after
+    assert len(read) == 2
+    assert all(features.requires_grad for features in read.values())
+    assert "hidden_states" not in again
+    assert outputs.hidden_states is None or len(outputs.hidden_states) == 3
