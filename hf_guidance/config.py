@@ -183,12 +183,7 @@ class GuidanceConfig:
     def _check_numbers(self) -> None:
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
             raise ValueError(f"guidance_weight is {self.guidance_weight}; it must be a finite number ≥ 0.")
-        least = {
-            "prealign_steps": 0,
-            "guidance_warmup_steps": 0,
-            "calibration_batches": 1,
-            "max_tokens": min_samples(self.resolved_measure()),
-        }
+        least = {"prealign_steps": 0, "calibration_batches": 1, "max_tokens": min_samples(self.resolved_measure())}
         least |= {"guidance_every": 1, "sketch": 2}
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:

@@ -101,12 +101,6 @@ def test_the_defaults_are_the_papers() -> None:
     assert (config.layer_mapping, config.sample_axis, config.guide_input) == ("even", "sequence", "batch")
 
 
-def test_alone_every_step_is_guided_in_full() -> None:
-    config = GuidanceConfig(guidance_every=3, guidance_warmup_steps=9, similarity_batch="global", eval_similarity=True)
-    alone = config.alone()
-    assert (alone.guidance_every, alone.guidance_warmup_steps, alone.similarity_batch) == (1, 0, "local")
-
-
 def test_two_configs_share_no_list() -> None:
     GuidanceConfig().target_layers.append("h.0")
     assert GuidanceConfig().target_layers == ["hidden_states"]
@@ -160,6 +154,12 @@ def test_json_gives_the_same_config_back(values: dict[str, Any], tmp_path: Path)
 def test_a_config_saved_without_a_guide_has_an_empty_section(tmp_path: Path) -> None:
     GuidanceConfig().save(tmp_path)
     assert GuidanceConfig.load(tmp_path) == (GuidanceConfig(), {})
+
+
+def test_alone_every_step_is_guided_in_full() -> None:
+    config = GuidanceConfig(guidance_every=3, guidance_warmup_steps=9, similarity_batch="global", eval_similarity=True)
+    alone = config.alone()
+    assert (alone.guidance_every, alone.guidance_warmup_steps, alone.similarity_batch) == (1, 0, "local")
 
 
 def test_unknown_field_is_an_error_that_lists_the_known_ones() -> None:
