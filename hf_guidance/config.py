@@ -200,7 +200,6 @@ class GuidanceConfig:
         needed = min_samples(self.resolved_measure())
         least = {
             "prealign_steps": 0,
-            "guidance_warmup_steps": 0,
             "calibration_batches": 1,
             "guidance_every": 1,
             "max_tokens": needed,

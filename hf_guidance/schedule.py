@@ -30,7 +30,7 @@ def check_schedule(name: str) -> None:
 
 
 def check_warmup(warmup_steps: int, prealign_steps: int, stop_step: int | None, total_steps: int | None = None) -> None:
-    """Raise ValueError if the warm-up does not end before guidance stops, or not within the run.
+    """Raise ValueError if a warm-up has a negative length, or does not end before guidance stops and within the run.
 
     Args:
         warmup_steps: Optimizer steps of the warm-up; 0 for none, which is always possible.
@@ -38,6 +38,8 @@ def check_warmup(warmup_steps: int, prealign_steps: int, stop_step: int | None, 
         stop_step: Optimizer step at which guidance stops; None if it does not.
         total_steps: Optimizer steps of the run; None if not known.
     """
+    if warmup_steps < 0:
+        raise ValueError(f"guidance_warmup_steps is {warmup_steps}; it must be at least 0.")
     end = prealign_steps + warmup_steps
     words = f"guidance_warmup_steps is {warmup_steps}"
     words += f" after prealign_steps={prealign_steps}" if prealign_steps else ""

@@ -193,6 +193,12 @@ def test_a_config_saved_without_a_guide_has_an_empty_section(tmp_path: Path) -> 
     assert GuidanceConfig.load(tmp_path) == (GuidanceConfig(), {})
 
 
+def test_alone_every_step_is_guided_in_full() -> None:
+    config = GuidanceConfig(guidance_every=3, guidance_warmup_steps=9, similarity_batch="global", eval_similarity=True)
+    alone = config.alone()
+    assert (alone.guidance_every, alone.guidance_warmup_steps, alone.similarity_batch) == (1, 0, "local")
+
+
 def test_unknown_field_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"Unknown guidance fields \['mesure', 'wieght'\]; this version knows \['meas"):
         GuidanceConfig.from_dict({"wieght": 1, "mesure": "rsa", "guidance_weight": 1.0})

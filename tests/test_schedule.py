@@ -98,6 +98,8 @@ def test_words_where_a_warm_up_is_too_long() -> None:
     )
     with pytest.raises(ValueError, match=words):
         make_schedule("constant", 1.0, warmup_steps=4, prealign_steps=2, total_steps=5)
+    with pytest.raises(ValueError, match="guidance_warmup_steps is -1; it must be at least 0"):
+        check_warmup(-1, 0, None)
     check_warmup(4, 2, 7, 6)
     check_warmup(0, 6, 6, 3)
 

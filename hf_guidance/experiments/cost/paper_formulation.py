@@ -56,8 +56,8 @@ class PaperTrainer(Trainer):
         self.guide, self.guidance = guide.to(self.args.device), guidance
         self._weights = {parse_pair(text): pair_weight(text) for text in guidance.layer_pairs or []}
         self._explicit = list(self._weights)
-        ours = [target for target, _ in self._explicit] or guidance.target_layers
-        theirs = [name for _, name in self._explicit] or guidance.guide_layers
+        ours = list(dict.fromkeys(target for target, _ in self._explicit)) or guidance.target_layers
+        theirs = list(dict.fromkeys(name for _, name in self._explicit)) or guidance.guide_layers
         self._target_reader = LayerReader(self.accelerator.unwrap_model(self.model), ours, "target")
         self._guide_reader = LayerReader(guide, theirs, "guide")
 

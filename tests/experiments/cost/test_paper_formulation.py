@@ -46,7 +46,7 @@ def test_a_pair_costs_the_yardstick_six_grams_and_twelve_square_products():
 
 
 def test_the_yardstick_runs_the_target_twice_a_step_and_adds_the_weighted_sum(tmp_path):
-    config = linear(guidance_weight=0.5, layer_pairs=["hidden_states.2~hidden_states.1@3"])
+    config = linear(guidance_weight=0.5, layer_pairs=["hidden_states.2~hidden_states.1"])
     target, guide = gpt2(), llama().eval()
     trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=config)
     runs = []
@@ -57,5 +57,20 @@ def test_the_yardstick_runs_the_target_twice_a_step_and_adds_the_weighted_sum(tm
     assert len(runs) == 2
     ours = target(**batch, output_hidden_states=True).hidden_states[2]
     theirs = guide(batch["input_ids"], output_hidden_states=True).hidden_states[1]
-    expected = target(**batch).loss + 0.5 * 3 * (1 - cka(ours, theirs))
+    expected = target(**batch).loss + 0.5 * (1 - cka(ours, theirs))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-4, atol=0)
+
+
+def test_the_yardstick_weighs_pairs_as_the_guidance_loss_does(tmp_path):
+    pairs = [
+        "hidden_states.2~hidden_states.1@3",
+        "hidden_states.1~hidden_states.1",
+        "hidden_states.1~hidden_states.2@0",
+    ]
+    config = GuidanceConfig(measure="linear_cka", layer_pairs=pairs)
+    target, guide, batch = gpt2(), llama().eval(), token_batch()
+    trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=config)
+    ours = target(**batch, output_hidden_states=True).hidden_states
+    theirs = guide(batch["input_ids"], output_hidden_states=True).hidden_states
+    expected = 3 * (1 - cka(ours[2], theirs[1])) + 1 - cka(ours[1], theirs[1])
+    torch.testing.assert_close(trainer.paper_loss(target, batch).double(), expected, rtol=1e-4, atol=1e-6)
