@@ -91,21 +91,21 @@ def _random(look: FirstLook, guide: str) -> str:
     name, difference = look.guide_differs
     return (
         f"The guide{f' ({guide})' if guide else ''} is random: two forwards of the same batch differ by "
-        f"{100 * difference:.2g} % in layer {name}, so that the target follows noise. Switch this off in the guide's "
-        "config, or load the guide without it: of a masked autoencoder that is its plain encoder (the weights of "
-        "ViTMAEModel in ViTModel)."
+        f"{_digits(100 * difference, 2)} % in layer {name}, so that the target follows noise. Switch this off in the "
+        "guide's config, or load the guide without it: of a masked autoencoder that is its plain encoder (the weights "
+        "of ViTMAEModel in ViTModel)."
     )
 
 
 def _gradients(look: FirstLook, config: GuidanceConfig) -> str:
     ratio = look.gradient_ratio
-    if not ratio or SMALL <= ratio <= LARGE:
+    if not ratio or SMALL <= ratio <= LARGE or (ratio < SMALL and _full(look)):  # a full measure has no slope
         return ""
     drowns, change = ("drowns the task", "Lower") if ratio > LARGE else ("has no effect beside the task", "Raise")
-    equal = config.guidance_weight / ratio
+    equal, now = _digits(config.guidance_weight / ratio, 1), f"{config.guidance_weight:g}"
     return (
-        f"The gradient of guidance is {ratio:.2g} times that of the task in the weights it reaches: guidance {drowns}. "
-        f"{change} guidance_weight, now {config.guidance_weight:g}; at about {equal:.1g} both would be equal."
+        f"The gradient of guidance is {_digits(ratio, 2)} times that of the task in the weights that it reaches: "
+        f"guidance {drowns}. {change} guidance_weight, now {now}; at about {equal} both would be equal."
     )
 
 
@@ -118,6 +118,10 @@ def _summed(look: FirstLook, accumulation: int) -> str:
         "accumulation. Set model.accepts_loss_kwargs = False before the trainer is made, pass compute_loss_func, or "
         f"multiply guidance_weight by {accumulation}."
     )
+
+
+def _digits(value: float, count: int) -> str:
+    return f"{float(f'{value:.{count}g}'):g}"  # 1200 rather than 1.2e+03
 
 
 def _of(count: int, total: int, noun: str) -> str:

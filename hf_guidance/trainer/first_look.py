@@ -158,7 +158,6 @@ def _why_no_gradients(trainer: GuidedTrainer, model: nn.Module, task_loss: Tenso
         "a static graph of DDP": bool(getattr(model, "static_graph", False)),
         "pre-alignment has no task loss": not watched.weights.task,
         "the task loss has no gradient": not task_loss.requires_grad,
-        "the optimizer steps in the backward": "lomo" in str(trainer.args.optim),
         "Liger kernels overwrite what their backward needs": trainer.args.use_liger_kernel,
     }
     found = next((why for why, holds in reasons.items() if holds), "")
@@ -194,12 +193,15 @@ def gradient_ratio(
     Returns:
         The ratio, or None and the reason.
     """
-    weights = [weight for weight in target.parameters() if weight.requires_grad]
+    # hooks may count their calls, or take a step as LOMO's do
+    weights = [weight for weight in target.parameters() if weight.requires_grad and not weight._backward_hooks]
+    if not weights:
+        return None, "all weights have hooks"
     for scale in scales:
         try:
             of_guidance = _norms(guidance, weights, scale)
             reached = [weight for weight, norm in zip(weights, of_guidance, strict=True) if norm is not None]
-            of_task = _norms(task, reached, scale)
+            of_task = _norms(task, reached, scale) if reached else []
         except RuntimeError as error:  # memory is short, or a backward works only once
             return None, one_line(error)
         above, below = (math.hypot(*(norm for norm in norms if norm is not None)) for norms in (of_guidance, of_task))
