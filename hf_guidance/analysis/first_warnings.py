@@ -50,7 +50,7 @@ def _full(look: FirstLook) -> str:
     debiased = fmean(pair.debiased_cka or 0.0 for pair in pairs)
     return (
         f"{look.measure} starts at {mean:.2f} in {_of(len(pairs), len(look.pairs), 'pair')}, where {DEBIASED} is "
-        f"{debiased:.2f}: it is full because samples are few, and leaves nothing to learn. Set measure='{DEBIASED}' or "
+        f"{debiased:.2f}: it is full because samples are few, and leaves little to learn. Set measure='{DEBIASED}' or "
         f"'ridge_loo', or compare more samples ({more})."
     )
 

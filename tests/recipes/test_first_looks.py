@@ -1,4 +1,4 @@
-"""The look at the first batch in the recipes' own settings: it is printed once a guided run, and has nothing to warn of."""
+"""The look at the first batch in the recipes' own settings: printed once a guided run, with nothing to warn of."""
 
 import logging
 
