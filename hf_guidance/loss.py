@@ -56,6 +56,8 @@ class Watched:
         skipped_pairs: Number of pairs left out because LayerDrop skipped their target layer.
         rows: Number of rows that are compared by themselves (`sample_axis="within"`), else 1: the weight of this loss
             in a mean over micro-batches and processes.
+        layers: Layers of target and guide by name, if `GuidanceLoss.keeps_layers` is set; else None.
+        run_guide: Runs the guide on this input once more, and returns its samples and layers; None if it did not run.
     """
 
     inputs: dict[str, Any]
@@ -65,6 +67,8 @@ class Watched:
     why_unguided: str = ""
     skipped_pairs: int = 0
     rows: int = 1
+    layers: tuple[Groups, Groups] | None = None
+    run_guide: Callable[[], tuple[Samples, Groups]] | None = None
 
     def total(self, task_loss: Tensor) -> Tensor:
         """Return the loss to train on: the weighted sum of the task loss and the guidance loss.
@@ -131,6 +135,7 @@ class GuidanceLoss:
         self.sketch = None if self.config.sketch is None else Sketch(self.config.sketch, "target")
         self.pairs: list[Pair] | None = None  # set on the first batch, which shows how many hidden states there are
         self._reaches_weights = False  # set once a gradient is seen to reach a weight
+        self.keeps_layers = False  # in `Watched`, which takes memory
         self._pair_weights = {parse_pair(text): pair_weight(text) for text in self.config.layer_pairs or []}
         explicit = list(self._pair_weights)
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
@@ -215,7 +220,8 @@ class GuidanceLoss:
             yield watched
             return
         given, rows = rows_for_guide(batch, rows)
-        guide = self.running.layers(given, key, partial(self.samples_of, like=samples, rows=rows))
+        watched.run_guide = partial(self.running.layers, given, key, partial(self.samples_of, like=samples, rows=rows))
+        guide = watched.run_guide()
         with self.target_reader.reading(not_recomputed(samples.layers)) as layers:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
@@ -363,6 +369,7 @@ class GuidanceLoss:
             ValueError: As `watch` does.
         """
         (samples, targets), (guide_samples, guides) = target, guide
+        watched.layers = (targets, guides) if self.keeps_layers else None
         reader = self.target_reader
         if not (targets or reader.has_run()):
             raise ValueError(

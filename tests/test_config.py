@@ -132,12 +132,6 @@ def test_an_automatic_measure_starts_far_below_one_on_unrelated_features(axis: s
     assert measure(x, y) < 0.2
 
 
-def test_alone_every_step_is_guided_in_full() -> None:
-    config = GuidanceConfig(guidance_every=3, guidance_warmup_steps=9, similarity_batch="global", eval_similarity=True)
-    alone = config.alone()
-    assert (alone.guidance_every, alone.guidance_warmup_steps, alone.similarity_batch) == (1, 0, "local")
-
-
 def test_two_configs_share_no_list() -> None:
     GuidanceConfig().target_layers.append("h.0")
     assert GuidanceConfig().target_layers == ["hidden_states"]

@@ -18,13 +18,20 @@ SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "m
 def make_trainer(
     folder: Path, target: nn.Module | None = None, guide: nn.Module | None = None, **settings: Any
 ) -> GuidanceTrainer:
-    """A trainer whose settings go to the config or to the trainer by their names, the rest to its arguments."""
+    """A trainer whose settings go to the config or to the trainer by their names, the rest to its arguments.
+
+    With `looks=False` there is no look at the first batch, which runs the guide once more, for tests that count.
+    """
+    looks = settings.pop("looks", True)
     own = {"train_dataset", "eval_dataset", "compute_loss_func", "model_init", "callbacks", "data_collator"}
     for_trainer = {name: settings.pop(name) for name in own & settings.keys()}
     fields = GuidanceConfig.__dataclass_fields__.keys() & settings.keys()
     guidance = linear(**{name: settings.pop(name) for name in fields}) if guide is not None else None
     data = {"train_dataset": token_rows(), **for_trainer}
-    return GuidanceTrainer(model=target, guide=guide, guidance=guidance, args=arguments(folder, **settings), **data)
+    args = arguments(folder, **settings)
+    trainer = GuidanceTrainer(model=target, guide=guide, guidance=guidance, args=args, **data)
+    trainer.takes_first_look = looks
+    return trainer
 
 
 def trained(trainer: Trainer, **kwargs: Any) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

@@ -15,6 +15,8 @@ from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.similarity.layers import Layer
+from hf_guidance.similarity.pair_loss import Groups
+from hf_guidance.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from hf_guidance.features.samples import Samples
@@ -68,11 +70,9 @@ class Accumulated:
         if loss.pairs is None and not loss.config.guide_shares_tokenizer:
             check_vocabularies(loss.target, loss.guide, batches[0])
         seen = [with_decoder_inputs(batch, loss.target) for batch in batches]
-        guides = [guide_batch(batch, loss.target) for batch in batches]
         self._samples = loss.samples_of(joined(seen), step=step, rank=rank)
-        samples = loss.samples_of(joined(guides), like=self._samples)
         with torch.no_grad():
-            self._guide = samples, _layers([loss.running.read(batch, _kept) for batch in guides], samples)
+            self._guide = self._run_guide()
             self._features = self._run_ahead(seen)
 
     @contextmanager
@@ -92,10 +92,18 @@ class Accumulated:
             others = [features if i == number else read[name] for i, read in enumerate(self._features)]
             return self._samples.layers(name, _in_one(others))
 
+        watched.run_guide = self._run_guide
         set_random_state(self._states[number])
         with loss.target_reader.reading(not_recomputed(layers_of)) as layers:
             yield watched
         loss.compare(watched, (self._samples, layers), self._guide, log=log, scale=len(self.batches))
+
+    @torch.no_grad()
+    def _run_guide(self) -> tuple[Samples, Groups]:
+        """Run the guide on each micro-batch, and make its layers of the whole."""
+        guides = [guide_batch(batch, self.loss.target) for batch in self.batches]
+        samples = self.loss.samples_of(joined(guides), like=self._samples)
+        return samples, _layers([self.loss.running.read(batch, _kept) for batch in guides], samples)
 
     def _run_ahead(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
         """Run the target on each micro-batch; keep its features and the random state of each run, and restore its
@@ -160,23 +168,6 @@ def _kept(name: str, features: Tensor) -> Tensor:
 
 def _layers(read: Sequence[Mapping[str, Tensor]], samples: Samples) -> dict[str, tuple[Layer, ...]]:
     return {name: samples.layers(name, _in_one([features[name] for features in read])) for name in read[0]}
-
-
-def _devices() -> list[Any]:
-    """Return the torch modules of the devices that have a random state of their own."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return [torch] if accelerator is None else [torch, torch.get_device_module(accelerator)]
-
-
-def random_state() -> list[Tensor]:
-    """Return torch's random states, of the CPU and of the accelerator in use."""
-    return [device.get_rng_state() for device in _devices()]
-
-
-def set_random_state(state: Sequence[Tensor]) -> None:
-    """Set torch's random states to those that `random_state` returned."""
-    for device, own in zip(_devices(), state, strict=True):
-        device.set_rng_state(own)
 
 
 def check_accumulates(args: TrainingArguments, sharded: bool) -> None:

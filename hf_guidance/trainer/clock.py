@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -57,6 +59,7 @@ class TrainingClock(TrainerCallback, ExportableState):
         self.marks: list[tuple[int, float]] = []
         self.seconds = 0.0
         self._events: list[tuple[Moment, Moment]] = []  # of steps that are not yet in `seconds`
+        self._pauses: list[tuple[Moment, Moment]] = []
         self._clock = Clock(torch.device("cpu"))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -78,6 +81,15 @@ class TrainingClock(TrainerCallback, ExportableState):
         if len(self._events) >= MAX_EVENTS:
             self._settle()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside this context out, although it is part of a step."""
+        began = self._clock.now()
+        try:
+            yield
+        finally:
+            self._pauses.append((began, self._clock.now()))
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._settle()
         self.marks.append((state.global_step, self.seconds))
@@ -91,4 +103,5 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     def _settle(self) -> None:
         self.seconds += sum(self._clock.between(*pair) for pair in self._events)  # waits for the device
-        self._events = []
+        self.seconds -= sum(self._clock.between(*pair) for pair in self._pauses)
+        self._events, self._pauses = [], []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hf_guidance.analysis.first_look import FirstLook
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
@@ -26,6 +27,7 @@ from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkp
 from hf_guidance.trainer.checks import check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
+from hf_guidance.trainer.first_look import take_first_look
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, is_last_before_log
@@ -45,9 +47,15 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMix
         guidance: Settings of the guidance; None takes the defaults of `GuidanceConfig`.
         *args, **kwargs: Arguments of the Trainer.
 
+    Attributes:
+        first_look: The look at the first batch, once training has begun; None if none was taken.
+        takes_first_look: Whether to take and print one, as each class or trainer may set.
+
     Raises:
         ValueError: At construction, if guidance would not do what its settings say.
     """
+
+    takes_first_look = True
 
     def __init__(
         self, *args: Any, guide: nn.Module | None = None, guidance: GuidanceConfig | None = None, **kwargs: Any
@@ -56,6 +64,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMix
         super().__init__(*args, **kwargs)
         self.guide: Any = guide
         self.guidance = (guidance or GuidanceConfig()).resolved()
+        self.first_look: FirstLook | None = None
         self._loss: GuidanceLoss | None = None
         self._sums = RunningMeans()
         skip = self.guidance.on_non_finite == "skip"
@@ -131,6 +140,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMix
             found = super().compute_loss(model, watched.inputs, return_outputs=return_outputs, **kwargs)
         task_loss, outputs = found if isinstance(found, tuple) else (found, None)
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
+        if watched.layers is not None:
+            self.first_look = take_first_look(self, model, inputs, task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _watch(self, inputs: Batch) -> AbstractContextManager[Watched]:
@@ -139,6 +150,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMix
         self.guidance_loss.total_steps = self.state.max_steps
         step, micro_step = self._micro_step
         rank, log = self.accelerator.process_index, is_last_before_log(self, step)
+        self.guidance_loss.keeps_layers = self.takes_first_look and self.is_in_train and step == micro_step == 0
         if self.guidance.similarity_batch == "accumulated":
             if self._window is None:
                 batches = [self._prepare_inputs(batch) for batch in self._batches]

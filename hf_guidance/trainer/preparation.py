@@ -21,6 +21,7 @@ from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.inputs import generator_for, guide_batch, seen_by
 from hf_guidance.guide.sharding import is_sharded, whole_state
 from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.random_state import kept_random_state
 
 
 def calibrate(trainer: GuidedTrainer) -> None:
@@ -105,16 +106,11 @@ def _without_its_state(collator: Any) -> Any:
 @contextmanager
 def _randomness_of_its_own(seed: int) -> Iterator[None]:
     """Seed torch, Python and numpy inside the context, and restore their random states after it."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with kept_random_state():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
+        yield
 
 
 def save_guide(trainer: GuidedTrainer, folder: Path) -> None:

@@ -30,6 +30,7 @@ class GuidedTrainer(Protocol):
     hub_model_id: Any
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
+    model_accepts_loss_kwargs: bool
     guide: Any
     guidance: GuidanceConfig
     guide_identity: dict[str, Any]

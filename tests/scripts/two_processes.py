@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,8 @@ def main(folder: Path) -> None:
     gc.freeze()  # Trainer collects garbage at every start
     seen: dict[str, Any] = {"by hand": losses_and_gradients_by_hand(folder)}
     seen["trained"] = train(folder, gpt2(), llama())
+    seen["without a look"] = train(folder, gpt2(dropout=0.2), llama(), looks=False)
+    seen["with a look"] = train(folder, gpt2(dropout=0.2), llama())
     seen["uneven"] = train(
         folder, gpt2(), llama(), rows=22, max_steps=-1, num_train_epochs=1, accelerator_config=UNEVEN
     )
@@ -55,7 +59,13 @@ def distributed(folder: Path, **changes: Any) -> Any:
 
 
 def train(
-    folder: Path, target: nn.Module, guide: nn.Module | None, guidance: Any = None, rows: int = 32, **changes: Any
+    folder: Path,
+    target: nn.Module,
+    guide: nn.Module | None,
+    guidance: Any = None,
+    rows: int = 32,
+    looks: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     trainer = GuidanceTrainer(
         model=target,
@@ -66,7 +76,10 @@ def train(
     )
     before = None if guide is None else [value.clone() for value in guide.parameters()]
     seen: dict[str, Any] = {"target saw": record_ids(target), "guide saw": record_ids(guide or nn.Module())}
-    seen |= logs_of(trainer)
+    trainer.takes_first_look = looks
+    with redirect_stdout(StringIO()) as printed:
+        seen |= logs_of(trainer)
+    seen["looks printed"] = printed.getvalue().count("Guidance on the first batch")
     seen["is wrapped"] = isinstance(trainer.model_wrapped, DistributedDataParallel)
     if guide is not None:
         seen["guide is as before"] = all(map(torch.equal, before, guide.parameters()))
@@ -90,7 +103,13 @@ def logs_of(trainer: Trainer) -> dict[str, Any]:
 def losses_and_gradients_by_hand(folder: Path) -> dict[str, Any]:
     """One optimizer step of two micro-steps under DDP, and what this rank makes of the same batches by itself."""
     target, copy, guide, batches = gpt2(), gpt2(), llama(), []
-    target.register_forward_pre_hook(lambda module, args, kwargs: batches.append(dict(kwargs)), with_kwargs=True)
+
+    # the look at the first batch runs it in evaluation mode
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training:
+            batches.append(dict(kwargs))
+
+    target.register_forward_pre_hook(keep, with_kwargs=True)
     config = linear(guidance_weight=0.7)
     seen = train(folder, target, guide, guidance=config, rows=16, max_steps=1, gradient_accumulation_steps=2, **SGD)
     batches = [{name: batch[name] for name in ("input_ids", "labels")} for batch in batches]

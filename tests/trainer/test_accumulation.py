@@ -178,7 +178,7 @@ def test_no_second_forward_where_guidance_weighs_nothing(tmp_path: Path) -> None
     target, count = gpt2(), []
     target.register_forward_hook(lambda *_: count.append(1))
     settings = {"gradient_accumulation_steps": 2, "similarity_batch": "accumulated", "guidance_stop_step": 1}
-    make_trainer(tmp_path, target, llama(), max_steps=3, **settings).train()
+    make_trainer(tmp_path, target, llama(), max_steps=3, looks=False, **settings).train()
     assert len(count) == 2 * 3 + 2
 
 

@@ -41,6 +41,19 @@ def test_the_time_of_a_run_that_was_stopped_is_that_of_all_its_parts(tmp_path: P
     assert (first.steps, second.steps) == (4, 4)
 
 
+def test_what_is_paused_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))
+    own, args = TrainingClock(), SimpleNamespace(device=torch.device("cpu"))
+    own.on_step_begin(args)  # type: ignore[arg-type]
+    now[0] += 2
+    with own.paused():
+        now[0] += 100
+    now[0] += 3
+    own.on_step_end(args)  # type: ignore[arg-type]
+    assert own.state()["attributes"]["seconds"] == 5
+
+
 def test_steps_are_timed_and_evaluation_and_fetching_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))

@@ -88,7 +88,7 @@ def spoiled(folder: Path, kind: str, **settings: Any) -> tuple[GuidanceTrainer, 
     target, guide, watch = gpt2(), llama(), Watch()
     SPOILED[kind][0](target, guide)
     layers = {"layer_pairs": ["hidden_states.1~hidden_states.1", "hidden_states.2~hidden_states.2"]}
-    options = {"callbacks": [watch], "weight_decay": 0.1, **layers, **settings}
+    options = {"callbacks": [watch], "weight_decay": 0.1, "looks": False, **layers, **settings}
     return make_trainer(folder, target, guide, **options), watch
 
 
@@ -242,7 +242,7 @@ def test_what_a_guide_of_nan_weights_says(tmp_path: Path) -> None:
 
 def scaled(folder: Path, scale: float, **settings: Any) -> GuidanceTrainer:
     """A run in float16 under a gradient scaler, which accelerate itself sets up on GPUs only."""
-    trainer = make_trainer(folder, gpt2(), llama(), **settings)
+    trainer = make_trainer(folder, gpt2(), llama(), looks=False, **settings)
     trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
     return trainer

@@ -40,6 +40,15 @@ def test_both_ranks_end_with_the_same_weights_and_the_same_logs(ranks: list[dict
     assert first["logs"] == second["logs"]
 
 
+def test_one_process_prints_the_look_at_the_first_batch_and_it_changes_nothing(ranks: list[dict[str, Any]]) -> None:
+    kinds = ("with a look", "without a look")
+    assert [[rank[kind]["looks printed"] for kind in kinds] for rank in ranks] == [[1, 0], [0, 0]]
+    for rank in ranks:
+        one, other = (rank[kind] for kind in kinds)
+        assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
+        assert one["logs"] == other["logs"]
+
+
 def test_skipped_images_are_counted_over_the_ranks(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["skipped images"].startswith("7 training images could not be decoded and were skipped")
@@ -70,7 +79,11 @@ def test_the_guide_keeps_every_bit_outside_ddp(ranks: list[dict[str, Any]], run:
 
 def test_a_rank_with_too_small_a_last_batch_goes_on_without_guidance(ranks: list[dict[str, Any]]) -> None:
     assert [[len(ids) for ids in rank["uneven"]["target saw"]] for rank in ranks] == [[4, 4, 4], [4, 4, 2]]
-    assert [[len(ids) for ids in rank["uneven"]["guide saw"]] for rank in ranks] == [[4, 4, 4], [4, 4]]
+    looked_at = [4]  # once more, before the first step
+    assert [[len(ids) for ids in rank["uneven"]["guide saw"]] for rank in ranks] == [
+        [4, *looked_at, 4, 4],
+        [4, *looked_at, 4],
+    ]
     logs = ranks[0]["uneven"]["logs"]
     assert [log.get("guidance/skipped_batches") for log in logs] == [None, None, 1]
     assert all("guidance/loss" in log for log in logs), "the other rank's"

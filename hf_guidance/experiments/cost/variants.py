@@ -29,6 +29,8 @@ class Steps:
             if isinstance(callback, (PrinterCallback, ProgressCallback)):
                 trainer.remove_callback(callback)
         trainer.add_callback(self.meter)
+        guided: Any = trainer
+        guided.takes_first_look = False  # it would be measured as part of the first step
         compute_loss: Any = trainer.compute_loss
         trainer.compute_loss = lambda *args, **kwargs: self.meter.forward(compute_loss, *args, **kwargs)  # type: ignore[method-assign]
 

@@ -67,7 +67,7 @@ def test_the_yardstick_weighs_pairs_as_the_guidance_loss_does(tmp_path):
         "hidden_states.1~hidden_states.1",
         "hidden_states.1~hidden_states.2@0",
     ]
-    config = GuidanceConfig(measure="linear_cka", layer_pairs=pairs)
+    config = linear(measure="linear_cka", layer_pairs=pairs)
     target, guide, batch = gpt2(), llama().eval(), token_batch()
     trainer = PaperTrainer(model=target, args=arguments(tmp_path), guide=guide, guidance=config)
     ours = target(**batch, output_hidden_states=True).hidden_states
