@@ -123,7 +123,8 @@ class EvaluationMixin(Behind):
                 self._run_target(model, watched.inputs)
         finally:
             set_random_state(before)
-        measured.add(watched, rows=content_of(inputs).shape[0])
+        within = self.guidance.sample_axis == "within"
+        measured.add(watched, rows=watched.rows if within else content_of(inputs).shape[0])
 
     def _run_target(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Run the target as the Trainer does to compute a loss; without labels, call it."""
