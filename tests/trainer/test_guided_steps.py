@@ -199,7 +199,7 @@ def test_a_warm_up_is_logged_and_all_its_steps_are_guided(tmp_path: Path, caplog
     trainer = make_trainer(tmp_path, gpt2(), llama(), guidance_warmup_steps=2, guidance_weight=3.0, prealign_steps=1)
     logs = trained(trainer)[1]
     assert [log["guidance/weight"] for log in logs] == [3.0, 1.5, 3.0]
-    assert caplog.text == ""
+    assert "should have been guided" not in caplog.text
 
 
 def test_a_run_of_pre_alignment_alone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -110,20 +110,21 @@ def test_the_guide_rests_once_the_similarity_is_reached(
     tmp_path: Path, unstopped: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     guide, runs = llama(), []
-    guide.register_forward_pre_hook(lambda *_: runs.append(1))
+    guide.register_forward_pre_hook(lambda *_: runs.append(trainer.state.global_step))
     threshold = (unstopped[0] + unstopped[1]) / 2
     trainer = make_trainer(tmp_path, gpt2(), guide, guidance_stop_similarity=threshold, **RUN | {"logging_steps": 7})
     logs = trained(trainer)[1]
-    assert len(runs) == 40
+    assert sorted(set(runs)) == list(range(40))
     assert [log["step"] for log in logs if "guidance/stopped_at_step" in log] == [42]
     assert logs[5]["guidance/stopped_at_step"] == 40
     assert [log["guidance/weight"] for log in logs[4:8]] == pytest.approx([5.0, 5.0 * 5 / 7, 0.0, 0.0])
     assert "guidance/loss" not in logs[6]
     assert trainer.guidance_loss.stopped_at == 40
     assert trainer._guided.total() == 40
-    assert caplog.text == ""  # no warning of steps that were not guided
+    assert "should have been guided" not in caplog.text
+    runs.clear()
     trainer.train()
-    assert len(runs) > 40  # a new run is guided anew
+    assert runs[0] == 0  # a new run is guided anew
 
 
 def test_a_similarity_that_is_not_reached_changes_no_bit(tmp_path: Path) -> None:
@@ -200,9 +201,9 @@ def test_a_run_resumed_after_guidance_stopped_stays_without_and_still_logs_when(
 
 
 def test_steps_that_are_left_out_do_not_enter_the_mean(tmp_path: Path) -> None:
-    guide, count = llama(), iter(range(100))
+    guide = llama()
     guide.layers[1].register_forward_hook(
-        lambda module, args, output: output * (float("nan") if next(count) == 5 else 1)
+        lambda module, args, output: output * (float("nan") if trainer.state.global_step == 5 else 1)
     )
     settings = RUN | {"max_steps": 25, "on_non_finite": "skip", "guidance_stop_similarity": 1e-3}
     trainer = make_trainer(tmp_path, gpt2(), guide, **settings)
