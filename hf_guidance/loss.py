@@ -235,6 +235,11 @@ class GuidanceLoss:
     def _rows_of(self, batch: Batch, *place: int) -> Tensor | None:
         if self.config.guide_rows is None:
             return None
+        if is_packed(batch):
+            raise ValueError(
+                "guide_rows runs the guide on some rows, but this batch is one row of packed documents: pad the "
+                "rows, or leave guide_rows out."
+            )
         if self.ranks:
             place = (*place[:2], 0)  # all ranks choose their rows together
         seed = generator_for(self.seed, *place, 3).initial_seed()
