@@ -69,13 +69,13 @@ class GuidanceConfig:
     measure: str = _knob(
         AUTO,
         f"Similarity measure to maximise: {AUTO}, {', '.join(MEASURES)}, a registered one, or module:function for your "
-        f"own. {AUTO} takes ridge_loo for tokens and debiased_cka for rows or a sketch, and is saved as what it took. "
+        f"own. {AUTO} takes ridge_loo, or debiased_cka with a sketch, and is saved as what it took. "
         "linear_cka and ridge are near 1 from the start where features outnumber samples.",
     )
     ridge_penalty: Optional[float] = _knob(
         None,
         "Penalty of ridge and ridge_loo, over the mean squared norm of the target's samples. Unset takes 0.1 for ridge "
-        "and 1 for ridge_loo.",
+        f"and 1 for ridge_loo; with measure={AUTO} 0.1 for tokens, too.",
     )
     guidance_weight: float = _knob(1.0, "Weight of the guidance loss. 0 turns guidance off.")
     guidance_reduction: str = _knob(
@@ -316,18 +316,20 @@ class GuidanceConfig:
     # ---------------------------------------------------------------------------------------------------- measure
 
     def resolved_measure(self) -> str:
-        """Return the measure, which for `auto` depends on the samples; recipes/README.md has the evidence.
+        """Return the measure. `auto` is ridge_loo, or debiased_cka for a sketch, which ridge_loo does not take.
 
-        Tokens outnumber features: there ridge_loo asks the target to contain the guide's features, not to equal them.
-        Rows are outnumbered by features: there debiased_cka is 0 for unrelated ones. Only it takes a sketch.
+        Neither is near 1 for unrelated features, whatever their number. The log in recipes/README.md has the evidence.
         """
         if self.measure != AUTO:
             return self.measure
-        return "ridge_loo" if self.sample_axis == "token" and self.sketch is None else "debiased_cka"
+        return "ridge_loo" if self.sketch is None else "debiased_cka"
 
     def resolved(self) -> GuidanceConfig:
-        """Return a copy that names its measure instead of `auto`."""
-        return replace(self, measure=self.resolved_measure())
+        """Return a copy that names what `auto` stands for. Many tokens need a smaller penalty than few rows."""
+        measure, penalty = self.resolved_measure(), self.ridge_penalty
+        if self.measure == AUTO and measure == "ridge_loo" and self.sample_axis == "token":
+            penalty = 0.1 if penalty is None else penalty
+        return replace(self, measure=measure, ridge_penalty=penalty)
 
     # ------------------------------------------------------------------------------------------------------- JSON
 

@@ -106,30 +106,35 @@ def test_the_defaults_are_the_papers_but_for_the_measure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "measure"),
+    ("settings", "became"),
     [
-        ({}, "debiased_cka"),
-        ({"sample_axis": "token"}, "ridge_loo"),
-        ({"sample_axis": "token", "sketch": 64}, "debiased_cka"),
-        ({"measure": "ridge"}, "ridge"),
+        ({}, {"measure": "ridge_loo"}),
+        ({"sample_axis": "within"}, {"measure": "ridge_loo"}),
+        ({"sample_axis": "token"}, {"measure": "ridge_loo", "ridge_penalty": 0.1}),
+        ({"sample_axis": "token", "ridge_penalty": 2.0}, {"measure": "ridge_loo"}),
+        ({"sample_axis": "token", "sketch": 64}, {"measure": "debiased_cka"}),
+        ({"measure": "ridge", "sample_axis": "token"}, {}),
     ],
 )
 def test_an_automatic_measure_depends_on_the_samples_and_is_kept_as_what_it_became(
-    tmp_path: Path, settings: dict[str, Any], measure: str
+    tmp_path: Path, settings: dict[str, Any], became: dict[str, Any]
 ) -> None:
     config = GuidanceConfig(**settings).resolved()
-    assert config == GuidanceConfig(**{**settings, "measure": measure})
+    assert config == GuidanceConfig(**{**settings, **became})
     config.save(tmp_path)
-    assert GuidanceConfig.load(tmp_path)[0].measure == measure
+    assert GuidanceConfig.load(tmp_path)[0] == config
     loss = GuidanceLoss(gpt2(), llama(), GuidanceConfig(**settings))
-    assert loss.config.measure == loss.measures[0].name == measure
+    assert loss.config == config
+    assert loss.measures[0].name == config.measure
 
 
-@pytest.mark.parametrize(("axis", "n"), [("sequence", 32), ("token", 512)])
-def test_an_automatic_measure_starts_far_below_one_on_unrelated_features(axis: str, n: int) -> None:
+@pytest.mark.parametrize("axis", ["sequence", "token"])
+@pytest.mark.parametrize("n", [32, 512])
+@pytest.mark.parametrize("sketch", [None, 256])
+def test_an_automatic_measure_starts_far_below_one_on_unrelated_features(axis: str, n: int, sketch: int | None) -> None:
     x, y = torch.randn(2, n, 2048, generator=torch.Generator().manual_seed(0))
-    measure = get_measure(GuidanceConfig(sample_axis=axis).resolved_measure())
-    assert measure(x, y) < 0.2
+    config = GuidanceConfig(sample_axis=axis, sketch=sketch).resolved()
+    assert get_measure(config.measure, config.ridge_penalty)(x, y) < 0.1
 
 
 def test_two_configs_share_no_list() -> None:
@@ -217,7 +222,8 @@ BAD = [
     ({"guidance_weight": math.inf}, "guidance_weight is inf; it must be a finite number"),
     ({"prealign_steps": -1}, "prealign_steps is -1; it must be at least 0"),
     ({"calibration_batches": 0}, "calibration_batches is 0; it must be at least 1"),
-    ({"guide_rows": 3}, "guide_rows is 3; it must be at least 4"),
+    ({"guide_rows": 2}, "guide_rows is 2; it must be at least 3"),
+    ({"guide_rows": 3, "measure": "debiased_cka"}, "guide_rows is 3; it must be at least 4"),
     ({"guide_rows": 2, "measure": "ridge"}, "guide_rows is 2; it must be at least 3"),
     ({"guide_rows": 0, "sample_axis": "token"}, "guide_rows is 0; it must be at least 1"),
     ({"guide_rows": 8, "similarity_batch": "accumulated"}, "compares all rows of all micro-batches: leave guide_rows"),
@@ -237,7 +243,7 @@ BAD = [
         {"sample_axis": "within", "cache_guide": "features", "sample_id_column": "id", "sketch": 64},
         "it takes no sketch=64: leave sketch out",
     ),
-    ({"sample_axis": "within", "max_tokens": 3}, "max_tokens is 3; it must be at least 4"),
+    ({"sample_axis": "within", "max_tokens": 2}, "max_tokens is 2; it must be at least 3"),
     ({"skip_first_positions": -1}, "skip_first_positions is -1; it must be at least 0"),
     ({"max_tokens": 2, "measure": "ridge"}, "max_tokens is 2; it must be at least 3"),
     ({"max_tokens": 3, "measure": "debiased_cka"}, "max_tokens is 3; it must be at least 4"),
