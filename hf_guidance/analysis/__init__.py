@@ -1,10 +1,12 @@
-"""Analysis of runs: curves of their logs, and maps of the similarity of all layers.
+"""Analysis of runs: a look at their first batch, curves of their logs, and maps of the similarity of all layers.
 
-`history` reads a Trainer's log, and `similarity_map` compares all layers on one batch. `curves` and `heat_maps` draw
-both, and `figures` writes the files.
+`first_batch` describes the first batch, and `first_warnings` finds what will spoil the run. `history` reads a Trainer's
+log, and `similarity_map` compares all layers on one batch. `curves` and `heat_maps` draw both, and `figures` writes the
+files.
 """
 
 from hf_guidance.analysis.curves import plot_comparison, plot_curves, plot_run
+from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.history import (
     Curves,
@@ -18,6 +20,7 @@ from hf_guidance.analysis.history import (
 
 __all__ = [
     "Curves",
+    "FirstLook",
     "History",
     "SimilarityMap",
     "metrics_of",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from hf_guidance.analysis.first_look import DEBIASED, TOP, FirstLook
+from hf_guidance.analysis.first_batch import DEBIASED, TOP, FirstLook
 from hf_guidance.config import GuidanceConfig
 
 FULL, FAR = 0.9, 0.3  # a similarity above the first is full if debiased CKA is lower by the second
 NEVER_FULL = {DEBIASED, "ridge_loo"}  # near 0 for unrelated features, whatever their number
 MOST = 0.5  # share of a layer's energy
 DIFFERENT = 1e-3  # relative difference of two forwards, above all rounding
-LARGE, SMALL = 10.0, 0.01  # ratios of the gradients
+LARGE, SMALL = 30.0, 0.01  # ratios of the gradients; runs that guidance helps start at 0.06 to 11
 MAX_NAMED = 5
 
 

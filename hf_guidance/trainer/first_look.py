@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging as of_transformers
 
-from hf_guidance.analysis.first_look import FirstLook, largest_difference, look_at_layer, look_at_pairs, render
+from hf_guidance.analysis.first_batch import FirstLook, largest_difference, look_at_layer, look_at_pairs, render
 from hf_guidance.analysis.first_warnings import warnings_of
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import BATCH_NORM
@@ -80,13 +80,13 @@ def look_at_start(
     """Do as `take_first_look` does, but print nothing and raise any error."""
     loss, config, guide = trainer.guidance_loss, trainer.guidance, trainer.guide
     assert watched.layers is not None
+    targets, guides = watched.layers
     with unchanged(loss.target, guide):
-        again = None  # first of all, because with a sharded guide all processes take part
-        if watched.run_guide is not None and config.cache_guide is None:
-            again = watched.run_guide()[1]
+        differs = None
+        if watched.run_guide is not None and config.cache_guide is None:  # with a sharded guide on all processes
+            differs = largest_difference(guides, watched.run_guide()[1])
         if watched.loss is None:
             return None
-        targets, guides = watched.layers
         pairs = look_at_pairs(watched.similarities, config.measure, targets, guides)
         look = FirstLook(
             config.measure,
@@ -96,7 +96,7 @@ def look_at_start(
             pairs,
             {name: look_at_layer(targets[name]) for name in dict.fromkeys(pair.target for pair in pairs)},
             {name: look_at_layer(guides[name]) for name in dict.fromkeys(pair.guide for pair in pairs)},
-            None if again is None else largest_difference(guides, again),
+            differs,
         )
         look.not_measured = _why_no_gradients(trainer, model, task_loss, watched)
         if not look.not_measured:

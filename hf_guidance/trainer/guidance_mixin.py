@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hf_guidance.analysis.first_look import FirstLook
+from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hf_guidance import GuidanceConfig
-from hf_guidance.analysis.first_look import FirstLook, LayerLook, PairLook
+from hf_guidance.analysis.first_batch import FirstLook, LayerLook, PairLook
 from hf_guidance.analysis.first_warnings import warnings_of
 
 
@@ -96,9 +96,9 @@ def test_a_random_guide_is_named_with_the_difference() -> None:
 @pytest.mark.parametrize(
     ("ratio", "words"),
     [
-        (11.0, "guidance drowns the task. Lower guidance_weight, now 2; at about 0.2 both"),
+        (31.0, "guidance drowns the task. Lower guidance_weight, now 2; at about 0.06 both"),
         (0.009, "guidance has no effect beside the task. Raise guidance_weight, now 2; at about 200 both"),
-        (10.0, ""),
+        (30.0, ""),
         (0.01, ""),
         (0.0, ""),  # as of dead layers, which no weight mends
         (None, ""),

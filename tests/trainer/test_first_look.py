@@ -255,6 +255,21 @@ def test_a_run_with_a_look_ends_bit_for_bit_as_one_without(
     assert (look.gradient_ratio is None) == bool(expected)
 
 
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**128 * 0.99], ids=["that fits", "that overflows"])
+def test_under_a_loss_scaler_a_run_is_the_same_and_the_ratio_is_measured(tmp_path: Path, scale: float) -> None:
+    found = []
+    for looks in (False, True):
+        trainer = make_trainer(tmp_path, gpt2(dropout=0.2), llama(), looks=looks, max_steps=4)
+        trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
+        # accelerate itself sets one up on GPUs only
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        found.append(trained(trainer))
+    assert same(found[0][0], found[1][0])
+    assert str(found[0][1]) == str(found[1][1])  # with norms that are nan
+    assert trainer.first_look is not None
+    assert 0 < (trainer.first_look.gradient_ratio or 0) < 1000
+
+
 def test_gradients_modes_and_buffers_are_as_before_also_after_an_error() -> None:
     network = Normed().train()
     network.drop.eval()

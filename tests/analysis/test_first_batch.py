@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_guidance.analysis.first_look import (
+from hf_guidance.analysis.first_batch import (
     FirstLook,
     LayerLook,
     PairLook,
