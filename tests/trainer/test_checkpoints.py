@@ -300,12 +300,6 @@ def test_skipping_under_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest
         check_trainer(trainer)
 
 
-def test_a_global_batch_without_processes_says_how_to_start_some(tmp_path: Path) -> None:
-    words = "there is no process group: start several processes with `accelerate launch`"
-    with pytest.raises(ValueError, match=words):
-        make_trainer(tmp_path, gpt2(), llama(), similarity_batch="global")
-
-
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
