@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.choices import choose_rows
-from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.distributed import ranks_of
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
 from hf_guidance.features.rows import Batch, is_packed
@@ -96,9 +96,9 @@ class GuidanceLoss:
             for `guidance_stop_similarity`; in a loop of your own, set it yourself.
 
     Raises:
-        ValueError: If a layer does not exist, guide and target share parameters, or a global batch has no process group
-            or meets LayerDrop, a measure takes no sketch, or the warm-up is longer than the run. On the first batch:
-            the vocabularies or the samples of the two networks do not match.
+        ValueError: If a layer does not exist, guide and target share parameters, a global batch meets LayerDrop or
+            several processes without a group, a measure takes no sketch, or the warm-up is longer than the run. On the
+            first batch: the vocabularies or the samples of the two networks do not match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -141,7 +141,7 @@ class GuidanceLoss:
         self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
-        self.ranks = Ranks() if self.config.similarity_batch == "global" else None
+        self.ranks = ranks_of(self.config.similarity_batch)
         self.running = GuideRunning(self.guide_reader, target, self.config, autocast)
 
     def weights(self, step: int) -> Weights:
@@ -306,8 +306,13 @@ class GuidanceLoss:
         """
         self.running.open_cache(batch, rows, identity, create)
 
+    def attach(self) -> None:
+        """Put the hooks on both networks, unless they are there. `watch` does so by itself."""
+        self.target_reader.attach()
+        self.guide_reader.attach()
+
     def close(self) -> None:
-        """Remove the hooks from both networks."""
+        """Remove the hooks from both networks. The next `watch` puts them back."""
         self.target_reader.remove()
         self.guide_reader.remove()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -640,6 +641,8 @@ def test_a_guided_target_can_be_copied() -> None:
 def test_close_takes_every_hook_off() -> None:
     target, guide = gpt2(), llama()
     modules = [*target.modules(), *guide.modules()]
+    for network in (target, guide):  # transformers has hooks of its own once hidden states were asked for
+        hidden_states(network, {"input_ids": token_batch()["input_ids"]})
 
     def hooks() -> int:
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
@@ -650,6 +653,8 @@ def test_close_takes_every_hook_off() -> None:
     assert hooks() == before + 7
     guidance.close()
     assert hooks() == before
+    assert guidance_of(guidance, token_batch()) is not None
+    assert hooks() == before + 7, "the next watch puts them back"
 
 
 # ------------------------------------------------------------------------------------------- the loss to train on
@@ -876,3 +881,76 @@ def test_within_rows_a_network_is_like_its_own_copy_on_whatever_positions_are_ch
     batch = token_batch()
     watched, _ = watch(gpt2(), gpt2(), batch, sample_axis="within", max_tokens=4, measure="linear_cka")
     assert watched.loss.item() == pytest.approx(0, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------- one process, rows, and threads
+
+
+def guidance_of(loss: GuidanceLoss, batch: dict[str, Tensor]) -> Tensor:
+    """The guidance loss of a batch, with its graph."""
+    with loss.watch(batch) as watched:
+        loss.target(**watched.inputs)
+    assert watched.loss is not None
+    return watched.loss
+
+
+@pytest.mark.parametrize("axis", ["sequence", "token"])
+def test_the_global_batch_of_one_process_is_the_local_one(axis: str) -> None:
+    found = []
+    for similarity_batch in ("local", "global"):
+        target = gpt2()
+        config = GuidanceConfig(sample_axis=axis, max_tokens=16, similarity_batch=similarity_batch)
+        loss = guidance_of(GuidanceLoss(target, llama(), config), token_batch())
+        found.append([loss, *gradients(target, loss)])
+    assert all(map(torch.equal, *found))
+
+
+class Embedder(nn.Module):
+    """A network of one id per row, as a recommender has it."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        self.body = seeded(lambda: nn.Sequential(nn.Embedding(40, width), nn.Linear(width, width), nn.Tanh()), seed)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.body(user)
+
+
+def test_rows_of_one_number_are_guided() -> None:
+    target, guide, batch = Embedder(8, 0), Embedder(6, 1), {"user": torch.arange(12), "labels": torch.rand(12)}
+    config = GuidanceConfig(measure="linear_cka", target_layers=["body.1"], guide_layers=["body.2"])
+    loss = GuidanceLoss(target, guide, config)
+    with loss.watch(batch) as watched:
+        target(watched.inputs["user"])
+    with torch.no_grad():
+        ours, theirs = target.body[:2](batch["user"]), guide(batch["user"])
+    assert watched.loss is not None
+    assert watched.loss.item() == pytest.approx(1 - cka(ours, theirs).item(), abs=1e-5)
+    some = GuidanceLoss(target, guide, replace(config, guide_rows=5))
+    with some.watch(batch) as watched:
+        target(watched.inputs["user"])
+    assert watched.loss is not None
+
+
+def test_threads_share_a_guide_and_each_has_the_loss_that_it_has_alone() -> None:
+    guide = llama()
+    pairs = ["transformer.h.0~layers.0", "hidden_states.2~hidden_states.2"]
+    losses = [GuidanceLoss(gpt2(seed), guide, linear(layer_pairs=pairs)) for seed in range(3)]
+    batches = [token_batch(seed=seed) for seed in range(20)]
+    alone = [[guidance_of(loss, batch).item() for batch in batches] for loss in losses]
+
+    with ThreadPoolExecutor(len(losses)) as pool:
+        together = pool.map(lambda loss: [guidance_of(loss, batch).item() for batch in batches], losses)
+    assert list(together) == alone
+
+
+def test_a_loss_that_is_in_use_says_so() -> None:
+    loss = GuidanceLoss(gpt2(), llama(), linear())
+    words = (
+        r"layers of the target are being read already, here or in another thread: give each thread a GuidanceLoss of"
+    )
+    with loss.watch(token_batch()) as watched:
+        with pytest.raises(RuntimeError, match=words), loss.watch(token_batch()):
+            pass
+        loss.target(**watched.inputs)
+    assert watched.loss is not None

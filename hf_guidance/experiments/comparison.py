@@ -122,8 +122,9 @@ def carry_out(
     check_same_settings(place, settings)
     if (place / RESULT).is_file():
         return _read(place / RESULT, run)
+    unguided = GuidanceConfig(guidance_weight=0.0, on_non_finite=guidance.on_non_finite)
     make = run.trainer or partial(
-        GuidanceTrainer, guide=run.guide() if run.guide else None, guidance=guidance if run.guide else None
+        GuidanceTrainer, guide=run.guide() if run.guide else None, guidance=guidance if run.guide else unguided
     )
     trainer: Any = make(
         model=model,

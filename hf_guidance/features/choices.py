@@ -142,7 +142,7 @@ def hashes_of(content: Tensor, valid: Tensor | None = None) -> Tensor:
     content = content if not content.is_floating_point() else content.float().view(torch.int32)
     if valid is not None:
         content = torch.where(valid, content, -1)
-    content = content.flatten(1).long()
+    content = content[:, None].flatten(1).long()  # rows may have one axis
     places = mix(torch.arange(content.shape[1], device=content.device) + 1)
     return torch.where(content == -1, 0, mix(content + places)).sum(1)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # older versions of torch have only the second name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,12 +35,8 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                "similarity_batch='global' compares over the batches of all processes, but there is no process group: "
-                "start several processes with `accelerate launch` or torchrun (in your own loop, call "
-                "torch.distributed.init_process_group first), or use 'local', which is the same for one process."
-            )
+        if not _is_group():
+            raise ValueError("there is no process group: call torch.distributed.init_process_group first.")
         self.rank, self.scale = dist.get_rank(), dist.get_world_size()
         self.bytes_sent = 0
 
@@ -81,6 +82,41 @@ class Ranks:
         parts = [part[:n].to(x.dtype) for part, n in zip(every.split(max(counts)), counts, strict=True)]
         parts[self.rank] = x
         return torch.cat(parts)
+
+
+def ranks_of(similarity_batch: str) -> Ranks | None:
+    """Return the processes whose batches a similarity takes as one; None for this process alone.
+
+    A single process without a process group compares its own batch, and says so once.
+
+    Args:
+        similarity_batch: As of `GuidanceConfig`.
+
+    Raises:
+        ValueError: If several processes were started for a global batch, and they form no group.
+    """
+    if similarity_batch != "global":
+        return None
+    if _is_group():
+        return Ranks()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise ValueError(
+            f"similarity_batch='global' compares over the batches of all processes, and {started} were started, but "
+            "there is no process group: call torch.distributed.init_process_group before you make the loss, or use "
+            "similarity_batch='local'."
+        )
+    _say_that_it_is_local()
+    return None
+
+
+def _is_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@cache
+def _say_that_it_is_local() -> None:
+    logger.info("similarity_batch='global' compares over the batch of this process, because it is the only one.")
 
 
 def _pad(x: Tensor, axis: int, length: int) -> Tensor:

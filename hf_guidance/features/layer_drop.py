@@ -49,6 +49,8 @@ class LayerDrop:
         self._around: dict[str, Stack] = {}  # by module to read, with the one layer around it
         self._ran: dict[str, Any] = {}  # outputs by layer during a forward, then names only
         self._is_reading = False
+        self._watched: dict[nn.Module, list[str]] = {}  # modules with layers that may be skipped
+        self._layers: dict[nn.Module, list[str]] = {}
         self._handles: list[Any] = []
         self._rates: list[tuple[nn.Module, float]] = []
         self.has_rate = False
@@ -65,9 +67,19 @@ class LayerDrop:
             module = base.get_submodule(owner)
             self.settings |= settings_of(base, module)
             seen_in = module if owner else network  # PEFT calls the base model's forward without its hooks
-            self._handles.append(seen_in.register_forward_pre_hook(partial(self._note, owner)))
+            self._watched.setdefault(seen_in, []).append(owner)
             for layer in layers:
-                self._handles.append(base.get_submodule(layer).register_forward_hook(partial(self._note, layer)))
+                self._layers.setdefault(base.get_submodule(layer), []).append(layer)
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks on the network, unless they are there."""
+        if self._handles:
+            return
+        for module, names in self._watched.items():
+            self._handles += [module.register_forward_pre_hook(partial(self._note, name)) for name in names]
+        for module, names in self._layers.items():
+            self._handles += [module.register_forward_hook(partial(self._note, name)) for name in names]
 
     def start(self) -> None:
         """Start to watch a forward.
@@ -91,6 +103,7 @@ class LayerDrop:
         """Remove the hooks from the network."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def _note(self, name: str, module: nn.Module, args: Any, output: Any = None) -> None:
         if self._is_reading:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,8 +32,9 @@ class LayerReader:
     """Reader of chosen layers of one network while it runs. It reduces each output at once and keeps nothing else.
 
     It hooks the network itself, so that Trainer, DDP or your own loop calls the network as usual. Outside `reading` the
-    hooks do nothing, in evaluation as well as when activation checkpointing repeats a block. If LayerDrop skips layers,
-    only those that ran are read. Each keeps its name.
+    hooks do nothing, in evaluation as well as when activation checkpointing repeats a block. `reading` sees the
+    forwards of its own thread, so that several threads may share a network, each with a reader of its own. If LayerDrop
+    skips layers, only those that ran are read. Each keeps its name.
 
     Args:
         model: Any `nn.Module`. PEFT models are read by the module names of their base model.
@@ -56,24 +58,36 @@ class LayerReader:
         self._seen: list[str] = []
         self._counted: dict[str, None] = {}  # hidden states of a forward, skipped ones included
         self._order: list[str] = []
-        modules: dict[str, nn.Module] = {}
+        self._modules: dict[str, nn.Module] = {}
         base = base_model_of(model)
         for layer in layers:
             if match := HIDDEN.fullmatch(layer):
                 self._hidden.append((match[1], int(match[2]) if match[2] else None))
             else:
-                modules.update(find_modules(base, layer, role))
-        self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], modules)
+                self._modules.update(find_modules(base, layer, role))
+        self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], self._modules)
         self._needs_gradients, self._ignoring, self._of_backbone = False, False, None
-        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._thread: int | None = None  # the one that reads
         if self._hidden:
             self._check_returns_hidden_states()
+        self._order = list(self._modules)
+        self._handles: list[Any] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks on the network, unless they are there. `reading` does so by itself."""
+        self.layer_drop.attach()
+        if self._handles:
+            return
+        self._handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        if self._hidden:
+            base = base_model_of(self.model)
             backbone = getattr(base, "base_model", base)
             if isinstance(backbone, nn.Module) and backbone is not base:
                 self._handles.append(backbone.register_forward_hook(self._keep_backbone))
-            self._handles.append(model.register_forward_hook(self._read_hidden_states))
-        self._order = list(modules)
-        self._handles += [m.register_forward_hook(partial(self._read_module, name)) for name, m in modules.items()]
+            self._handles.append(self.model.register_forward_hook(self._read_hidden_states))
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(partial(self._read_module, name)))
 
     @contextmanager
     def reading(self, reduce: Reduce) -> Iterator[dict[str, Any]]:
@@ -84,7 +98,17 @@ class LayerReader:
 
         Yields:
             Layer → result of `reduce`, filled in during the forward.
+
+        Raises:
+            RuntimeError: If this reader is reading already, as in another thread.
         """
+        if self._reduce is not None:
+            raise RuntimeError(
+                f"the layers of the {self.role} are being read already, here or in another thread: give each thread a "
+                "GuidanceLoss of its own (they may share a guide), and end one `watch` before the next."
+            )
+        self.attach()
+        self._thread = threading.get_ident()
         self._reduce, self._read, self._counted = reduce, {}, {}
         self._needs_gradients, self._ignoring = torch.is_grad_enabled(), False
         if self.layer_drop.has_rate:
@@ -96,7 +120,7 @@ class LayerReader:
                 self.layer_drop.stop()
             self._seen = list(self._read)
             # keep nothing of a forward, so that the network can be copied and saved
-            self._reduce, self._read, self._of_backbone = None, {}, None
+            self._reduce, self._read, self._of_backbone, self._thread = None, {}, None, None
 
     def names(self) -> list[str]:
         """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.
@@ -125,12 +149,18 @@ class LayerReader:
         self.layer_drop.remove()
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+    def _passes_by(self) -> bool:
+        """Tell whether a forward is none to read."""
+        return self._reduce is None or self._thread != threading.get_ident()
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def _store(self, name: str, output: Any) -> None:
-        if self._reduce is None or self._ignoring or (self.keep is not None and name not in self.keep):
+        if self._passes_by() or self._ignoring or (self.keep is not None and name not in self.keep):
             return
+        assert self._reduce is not None
         if name in self._read:
             raise ValueError(
                 f"{self.role} layer {name!r} ran more than once in one forward, so it has several outputs. "
@@ -145,17 +175,22 @@ class LayerReader:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Ask for hidden states, unless this is one more forward without gradients, of a reference or for metrics."""
+        if self._passes_by():
+            return None
         self._ignoring = self._needs_gradients and not torch.is_grad_enabled()
-        if self._reduce is None or self._ignoring or not self._hidden:
+        if self._ignoring or not self._hidden:
             return None
         return args, {**kwargs, "output_hidden_states": True}
 
     def _keep_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._of_backbone = None if self._reduce is None or self._ignoring else output
+        if not self._passes_by():
+            self._of_backbone = None if self._ignoring else output
 
     def _read_hidden_states(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._passes_by():
+            return
         backbone, self._of_backbone = self._of_backbone, None
-        if self._reduce is None or self._ignoring:
+        if self._ignoring:
             return
         for kind, index in self._hidden:
             states = _states(output, kind)

@@ -16,6 +16,8 @@ Batch: TypeAlias = Mapping[str, Column]  # as a collator makes it; only tensors 
 def content_of(batch: Batch) -> Tensor:
     """Return the content of a batch's rows: token ids, pixels, embeddings, or else its first tensor with two axes.
 
+    If no tensor has two axes, it is the first one with one axis, as of ids or of a scalar to regress on.
+
     Args:
         batch: Inputs of a network.
 
@@ -23,18 +25,21 @@ def content_of(batch: Batch) -> Tensor:
         `(batch, …)`.
 
     Raises:
-        ValueError: If the batch has no such tensor.
+        ValueError: If the batch has no tensor with a sample axis.
     """
-    tensors = tensors_of(batch)
+    tensors = tensors_of(batch) or tensors_of(batch, axes=1)
     if not tensors:
-        raise ValueError(f"the batch has no tensor with a sample axis and a second axis; it has {sorted(batch)}.")
+        raise ValueError(
+            f"the batch has no tensor with a sample axis; it has {sorted(batch)}. Guidance compares rows: let the data "
+            "collator return the inputs as tensors (batch, …)."
+        )
     known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
     return (known or list(tensors.values()))[0]
 
 
-def tensors_of(batch: Batch) -> dict[str, Tensor]:
-    """Return the columns with a sample axis and a second axis."""
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= 2}
+def tensors_of(batch: Batch, axes: int = 2) -> dict[str, Tensor]:
+    """Return the columns with at least so many axes, of which the first is that of the samples."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= axes}
 
 
 def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -184,7 +184,7 @@ class Samples(ComparedRows):
         lengths = {kind: mask.shape[1] for kind, mask in self.masks.items()}
         if self.ranks is None:
             return [self.batch_size], lengths
-        own = self.content.shape[1] if self.content.ndim < 4 else 0  # all images have one size
+        own = self.content.shape[1] if 1 < self.content.ndim < 4 else 0  # all images have one size
         every = self.ranks.numbers([self.batch_size, own, *lengths.values()], self.content.device)
         if not lengths and len({row[1] for row in every}) > 1:
             raise ValueError(

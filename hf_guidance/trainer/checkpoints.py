@@ -30,7 +30,9 @@ ORIGIN = "rng_state.json"  # settings that decide randomness and data order, bes
 ZIPPED = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")  # zip files; their directory is at the end
 WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 OPTIMIZER = ("optimizer*", "global_step*")
+RESUMED = (*OPTIMIZER, "scheduler*", "rng_state*")  # none of which save_only_model writes
 GUIDED_STEPS = "guided_steps"  # key in the same file
+PASS, PASS_BEGAN = "pass", "pass_began"  # likewise, of a stream
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
 HARMLESS |= {"shard_guide", "eval_similarity"}
 FATAL = {"seed", "data_seed", "max_steps"}  # max_steps only where the decay ends with the run
@@ -40,7 +42,7 @@ BATCH = {"per_device_train_batch_size", "world_size", "gradient_accumulation_ste
 # ------------------------------------------------------------------------------------------- complete or incomplete
 
 
-def fault_of(checkpoint: str | Path) -> str | None:
+def fault_of(checkpoint: str | Path, weights_suffice: bool = False) -> str | None:
     """Explain why a checkpoint cannot be resumed from; return None if it is complete.
 
     A process can be killed between any two writes, so a file may be missing or cut off. Trainer writes weights,
@@ -49,6 +51,7 @@ def fault_of(checkpoint: str | Path) -> str | None:
 
     Args:
         checkpoint: Folder of the checkpoint.
+        weights_suffice: Whether weights alone are complete, as `save_only_model` writes them.
     """
     place = Path(checkpoint)
     if not place.is_dir():
@@ -65,7 +68,7 @@ def fault_of(checkpoint: str | Path) -> str | None:
     for path in (p for pattern in ZIPPED for p in sorted(place.glob(pattern))):
         if path.is_file() and not zipfile.is_zipfile(path):
             return f"its {path.name} is cut off"
-    return _what_is_missing(place)
+    return _what_is_missing(place, weights_suffice)
 
 
 def _opens(path: Path) -> bool:
@@ -76,12 +79,14 @@ def _opens(path: Path) -> bool:
         return False
 
 
-def _what_is_missing(place: Path) -> str | None:
+def _what_is_missing(place: Path, weights_suffice: bool) -> str | None:
     if not any(any(place.glob(pattern)) for pattern in WEIGHTS):
         return "it has no weights"
+    if weights_suffice and not any(any(place.glob(pattern)) for pattern in RESUMED):
+        return None
     if not any(any(place.glob(pattern)) for pattern in OPTIMIZER):
         return "it has no optimizer state (save_only_model?)"
-    origin = _origin_of(place)
+    origin = origin_of(place)
     ranks = origin.get("world_size", 1)
     needed = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
     if not origin and any(place.glob("rng_state_*.pth")):  # written by plain Trainer with several processes
@@ -96,9 +101,9 @@ def _what_is_missing(place: Path) -> str | None:
     return None
 
 
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """Return the latest complete checkpoint in the folder of a run; None if there is none."""
-    complete = (path for path in _checkpoints(folder) if fault_of(path) is None)
+def last_complete_checkpoint(folder: str | Path, weights_suffice: bool = False) -> str | None:
+    """Return the latest complete checkpoint, as `fault_of` tells, in the folder of a run; None if there is none."""
+    complete = (path for path in _checkpoints(folder) if fault_of(path, weights_suffice) is None)
     return next(map(str, complete), None)
 
 
@@ -108,8 +113,13 @@ def _checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
-def checkpoint_to_resume(asked: str | bool | None, folder: str | Path) -> str | None:
+def checkpoint_to_resume(asked: str | bool | None, folder: str | Path, weights_suffice: bool = False) -> str | None:
     """Choose the checkpoint that `Trainer.train(resume_from_checkpoint=asked)` resumes from.
+
+    Args:
+        asked: Folder of a checkpoint; True for the last complete one in `folder`; anything false for none.
+        folder: Output folder of the run.
+        weights_suffice: As of `fault_of`.
 
     Raises:
         ValueError: If the named checkpoint is incomplete, or with True every checkpoint in the folder.
@@ -117,15 +127,15 @@ def checkpoint_to_resume(asked: str | bool | None, folder: str | Path) -> str | 
     if not asked:
         return None
     if asked is not True:
-        if fault := fault_of(asked):
+        if fault := fault_of(asked, weights_suffice):
             raise ValueError(
                 f"Cannot resume from {asked}: {fault}. resume_from_checkpoint=True takes the last complete checkpoint; "
                 "from_pretrained loads weights alone."
             )
         return str(asked)
-    if last := last_complete_checkpoint(folder):
+    if last := last_complete_checkpoint(folder, weights_suffice):
         return last
-    faults = [f"{path.name}: {fault_of(path)}" for path in _checkpoints(folder)]
+    faults = [f"{path.name}: {fault_of(path, weights_suffice)}" for path in _checkpoints(folder)]
     found = f"; found {'; '.join(faults)}" if faults else ""
     raise ValueError(f"There is no complete checkpoint in {folder} to resume from{found}. Start without resuming.")
 
@@ -133,7 +143,8 @@ def checkpoint_to_resume(asked: str | bool | None, folder: str | Path) -> str | 
 # ------------------------------------------------------------------------------------------ what the run began with
 
 
-def _origin_of(place: Path) -> dict[str, Any]:
+def origin_of(place: Path) -> dict[str, Any]:
+    """Return the settings that a run began with, from one of its checkpoints; empty if they are unknown."""
     try:
         return json.loads((place / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # written by an earlier version or by plain Trainer
@@ -142,7 +153,7 @@ def _origin_of(place: Path) -> dict[str, Any]:
 
 def guided_steps_of(checkpoint: str | Path | None) -> int | None:
     """Count the guided steps of a run up to a checkpoint: 0 without one, None if an earlier version wrote it."""
-    return 0 if checkpoint is None else _origin_of(Path(checkpoint)).get(GUIDED_STEPS)
+    return 0 if checkpoint is None else origin_of(Path(checkpoint)).get(GUIDED_STEPS)
 
 
 def _origin(args: TrainingArguments, steps: int, guided: bool) -> dict[str, Any]:
@@ -191,7 +202,7 @@ def check_goes_on(
     then, guide_then = GuidanceConfig.load(place)
     check_same_guide(guide, guide_then, place.name)
     changed = _changes(then.without_paths(), config.without_paths())
-    began, now = _origin_of(place), _origin(args, args.max_steps, True)
+    began, now = origin_of(place), _origin(args, args.max_steps, True)
     decays = config.guidance_schedule != "constant" and config.guidance_stop_step is None
     if args.max_steps < 1 or not decays:  # the length is unknown, or the schedule does not depend on it
         began.pop("max_steps", None)
@@ -225,6 +236,7 @@ class ResumingMixin(Behind):
 
     guide: Any
     _guided: GuidedSteps
+    _pass: tuple[int, int] | None = None  # over a stream: its number, from 1, and the step at which it began
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:  # a state left by an earlier run must not mark a new checkpoint as complete
@@ -237,6 +249,8 @@ class ResumingMixin(Behind):
         if self.args.should_save:
             origin = _origin(self.args, self.state.max_steps, self.guide is not None)
             origin[GUIDED_STEPS] = self._guided.total() if self.guide is not None else 0
+            if self._pass is not None:
+                origin[PASS], origin[PASS_BEGAN] = self._pass
             text = json.dumps(origin, indent=2) + "\n"
             (Path(output_dir) / ORIGIN).write_text(text, encoding="utf-8")
         self.accelerator.wait_for_everyone()  # Trainer does not wait, so rank 0 could finish before the others

@@ -10,7 +10,7 @@ from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.distributed import ranks_of
 from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies
 from hf_guidance.schedule import check_warmup
@@ -92,8 +92,7 @@ def check_settings(
         check_warmup(config.guidance_warmup_steps, config.prealign_steps, config.guidance_stop_step, args.max_steps)
     if config.similarity_batch == "accumulated":
         check_accumulates(args, sharded=sharded)
-    if config.similarity_batch == "global":
-        Ranks()  # raises an error that names what is missing
+    ranks_of(config.similarity_batch)  # raises an error that names what is missing
     times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
     rows = rows_of_a_process(args) * times.get(config.similarity_batch, 1)
     if config.guide_rows is not None and config.guide_rows > rows:

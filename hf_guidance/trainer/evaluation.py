@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,8 @@ class EvaluationMixin(Behind):
 
         def _calibrate_once(self) -> None: ...
 
+        def _let_go(self) -> None: ...
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._measured: Measured | None = None  # while an evaluation measures
         self._warned_of: set[str] = set()  # prefixes of metrics
@@ -99,6 +102,8 @@ class EvaluationMixin(Behind):
             found = super().evaluation_loop(*given)
         finally:
             self._measured = None
+            if not self.is_in_train:
+                self._let_go()
         means = measured.over_ranks(self.accelerator)
         assert found.metrics is not None
         found.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -135,5 +140,7 @@ class EvaluationMixin(Behind):
         else:
             model(**inputs)
 
-    def _for_target(self, inputs: Batch) -> dict[str, Any]:
+    def _for_target(self, inputs: Any) -> Any:
+        if not isinstance(inputs, Mapping):  # rows from which a Trainer makes its batch, as one that generates does
+            return inputs
         return without_guide(inputs, self.guidance.sample_id_column)

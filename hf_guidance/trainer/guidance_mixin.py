@@ -33,18 +33,20 @@ from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, is_last_before_log
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
 from hf_guidance.trainer.similarity_stop import SimilarityStop, StoppingMixin
+from hf_guidance.trainer.streams import StreamsMixin, pass_of, warn_of_stream
 
 logger = logging.getLogger(__name__)
 
 GUIDE_FOLDER = "guide"
 
 
-class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMixin):
+class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin, EvaluationMixin):
     """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
 
     Args:
         guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance.
-        guidance: Settings of the guidance; None takes the defaults of `GuidanceConfig`.
+        guidance: Settings of the guidance; None takes the defaults of `GuidanceConfig`. Without guide and settings,
+            the Trainer also treats losses that are not finite as it does by itself.
         *args, **kwargs: Arguments of the Trainer.
 
     Attributes:
@@ -75,7 +77,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMix
         self._in_window = 0  # number of its micro-batches that have been trained on
         self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
         self._is_calibrated = False
-        self.add_callback(self._finite)
+        if guide is not None or guidance is not None:
+            self.add_callback(self._finite)
         if guide is None:
             return
         check_trainer(self)
@@ -234,39 +237,38 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StoppingMixin, EvaluationMix
             FloatingPointError: If a loss is not finite and `on_non_finite` is `stop`.
             RuntimeError: If no step was guided that should have been.
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        alone = self.guide is None
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), weights_suffice=alone)
         if checkpoint:
+            warn_of_stream(checkpoint, self.args, self.train_dataset)
             identity_now = None if self.guide is None else self.guide_identity
             check_goes_on(checkpoint, self.args, self.guidance, identity_now)
         if self.guide is not None:
             self._guided.before = guided_steps_of(checkpoint)
         self._sums.clear()  # an interrupted call may have left some
-        self._micro_step = (-1, 0)
+        self._micro_step, self._pass, self._pass_at_start = (-1, 0), None, pass_of(checkpoint)
         self._is_calibrated = False  # the data may be others
         self._calibrate_once()
-        if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
-            open_cache(self)
+        if self.guide is not None and self.guidance.guidance_weight:
+            self.guidance_loss.attach()  # before the first forward, which torch.compile traces
+            if self.guidance.cache_guide:
+                open_cache(self)
         if self.guide is not None and self.guidance.save_guide:
             save_guide(self, Path(str(self.args.output_dir)) / GUIDE_FOLDER)
         try:
             found = super().train(checkpoint, *args, **kwargs)
         finally:
             self._batches, self._window = [], None
+            self._let_go()
         if self.guide is not None and self.guidance.guidance_weight:
             folder = str(self.args.output_dir)
             self._guided.check_any(self.state, partial(self.save_model, folder, _internal_call=True), folder)
         return found
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, unless the checkpoint is of the last step: Trainer would then take one step more."""
-        if (done := self.state.global_step) >= self.state.max_steps:
-            if done > self.state.max_steps:
-                logger.warning(
-                    "The checkpoint is of step %d, after the last step %d: no step is left.", done, self.state.max_steps
-                )
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+    def _let_go(self) -> None:
+        """Take the hooks off both networks; the next step or evaluation that needs them puts them back."""
+        if self._loss is not None:
+            self._loss.close()
 
     def _calibrates(self) -> bool:
         return self.guidance.guide_batch_norm == "calibrated" and self.guidance.guidance_weight > 0

@@ -58,3 +58,14 @@ def test_within_rows_positions_are_chosen_up_to_a_number_and_rows_grouped_by_it(
         assert valid[row, positions].all()
     (every,) = choose_within_rows(torch.ones(3, 4, dtype=torch.bool), hashes[:3], 4, seed=1)
     assert every[1].tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_rows_of_one_number_are_chosen_too() -> None:
+    ids = torch.arange(20)
+    chosen = choose_rows({"user": ids}, 5, seed=3)
+    assert chosen is not None
+    assert len(chosen) == 5
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    again = choose_rows({"user": ids[order]}, 5, seed=3)
+    assert again is not None
+    assert set(ids[order][again].tolist()) == set(ids[chosen].tolist())

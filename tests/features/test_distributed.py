@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_guidance.features.distributed import Ranks
+from hf_guidance.features import distributed
+from hf_guidance.features.distributed import Ranks, ranks_of
 
 
 @pytest.fixture
@@ -20,8 +22,32 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 
 
 def test_without_a_process_group_there_are_no_ranks() -> None:
-    with pytest.raises(ValueError, match="there is no process group: start several processes with `accelerate launch`"):
+    with pytest.raises(ValueError, match=r"there is no process group: call torch\.distributed\.init_process_group"):
         Ranks()
+
+
+def test_one_process_takes_its_own_batch_as_the_global_one_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    distributed._say_that_it_is_local.cache_clear()
+    caplog.set_level(logging.INFO)
+    assert [ranks_of(kind) for kind in ("local", "accumulated", "global", "global")] == [None] * 4
+    words = "similarity_batch='global' compares over the batch of this process, because it is the only one."
+    assert [record.getMessage() for record in caplog.records] == [words]
+
+
+def test_several_processes_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = (
+        r"the batches of all processes, and 2 were started, but there is no process group: call .*init_process_group"
+    )
+    with pytest.raises(ValueError, match=words):
+        ranks_of("global")
+    assert ranks_of("local") is None
+
+
+def test_a_process_group_gives_the_ranks(ranks: Ranks) -> None:
+    found = ranks_of("global")
+    assert isinstance(found, Ranks)
+    assert found.scale == 1
 
 
 def test_what_one_rank_gathers_is_its_own(ranks: Ranks) -> None:

@@ -556,8 +556,9 @@ def rows(count: int = 16) -> list[dict[str, Any]]:
 def test_a_run_trains_and_counts_the_pairs_that_are_left_out(tmp_path: Path, accumulation: int) -> None:
     target, ran = classifier(), []
     for layer in target.wav2vec2.encoder.layers:
-        layer.register_forward_hook(lambda module, args, output: ran[-1].append(1))
-    target.register_forward_pre_hook(lambda *_: ran.append([]))
+        layer.register_forward_hook(lambda module, args, output: ran[-1].append(1) if module.training else None)
+    # the look at the first batch also runs the target in evaluation mode
+    target.register_forward_pre_hook(lambda module, args: ran.append([]) if module.training else None)
     args = arguments(tmp_path, max_steps=8, gradient_accumulation_steps=accumulation)
     trainer = GuidanceTrainer(target, args, train_dataset=rows(), guide=wav2vec2(seed=1))
     before = weights(target)

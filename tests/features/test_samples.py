@@ -354,10 +354,8 @@ def test_padding_of_the_encoder_does_not_change_the_choice_of_the_decoders_token
 
 
 def test_a_batch_without_tensors_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"no tensor with a sample axis and a second axis; it has \['labels', 'text'\]"
-    ):
-        Samples({"text": ["a"], "labels": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"no tensor with a sample axis; it has \['scale', 'text'\]"):
+        Samples({"text": ["a"], "scale": torch.tensor(1.0)})
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,6 @@ def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
         ({"longer_baseline": True}, "trains the run 'alone' for longer, but --runs does not name it"),
         ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
         ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
-        ({"similarity_batch": "global"}, "compares over the batches of all processes, but there is no process group"),
         ({"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1"),
         (
             {"per_device_train_batch_size": 2, "sample_axis": "sequence", "measure": "linear_cka"},

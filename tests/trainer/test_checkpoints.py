@@ -16,6 +16,7 @@ from builders import arguments, gpt2, linear, llama, token_rows
 from trainers import make_trainer, same, trained
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_guidance import GuidanceTrainer
 from hf_guidance.trainer.checkpoints import check_goes_on, fault_of, last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_settings, check_trainer
 
@@ -259,6 +260,29 @@ def test_an_unguided_run_goes_on_from_its_last_whole_checkpoint_too(tmp_path: Pa
 # --------------------------------------------------------------------------------------- what the machine cannot do
 
 
+def test_without_a_guide_weights_alone_are_resumed_from_as_plain_trainer_does(tmp_path: Path) -> None:
+    found = []
+    for kind in (Trainer, GuidanceTrainer):
+        folder, shape = tmp_path / kind.__name__, {**SAVING, "save_only_model": True}
+        for resume in (None, True):
+            trainer = kind(gpt2(), arguments(folder, **shape), train_dataset=token_rows())
+            if resume:
+                shutil.rmtree(folder / "checkpoint-3")
+            found.append(trained(trainer, resume_from_checkpoint=resume)[0])
+    plain, plain_again, ours, ours_again = found
+    assert same(ours, plain)
+    assert same(ours_again, plain_again)
+    (tmp_path / "GuidanceTrainer" / "checkpoint-2" / "model.safetensors").write_bytes(b"cut")
+    assert last_complete_checkpoint(tmp_path / "GuidanceTrainer", weights_suffice=True).endswith("checkpoint-3")
+    assert last_complete_checkpoint(tmp_path / "GuidanceTrainer") is None
+
+
+def test_with_a_guide_weights_alone_do_not_suffice(tmp_path: Path) -> None:
+    trained(make_trainer(tmp_path, gpt2(), llama(), **SAVING, save_only_model=True))
+    with pytest.raises(ValueError, match=r"checkpoint-3: it has no optimizer state \(save_only_model\?\)"):
+        make_trainer(tmp_path, gpt2(), llama(), **SAVING).train(resume_from_checkpoint=True)
+
+
 def test_fp16_on_a_cpu_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = gpt2()
     seen = set()
@@ -298,12 +322,6 @@ def test_skipping_under_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     with pytest.raises(ValueError, match="on_non_finite='skip' does not work with DeepSpeed"):
         check_trainer(trainer)
-
-
-def test_a_global_batch_without_processes_says_how_to_start_some(tmp_path: Path) -> None:
-    words = "there is no process group: start several processes with `accelerate launch`"
-    with pytest.raises(ValueError, match=words):
-        make_trainer(tmp_path, gpt2(), llama(), similarity_batch="global")
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,20 @@ def test_a_split_batch_is_shared_evenly_or_refused() -> None:
         ({"per_device_train_batch_size": 2}, {}, "per_device_train_batch_size is 2, but linear_cka needs at least 3"),
         ({}, {"guidance_warmup_steps": 4}, "guidance_warmup_steps is 4, but the run has 3 optimizer steps: lower"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size changes the batch size"),
-        ({}, {"similarity_batch": "global"}, "there is no process group"),
         ({}, {"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1. Set it to 2 or more"),
     ],
 )
 def test_settings_that_guidance_cannot_do_with_are_refused(settings, guidance, words, tmp_path) -> None:
     with pytest.raises(ValueError, match=words):
         check_settings(arguments(tmp_path, **settings), linear(**guidance))
+
+
+def test_one_config_with_a_global_batch_serves_one_process_too(tmp_path, monkeypatch) -> None:
+    args = arguments(tmp_path)
+    check_settings(args, linear(similarity_batch="global"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but this one trains in a world of 1"):
+        check_settings(args, linear(similarity_batch="global"))
 
 
 def test_a_warm_up_is_not_looked_at_without_guidance_or_a_known_length(tmp_path) -> None:

@@ -26,7 +26,7 @@ from builders import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainers import make_trainer, same, trained, weights
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_guidance import GuidanceTrainer
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
@@ -102,13 +102,31 @@ def test_the_run_stops_before_the_step_and_names_what_is_not_finite(tmp_path: Pa
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_a_run_without_guidance_stops_too(tmp_path: Path, guided: bool) -> None:
-    target = gpt2()
+@pytest.mark.parametrize("guide", [llama, lambda: None], ids=["a guide", "settings alone"])
+def test_a_run_without_guidance_stops_too(tmp_path: Path, guide: Callable[[], nn.Module | None]) -> None:
+    target, args, config = gpt2(), arguments(tmp_path), linear(guidance_weight=0)
     spoil(target.lm_head, 1)
-    trainer = make_trainer(tmp_path, target, llama(), guidance_weight=0) if guided else make_trainer(tmp_path, target)
+    trainer = GuidanceTrainer(target, args, train_dataset=token_rows(), guide=guide(), guidance=config)
     with pytest.raises(FloatingPointError, match=r"Optimizer step 2 is not finite: the task loss is nan\. It was not"):
         trainer.train()
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_without_guide_and_settings_a_loss_that_is_not_finite_is_plain_trainers_business(
+    tmp_path: Path, filters: bool
+) -> None:
+    shape = {"logging_nan_inf_filter": filters, "logging_steps": 3, "optim": "sgd", "learning_rate": 0.0}
+    runs = []
+    for kind in (Trainer, GuidanceTrainer):
+        target = gpt2()
+        spoil(target.lm_head, 1)
+        trainer = kind(model=target, args=arguments(tmp_path, **shape), train_dataset=token_rows())
+        runs.append(trained(trainer))
+    (weights_there, (there,)), (weights_here, (here,)) = runs
+    torch.testing.assert_close(weights_here, weights_there, rtol=0, atol=0, equal_nan=True)
+    assert not all(value.isfinite().all() for value in weights_here.values()), "the step was taken"
+    assert math.isfinite(here["loss"]) == filters
+    torch.testing.assert_close(here, there, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_step_without_guidance_is_skipped_and_counted_too(tmp_path: Path) -> None:

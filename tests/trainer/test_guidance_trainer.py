@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -616,9 +618,53 @@ def test_model_init_starts_anew_with_every_call_of_train(tmp_path: Path) -> None
     first, second = trained(trainer), trained(trainer)
     assert same(first[0], second[0])
     assert first[1] == second[1]
-    hooks = [len(network._forward_hooks) + len(network._forward_pre_hooks) for network in made]
-    assert hooks == [0, 0, 2], "only the last model is still watched"
-    assert len(trainer.guide._forward_hooks) == 1
+    assert [hooks_of(network) for network in made] == [0, 0, 0], "nor is the last model watched any more"
+    assert trainer.guidance_loss.target is made[-1]
+
+
+def hooks_of(network: nn.Module) -> int:
+    """The hooks on a network itself; those inside are transformers' own too."""
+    return len(network._forward_hooks) + len(network._forward_pre_hooks)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "stopped by an error"])
+def test_a_finished_trainer_has_no_hooks_on_its_networks_and_puts_them_back(tmp_path: Path, fails: bool) -> None:
+    target, guide, data = gpt2(), llama(), token_rows(8)
+    callbacks = [Failing()] if fails else []
+    trainer = make_trainer(tmp_path, target, guide, eval_dataset=data, eval_similarity=True, callbacks=callbacks)
+    assert (hooks_of(target), hooks_of(guide)) == (2, 2)
+    with pytest.raises(RuntimeError, match="a failure") if fails else nullcontext():
+        trainer.train()
+    assert (hooks_of(target), hooks_of(guide)) == (0, 0)
+    trainer.is_in_train = False  # Trainer leaves it on after an error
+    assert "eval_guidance/similarity" in trainer.evaluate()
+    assert (hooks_of(target), hooks_of(guide)) == (0, 0)
+    for callback in callbacks:
+        trainer.remove_callback(callback)
+    assert all("guidance/loss" in log for log in trained(trainer)[1])
+    assert (hooks_of(target), hooks_of(guide)) == (0, 0)
+
+
+class Failing(TrainerCallback):
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a failure")
+
+
+def test_two_trainers_share_a_guide_and_each_trains_as_alone(tmp_path: Path) -> None:
+    alone = [trained(make_trainer(tmp_path, gpt2(seed), llama()))[0] for seed in (0, 1)]
+    guide = llama()
+    trainers = [make_trainer(tmp_path, gpt2(seed), guide) for seed in (0, 1)]
+    assert all(same(trained(trainer)[0], expected) for trainer, expected in zip(trainers, alone, strict=True))
+
+
+def test_trainers_in_two_threads_share_a_guide(tmp_path: Path) -> None:
+    in_order = {"train_sampling_strategy": "sequential", "looks": False}  # the threads share the random state
+    alone = [trained(make_trainer(tmp_path, gpt2(seed), llama(), **in_order))[0] for seed in (0, 1)]
+    guide = llama()
+    trainers = [make_trainer(tmp_path / str(seed), gpt2(seed), guide, **in_order) for seed in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        together = [weights_and_logs[0] for weights_and_logs in pool.map(trained, trainers)]
+    assert all(map(same, together, alone))
 
 
 def test_training_twice_goes_on_with_the_same_model(tmp_path: Path) -> None:
