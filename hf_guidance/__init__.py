@@ -2,6 +2,7 @@
 
 import hf_guidance.targets  # noqa: F401  registers them with the Auto classes
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.guide.base import load_guide_of_base
 from hf_guidance.guide.loading import load_guide
 from hf_guidance.guide.rebuilding import load_guide_of
 from hf_guidance.loss import GuidanceLoss
@@ -23,6 +24,7 @@ __all__ = [
     "linear_cka",
     "load_guide",
     "load_guide_of",
+    "load_guide_of_base",
     "procrustes",
     "rbf_cka",
     "register_measure",

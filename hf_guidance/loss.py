@@ -19,6 +19,7 @@ from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
 from hf_guidance.features.rows import Batch, is_packed
 from hf_guidance.features.samples import Samples
+from hf_guidance.guide.base import OwnBase
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, check_types, freeze
 from hf_guidance.guide.inputs import (
@@ -85,7 +86,7 @@ class GuidanceLoss:
 
     Args:
         target: Network being trained, without a wrapper such as DDP.
-        guide: Network to guide it. It is frozen here, in place.
+        guide: Network to guide it, or the target's own base by `load_guide_of_base`. It is frozen here, in place.
         config: Settings of guidance; the defaults if None.
         seed: Seed of noise, shuffling and the choice of tokens, combined with step, micro-step and rank.
         autocast: Makes the context of the guide's forward. By default the guide runs in the surrounding context.
@@ -124,6 +125,8 @@ class GuidanceLoss:
         if total_steps is not None:
             self.schedule()  # raises for a warm-up that is too long
         check_apart(target, guide)
+        if isinstance(guide, OwnBase):
+            guide.check(self.config)
         freeze(guide, self.config.guide_batch_norm)
         if self.config.shard_guide:
             shard(guide)

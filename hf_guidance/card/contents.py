@@ -22,6 +22,7 @@ class Network(TypedDict, total=False):
     config: Values | None
     timm: str
     batch_norm: bool
+    own_base: bool
 
 
 class Results(TypedDict, total=False):

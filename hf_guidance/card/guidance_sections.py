@@ -58,12 +58,19 @@ def networks(facts: RunFacts) -> str:
 
 
 def _origin(side: Network) -> str:
+    if side.get("own_base"):
+        place = f": {side['source']}" if side.get("source") else ""
+        return f"the target's own without its adapters{place}" + _at(side)
     if side.get("untrained"):
         return f"random, seed {side['seed']}"
     if side.get("untrained") is False and not side.get("revision"):
         return f"trained, from a folder called {side['source']}"
     source = side.get("source") or ("a module of the user's own" if "fingerprint" in side else "as the user gave them")
-    return source + (f" at {side['revision']}" if side.get("revision") else "")
+    return source + _at(side)
+
+
+def _at(side: Network) -> str:
+    return f" at {side['revision']}" if side.get("revision") else ""
 
 
 def on_the_hub(facts: RunFacts) -> bool:

@@ -4,6 +4,7 @@
 `cache` stores its features.
 """
 
+from hf_guidance.guide.base import OwnBase, load_guide_of_base
 from hf_guidance.guide.cache import row_checksums
 from hf_guidance.guide.forward import GuideRunning
 from hf_guidance.guide.freezing import BATCH_NORM, calibrate_batch_norm, check_apart, check_not_wrapped, freeze
@@ -29,6 +30,7 @@ __all__ = [
     "BATCH_NORM",
     "GUIDE_PREFIX",
     "GuideRunning",
+    "OwnBase",
     "accepted_columns",
     "built_whole",
     "calibrate_batch_norm",
@@ -46,6 +48,7 @@ __all__ = [
     "is_sharded",
     "load_guide",
     "load_guide_of",
+    "load_guide_of_base",
     "noise_like",
     "row_checksums",
     "seen_by",

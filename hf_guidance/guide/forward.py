@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
-from hf_guidance.features.reader import AllRead, LayerReader, Reduce
+from hf_guidance.features.reader import AllRead, LayerReader, Reduce, base_model_of
 from hf_guidance.features.rows import Batch, documents_of, is_packed, take_rows
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
@@ -210,7 +210,7 @@ def forward(guide: nn.Module, inputs: Batch) -> Any:
     args, kwargs = forward_arguments(guide, inputs)
     if "use_cache" in accepted_columns(guide):  # with a cache, transformers takes packed documents for one document
         kwargs["use_cache"] = False
-    parameter = next(guide.parameters(), None)
+    parameter = next(base_model_of(guide).parameters(), None)  # a target's own base holds none itself
     if parameter is not None and parameter.device.type != "meta":
         args = [value.to(parameter.device) for value in args]
         kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.guide.base import BASE, OwnBase, adapters_in
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -64,14 +65,21 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
 
 
 def check_apart(target: nn.Module, guide: nn.Module) -> None:
-    """Raise ValueError if target and guide are one network, share parameters, or are wrapped by `torch.compile`."""
+    """Raise ValueError if target and guide are one network, share parameters, or are wrapped by `torch.compile`.
+
+    A guide that is the target's own base, from `load_guide_of_base(target)`, shares the base's parameters and may.
+    """
     check_not_wrapped(target, "target")
     check_not_wrapped(guide, "guide")
-    shared = {id(p) for p in target.parameters()} & {id(p) for p in guide.parameters()}
+    if isinstance(guide, OwnBase) and guide.is_of(target):
+        return
+    of_guide = guide.shared().values() if isinstance(guide, OwnBase) else guide.parameters()
+    shared = {id(p) for p in target.parameters()} & {id(p) for p in of_guide}
     if guide is target or shared:
+        has_adapters = " For the target without its adapters pass guide='base', or load_guide_of_base(target)."
         raise ValueError(
             f"the guide shares {len(shared)} parameters with the target, so it would not stay frozen; "
-            "pass a copy (copy.deepcopy) or another network."
+            "pass a copy (copy.deepcopy) or another network." + (has_adapters if adapters_in(target) else "")
         )
 
 
@@ -84,9 +92,17 @@ def check_not_wrapped(network: nn.Module, role: str) -> None:
         )
 
 
-def check_types(guide: nn.Module | None, guidance: GuidanceConfig | None) -> None:
-    """Raise ValueError for a guide or config of a wrong type, or for a guidance weight without a guide."""
-    if guide is not None and not isinstance(guide, nn.Module):
+def check_types(guide: nn.Module | str | None, guidance: GuidanceConfig | None, or_base: bool = False) -> None:
+    """Raise ValueError for a guide or config of a wrong type, or for a guidance weight without a guide.
+
+    Args:
+        guide: What was given as the guide.
+        guidance: What was given as settings.
+        or_base: Whether the guide may be the word `base`.
+    """
+    if guide == BASE and not or_base:
+        raise ValueError("guide is 'base', which a trainer alone takes: pass load_guide_of_base(target).")
+    if not (guide is None or isinstance(guide, nn.Module) or guide == BASE):
         raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
     if guidance is not None and not isinstance(guidance, GuidanceConfig):
         raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")

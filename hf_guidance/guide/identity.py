@@ -12,14 +12,18 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 
 from hf_guidance.config import Json
+from hf_guidance.guide.base import OwnBase
 from hf_guidance.guide.sharding import is_sharded, whole_state
 
 IDENTITY = "guidance_identity"  # attribute of a loaded guide that holds its origin
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Compute `sha256:…` of the names, dtypes, shapes and bytes of all parameters and saved buffers."""
-    state = model.state_dict()
+    """Compute `sha256:…` of the names, dtypes, shapes and bytes of all parameters and saved buffers.
+
+    That of a target's own base is the one that the base has without adapters. Training does not change it.
+    """
+    state = model.weights() if isinstance(model, OwnBase) else model.state_dict()
     if any(value.device.type == "meta" for value in state.values()):  # a device map keeps some weights elsewhere
         state = get_state_dict_offloaded_model(model)
     elif is_sharded(model):
@@ -35,14 +39,17 @@ def identity(guide: nn.Module) -> dict[str, Any]:
     """Return JSON values that identify a guide.
 
     They are its origin, architecture, number of parameters, library versions and the fingerprint of its weights. An
-    untrained guide's config is included.
+    untrained guide's config is included, and `own_base` if the guide is the target's own base.
     """
     import transformers
 
     origin = getattr(guide, IDENTITY, {"source": None, "untrained": None, "seed": None, "revision": None})
+    network, parameters = guide, set(guide.parameters())
+    if isinstance(guide, OwnBase):
+        origin, network, parameters = guide.origin(), guide.get_base_model(), set(guide.shared().values())
     return origin | {
-        "architecture": type(guide).__name__,
-        "parameters": sum(parameter.numel() for parameter in guide.parameters()),
+        "architecture": type(network).__name__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
         "fingerprint": fingerprint(guide),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "config": _config(guide) if origin["untrained"] else None,
@@ -73,5 +80,6 @@ def check_same_guide(now: Mapping[str, Json], then: Mapping[str, Json], where: s
 
 def _in_words(guide: Mapping[str, Json]) -> str:
     kind = f"untrained, seed {guide.get('seed')}" if guide.get("untrained") else "with given weights"
+    kind = "the target's own base" if guide.get("own_base") else kind
     weights = str(guide["fingerprint"])
     return f"{guide.get('architecture')} ({guide.get('source') or 'live module'}, {kind}, {weights[:19]}…)"

@@ -11,6 +11,7 @@ import psutil
 from torch import nn
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.guide.base import HUB_ID
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.loading import load_guide
 from hf_guidance.guide.size import size_of
@@ -35,13 +36,13 @@ PLAIN = (None, False, True, "eager", "sdpa")
 # free text, which does not affect the network
 LABELS = re.compile(r"id2label|label2id|label_names|pretrained_cfg|task_specific_params|\w+_(?:token|sep)")
 MAX_CONFIG_BYTES = 2**23
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TYPES: dict[str, tuple[type, ...]] = {
     "source": (str, type(None)),
     "untrained": (bool, type(None)),
     "seed": (int, type(None)),
 }
 TYPES |= {"revision": (str, type(None)), "fingerprint": (str,), "config": (dict, type(None))}
+TYPES |= {"own_base": (bool, type(None)), "architecture": (str, type(None))}
 
 
 def load_guide_of(
@@ -62,7 +63,8 @@ def load_guide_of(
 
     Raises:
         ValueError: If the guidance config is missing or invalid, or the guide cannot be rebuilt, because it was the
-            user's own module or folder, or these library versions draw other weights.
+            user's own module or folder, or these library versions draw other weights. A guide that was the target's own
+            base is rebuilt if that base is on the Hub.
     """
     folder = _fetch(target, revision, token)
     try:
@@ -187,8 +189,34 @@ def _rebuild(guide: dict[str, Any], target: str, token: str | bool | None) -> nn
             return load_guide(AutoConfig.for_model(kind, **values), seed=guide["seed"] or 0)
         except Exception as error:  # a network's own code may raise anything on such numbers
             raise ValueError(f"the guide of {target} cannot be built from its config: {error}") from error
+    access: dict[str, Any] = {} if token is None else {"token": token}
     if guide["untrained"] is False and HUB_ID.fullmatch(source):
-        access: dict[str, Any] = {} if token is None else {"token": token}
         return load_guide(source, revision=guide["revision"], **access)
+    if guide.get("own_base"):
+        if HUB_ID.fullmatch(source):
+            access["auto_class"] = _class_of(guide, target)
+            return load_guide(source, revision=guide["revision"], **access)
+        where = f"a local folder or network called {source!r}" if source else "a network that was loaded from nowhere"
+        raise ValueError(
+            f"the guide of {target} was the target's own base, {where}, which is not stored with the target: load that "
+            "base with load_guide; or, for the target itself, put the adapter on the base with "
+            "peft.PeftModel.from_pretrained, and pass it to load_guide_of_base."
+        )
     where = f"a local folder called {source!r}" if source else "a module of the user's own"
     raise ValueError(f"the guide of {target} was {where}, which is not stored with the target: ask its author for it.")
+
+
+def _class_of(guide: dict[str, Any], target: str) -> Any:
+    """Return the class of transformers, or of this package, that a target's own base has by its name."""
+    import transformers
+
+    import hf_guidance.targets
+
+    name = guide.get("architecture") or ""
+    found = getattr(transformers, name, None) or getattr(hf_guidance.targets, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"the guide of {target} was the target's own base, a {name[:80]!r}, which is no network of transformers or "
+            f"of this package: load {guide['source']} with its own code, and pass it to load_guide."
+        )
+    return found

@@ -8,9 +8,11 @@ from typing import Any
 
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import ranks_of
+from hf_guidance.guide.base import OwnBase
 from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies
 from hf_guidance.schedule import check_warmup
@@ -55,6 +57,13 @@ def check_trainer(trainer: GuidedTrainer) -> None:
     deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
     check_not_wrapped(trainer.model, "target")
     check_settings(trainer.args, config, deepspeed=deepspeed, sharded=deepspeed or trainer.is_fsdp_enabled)
+    if isinstance(trainer.guide, OwnBase):
+        trainer.guide.check(config)
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "guide='base' runs the target's own weights outside its training step, but FSDP and DeepSpeed ZeRO-3 "
+                "shard them. Use DDP or ZeRO-2, or pass a copy of the base (load_guide) as the guide."
+            )
     if _is_default(trainer.data_collator) and not config.guide_shares_tokenizer:
         columns = getattr(trainer.train_dataset, "column_names", None)
         if columns:

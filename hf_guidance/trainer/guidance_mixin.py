@@ -7,7 +7,7 @@ import logging
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.rows import Batch
+from hf_guidance.guide.base import OwnBase, load_guide_of_base
 from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
@@ -44,7 +45,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
     """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
 
     Args:
-        guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance.
+        guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance. `"base"` is the
+            target's own base, for a target with PEFT's adapters (see `load_guide_of_base`).
         guidance: Settings of the guidance; None takes the defaults of `GuidanceConfig`. Without guide and settings,
             the Trainer also treats losses that are not finite as it does by itself.
         *args, **kwargs: Arguments of the Trainer.
@@ -60,10 +62,15 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
     takes_first_look = True
 
     def __init__(
-        self, *args: Any, guide: nn.Module | None = None, guidance: GuidanceConfig | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        guide: nn.Module | Literal["base"] | None = None,
+        guidance: GuidanceConfig | None = None,
+        **kwargs: Any,
     ) -> None:
-        check_types(guide, guidance)
+        check_types(guide, guidance, or_base=True)
         super().__init__(*args, **kwargs)
+        guide = load_guide_of_base(self._guidance_target()) if isinstance(guide, str) else guide
         self.guide: Any = guide
         self.guidance = (guidance or GuidanceConfig()).resolved()
         self.first_look: FirstLook | None = None
@@ -108,15 +115,21 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
     @property
     def guidance_loss(self) -> GuidanceLoss:
         """Return the loss for the model that is being trained, rebuilt whenever `model_init` makes a new model."""
-        target = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        target = self._guidance_target()
         if self._loss is None or self._loss.target is not target:
             if self._loss is not None:
                 self._loss.close()
+            if isinstance(self.guide, OwnBase) and not self.guide.is_of(target):  # of the model before this one
+                self.guide = load_guide_of_base(target)
+                self.guide_identity = identity(self.guide)
             autocast = self.accelerator.autocast
             self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
         if self._stop:
             self._loss.stopped_at = self._stop.stopped_at
         return self._loss
+
+    def _guidance_target(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _schedule(self) -> Schedule:
         if not self.guidance.guidance_weight:  # then no layer is looked for

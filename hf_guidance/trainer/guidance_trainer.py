@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,7 +24,8 @@ class GuidanceTrainer(GuidanceMixin, Trainer):
 
     Args:
         model, args, …: As of transformers' Trainer.
-        guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance.
+        guide: The frozen network, from `load_guide` or any `nn.Module`; None trains without guidance. `"base"` is the
+            target's own base, for a target with PEFT's adapters.
         guidance: Settings of guidance; None takes the defaults of `GuidanceConfig`.
 
     Raises:
@@ -53,7 +54,7 @@ class GuidanceTrainer(GuidanceMixin, Trainer):
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        guide: nn.Module | None = None,
+        guide: nn.Module | Literal["base"] | None = None,
         guidance: GuidanceConfig | None = None,
     ) -> None:
         given = {

@@ -37,6 +37,11 @@ def test_the_origin_of_weights_is_their_seed_their_commit_or_their_folder():
         ({"untrained": False, "source": "me/net", "revision": "abc"}, "me/net at abc"),
         ({"untrained": False, "source": "net", "revision": None}, "trained, from a folder called net"),
         ({"untrained": None, "fingerprint": "sha256:1"}, "a module of the user's own"),
+        (
+            {"own_base": True, "source": "me/net", "revision": "abc"},
+            "the target's own without its adapters: me/net at abc",
+        ),
+        ({"own_base": True, "source": None, "revision": None}, "the target's own without its adapters"),
         ({}, "as the user gave them"),
     ]
     for side, words in sides:

@@ -11,10 +11,11 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from builders import NormNet, arguments, gpt2, gradients, guidance_by_hand, linear, llama, token_rows
+from builders import NormNet, arguments, gpt2, gradients, guidance_by_hand, linear, llama, seeded, token_rows
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
@@ -30,6 +31,8 @@ def main(folder: Path) -> None:
     gc.freeze()  # Trainer collects garbage at every start
     seen: dict[str, Any] = {"by hand": losses_and_gradients_by_hand(folder)}
     seen["trained"] = train(folder, gpt2(), llama())
+    seen["own base"] = train(folder, adapted(), "base", **SGD)
+    seen["copied base"] = train(folder, adapted(), gpt2(dropout=0.2), **SGD)
     seen["without a look"] = train(folder, gpt2(dropout=0.2), llama(), looks=False)
     seen["with a look"] = train(folder, gpt2(dropout=0.2), llama())
     seen["uneven"] = train(
@@ -53,6 +56,11 @@ def main(folder: Path) -> None:
     torch.distributed.barrier()
 
 
+def adapted() -> nn.Module:
+    config = LoraConfig(target_modules=["c_attn"], r=2, lora_dropout=0.2, init_lora_weights=False, fan_in_fan_out=True)
+    return seeded(lambda: get_peft_model(gpt2(dropout=0.2), config), 0)
+
+
 def distributed(folder: Path, **changes: Any) -> Any:
     assert "--use_cpu" in sys.argv
     return arguments(folder, ddp_find_unused_parameters=False, **changes)
@@ -61,7 +69,7 @@ def distributed(folder: Path, **changes: Any) -> Any:
 def train(
     folder: Path,
     target: nn.Module,
-    guide: nn.Module | None,
+    guide: nn.Module | Literal["base"] | None,
     guidance: Any = None,
     rows: int = 32,
     looks: bool = True,
@@ -74,6 +82,7 @@ def train(
         args=distributed(folder, **changes),
         train_dataset=token_rows(rows),
     )
+    guide = trainer.guide
     before = None if guide is None else [value.clone() for value in guide.parameters()]
     seen: dict[str, Any] = {"target saw": record_ids(target), "guide saw": record_ids(guide or nn.Module())}
     trainer.takes_first_look = looks

@@ -29,7 +29,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(file) for file in files]
 
 
-RUNS = ["by hand", "trained", "uneven", "stopped", "unguided", "prealigned", "noise", "calibrated"]
+RUNS = ["own base", "by hand", "trained", "uneven", "stopped", "unguided", "prealigned", "noise", "calibrated"]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -47,6 +47,15 @@ def test_one_process_prints_the_look_at_the_first_batch_and_it_changes_nothing(r
         one, other = (rank[kind] for kind in kinds)
         assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
         assert one["logs"] == other["logs"]
+
+
+def test_the_targets_own_base_guides_as_a_copy_of_it_does(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        own, copied = rank["own base"], rank["copied base"]
+        torch.testing.assert_close(own["weights"], copied["weights"], rtol=1e-6, atol=1e-6)
+        losses = [[log["guidance/loss"] for log in run["logs"]] for run in (own, copied)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        assert losses[0][0] > 1e-4
 
 
 def test_skipped_images_are_counted_over_the_ranks(ranks: list[dict[str, Any]]) -> None:
