@@ -63,12 +63,13 @@ class FirstLook:
     """The state of guidance on the first batch, before the first optimizer step.
 
     Attributes:
-        measure, sample_axis, weight, reduction: Settings in use; the weight is that of the first step.
+        measure, sample_axis, weight, reduction: Settings in use; the weight is the full one, without a warm-up.
         pairs: The pairs that were compared.
         targets: Target layer → its look.
         guides: Guide layer → its look.
         guide_differs: Guide layer that differs most between two forwards of the batch, and its relative difference.
-        gradient_ratio: Norm of guidance's gradient over that of the task's, in the weights that guidance reaches.
+        gradient_ratio: Norm of guidance's gradient, at its full weight, over that of the task's, in the weights of the
+            target that guidance reaches.
         not_measured: Why there is no such ratio; empty if there is one.
         uses_item_count: Whether the task loss depends on the number of items that Trainer passes to the target. None if
             that does not matter or is not known.

@@ -91,7 +91,7 @@ def look_at_start(
         look = FirstLook(
             config.measure,
             config.sample_axis,
-            watched.weights.guidance,
+            config.guidance_weight,
             config.guidance_reduction,
             pairs,
             {name: look_at_layer(targets[name]) for name in dict.fromkeys(pair.target for pair in pairs)},
@@ -100,7 +100,7 @@ def look_at_start(
         )
         look.not_measured = _why_no_gradients(trainer, model, task_loss, watched)
         if not look.not_measured:
-            losses = watched.weights.task * task_loss, watched.weights.guidance * watched.loss
+            losses = watched.weights.task * task_loss, config.guidance_weight * watched.loss
             scaler = trainer.accelerator.scaler
             scales = [1.0] if scaler is None else [scaler.get_scale(), MODERATE, 1.0]
             look.gradient_ratio, look.not_measured = gradient_ratio(*losses, loss.target, scales)

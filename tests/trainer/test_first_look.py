@@ -334,6 +334,14 @@ def test_the_ratio_is_that_of_the_gradients_in_the_weights_that_guidance_reaches
     assert trainer.first_look.gradient_ratio == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_ratio_is_that_at_the_full_weight_also_while_guidance_warms_up(tmp_path: Path) -> None:
+    runs = [make_trainer(tmp_path, gpt2(), llama(), guidance_warmup_steps=steps) for steps in (0, 3)]
+    for trainer in runs:
+        trainer.train()
+    assert runs[1].first_look == runs[0].first_look
+    assert [round(log["guidance/weight"], 3) for log in train_logs(runs[1])] == [0.333, 0.667, 1]
+
+
 def loss_of(target: nn.Module, loss: GuidanceLoss, batch: dict[str, Tensor]) -> Tensor:
     with loss.watch(batch) as watched:
         target(**watched.inputs)
