@@ -18,7 +18,6 @@ from hf_guidance.guide.inputs import (
     noise_like,
     seen_by,
     vocabulary_size,
-    with_decoder_inputs,
     without_guide,
 )
 from hf_guidance.guide.loading import load_guide, untrained_network
@@ -53,6 +52,5 @@ __all__ = [
     "untrained_network",
     "vocabulary_size",
     "whole_state",
-    "with_decoder_inputs",
     "without_guide",
 ]
