@@ -3,9 +3,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch and torchvision come together: timm needs torchvision, and the two must match
 TORCH ?= torch==2.14.1 torchvision==0.29.1
+# Trainers of others, and what the tests of them need
+TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo shakespeare test test-slow cards check format clean
+.PHONY: help install demo shakespeare test test-slow test-trainers cards check format clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,7 +36,11 @@ test: install ## run the tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
-	$(BIN)/python -m pytest -m "not gpu and not network"
+	$(BIN)/python -m pytest -m "not gpu and not network and not trainers"
+
+test-trainers: install ## install TRL, PEFT and sentence-transformers, and run the tests of their Trainers
+	$(BIN)/python -m pip install --quiet $(TRAINERS)
+	$(BIN)/python -m pytest -m trainers
 
 cards: install ## write model_cards/ from recipes/results/
 	$(BIN)/python -m hf_guidance.experiments.cards recipes/results model_cards

@@ -26,8 +26,8 @@ from hf_guidance.guide.inputs import (
     generator_for,
     noise_like,
     rows_for_guide,
+    seen_by_target,
     vocabulary_size,
-    with_decoder_inputs,
     without_guide,
 )
 from hf_guidance.guide.sharding import shard
@@ -207,7 +207,7 @@ class GuidanceLoss:
         if not weights.task and self.config.guide_input == "prealign_noise":
             batch = noise_like(batch, self._common_vocabulary(), generator_for(*key))
         config = self.config
-        seen = with_decoder_inputs(batch, self.target)
+        seen = seen_by_target(batch, self.target)
         rows = self._rows_of(seen, step, micro_step, rank)
         samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank, rows=rows)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
@@ -231,7 +231,7 @@ class GuidanceLoss:
 
     def rows_to_compare(self, batch: Batch, *, step: int, micro_step: int, rank: int = 0) -> int:
         """Count the rows of a batch that `watch` will compare by themselves with `sample_axis="within"`."""
-        seen = with_decoder_inputs(batch, self.target)
+        seen = seen_by_target(batch, self.target)
         rows = self._rows_of(seen, step, micro_step, rank)
         return self.samples_of(seen, step=step, micro_step=micro_step, rank=rank, rows=rows).count
 

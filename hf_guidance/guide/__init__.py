@@ -19,7 +19,6 @@ from hf_guidance.guide.inputs import (
     noise_like,
     seen_by,
     vocabulary_size,
-    with_decoder_inputs,
     without_guide,
 )
 from hf_guidance.guide.loading import load_guide, untrained_network
@@ -56,6 +55,5 @@ __all__ = [
     "untrained_network",
     "vocabulary_size",
     "whole_state",
-    "with_decoder_inputs",
     "without_guide",
 ]

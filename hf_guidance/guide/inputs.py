@@ -37,15 +37,23 @@ def accepted_columns(guide: nn.Module) -> list[str]:
 def guide_batch(batch: Batch, target: nn.Module) -> dict[str, Any]:
     """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns."""
     own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
-    return own or with_decoder_inputs(batch, target)
+    return own or seen_by_target(batch, target)
 
 
-def with_decoder_inputs(batch: Batch, target: nn.Module) -> dict[str, Any]:
-    """Add the decoder inputs that an encoder-decoder target makes by shifting the labels, unless the batch has them."""
+def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
+    """Return a batch with the inputs that its target is run on, even where these are made from other columns.
+
+    An encoder-decoder makes its decoder inputs by shifting the labels. TRL's trainers that generate, GRPO and RLOO,
+    join prompts and completions into `input_ids` and `attention_mask`.
+    """
+    seen: dict[str, Any] = dict(batch)
     shift = getattr(base_model_of(target), "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None and "labels" in batch and "decoder_input_ids" not in batch:
-        return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
-    return dict(batch)
+    if shift is not None and "labels" in seen and "decoder_input_ids" not in seen:
+        seen["decoder_input_ids"] = shift(labels=seen["labels"])
+    parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
+    if "input_ids" not in seen and all(name in seen for names in parts.values() for name in names):
+        seen |= {whole: torch.cat([seen[name] for name in names], 1) for whole, names in parts.items()}
+    return seen
 
 
 def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[str, Any]]:

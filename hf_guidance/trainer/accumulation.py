@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_guidance.features.reader import HIDDEN, not_recomputed
 from hf_guidance.features.rows import Batch
-from hf_guidance.guide.inputs import check_vocabularies, guide_batch, with_decoder_inputs, without_guide
+from hf_guidance.guide.inputs import check_vocabularies, guide_batch, seen_by_target, without_guide
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.similarity.layers import Layer
 from hf_guidance.similarity.pair_loss import Groups
@@ -69,7 +69,7 @@ class Accumulated:
             return
         if loss.pairs is None and not loss.config.guide_shares_tokenizer:
             check_vocabularies(loss.target, loss.guide, batches[0])
-        seen = [with_decoder_inputs(batch, loss.target) for batch in batches]
+        seen = [seen_by_target(batch, loss.target) for batch in batches]
         self._samples = loss.samples_of(joined(seen), step=step, rank=rank)
         with torch.no_grad():
             self._guide = self._run_guide()

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from accelerate.utils import str_to_bool
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import ranks_of
+from hf_guidance.features.rows import is_packed
+from hf_guidance.features.samples import Samples
 from hf_guidance.guide.base import OwnBase
 from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies
 from hf_guidance.schedule import check_warmup
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates
+from hf_guidance.trainer.preparation import first_batches
 from hf_guidance.trainer.protocol import GuidedTrainer
 
 logger = logging.getLogger(__name__)
@@ -56,7 +61,12 @@ def check_trainer(trainer: GuidedTrainer) -> None:
     """Raise ValueError if guidance would not do what its settings say in this trainer."""
     deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
     check_not_wrapped(trainer.model, "target")
-    check_settings(trainer.args, config, deepspeed=deepspeed, sharded=deepspeed or trainer.is_fsdp_enabled)
+    is_default, made = _is_default(trainer.data_collator), _makes_batches(trainer)
+    if made:
+        check_takes_batches(type(trainer).__name__, config)
+    sharded = deepspeed or trainer.is_fsdp_enabled
+    samples = None if is_default or made else partial(samples_of_first_batch, trainer)
+    check_settings(trainer.args, config, deepspeed=deepspeed, sharded=sharded, samples=samples)
     if isinstance(trainer.guide, OwnBase):
         trainer.guide.check(config)
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
@@ -64,14 +74,41 @@ def check_trainer(trainer: GuidedTrainer) -> None:
                 "guide='base' runs the target's own weights outside its training step, but FSDP and DeepSpeed ZeRO-3 "
                 "shard them. Use DDP or ZeRO-2, or pass a copy of the base (load_guide) as the guide."
             )
-    if _is_default(trainer.data_collator) and not config.guide_shares_tokenizer:
+    if is_default and not config.guide_shares_tokenizer:
         columns = getattr(trainer.train_dataset, "column_names", None)
         if columns:
             check_vocabularies(trainer.model, trainer.guide, columns)
 
 
+def check_takes_batches(name: str, config: GuidanceConfig) -> None:
+    """Raise ValueError for settings that need batches ahead of a step, which a Trainer makes only in it.
+
+    Args:
+        name: Name of the Trainer.
+        config: Settings of the guidance.
+    """
+    needs = {
+        "similarity_batch='accumulated'": config.similarity_batch == "accumulated",
+        "sample_axis='within'": config.sample_axis == "within",
+        "guide_input='prealign_noise'": config.guide_input == "prealign_noise",
+        "guide_batch_norm='calibrated'": config.guide_batch_norm == "calibrated",
+        f"cache_guide={config.cache_guide!r}": config.cache_guide is not None,
+        "eval_similarity=True": config.eval_similarity,
+    }
+    if found := [setting for setting, is_set in needs.items() if is_set]:
+        raise ValueError(
+            f"{name} makes its batches itself, in each step, as one that generates does; {' and '.join(found)} needs "
+            "them as the data collator returns them: leave it out."
+        )
+
+
 def check_settings(
-    args: TrainingArguments, config: GuidanceConfig, *, deepspeed: bool = False, sharded: bool = False
+    args: TrainingArguments,
+    config: GuidanceConfig,
+    *,
+    deepspeed: bool = False,
+    sharded: bool = False,
+    samples: Callable[[], int | None] | None = None,
 ) -> None:
     """Raise ValueError if guidance would not do what its settings say.
 
@@ -80,6 +117,8 @@ def check_settings(
         config: Settings of the guidance.
         deepspeed: Whether DeepSpeed takes the optimizer steps.
         sharded: Whether the weights of the target are sharded over the processes.
+        samples: Counts the samples in a batch of `per_device_train_batch_size` examples, or returns None if that is
+            unknown. It is called if one sample for each example would be too few.
     """
     check_machine(args)
     if config.on_non_finite == "skip" and deepspeed:
@@ -104,18 +143,38 @@ def check_settings(
     ranks_of(config.similarity_batch)  # raises an error that names what is missing
     times = {"global": args.world_size, "accumulated": args.gradient_accumulation_steps}
     rows = rows_of_a_process(args) * times.get(config.similarity_batch, 1)
+    needed, made = min_samples(config.measure) if config.sample_axis == "sequence" else 1, ""
+    if samples is not None and rows < max(needed, config.guide_rows or 0):
+        count = samples()
+        if count is None:  # the first step will tell
+            return
+        rows = rows * count // args.per_device_train_batch_size
+        made = f", of which the data collator makes {count} samples"
     if config.guide_rows is not None and config.guide_rows > rows:
         raise ValueError(
             f"guide_rows is {config.guide_rows}, but a batch has {rows} rows: lower it, or leave it out to run the "
             "guide on all rows."
         )
-    needed = min_samples(config.measure)
-    if config.sample_axis == "sequence" and rows < needed:
+    if rows < needed:
         split = f", split over {args.world_size} processes" if splits_batches(args) else ""
         raise ValueError(
-            f"per_device_train_batch_size is {args.per_device_train_batch_size}{split}, but {config.measure} needs at "
-            f"least {needed} samples a batch. Gradient accumulation adds some only with similarity_batch='accumulated'."
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}{made}{split}, but {config.measure} "
+            f"needs at least {needed} samples a batch. Gradient accumulation adds some only with "
+            "similarity_batch='accumulated'."
         )
+
+
+def samples_of_first_batch(trainer: GuidedTrainer) -> int | None:
+    """Count the samples that the data collator makes of the first examples; return None if that is unknown.
+
+    A collator of pairs makes two rows of each. The number of packed documents differs between batches, and a stream is
+    not read, because it may not start again.
+    """
+    rows = trainer.train_dataset
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        return None
+    batch = next(first_batches(trainer, rows), None)
+    return None if not isinstance(batch, Mapping) or is_packed(batch) else Samples(batch).count
 
 
 def rows_of_a_process(args: TrainingArguments) -> int:
@@ -139,6 +198,11 @@ def rows_of_a_process(args: TrainingArguments) -> int:
 def splits_batches(args: TrainingArguments) -> bool:
     """Tell whether processes share one batch, instead of each having its own."""
     return bool(getattr(args.accelerator_config, "split_batches", False)) and args.world_size > 1
+
+
+def _makes_batches(trainer: Any) -> bool:
+    """Tell whether a Trainer makes its batches in the step, of the rows that its collator returns."""
+    return type(trainer)._prepare_inputs is not Trainer._prepare_inputs
 
 
 def _is_default(collator: Any) -> bool:

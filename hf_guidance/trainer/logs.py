@@ -64,7 +64,8 @@ class _Short:
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        short = {name: value for name, value in (logs or {}).items() if name.count("/") < 2}
+        given = logs or {}  # another Trainer may have names with as many slashes
+        short = {name: value for name, value in given.items() if "guidance/" not in name or name.count("/") < 2}
         super().on_log(args, state, control, logs=short, **kwargs)  # type: ignore[misc]
 
 

@@ -20,9 +20,9 @@ from hf_guidance.guide.inputs import (
     generator_for,
     guide_batch,
     noise_like,
+    seen_by_target,
     shuffle_rows,
     vocabulary_size,
-    with_decoder_inputs,
 )
 
 IDS, MASK, PIXELS = torch.arange(12).reshape(4, 3), torch.ones(4, 3, dtype=torch.int64), torch.zeros(4, 3, 8, 8)
@@ -87,11 +87,21 @@ def test_without_columns_of_its_own_the_guide_is_given_the_targets() -> None:
 
 def test_the_decoder_inputs_of_an_encoder_decoder_are_its_labels_shifted() -> None:
     labels = torch.tensor([[5, 6, -100], [7, 8, 9]])  # decoder_start_token_id and pad_token_id are 0
-    seen = with_decoder_inputs({"input_ids": IDS[:2], "labels": labels}, t5())
+    seen = seen_by_target({"input_ids": IDS[:2], "labels": labels}, t5())
     assert seen["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 7, 8]]
     own = {"labels": labels, "decoder_input_ids": IDS}
-    assert with_decoder_inputs(own, t5())["decoder_input_ids"] is IDS
-    assert "decoder_input_ids" not in with_decoder_inputs({"labels": labels}, gpt2())
+    assert seen_by_target(own, t5())["decoder_input_ids"] is IDS
+    assert "decoder_input_ids" not in seen_by_target({"labels": labels}, gpt2())
+
+
+def test_prompts_and_completions_that_a_target_sees_together_are_joined() -> None:
+    parts = {"prompt_ids": IDS, "prompt_mask": MASK, "completion_ids": IDS[:, :2], "completion_mask": MASK[:, :2]}
+    seen = seen_by_target(parts, gpt2())
+    assert torch.equal(seen["input_ids"], torch.cat([IDS, IDS[:, :2]], 1))
+    assert torch.equal(seen["attention_mask"], torch.cat([MASK, MASK[:, :2]], 1))
+    assert guide_batch(parts, gpt2()).keys() == seen.keys()
+    assert seen_by_target({**parts, "input_ids": IDS}, gpt2())["input_ids"] is IDS
+    assert "input_ids" not in seen_by_target({"prompt_ids": IDS}, gpt2())
 
 
 @pytest.mark.parametrize("guide", [llama(), get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], r=2))])

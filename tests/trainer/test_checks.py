@@ -1,12 +1,26 @@
 """Checks, before anything is trained, that machine and guidance can do what a run asks for."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from builders import arguments, gpt2, linear, llama
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from trainers import make_trainer, trained
+from transformers import default_data_collator
 
+from hf_guidance import GuidanceTrainer
 from hf_guidance.guide.freezing import check_types
-from hf_guidance.trainer.checks import check_settings, rows_of_a_process, splits_batches
+from hf_guidance.trainer.checks import (
+    check_settings,
+    check_takes_batches,
+    rows_of_a_process,
+    samples_of_first_batch,
+    splits_batches,
+)
 
 
 def test_a_split_batch_is_shared_evenly_or_refused() -> None:
@@ -62,3 +76,71 @@ def test_a_guide_and_a_config_that_are_none_are_named() -> None:
         check_types(None, linear())
     check_types(llama(), None)
     check_types(None, linear(guidance_weight=0.0))
+
+
+class Pairs:
+    """A collator that makes two rows of each example."""
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = default_data_collator(rows)
+        return {name: torch.cat([value, value]) for name, value in batch.items()}
+
+
+class Packing:
+    """A collator that makes one row of all examples."""
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.cat([row["input_ids"] for row in rows])[None]
+        positions = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
+        return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        raise AssertionError("a stream is not read to count its rows")
+
+
+def test_of_pairs_two_rows_of_an_example_are_two_samples(tmp_path) -> None:
+    options = {"data_collator": Pairs(), "per_device_train_batch_size": 2}
+    trainer = make_trainer(tmp_path, gpt2(), llama(), **options)
+    assert samples_of_first_batch(trainer) == 4
+    assert [log["guidance/weight"] for log in trained(trainer)[1]] == [1, 1, 1]
+    make_trainer(tmp_path, gpt2(), llama(), **options, guide_rows=4)
+    with pytest.raises(ValueError, match="guide_rows is 5, but a batch has 4 rows"):
+        make_trainer(tmp_path, gpt2(), llama(), **options, guide_rows=5)
+    words = (
+        "per_device_train_batch_size is 1, of which the data collator makes 2 samples, but linear_cka needs at least 3"
+    )
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, gpt2(), llama(), **{**options, "per_device_train_batch_size": 1})
+
+
+@pytest.mark.parametrize("data", [{"data_collator": Packing()}, {"data_collator": Pairs(), "train_dataset": Stream()}])
+def test_where_the_number_of_samples_is_unknown_nothing_is_refused(tmp_path, data) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), per_device_train_batch_size=2, **data)
+    assert samples_of_first_batch(trainer) is None
+
+
+class Generating(GuidanceTrainer):
+    """A Trainer that makes its batches in the step."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return super()._prepare_inputs(inputs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sample_axis": "within", "eval_similarity": True}, "sample_axis='within' and eval_similarity=True needs"),
+        ({"similarity_batch": "accumulated"}, "similarity_batch='accumulated' needs"),
+        ({"guide_input": "prealign_noise", "prealign_steps": 1}, "guide_input='prealign_noise' needs"),
+        ({"guide_batch_norm": "calibrated"}, "guide_batch_norm='calibrated' needs"),
+        ({"cache_guide": "x", "sample_id_column": "id", "sketch": 64}, "cache_guide='x' needs"),
+    ],
+)
+def test_what_needs_batches_beforehand_is_refused_in_a_trainer_that_makes_them(tmp_path, settings, words) -> None:
+    with pytest.raises(
+        ValueError, match=f"Generating makes its batches itself, in each step, .*; {words} them as .*out"
+    ):
+        Generating(gpt2(), arguments(tmp_path), train_dataset=[], guide=llama(), guidance=linear(**settings))
+    check_takes_batches("Generating", linear())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import arguments, cka, gpt2, guidance_by_hand, hidden_states, linear, llama, t5, token_rows
+from builders import arguments, cka, gpt2, guidance_by_hand, hidden_states, linear, llama, seeded, t5, token_rows
 from torch import nn
 from trainers import SGD, batches_of, descend, trained, weights
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
@@ -66,6 +66,22 @@ def test_the_mixin_guides_a_seq2seq_trainer(tmp_path: Path) -> None:
     generated = trainer.predict(data).predictions
     assert len(generated) == 8
     assert generated.dtype == "int64"
+
+
+def test_a_seq2seq_trainer_takes_named_modules_and_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
+    target = seeded(lambda: peft.get_peft_model(t5(), adapters), 0)
+    args = Seq2SeqTrainingArguments(**arguments(tmp_path).to_dict())
+    guidance = linear(target_layers=["decoder.block.*"], guide_layers=["decoder.block.*"], log_measures=[])
+    trainer = GuidedSeq2Seq(target, args, train_dataset=token_rows(), guide=t5(seed=1), guidance=guidance)
+    before = weights(target)
+    logs = trained(trainer)[1]
+    pairs = {f"guidance/similarity/decoder.block.{i}~decoder.block.{i}" for i in (0, 1)}
+    assert all({name for name in log if name.count("/") > 1} == pairs for log in logs)
+    moved = {name for name, value in weights(target).items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
 
 
 def test_the_signature_is_the_trainers_with_guide_and_guidance() -> None:

@@ -246,6 +246,18 @@ def test_an_optimizer_step_follows_the_mean_over_its_micro_batches(
     torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=2e-6)
 
 
+def test_guidance_counts_once_in_a_step_whatever_the_accumulation(tmp_path: Path, kind: str) -> None:
+    make_target, layers = TARGETS[kind]
+    rows, runs, in_order = token_rows(4), [], {**SGD, "train_sampling_strategy": "sequential", "max_steps": 1}
+    for steps in (1, 2, 4):  # so many times the same rows
+        options = {"train_dataset": rows * steps, "gradient_accumulation_steps": steps, **layers, **in_order}
+        end, (log,) = trained(make_trainer(tmp_path, make_target(), llama(), **options))
+        runs.append((end, {name: log[name] for name in ("loss", "task/loss", "guidance/loss", "grad_norm")}))
+    for end, log in runs[1:]:
+        assert log == pytest.approx(runs[0][1], rel=1e-5)
+        torch.testing.assert_close(end, runs[0][0], rtol=1e-5, atol=1e-6)
+
+
 class Autoencoder(PlainNet):
     """Accepts loss kwargs, but gets no labels, so that Trainer counts no items and divides its loss after all."""
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_guidance.trainer.logs import RunningMeans
+from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback
 
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"))
 
@@ -28,3 +28,18 @@ def test_those_of_a_step_that_is_taken_are_added_to_those_before() -> None:
     step.add("b", 5.0)
     before.take(step)
     assert before.drain(ACCELERATOR) == {"a": 2.0, "b": 5.0}
+
+
+def test_of_what_is_printed_only_guidances_single_pairs_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    logs = {
+        "guidance/loss": 1.0,
+        "guidance/similarity/a~b": 2.0,
+        "eval_guidance/similarity/a~b": 3.0,
+        "rewards/f/mean": 4.0,
+    }
+    state = SimpleNamespace(is_local_process_zero=True)
+    ShortPrinterCallback().on_log(None, state, None, logs=logs)
+    printed = capsys.readouterr().out
+    assert "guidance/loss" in printed
+    assert "rewards/f/mean" in printed
+    assert "similarity" not in printed
