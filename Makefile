@@ -34,7 +34,7 @@ test: install ## run the tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
-	$(BIN)/python -m pytest -m "not gpu and not network"
+	$(BIN)/python -m pytest -m "not gpu and not network and not trainers"
 
 cards: install ## write model_cards/ from recipes/results/
 	$(BIN)/python -m hf_guidance.experiments.cards recipes/results model_cards

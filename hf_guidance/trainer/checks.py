@@ -18,6 +18,7 @@ from hf_guidance.guide.inputs import check_vocabularies
 from hf_guidance.schedule import check_warmup
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates
+from hf_guidance.trainer.forwards import check_watches_each, watches_each
 from hf_guidance.trainer.protocol import GuidedTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def check_trainer(trainer: GuidedTrainer) -> None:
     deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
     check_not_wrapped(trainer.model, "target")
     check_settings(trainer.args, config, deepspeed=deepspeed, sharded=deepspeed or trainer.is_fsdp_enabled)
+    if watches_each(trainer):
+        check_watches_each(trainer)
     if isinstance(trainer.guide, OwnBase):
         trainer.guide.check(config)
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
