@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.choices import choose_rows
 from hf_guidance.features.distributed import ranks_of
+from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
 from hf_guidance.features.rows import Batch, is_packed
@@ -85,7 +86,8 @@ class GuidanceLoss:
     """Guidance of a target by a frozen guide: watches the target's forward and compares its layers with the guide's.
 
     Args:
-        target: Network being trained, without a wrapper such as DDP.
+        target: Network being trained, without a wrapper such as DDP. Of a sentence-transformers model, the transformer
+            inside is watched, and each forward by `watch_each`.
         guide: Network to guide it, or the target's own base by `load_guide_of_base`. It is frozen here, in place.
         config: Settings of guidance; the defaults if None.
         seed: Seed of noise, shuffling and the choice of tokens, combined with step, micro-step and rank.
@@ -119,6 +121,7 @@ class GuidanceLoss:
         total_steps: int | None = None,
     ) -> None:
         check_types(guide, config)
+        target, guide = transformer_in(target), transformer_in(guide, "guide")
         self.target, self.guide, self.config = target, guide, (config or GuidanceConfig()).resolved()
         self.seed, self.autocast, self.total_steps = seed, autocast, total_steps
         self.stopped_at: int | None = None

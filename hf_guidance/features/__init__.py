@@ -1,10 +1,12 @@
 """Features of a network: the outputs of its layers on a batch, and the samples they belong to.
 
-`reader` hooks hidden states and the modules that `modules` finds. `layer_drop` tracks which layers ran. `samples`
-defines one sample and leaves padding out. `distributed` joins the batches of all processes.
+`reader` hooks hidden states and the modules that `modules` finds. `inside` finds the network that it reads.
+`layer_drop` tracks which layers ran. `samples` defines one sample and leaves padding out. `distributed` joins the
+batches of all processes.
 """
 
 from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.inside import is_sentence_transformer, transformer_in
 from hf_guidance.features.modules import describe_modules, find_modules
 from hf_guidance.features.reader import (
     HIDDEN,
@@ -34,6 +36,8 @@ __all__ = [
     "describe_modules",
     "find_modules",
     "first_tensor",
+    "is_sentence_transformer",
     "not_recomputed",
     "reaches_weights",
+    "transformer_in",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.reader import base_model_of
 
 BASE = "base"  # what a trainer's `guide` may be, beside a network
@@ -122,7 +123,7 @@ def load_guide_of_base(target: nn.Module) -> OwnBase:
     Example:
         >>> guidance = GuidanceLoss(target, load_guide_of_base(target), GuidanceConfig())  # doctest: +SKIP
     """
-    guide = OwnBase(target)
+    guide = OwnBase(transformer_in(target))
     guide.check()
     return guide.eval()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from hf_guidance.features.inside import transformer_in
 from hf_guidance.guide.configs import config_if_timm_exported, config_of
 from hf_guidance.guide.freezing import check_not_wrapped, freeze
 from hf_guidance.guide.identity import IDENTITY
@@ -55,7 +56,8 @@ def load_guide(
 
     Args:
         source: Hub id, local folder, `timm/<architecture>`, a transformers config, or an `nn.Module`. A config always
-            gives an untrained guide. A module is frozen in place.
+            gives an untrained guide. A module is frozen in place. Of a sentence-transformers model it is the
+            transformer inside, without pooling.
         untrained: Draw the weights at random with the architecture's own initialisation, instead of loading them.
         seed: Seed of an untrained guide, and of weights that a checkpoint lacks, such as a pooler. The same seed and
             library versions give the same weights.
@@ -116,7 +118,7 @@ def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
     if options:
         raise ValueError(f"{', '.join(options)}: a module is used as it is: leave these options out.")
     check_not_wrapped(module, "guide")
-    return freeze(module)
+    return freeze(transformer_in(module, "guide"))
 
 
 def _or_explain(source: str | PreTrainedConfig, load: Callable[[], Any]) -> Any:

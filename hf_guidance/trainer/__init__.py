@@ -9,6 +9,7 @@ from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_settings
 from hf_guidance.trainer.clock import Clock, TrainingClock
 from hf_guidance.trainer.environment import usable_cpus
+from hf_guidance.trainer.forwards import watch_each
 from hf_guidance.trainer.guidance_mixin import GUIDE_FOLDER, GuidanceMixin
 from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
 from hf_guidance.trainer.layer_maps import LayerMaps, can_map
@@ -41,5 +42,6 @@ __all__ = [
     "put",
     "upload_command",
     "usable_cpus",
+    "watch_each",
     "without_links",
 ]

@@ -22,6 +22,7 @@ from hf_guidance.guide.inputs import check_vocabularies
 from hf_guidance.schedule import check_warmup
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates
+from hf_guidance.trainer.forwards import check_watches_each, watches_each
 from hf_guidance.trainer.preparation import first_batches
 from hf_guidance.trainer.protocol import GuidedTrainer
 
@@ -67,6 +68,8 @@ def check_trainer(trainer: GuidedTrainer) -> None:
     sharded = deepspeed or trainer.is_fsdp_enabled
     samples = None if is_default or made else partial(samples_of_first_batch, trainer)
     check_settings(trainer.args, config, deepspeed=deepspeed, sharded=sharded, samples=samples)
+    if watches_each(trainer):
+        check_watches_each(trainer)
     if isinstance(trainer.guide, OwnBase):
         trainer.guide.check(config)
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():

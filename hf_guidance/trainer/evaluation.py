@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from hf_guidance.features.rows import Batch, content_of
 from hf_guidance.guide.inputs import without_guide
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Weights
+from hf_guidance.trainer.forwards import watches_each
 from hf_guidance.trainer.logs import RunningMeans
 from hf_guidance.trainer.random_state import random_state, set_random_state
 
@@ -79,6 +81,8 @@ class EvaluationMixin(Behind):
 
         def _let_go(self) -> None: ...
 
+        def _watching(self, inputs: Batch, **place: Any) -> AbstractContextManager[Watched]: ...
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._measured: Measured | None = None  # while an evaluation measures
         self._warned_of: set[str] = set()  # prefixes of metrics
@@ -124,7 +128,7 @@ class EvaluationMixin(Behind):
         rank, before = self.accelerator.process_index, random_state()
         options: dict[str, Any] = {"micro_step": measured.batches, "rank": rank, "weights": MEASURING}
         try:
-            with self.compute_loss_context_manager(), self.guidance_loss.watch(inputs, **options) as watched:
+            with self.compute_loss_context_manager(), self._watching(inputs, **options) as watched:
                 self._run_target(model, watched.inputs)
         finally:
             set_random_state(before)
@@ -133,9 +137,9 @@ class EvaluationMixin(Behind):
 
     def _run_target(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Run the target as the Trainer does to compute a loss; without labels, call it."""
-        if all(inputs.get(name) is not None for name in self.label_names) and (
-            self.label_names or self.can_return_loss
-        ):
+        own: Any = self
+        has_labels = all(inputs.get(name) is not None for name in self.label_names)
+        if watches_each(own) or (has_labels and (self.label_names or self.can_return_loss)):
             super().compute_loss(model, inputs)
         else:
             model(**inputs)

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.base import OwnBase, load_guide_of_base
 from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
@@ -29,6 +30,7 @@ from hf_guidance.trainer.checks import check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.first_look import take_first_look
+from hf_guidance.trainer.forwards import watch_each, watches_each
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, is_last_before_log
@@ -70,8 +72,12 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
     ) -> None:
         check_types(guide, guidance, or_base=True)
         super().__init__(*args, **kwargs)
-        guide = load_guide_of_base(self._guidance_target()) if isinstance(guide, str) else guide
         self.guide: Any = guide
+        if guide is not None:
+            target = self._guidance_target()
+            self.guide = guide = (
+                load_guide_of_base(target) if isinstance(guide, str) else transformer_in(guide, "guide")
+            )
         self.guidance = (guidance or GuidanceConfig()).resolved()
         self.first_look: FirstLook | None = None
         self._loss: GuidanceLoss | None = None
@@ -129,7 +135,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         return self._loss
 
     def _guidance_target(self) -> Any:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return transformer_in(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _schedule(self) -> Schedule:
         if not self.guidance.guidance_weight:  # then no layer is looked for
@@ -174,7 +180,11 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
                 self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank, leave_out=popped)
             number, self._in_window = self._in_window, self._in_window + 1
             return self._window.watch(number, log=log)
-        return self.guidance_loss.watch(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
+        return self._watching(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
+
+    def _watching(self, inputs: Batch, **place: Any) -> AbstractContextManager[Watched]:
+        watch = partial(watch_each, self.guidance_loss) if watches_each(self) else self.guidance_loss.watch
+        return watch(inputs, **place)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""

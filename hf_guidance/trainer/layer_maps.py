@@ -12,6 +12,7 @@ from hf_guidance.analysis.history import SimilarityMap
 from hf_guidance.analysis.similarity_map import similarity_map
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.similarity.registry import min_samples
+from hf_guidance.trainer.forwards import watches_each
 from hf_guidance.trainer.preparation import first_batches
 from hf_guidance.trainer.protocol import GuidedTrainer
 
@@ -62,6 +63,8 @@ class KeptMap(TrainerCallback, ExportableState):
 def can_map(trainer: GuidedTrainer) -> bool:
     """Tell whether the run is guided and its first process can run target and guide without the others."""
     if trainer.guide is None or not trainer.guidance.guidance_weight or is_sharded(trainer.guide):
+        return False
+    if watches_each(trainer):  # no batch of one forward is known
         return False
     alone = trainer.args.world_size == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in trainer.model.modules())
     return alone and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
