@@ -22,6 +22,7 @@ from hf_guidance.guide.inputs import check_vocabularies
 from hf_guidance.schedule import check_warmup
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates
+from hf_guidance.trainer.finite_steps import check_may_skip, what_steps_backward
 from hf_guidance.trainer.forwards import check_watches_each, watches_each
 from hf_guidance.trainer.preparation import first_batches
 from hf_guidance.trainer.protocol import GuidedTrainer
@@ -129,6 +130,7 @@ def check_settings(
             "on_non_finite='skip' does not work with DeepSpeed, which takes its step at the end of the backward pass. "
             "Use on_non_finite='stop'."
         )
+    check_may_skip(config.on_non_finite == "skip", what_steps_backward(args.optim))
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process (DataParallel) would split the batch that the similarity is computed "

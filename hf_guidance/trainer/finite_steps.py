@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_guidance.guide.sharding import gathered
 from hf_guidance.trainer.logs import RunningMeans
@@ -22,13 +23,16 @@ logger = logging.getLogger(__name__)
 
 GRADIENT = "norm of the gradient"
 MAX_NAMED = 5  # values in an error
+STEPPING_BACKWARD = ("lomo", "adalomo")  # with all names that end in `layerwise`; optimizers of TrainingArguments
 
 
 class FiniteSteps(TrainerCallback):
     """A callback that checks losses, similarities and the gradient norm on all ranks before each optimizer step.
 
     The values stay on the device until then, at one reduction and one synchronisation per optimizer step. The logs of a
-    step are held back as well, so that a step that is left out does not enter the means.
+    step are held back as well, so that a step that is left out does not enter the means. Under an optimizer that steps
+    inside the backward pass, losses and similarities are checked before each backward pass, at one synchronisation
+    each. Gradients are then not checked, and no step can be left out.
 
     Args:
         accelerator: The accelerator of the trainer.
@@ -39,6 +43,7 @@ class FiniteSteps(TrainerCallback):
     Attributes:
         sums: Logs of the micro-steps in the present optimizer step.
         left_out: Whether the present optimizer step is left out.
+        steps_backward: What takes steps inside the backward pass, in words; empty if nothing does.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class FiniteSteps(TrainerCallback):
         self.accelerator, self.logs, self.skip, self.active = accelerator, logs, skip, False
         self._on_taken = on_taken
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self.steps_backward = ""
         self.reset()
 
     def reset(self) -> None:
@@ -72,8 +78,24 @@ class FiniteSteps(TrainerCallback):
             scalars = [torch.as_tensor(value, device=device).float() for value in found]
             self._seen.append((where, list(values), torch.stack(scalars)))
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments | None = None, *_: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Look for optimizers that step inside the backward pass.
+
+        Raises:
+            ValueError: If there is one, and steps are to be left out.
+        """
         self.active = True  # without callbacks from the trainer nobody would read the values
+        self.steps_backward = what_steps_backward("" if args is None else args.optim, model)
+        if not self.steps_backward:
+            return
+        check_may_skip(self.skip, self.steps_backward)
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "%s. Losses and similarities are checked before it, but a gradient that is not finite is not noticed.",
+                self.steps_backward[0].upper() + self.steps_backward[1:],
+            )
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.active = False
@@ -94,18 +116,10 @@ class FiniteSteps(TrainerCallback):
             if self._on_taken is not None:
                 self._on_taken()
             return
-        found = gather_object([self._not_finite()])
-        words = [word for losses, _ in found for word in losses] or list(
-            dict.fromkeys(w for _, ws in found for w in ws)
-        )
-        more = len(words) - MAX_NAMED
-        names = "; ".join(words[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
-        step = state.global_step + 1
+        step, names = state.global_step + 1, self._names()
         if not self.skip:
-            raise FloatingPointError(
-                f"Optimizer step {step} is not finite: {names}. {self._what_was_done()} Lower the learning rate, "
-                "check the data, or leave such steps out with on_non_finite='skip'."
-            )
+            taken = "The optimizer had already taken it; the checkpoints are those of earlier steps."
+            raise self._error(step, names, taken if self.steps_backward else self._what_was_done())
         self.left_out = True
         for buffer, before in self._buffers:
             buffer.copy_(before)
@@ -114,6 +128,29 @@ class FiniteSteps(TrainerCallback):
         if self.accelerator.is_main_process:
             logger.warning("Optimizer step %d is left out because it is not finite: %s.", step, names)
             self.logs.add("guidance/skipped_steps", 1.0, 0)
+
+    def check_before_backward(self, state: TrainerState) -> None:
+        """Raise FloatingPointError on every rank if a loss on any rank is not finite, and the backward would step.
+
+        Does nothing under other optimizers. All processes must call this, before each backward pass.
+        """
+        if self.active and self.steps_backward and self._any_not_finite():
+            done = "Its backward pass, in which the optimizer takes the step, was not run."
+            raise self._error(state.global_step + 1, self._names(), done)
+
+    def _error(self, step: int, names: str, done: str) -> FloatingPointError:
+        skip = "" if self.steps_backward else ", or leave such steps out with on_non_finite='skip'"
+        what = "Lower the learning rate, check the data" if skip else "Lower the learning rate, or check the data"
+        return FloatingPointError(f"Optimizer step {step} is not finite: {names}. {done} {what}{skip}.")
+
+    def _names(self) -> str:
+        """Describe the values of all ranks that are not finite. All processes must call this."""
+        found = gather_object([self._not_finite()])
+        words = [word for losses, _ in found for word in losses] or list(
+            dict.fromkeys(w for _, ws in found for w in ws)
+        )
+        more = len(words) - MAX_NAMED
+        return "; ".join(words[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
     def _what_was_done(self) -> str:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its step is part of the backward pass
@@ -140,3 +177,31 @@ class FiniteSteps(TrainerCallback):
                     else:
                         losses.append(f"{words} ({place})" if place else words)
         return losses, gradients
+
+
+def what_steps_backward(optimizer: str, network: nn.Module | None = None) -> str:
+    """Tell in words what takes optimizer steps inside the backward pass; empty if nothing does.
+
+    Args:
+        optimizer: Name of the optimizer, `optim` of the `TrainingArguments`.
+        network: Network in training. Hooks that run once a weight's gradient is complete may take its step.
+    """
+    name = str(optimizer.value if isinstance(optimizer, OptimizerNames) else optimizer)
+    if name in STEPPING_BACKWARD or name.endswith("layerwise"):
+        return f"the optimizer {name} takes its steps inside the backward pass"
+    hooked = [p for p in network.parameters() if p._post_accumulate_grad_hooks] if network is not None else []
+    if hooked:
+        return (
+            f"{len(hooked)} weights have hooks that run once their gradient is complete "
+            "(register_post_accumulate_grad_hook), as of optimizers that step inside the backward pass"
+        )
+    return ""
+
+
+def check_may_skip(skip: bool, steps_backward: str) -> None:
+    """Raise ValueError if steps are to be left out that are taken inside the backward pass."""
+    if skip and steps_backward:
+        raise ValueError(
+            f"on_non_finite='skip' cannot leave a step out here: {steps_backward}. Use on_non_finite='stop', or "
+            "another optimizer."
+        )

@@ -157,11 +157,13 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             if model.training:
                 task_loss = found[0] if isinstance(found, tuple) else found
                 self._finite.expect_finite({"task loss": task_loss.detach()}, "")
+                self._finite.check_before_backward(self.state)
             return found
         with self._watch(inputs) as watched:
             found = super().compute_loss(model, watched.inputs, return_outputs=return_outputs, **kwargs)
         task_loss, outputs = found if isinstance(found, tuple) else (found, None)
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
+        self._finite.check_before_backward(self.state)
         if watched.layers is not None:
             self.first_look = take_first_look(self, model, inputs, task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

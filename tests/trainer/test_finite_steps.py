@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainers import make_trainer, same, trained, weights
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.training_args import OptimizerNames
 
 from hf_guidance import GuidanceTrainer
-from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
+from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps, what_steps_backward
 from hf_guidance.trainer.logs import RunningMeans
 
 NAN = float("nan")
@@ -339,3 +341,120 @@ def test_large_activations_of_low_precision_give_the_same_similarity_and_a_finit
     assert similarity.item() == pytest.approx(expected.item(), abs=2e-2)
     watched.loss.backward()
     assert target.body.weight.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------- optimizers that step inside the backward pass
+
+
+class StepsNothing(torch.optim.SGD):
+    """Stands in for transformers' LayerWiseDummyOptimizer, whose weights have optimizers of their own."""
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def step_by_hooks(network: nn.Module) -> torch.optim.Optimizer:
+    """Take the step of each weight once its gradient is complete, as layerwise GaLore does."""
+
+    def step(weight: Tensor) -> None:
+        with torch.no_grad():
+            weight -= 0.01 * weight.grad
+        weight.grad = None
+
+    for weight in network.parameters():
+        weight.register_post_accumulate_grad_hook(step)
+    return StepsNothing(network.parameters(), lr=0.01)
+
+
+class LikeLomo(GuidanceTrainer):
+    """Stands in for LOMO: accelerate calls the optimizer's own backward, which takes the step weight by weight."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = step_by_hooks(self.model)
+        self.accelerator.has_lomo_optimizer = True
+        self.accelerator.lomo_backward = lambda loss, learning_rate: loss.backward()
+        return self.optimizer
+
+
+def backward_run(
+    folder: Path, kind: str, way: str, guided: bool = True, **settings: Any
+) -> tuple[GuidanceTrainer, list[dict[str, Tensor]]]:
+    """A run whose second forward is not finite, with steps inside the backward pass; and its weights after steps."""
+    target, guide, watch = gpt2(), llama(), Watch()
+    if kind:
+        SPOILED[kind][0](target, guide)
+    guidance = linear(on_non_finite=settings.pop("on_non_finite", "stop"))
+    own: dict[str, Any] = {"guide": guide, "guidance": guidance} if guided else {}
+    if way == "lomo":
+        args = arguments(folder, optim="lomo", max_grad_norm=0.0, **settings)
+        trainer: GuidanceTrainer = LikeLomo(target, args, train_dataset=token_rows(), callbacks=[watch], **own)
+    else:
+        args = arguments(folder, max_grad_norm=0.0, **settings)
+        optimizer = step_by_hooks(target)
+        both = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+        trainer = GuidanceTrainer(target, args, train_dataset=token_rows(), callbacks=[watch], optimizers=both, **own)
+    trainer.takes_first_look = False
+    return trainer, watch.weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "guided"), [("a similarity", True), ("the task loss", True), ("the task loss", False)]
+)
+@pytest.mark.parametrize("way", ["lomo", "hooks"])
+def test_no_step_inside_the_backward_pass_is_taken_from_a_loss_that_is_not_finite(
+    way: str, kind: str, guided: bool, tmp_path: Path
+) -> None:
+    trainer, after = backward_run(tmp_path, kind, way, guided)
+    words = {"a similarity": r"the linear_cka of .* is nan", "the task loss": r"the task loss is (nan|inf)"}[kind]
+    done = (
+        r"Its backward pass, in which the optimizer takes the step, was not run\. Lower the learning rate, or check the"
+    )
+    with pytest.raises(FloatingPointError, match=rf"^Optimizer step 2 is not finite: {words}.*{done} data\.$"):
+        trainer.train()
+    assert len(after) == 2
+    assert not same(after[0], after[1]), "the first step was taken in its backward pass"
+    assert same(weights(trainer.model), after[1])
+
+
+@pytest.mark.parametrize("way", ["lomo", "hooks"])
+def test_a_step_inside_the_backward_pass_is_a_warning_and_trains(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, after = backward_run(tmp_path, "", way)
+    trainer.train()
+    assert len(after) == 4
+    assert not any(same(one, other) for one, other in pairwise(after))
+    said = {
+        "lomo": "The optimizer lomo takes its steps inside the backward pass",
+        "hooks": "weights have hooks that run",
+    }
+    assert said[way] in caplog.text
+    assert "a gradient that is not finite is not noticed" in caplog.text
+
+
+def test_steps_inside_the_backward_pass_cannot_be_left_out(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"on_non_finite='skip' cannot leave a step out here: the optimizer lomo takes"
+    ):
+        backward_run(tmp_path, "", "lomo", on_non_finite="skip")
+    trainer, after = backward_run(tmp_path, "", "hooks", on_non_finite="skip")
+    with pytest.raises(
+        ValueError, match=r"cannot leave a step out here: \d+ weights have hooks .*Use on_non_finite='stop'"
+    ):
+        trainer.train()
+    assert len(after) <= 1
+
+
+def test_every_optimizer_of_transformers_that_steps_inside_the_backward_pass_is_known() -> None:
+    found = {name.value for name in OptimizerNames if what_steps_backward(name.value)}
+    layerwise = {name.value for name in OptimizerNames if "layerwise" in name.value}
+    assert found == {"lomo", "adalomo", *layerwise}
+    assert "galore_adamw_layerwise" in found
+
+
+def test_other_optimizers_are_looked_at_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    look = FiniteSteps._any_not_finite
+    monkeypatch.setattr(FiniteSteps, "_any_not_finite", lambda self: looks.append(1) or look(self))
+    make_trainer(tmp_path, gpt2(), llama(), gradient_accumulation_steps=2, looks=False).train()
+    assert len(looks) == 3
