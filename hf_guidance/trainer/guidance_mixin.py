@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -24,16 +22,15 @@ from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
 from hf_guidance.guide.sharding import check_whole
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule, Weights
-from hf_guidance.trainer.accumulation import Accumulated
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
 from hf_guidance.trainer.checks import check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.first_look import take_first_look
-from hf_guidance.trainer.forwards import watch_each, watches_each
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
-from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, is_last_before_log
+from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
+from hf_guidance.trainer.micro_batches import MicroBatchesMixin
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
 from hf_guidance.trainer.similarity_stop import SimilarityStop, StoppingMixin
 from hf_guidance.trainer.streams import StreamsMixin, pass_of, warn_of_stream
@@ -43,7 +40,7 @@ logger = logging.getLogger(__name__)
 GUIDE_FOLDER = "guide"
 
 
-class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin, EvaluationMixin):
+class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin, EvaluationMixin, MicroBatchesMixin):
     """A mixin in front of a Trainer class that adds a guidance loss to its task loss and leaves the rest unchanged.
 
     Args:
@@ -60,8 +57,6 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
     Raises:
         ValueError: At construction, if guidance would not do what its settings say.
     """
-
-    takes_first_look = True
 
     def __init__(
         self,
@@ -84,11 +79,6 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self._sums = RunningMeans()
         skip = self.guidance.on_non_finite == "skip"
         self._finite = FiniteSteps(self.accelerator, self._sums, skip, self._take_similarities)
-        self._micro_step = (-1, 0)  # (optimizer step, micro-steps seen in it)
-        self._batches: list[dict[str, Any]] = []
-        self._window: Accumulated | None = None
-        self._in_window = 0  # number of its micro-batches that have been trained on
-        self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
         self._is_calibrated = False
         if guide is not None or guidance is not None:
             self.add_callback(self._finite)
@@ -168,43 +158,6 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             self.first_look = take_first_look(self, model, inputs, task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _watch(self, inputs: Batch) -> AbstractContextManager[Watched]:
-        step, seen = self._micro_step
-        self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
-        self.guidance_loss.total_steps = self.state.max_steps
-        step, micro_step = self._micro_step
-        rank, log = self.accelerator.process_index, is_last_before_log(self, step)
-        self.guidance_loss.keeps_layers = self.takes_first_look and self.is_in_train and step == micro_step == 0
-        if self.guidance.similarity_batch == "accumulated":
-            if self._window is None:
-                batches = [self._prepare_inputs(batch) for batch in self._batches]
-                popped = ("labels",) if self.label_smoother is not None or self.compute_loss_func is not None else ()
-                self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank, leave_out=popped)
-            number, self._in_window = self._in_window, self._in_window + 1
-            return self._window.watch(number, log=log)
-        return self._watching(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
-
-    def _watching(self, inputs: Batch, **place: Any) -> AbstractContextManager[Watched]:
-        watch = partial(watch_each, self.guidance_loss) if watches_each(self) else self.guidance_loss.watch
-        return watch(inputs, **place)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""
-        found = super().get_batch_samples(*args, **kwargs)
-        self._batches, self._window, self._in_window = found[0], None, 0  # so that only one window is in memory
-        self._rows = self._rows_of_step() if self.guide is not None and self.guidance.sample_axis == "within" else None
-        return found
-
-    def _rows_of_step(self) -> float | None:
-        """Return the mean number of rows that a micro-batch of this step compares by themselves, over all processes."""
-        step, rank = self.state.global_step, self.accelerator.process_index
-        if not self._schedule()(step).guidance:
-            return None
-        place = {"step": step, "rank": rank}
-        rows = [self.guidance_loss.rows_to_compare(b, micro_step=i, **place) for i, b in enumerate(self._batches)]
-        mean = torch.tensor(sum(rows) / max(1, len(rows)), device=self.accelerator.device)
-        return float(self.accelerator.reduce(mean, reduction="mean"))
-
     def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Tensor | int | None) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         task_is_scaled = self._loss_is_scaled(num_items)
@@ -228,8 +181,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
                 sums.add(f"guidance/{group}/{pair}", value * watched.rows, watched.rows)
-        if self._rows is not None:
-            watched.loss = watched.loss * (watched.rows / self._rows)
+        watched.loss = self._by_rows(watched.loss, watched.rows)
         if task_is_scaled:  # then Trainer does not divide by the accumulation steps
             watched.loss = watched.loss / steps
         return watched.total(task_loss)
@@ -283,7 +235,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         try:
             found = super().train(checkpoint, *args, **kwargs)
         finally:
-            self._batches, self._window = [], None
+            self._forget_batches()
             self._let_go()
         if self.guide is not None and self.guidance.guidance_weight:
             folder = str(self.args.output_dir)

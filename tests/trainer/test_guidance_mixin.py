@@ -13,7 +13,6 @@ from torch import nn
 from trainers import SGD, batches_of, descend, trained, weights
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
-from hf_guidance import GuidanceConfig, GuidanceTrainer
 from hf_guidance.trainer.guidance_mixin import GuidanceMixin
 
 
@@ -88,12 +87,3 @@ def test_the_signature_is_the_trainers_with_guide_and_guidance() -> None:
     assert list(inspect.signature(GuidedDoubling).parameters)[:2] == ["model", "args"]
     for kind in (GuidedDoubling, GuidedSeq2Seq):
         assert {"guide", "guidance"} <= set(inspect.signature(kind).parameters)
-
-
-def test_within_rows_a_batch_of_one_row_is_guided(tmp_path: Path) -> None:
-    args = arguments(tmp_path, per_device_train_batch_size=1)
-    guidance = GuidanceConfig(sample_axis="within")
-    trainer = GuidanceTrainer(gpt2(), args, train_dataset=token_rows(), guide=llama(), guidance=guidance)
-    logs = trained(trainer)[1]
-    assert [log["guidance/weight"] for log in logs] == [1, 1, 1]
-    assert all(0 < log["guidance/loss"] < 6 for log in logs)
