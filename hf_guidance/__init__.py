@@ -2,8 +2,8 @@
 
 import hf_guidance.targets  # noqa: F401  registers them with the Auto classes
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.guide.base import load_guide_of_base
 from hf_guidance.guide.loading import load_guide
+from hf_guidance.guide.own_base import load_guide_of_base
 from hf_guidance.guide.rebuilding import load_guide_of
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.layers import gram

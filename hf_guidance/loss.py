@@ -20,7 +20,6 @@ from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
 from hf_guidance.features.rows import Batch, is_packed
 from hf_guidance.features.samples import Samples
-from hf_guidance.guide.base import OwnBase
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, check_types, freeze
 from hf_guidance.guide.inputs import (
@@ -31,6 +30,7 @@ from hf_guidance.guide.inputs import (
     vocabulary_size,
     without_guide,
 )
+from hf_guidance.guide.own_base import OwnBase
 from hf_guidance.guide.sharding import shard
 from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule

@@ -110,7 +110,7 @@ class LayerReader:
         self.attach()
         self._thread = threading.get_ident()
         self._reduce, self._read, self._counted = reduce, {}, {}
-        self._needs_gradients, self._ignoring = torch.is_grad_enabled(), False
+        self._needs_gradients, self._ignoring = self.role == "target" and torch.is_grad_enabled(), False
         if self.layer_drop.has_rate:
             self.layer_drop.start()
         try:

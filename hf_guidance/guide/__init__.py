@@ -4,7 +4,6 @@
 `cache` stores its features.
 """
 
-from hf_guidance.guide.base import OwnBase, load_guide_of_base
 from hf_guidance.guide.cache import row_checksums
 from hf_guidance.guide.forward import GuideRunning
 from hf_guidance.guide.freezing import BATCH_NORM, calibrate_batch_norm, check_apart, check_not_wrapped, freeze
@@ -22,6 +21,7 @@ from hf_guidance.guide.inputs import (
     without_guide,
 )
 from hf_guidance.guide.loading import load_guide, untrained_network
+from hf_guidance.guide.own_base import OwnBase, load_guide_of_base
 from hf_guidance.guide.rebuilding import load_guide_of
 from hf_guidance.guide.sharding import built_whole, check_whole, gathered, is_sharded, shard, whole_state
 

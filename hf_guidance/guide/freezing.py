@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.guide.base import BASE, OwnBase, adapters_in
+from hf_guidance.guide.own_base import BASE, OwnBase, adapters_in
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 

@@ -12,7 +12,7 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 
 from hf_guidance.config import Json
-from hf_guidance.guide.base import OwnBase
+from hf_guidance.guide.own_base import OwnBase
 from hf_guidance.guide.sharding import is_sharded, whole_state
 
 IDENTITY = "guidance_identity"  # attribute of a loaded guide that holds its origin

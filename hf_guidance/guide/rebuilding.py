@@ -11,9 +11,9 @@ import psutil
 from torch import nn
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
-from hf_guidance.guide.base import HUB_ID
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.loading import load_guide
+from hf_guidance.guide.own_base import HUB_ID
 from hf_guidance.guide.size import size_of
 from hf_guidance.guide.source import check_config
 from hf_guidance.similarity.own import is_own

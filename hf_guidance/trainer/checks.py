@@ -16,9 +16,9 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.distributed import ranks_of
 from hf_guidance.features.rows import is_packed
 from hf_guidance.features.samples import Samples
-from hf_guidance.guide.base import OwnBase
 from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies
+from hf_guidance.guide.own_base import OwnBase
 from hf_guidance.schedule import check_warmup
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, load_guide, load_guide_of_base
-from hf_guidance.guide.base import OwnBase, adapters_in
 from hf_guidance.guide.freezing import check_apart, freeze
 from hf_guidance.guide.identity import fingerprint, identity
+from hf_guidance.guide.own_base import OwnBase, adapters_in
 
 LORA: dict[str, Any] = {"r": 2, "lora_dropout": 0.3, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 
