@@ -85,7 +85,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         if guide is None:
             return
         check_trainer(self)
-        self._guided = GuidedSteps(partial(check_trainer, self), self._schedule, lambda: self._finite.left_out)
+        self._guided = GuidedSteps(self._begin_training, self._schedule, lambda: self._finite.left_out)
         if self.guidance.guidance_stop_similarity is not None:
             self.add_callback(SimilarityStop(self.guidance.guidance_stop_similarity))
         self.add_callback(self._guided)
@@ -225,13 +225,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step, self._pass, self._pass_at_start = (-1, 0), None, pass_of(checkpoint)
         self._is_calibrated = False  # the data may be others
-        self._calibrate_once()
-        if self.guide is not None and self.guidance.guidance_weight:
-            self.guidance_loss.attach()  # before the first forward, which torch.compile traces
-            if self.guidance.cache_guide:
-                open_cache(self)
-        if self.guide is not None and self.guidance.save_guide:
-            save_guide(self, Path(str(self.args.output_dir)) / GUIDE_FOLDER)
+        if self.model_init is None:  # else the target is made later
+            self._prepare_guide()
         try:
             found = super().train(checkpoint, *args, **kwargs)
         finally:
@@ -241,6 +236,20 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             folder = str(self.args.output_dir)
             self._guided.check_any(self.state, partial(self.save_model, folder, _internal_call=True), folder)
         return found
+
+    def _prepare_guide(self) -> None:
+        self._calibrate_once()
+        if self.guide is not None and self.guidance.cache_guide and self.guidance.guidance_weight:
+            open_cache(self)
+        if self.guide is not None and self.guidance.save_guide:
+            save_guide(self, Path(str(self.args.output_dir)) / GUIDE_FOLDER)
+
+    def _begin_training(self) -> None:
+        check_trainer(self)
+        if self.model_init is not None:
+            self._prepare_guide()
+        if self.guidance.guidance_weight:
+            self.guidance_loss.attach()  # before the first forward, which torch.compile traces
 
     def _let_go(self) -> None:
         """Take the hooks off both networks; the next step or evaluation that needs them puts them back."""

@@ -25,7 +25,8 @@ class GuidedSteps(TrainerCallback):
 
     Args:
         check: Raises ValueError if guidance would not do what its settings say. It is called when training begins,
-            because settings may change after construction, as in a hyperparameter search.
+            because settings may change after construction, as in a hyperparameter search. The trainer also prepares
+            its guide there.
         schedule: Returns the function optimizer step → weights of guidance and task.
         is_left_out: Returns whether the present optimizer step is left out because it is not finite.
 

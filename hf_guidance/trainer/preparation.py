@@ -31,12 +31,13 @@ def calibrate(trainer: GuidedTrainer) -> None:
         ValueError: If the training data have fewer batches than `calibration_batches`.
     """
     seen, count = 0, trainer.guidance.calibration_batches
+    loss = trainer.guidance_loss  # made before, because it puts the guide in evaluation mode
 
     def forwards() -> Iterator[Any]:
         nonlocal seen
         for batch in islice(first_batches(trainer, trainer.train_dataset), count):
             with trainer.accelerator.autocast():
-                yield lambda batch=batch: trainer.guidance_loss.forward_guide(guide_batch(batch, trainer.model))
+                yield lambda batch=batch: loss.forward_guide(guide_batch(batch, trainer.model))
             seen += 1
 
     calibrate_batch_norm(trainer.guide, forwards())
