@@ -135,9 +135,9 @@ class GuidanceConfig:
     )
     similarity_batch: str = _knob(
         "local",
-        "Batch to compute a similarity over: local (each process its own batch), global (the batches of all processes "
-        "together; of one process its own) or accumulated (each process all its micro-batches of an optimizer step; the "
-        "target runs twice).",
+        "Batch to compute a similarity over: local (each process its own batch), global (the batches of all processes; "
+        "of one process its own) or accumulated (each process all its micro-batches of an optimizer step; the target "
+        "runs twice).",
     )
     sketch: Optional[int] = _knob(
         None, "Project wide layers to this many random dimensions. Unset compares the layers exactly."
