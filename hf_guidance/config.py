@@ -125,8 +125,8 @@ class GuidanceConfig:
     )
     skip_first_positions: int = _knob(
         0,
-        "Number of first positions of each row to leave out. The first tokens of pretrained networks can carry most of "
-        "the energy of a layer.",
+        "Number of first positions of each row to leave out, in layers (batch, length, d). The first tokens of pretrained "
+        "networks can carry most of the energy of a layer.",
     )
     guide_rows: Optional[int] = _knob(
         None,
@@ -248,6 +248,8 @@ class GuidanceConfig:
                 "similarity_batch='accumulated' compares all rows of all micro-batches: leave guide_rows out, or set "
                 "similarity_batch='local'."
             )
+        if self.guide_rows == 1 and self.guide_input == "shuffled":
+            raise ValueError("guide_input='shuffled' exchanges rows, but guide_rows is 1; it must be at least 2.")
         if self.guide_rows is not None and (self.guide_input, self.similarity_batch) == ("shuffled", "global"):
             raise ValueError(
                 "guide_input='shuffled' exchanges rows of one process, and with similarity_batch='global' a process "
@@ -270,6 +272,12 @@ class GuidanceConfig:
         if self.target_layers != [HIDDEN_STATES] or self.guide_layers != [HIDDEN_STATES]:
             raise ValueError("layer_pairs already names the layers: leave target_layers and guide_layers out.")
         pairs = [parse_pair(text) for text in self.layer_pairs]
+        for name in (name for pair in pairs for name in pair):
+            if "*" in name or name.endswith(HIDDEN_STATES):
+                raise ValueError(
+                    f"layer_pairs names {name!r}, which may be several layers; a pair has one layer of each network, "
+                    f"as 'h.3' or '{HIDDEN_STATES}.2'. To pair many, use target_layers, guide_layers and layer_mapping."
+                )
         if len(set(pairs)) < len(pairs):
             raise ValueError(f"layer_pairs names a pair twice: {self.layer_pairs}.")
         if not any(pair_weight(text) for text in self.layer_pairs):

@@ -218,6 +218,8 @@ class GuidanceLoss:
         too_few = samples.count < {"sequence": needed, "token": 0, "within": 1}[config.sample_axis]
         if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
             watched.why_unguided = samples.why_too_few(measure, needed, samples.count, is_packed(seen))
+        elif (why := samples.why_too_short(needed)) and not config.shard_guide:
+            watched.why_unguided = why
         elif config.guide_input == "shuffled" and min(samples.rows_in_batch, samples.batch_size) < 2:
             watched.why_unguided = (
                 "guide_input='shuffled' exchanges the rows of a batch, but this batch has only one row"

@@ -244,6 +244,12 @@ BAD = [
         "it takes no sketch=64: leave sketch out",
     ),
     ({"sample_axis": "within", "max_tokens": 2}, "max_tokens is 2; it must be at least 3"),
+    ({"guide_rows": 1, "sample_axis": "token", "guide_input": "shuffled"}, "guide_rows is 1; it must be at least 2"),
+    (
+        {"layer_pairs": ["h.*~h.1"]},
+        "layer_pairs names 'h.*', which may be several layers; a pair has one layer of each",
+    ),
+    ({"layer_pairs": ["h.1~encoder_hidden_states"]}, "layer_pairs names 'encoder_hidden_states', which may be several"),
     ({"skip_first_positions": -1}, "skip_first_positions is -1; it must be at least 0"),
     ({"max_tokens": 2, "measure": "ridge"}, "max_tokens is 2; it must be at least 3"),
     ({"max_tokens": 3, "measure": "debiased_cka"}, "max_tokens is 3; it must be at least 4"),

@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance.features.rows import documents_of
 from hf_guidance.loss import Watched
 from hf_guidance.schedule import Weights
 from hf_guidance.similarity.layers import layer_of
@@ -954,3 +955,21 @@ def test_a_loss_that_is_in_use_says_so() -> None:
             pass
         loss.target(**watched.inputs)
     assert watched.loss is not None
+
+
+@pytest.mark.parametrize("axis", ["sequence", "token", "within"])
+def test_a_batch_whose_rows_are_too_short_is_left_out_and_said(axis: str) -> None:
+    settings = {"sample_axis": axis, "skip_first_positions": 4}
+    watched, _ = watch(gpt2(), llama(), token_batch(length=4 if axis != "within" else 6), **settings)
+    assert watched.loss is None
+    assert "of which skip_first_positions=4 leaves" in watched.why_unguided
+    assert watch(gpt2(), llama(), token_batch(length=8), **settings)[0].loss is not None
+
+
+def test_position_ids_that_restart_at_padding_are_not_packed_documents() -> None:
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    ids = torch.arange(10)[None]
+    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    assert documents_of({"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}) == []
+    restarting = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, 2]])
+    assert len(documents_of({"input_ids": ids, "position_ids": restarting})) == 3

@@ -70,6 +70,9 @@ def documents_of(batch: Batch) -> list[slice]:
     positions = batch.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
         return []
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():  # positions restart at padding, too
+        return []
     starts = (positions[0, 1:] <= positions[0, :-1]).nonzero().flatten() + 1
     bounds = [0, *starts.tolist(), positions.shape[1]]
     return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 else []

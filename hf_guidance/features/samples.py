@@ -177,6 +177,23 @@ class Samples(ComparedRows):
                 way_out += ", or set dataloader_drop_last=True if it is an epoch's last batch"
         return f"{measure} needs at least {needed} samples, and the batch has {count} {kind}: {way_out}"
 
+    def why_too_short(self, needed: int) -> str:
+        """Explain why rows of token ids have too few positions to be compared; empty if they have enough.
+
+        Args:
+            needed: Fewest samples of the measure.
+        """
+        content = self.content
+        if self.ranks is not None or content.ndim != 2 or content.is_floating_point():
+            return ""  # one process alone must not leave a step out; other positions are known after a forward
+        left, least = content.shape[1] - self.skip_first, needed if self.axis == "within" else 1
+        if left >= least or not (self.skip_first or self.axis == "within"):
+            return ""
+        return (
+            f"the rows have {content.shape[1]} positions, of which skip_first_positions={self.skip_first} leaves "
+            f"{max(0, left)}, and {least} are needed: lower it, or leave out such rows"
+        )
+
     # ------------------------------------------------------------------------------------------------------ ranks
 
     def _across_ranks(self) -> tuple[list[int], dict[str, int]]:
