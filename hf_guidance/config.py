@@ -125,8 +125,8 @@ class GuidanceConfig:
     )
     skip_first_positions: int = _knob(
         0,
-        "Number of first positions of each row to leave out, in layers (batch, length, d). The first tokens of pretrained "
-        "networks can carry most of the energy of a layer.",
+        "Number of first positions of each row to leave out, in layers (batch, length, d). The first tokens of "
+        "pretrained networks can carry most of the energy of a layer.",
     )
     guide_rows: Optional[int] = _knob(
         None,
