@@ -383,8 +383,8 @@ def backward_run(
     target, guide, watch = gpt2(), llama(), Watch()
     if kind:
         SPOILED[kind][0](target, guide)
-    guidance = linear(on_non_finite=settings.pop("on_non_finite", "stop"))
-    own: dict[str, Any] = {"guide": guide, "guidance": guidance} if guided else {}
+    guidance = linear(on_non_finite=settings.pop("on_non_finite", "stop"), guidance_weight=float(guided))
+    own: dict[str, Any] = {"guide": guide if guided else None, "guidance": guidance}
     if way == "lomo":
         args = arguments(folder, optim="lomo", max_grad_norm=0.0, **settings)
         trainer: GuidanceTrainer = LikeLomo(target, args, train_dataset=token_rows(), callbacks=[watch], **own)
