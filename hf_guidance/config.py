@@ -273,7 +273,7 @@ class GuidanceConfig:
             raise ValueError("layer_pairs already names the layers: leave target_layers and guide_layers out.")
         pairs = [parse_pair(text) for text in self.layer_pairs]
         for name in (name for pair in pairs for name in pair):
-            if "*" in name or name.endswith(HIDDEN_STATES):
+            if "*" in name or name in (HIDDEN_STATES, f"encoder_{HIDDEN_STATES}", f"decoder_{HIDDEN_STATES}"):
                 raise ValueError(
                     f"layer_pairs names {name!r}, which may be several layers; a pair has one layer of each network, "
                     f"as 'h.3' or '{HIDDEN_STATES}.2'. To pair many, use target_layers, guide_layers and layer_mapping."

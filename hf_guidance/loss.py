@@ -18,7 +18,7 @@ from hf_guidance.features.distributed import ranks_of
 from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
-from hf_guidance.features.rows import Batch, is_packed
+from hf_guidance.features.rows import Batch, is_packed, side_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
 from hf_guidance.guide.freezing import check_apart, check_types, freeze
@@ -144,7 +144,9 @@ class GuidanceLoss:
         self.keeps_layers = False  # in `Watched`, which takes memory
         self._pair_weights = {parse_pair(text): pair_weight(text) for text in self.config.layer_pairs or []}
         explicit = list(self._pair_weights)
-        self.target_reader = LayerReader(target, _layers(explicit, 0) or self.config.target_layers, "target")
+        compared = _layers(explicit, 0) or self.config.target_layers
+        self._sides = {side_of(layer) for layer in compared}
+        self.target_reader = LayerReader(target, compared, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
         self.ranks = ranks_of(self.config.similarity_batch)
@@ -276,7 +278,7 @@ class GuidanceLoss:
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch
         options |= {"skip_first": self.config.skip_first_positions, "rows": rows}
-        options["least"] = self.measures[0].min_samples
+        options |= {"least": self.measures[0].min_samples, "sides": self._sides}
         return Samples(
             batch,
             self.config.sample_axis,
@@ -411,7 +413,7 @@ class GuidanceLoss:
             )
             return
         samples.check_aligned(pairs, targets, guide_samples, guides)
-        n = min(layer.samples for target, _ in pairs for layer in targets[target])
+        n = min(max(layer.samples for layer in targets[target]) for target, _ in pairs)
         trained_on, *logged = self.measures
         if n < trained_on.min_samples:
             watched.why_unguided = samples.why_too_few(trained_on.name, trained_on.min_samples, n)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "recipes" / "accelerate"
 
@@ -30,6 +32,23 @@ def on_one_cpu() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def two_processes(script: Path, folder: Path, *arguments: object, suffix: str = "pt") -> list[Path]:
+    """Run a script of tests/scripts in two processes on CPUs, and return the file `rank<n>` that each wrote.
+
+    The exit status says nothing: gloo may abort after success.
+    """
+    tests = REPOSITORY / "tests"
+    paths = os.pathsep.join(map(str, (tests, tests / "trainer", REPOSITORY, os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [*launch, *map(str, arguments), str(folder), "--use_cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    files = [folder / f"rank{rank}.{suffix}" for rank in (0, 1)]
+    if not all(file.exists() for file in files):
+        pytest.fail(f"the launch left {sorted(f.name for f in folder.iterdir())}:\n{done.stdout}\n{done.stderr}")
+    return files
 
 
 class Recipe:

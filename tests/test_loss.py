@@ -973,3 +973,54 @@ def test_position_ids_that_restart_at_padding_are_not_packed_documents() -> None
     assert documents_of({"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}) == []
     restarting = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, 2]])
     assert len(documents_of({"input_ids": ids, "position_ids": restarting})) == 3
+
+
+SIDES = {
+    "encoder": ["encoder_hidden_states"],
+    "decoder": ["hidden_states"],
+    "both": ["encoder_hidden_states", "hidden_states"],
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_within_rows_of_an_encoder_decoder_the_compared_side_tells_which_rows_are_long_enough(side: str) -> None:
+    target, guide = t5(0), t5(1)
+    ids = token_batch(6)["input_ids"]
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(LENGTH) < torch.tensor([6, 5, 2, 6, 4, 6])[:, None]).long(),
+    }
+    labels = token_batch(6, seed=5)["input_ids"]
+    batch["labels"] = torch.where(torch.arange(LENGTH) < torch.tensor([6, 4, 6, 2, 5, 4])[:, None], labels, -100)
+    layers = SIDES[side]
+    settings: dict[str, Any] = {"target_layers": layers, "guide_layers": layers, "layer_mapping": "even"}
+    watched, _ = watch(target, guide, batch, sample_axis="within", measure="debiased_cka", **settings)
+    lengths = {"encoder": batch["attention_mask"].sum(1), "decoder": (batch["labels"] != -100).sum(1)}
+    long_enough = [n >= 4 for kind, n in lengths.items() if side in (kind, "both")]
+    rows = torch.stack(long_enough).all(0).nonzero().flatten().tolist()
+    assert watched.rows == len(rows)
+    inputs = {**batch, "decoder_input_ids": target.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+    with torch.no_grad():
+        outputs = [network(**inputs, output_hidden_states=True) for network in (target, guide)]
+    for pair, value in watched.similarities["debiased_cka"].items():
+        kind, index = pair.split("~")[0].rsplit(".", 1)
+        states = "encoder_hidden_states" if kind.startswith("encoder") else "decoder_hidden_states"
+        n = lengths["encoder" if kind.startswith("encoder") else "decoder"]
+        x, y = (getattr(output, states)[int(index)] for output in outputs)
+        expected = torch.stack([get_measure("debiased_cka")(x[i, : n[i]], y[i, : n[i]]) for i in rows]).mean()
+        assert value.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_within_rows_a_logged_measure_leaves_out_the_rows_that_are_too_short_for_it_alone() -> None:
+    batch = token_batch(4)
+    batch["attention_mask"] = (torch.arange(LENGTH) < torch.tensor([6, 3, 6, 5])[:, None]).long()
+    target, guide = gpt2(), llama()
+    settings: dict[str, Any] = {"sample_axis": "within", "measure": "linear_cka", "log_measures": ["debiased_cka"]}
+    watched, _ = watch(target, guide, batch, **settings)
+    assert watched.rows == 4
+    long = {name: value[[0, 2, 3]] for name, value in batch.items()}
+    alone, _ = watch(target, guide, long, sample_axis="within", measure="debiased_cka")
+    logged = watched.similarities["debiased_cka"]
+    assert {n: v.item() for n, v in logged.items()} == pytest.approx(
+        {n: v.item() for n, v in alone.similarities["debiased_cka"].items()}, abs=1e-5
+    )

@@ -106,7 +106,7 @@ def look_at_pairs(
     """
     pairs = [parse_pair(name) for name in found[measure]]
     debiased, other = found.get(DEBIASED), get_measure(DEBIASED)
-    fewest = min(layer.samples for target, _ in pairs for layer in targets[target])
+    fewest = min(max(layer.samples for layer in targets[target]) for target, _ in pairs)
     if debiased is None and fewest >= other.min_samples:
         with torch.no_grad():
             debiased = guidance_loss_of_groups(pairs, other, targets, guides)[1]

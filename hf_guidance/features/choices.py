@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.rows import Batch, content_of, first_valid, in_front, masks_of, over, tensors_of
 
 INT64_MAX = torch.iinfo(torch.int64).max
+MOST_HASHED = 1024  # at least so many numbers of an image are hashed
 
 
 def choose_rows(batch: Batch, count: int, seed: int, ranks: Ranks | None = None) -> Tensor | None:
@@ -47,13 +50,13 @@ def choose_rows(batch: Batch, count: int, seed: int, ranks: Ranks | None = None)
 
 
 def choose_tokens(
-    valid: Tensor, hashes: Tensor, count: int, seed: int, ranks: Ranks | None = None
+    valid: Tensor, hashes: Callable[[], Tensor], count: int, seed: int, ranks: Ranks | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose tokens by a hash of row content, position and seed, so that row order does not change the choice.
 
     Args:
         valid: Positions to choose from, `(batch, length)`.
-        hashes: Hash of each row, `(batch,)`.
+        hashes: Computes the hash of each row, `(batch,)`, if it is needed.
         count: Largest number of tokens, all ranks together.
         seed: Seed of the choice.
         ranks: Processes whose batches are taken as one; None for this process alone.
@@ -63,11 +66,11 @@ def choose_tokens(
     """
     total = int(valid.sum())
     if ranks is not None:
-        total = sum(row[0] for row in ranks.numbers([total], hashes.device))
+        total = sum(row[0] for row in ranks.numbers([total], valid.device))
     if total <= count:
         rows, positions = valid.nonzero(as_tuple=True)
         return rows, positions
-    score = _scores(valid, hashes, seed)
+    score = _scores(valid, hashes(), seed)
     if ranks is not None:
         scores = torch.cat([score.flatten(), score.new_full((count + 1,), INT64_MAX)])
         rows, positions = _below_the_last(score, ranks.smallest(scores, count + 1)).nonzero(as_tuple=True)
@@ -77,12 +80,14 @@ def choose_tokens(
     return chosen // valid.shape[1], chosen % valid.shape[1]
 
 
-def choose_within_rows(valid: Tensor, hashes: Tensor, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+def choose_within_rows(
+    valid: Tensor, hashes: Callable[[], Tensor], count: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
     """Choose up to `count` positions of each row, as `choose_tokens` does, and group the rows by their number.
 
     Args:
         valid: Positions to choose from, `(batch, length)`, in front of each row.
-        hashes: Hash of each row, `(batch,)`.
+        hashes: Computes the hash of each row, `(batch,)`, if it is needed.
         count: Largest number of positions of a row.
         seed: Seed of the choice.
 
@@ -96,7 +101,7 @@ def choose_within_rows(valid: Tensor, hashes: Tensor, count: int, seed: int) -> 
         if n < count or valid.shape[1] <= count:
             positions = torch.arange(n, device=valid.device).expand(len(rows), n)
         else:
-            scores = _scores(valid[rows], hashes[rows], seed)
+            scores = _scores(valid[rows], hashes()[rows], seed)
             positions = scores.topk(n, dim=1, largest=False).indices.sort(1).values
         groups.append((rows, positions))
     return groups
@@ -135,11 +140,17 @@ def hashes_of_rows(content: Tensor, mask: Tensor | None) -> Tensor:
 def hashes_of(content: Tensor, valid: Tensor | None = None) -> Tensor:
     """Compute a hash of each row's content, `(batch,)`, that does not depend on padding.
 
+    Of many pixels an even sample is enough to tell images apart.
+
     Args:
         content: Rows `(batch, …)`.
         valid: Which entries count, spread over the content; None for all.
     """
-    content = content if not content.is_floating_point() else content.float().view(torch.int32)
+    if content.is_floating_point():
+        if valid is None:
+            content = content[:, None].flatten(1)
+            content = content[:, :: max(1, content.shape[1] // MOST_HASHED)]
+        content = content.float().contiguous().view(torch.int32)
     if valid is not None:
         content = torch.where(valid, content, -1)
     content = content[:, None].flatten(1).long()  # rows may have one axis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -116,6 +116,11 @@ def over(mask: Tensor, features: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (features.ndim - 2))
 
 
+def side_of(name: str) -> str:
+    """Return which side of an encoder-decoder a layer's name tells: `encoder` or, for any other, `decoder`."""
+    return "encoder" if {"encoder", "encoder_hidden_states"} & set(name.split(".")) else "decoder"
+
+
 class ComparedRows:
     """Rows of a batch that are compared, and a layer's features of them, with the valid positions in front.
 
@@ -127,7 +132,8 @@ class ComparedRows:
         rows: Indices of the rows that are compared; None for all.
         skip_first: Number of valid positions at the beginning of each row that are left out.
         least: For `within`, fewest positions of a row that is compared.
-        kept: For `within`, the rows that the other network has enough positions in; None if they are to be found.
+        sides: For `within`, whose positions are compared: `encoder`, `decoder` or both.
+        like: For `within`, rows of the other network, which tell which rows have enough positions.
 
     Attributes:
         rows_in_batch: Number of rows that the network sees.
@@ -137,7 +143,14 @@ class ComparedRows:
     """
 
     def __init__(
-        self, batch: Batch, axis: str, rows: Tensor | None, skip_first: int, least: int, kept: Tensor | None
+        self,
+        batch: Batch,
+        axis: str,
+        rows: Tensor | None,
+        skip_first: int,
+        least: int,
+        sides: Collection[str],
+        like: ComparedRows | None,
     ) -> None:
         self.axis, self.rows, self.skip_first, self.least = axis, rows, skip_first, least
         self.content, self.masks, self.documents = content_of(batch), masks_of(tensors_of(batch)), documents_of(batch)
@@ -148,7 +161,9 @@ class ComparedRows:
             self.masks = {"encoder": (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.content.device)}
         elif rows is not None:
             self._take(rows)
-        self.kept = self._with_positions() if kept is None and axis == "within" and self.masks else kept
+        self.kept: Tensor | None = None if like is None else like.kept
+        if like is None and axis == "within" and self.masks:
+            self.kept = self._with_positions(sides)
         if self.kept is not None:
             self._take(self.kept)
         self.positions: dict[str, int | str] = {}
@@ -219,17 +234,17 @@ class ComparedRows:
                 f"layer {name!r} has {features.shape[1]} positions, but the mask has another number ({lengths}), so "
                 "padding cannot be told apart: choose a layer with one position per token."
             )
-        is_encoder = {"encoder", "encoder_hidden_states"} & set(name.split("."))
-        side = "encoder" if is_encoder else "decoder"
+        side = side_of(name)
         return side if side in fitting else fitting[0]
 
     def _take(self, rows: Tensor) -> None:
         self.content = self.content[rows.to(self.content.device)]
         self.masks = {kind: mask[rows.to(mask.device)] for kind, mask in self.masks.items()}
 
-    def _with_positions(self) -> Tensor | None:
-        """Return the rows with enough valid positions; None for all."""
-        numbers = torch.stack([mask.sum(1) for mask in self.masks.values()]).amin(0) - self.skip_first
+    def _with_positions(self, sides: Collection[str]) -> Tensor | None:
+        """Return the rows with enough valid positions on the compared sides; None for all."""
+        masks = [mask for kind, mask in self.masks.items() if kind in sides] or list(self.masks.values())
+        numbers = torch.stack([mask.sum(1) for mask in masks]).amin(0) - self.skip_first
         kept = (numbers >= self.least).nonzero().flatten()
         return None if len(kept) == len(numbers) else kept
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -36,6 +36,7 @@ class Samples(ComparedRows):
         skip_first: Number of valid positions at the beginning of each row that are left out.
         rows: Indices of the rows that are compared; None for all.
         least: For `within`, fewest positions of a row that is compared.
+        sides: For `within`, whose positions are compared, as `side_of` names them; both if none is named.
         like: Samples of the other network, whose choice of tokens is used.
         ranks: Processes whose batches are taken as one; None for this process alone.
         sketch: Sketch of wide layers.
@@ -58,12 +59,13 @@ class Samples(ComparedRows):
         skip_first: int = 0,
         rows: Tensor | None = None,
         least: int = 1,
+        sides: Collection[str] = (),
         like: Samples | None = None,
         ranks: Ranks | None = None,
         sketch: Sketch | None = None,
         primal_below: float = PRIMAL_BELOW,
     ) -> None:
-        super().__init__(batch, axis, rows, skip_first, least, None if like is None else like.kept)
+        super().__init__(batch, axis, rows, skip_first, least, sides, like)
         self.max_tokens, self.seed, self.like = max_tokens, seed, like
         self.batch_size = len(self.content)
         self.ranks, self.sketch, self.primal_below = ranks, sketch, primal_below
@@ -150,13 +152,14 @@ class Samples(ComparedRows):
             ValueError: If they have not.
         """
         for target, other in pairs:
-            ours = self.positions.get(target), sum(layer.samples for layer in layers[target])
-            theirs = guide.positions.get(other), sum(layer.samples for layer in guides[other])
+            ours = self.positions.get(target), max(layer.samples for layer in layers[target])
+            theirs = guide.positions.get(other), max(layer.samples for layer in guides[other])
             if ours != theirs:
                 raise ValueError(
                     f"pair {pair_name((target, other))}: the target layer gives {ours[1]} samples ({ours[0]} positions "
                     f"a row) and the guide layer {theirs[1]} ({theirs[0]}); with sample_axis={self.axis!r} both layers "
-                    "need the same positions. Use sample_axis='sequence'."
+                    "need the same positions. Use sample_axis='sequence', or skip_first_positions=1 if one of them has "
+                    "a class token."
                 )
 
     def why_too_few(self, measure: str, needed: int, count: int, packed: bool = False) -> str:
@@ -217,9 +220,11 @@ class Samples(ComparedRows):
         for kind in self.masks.keys() & like.masks.keys():
             mine, theirs = self.masks[kind], like.masks[kind]
             if mine is not theirs and not torch.equal(mine.sum(1), theirs.sum(1)):
+                numbers = f"the guide has {int(mine.sum())} valid tokens and the target {int(theirs.sum())}"
+                if mine.sum() == theirs.sum():
+                    numbers = "the guide has other numbers of valid tokens in some rows than the target"
                 raise ValueError(
-                    f"sample_axis={self.axis!r}: the guide has {int(mine.sum())} valid tokens and the target "
-                    f"{int(theirs.sum())}, or the numbers differ in some rows. Use sample_axis='sequence' if the two "
+                    f"sample_axis={self.axis!r}: {numbers}. Use sample_axis='sequence' if the two "
                     "networks have different tokens, or if guide_input='shuffled' pairs rows of different lengths."
                 )
 
@@ -246,8 +251,10 @@ class Samples(ComparedRows):
             self._groups[key] = choose_within_rows(*self._to_choose_from(features, kind), self.max_tokens, self.seed)
         return self._groups[key]
 
-    def _to_choose_from(self, features: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        """Return the valid positions, and the rows' hashes, by the mask of the content whichever the layer's is."""
+    def _to_choose_from(self, features: Tensor, kind: str | None) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Return the valid positions, and what hashes the rows by the mask of the content, whichever the layer's is."""
         everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=self.content.device)
-        hashes = hashes_of_rows(self.content, self.masks.get("encoder"))
-        return everywhere if kind is None else self.valid(kind), hashes
+        return everywhere if kind is None else self.valid(kind), self._hashes
+
+    def _hashes(self) -> Tensor:
+        return hashes_of_rows(self.content, self.masks.get("encoder"))

@@ -28,6 +28,8 @@ class TwoStages(Protocol):
     def compare(self) -> Any: ...
     @property
     def primal_below(self) -> float: ...
+    @property
+    def min_samples(self) -> int: ...
 
 
 def guidance_loss(
@@ -76,30 +78,40 @@ def guidance_loss_of_groups(
     measure: TwoStages,
     targets: Groups,
     guides: Groups,
-    **options: Any,
+    *,
+    weights: Sequence[float] | None = None,
+    mean: bool = False,
+    scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the mean of `guidance_loss` over groups of samples, weighted by the number of batch rows in them.
+    """Compute `guidance_loss` of layers in groups of samples: each pair's mean over groups, weighted by their rows.
 
     Args:
-        pairs, measure, **options: As of `guidance_loss`.
-        targets, guides: Layers by name, one for each group.
+        pairs, measure, weights, mean, scale: As of `guidance_loss`.
+        targets, guides: Layers by name, one for each group. Both layers of a pair have the same groups. Groups with
+            fewer samples than the measure needs are left out; each layer has one that suffices.
 
     Returns:
         As `guidance_loss`.
     """
-    rows = [layer.rows for layer in targets[pairs[0][0]]]
-
-    def of_group(i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        sides = ({name: layers[i] for name, layers in side.items()} for side in (targets, guides))
-        return guidance_loss(pairs, measure, *sides, **options)
-
-    found = [of_group(i) for i in range(len(rows))]
-    if len(found) == 1:
-        return found[0]
-    losses, values = zip(*found, strict=True)
-    loss = sum(n * loss for n, loss in zip(rows, losses, strict=True)) / sum(rows)
-    means = {name: sum(n * v[name] for n, v in zip(rows, values, strict=True)) / sum(rows) for name in values[0]}
-    return loss, means
+    groups = {pair: tuple((layer.rows, layer.samples) for layer in targets[pair[0]]) for pair in pairs}
+    if all(len(sizes) == 1 for sizes in groups.values()):
+        sides = ({name: layers[0] for name, layers in side.items()} for side in (targets, guides))
+        return guidance_loss(pairs, measure, *sides, weights=weights, mean=mean, scale=scale)
+    weight_of = dict(zip(pairs, weights or [1.0] * len(pairs), strict=True))
+    count = sum(weight_of.values()) if mean else 1
+    losses: list[Tensor] = []
+    values: dict[str, Tensor] = {}
+    for sizes in dict.fromkeys(groups.values()):
+        alike = [pair for pair in pairs if groups[pair] == sizes]
+        enough = {i: rows for i, (rows, samples) in enumerate(sizes) if samples >= measure.min_samples}
+        for i, rows in enough.items():
+            share = rows / sum(enough.values())
+            ours, theirs = ({pair[k]: side[pair[k]][i] for pair in alike} for k, side in enumerate((targets, guides)))
+            own = [weight_of[pair] for pair in alike]
+            loss, found = guidance_loss(alike, measure, ours, theirs, weights=own, scale=scale)
+            losses.append(loss * (share / count))
+            values |= {name: values.get(name, 0) + share * value for name, value in found.items()}
+    return torch.stack(losses).sum(), {name: values[name] for name in map(PAIR_SEPARATOR.join, pairs)}
 
 
 @torch.no_grad()

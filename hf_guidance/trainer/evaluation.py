@@ -59,6 +59,8 @@ class Measured:
         """Explain why no batch could be measured, and what to do about it."""
         if not self.batches:
             return "GuidanceMixin.prediction_step was not called (does a subclass override it without super()?)."
+        if "per_device_train_batch_size" not in self._why_not:
+            return f"{self._why_not}."
         return f"{self._why_not.partition(': ')[0]}. Raise per_device_eval_batch_size."
 
     def over_ranks(self, accelerator: Accelerator) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_guidance.features.choices import choose_rows, choose_within_rows, mix
+from hf_guidance.features.choices import choose_rows, choose_within_rows, hashes_of, mix
 
 
 def test_mixing_scatters_neighbours_over_all_bits_but_the_signs_and_loses_none() -> None:
@@ -50,13 +50,13 @@ def test_equal_rows_do_not_change_the_number_and_a_small_batch_is_taken_whole() 
 def test_within_rows_positions_are_chosen_up_to_a_number_and_rows_grouped_by_it() -> None:
     valid = torch.arange(6) < torch.tensor([6, 2, 5, 2, 3])[:, None]
     hashes = torch.arange(5)
-    found = choose_within_rows(valid, hashes, 4, seed=1)
+    found = choose_within_rows(valid, lambda: hashes, 4, seed=1)
     assert [rows.tolist() for rows, _ in found] == [[1, 3], [4], [0, 2]]
     assert found[0][1].tolist() == [[0, 1], [0, 1]]
     for row, positions in zip(found[2][0], found[2][1], strict=True):
         assert len(positions.unique()) == 4
         assert valid[row, positions].all()
-    (every,) = choose_within_rows(torch.ones(3, 4, dtype=torch.bool), hashes[:3], 4, seed=1)
+    (every,) = choose_within_rows(torch.ones(3, 4, dtype=torch.bool), lambda: hashes[:3], 4, seed=1)
     assert every[1].tolist() == [[0, 1, 2, 3]] * 3
 
 
@@ -69,3 +69,12 @@ def test_rows_of_one_number_are_chosen_too() -> None:
     again = choose_rows({"user": ids[order]}, 5, seed=3)
     assert again is not None
     assert set(ids[order][again].tolist()) == set(ids[chosen].tolist())
+
+
+def test_images_are_told_apart_by_a_sample_of_their_pixels() -> None:
+    images = torch.rand(64, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert len(hashes_of(images).unique()) == 64
+    assert torch.equal(hashes_of(images), hashes_of(images.contiguous(memory_format=torch.channels_last)))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    chosen, permuted = choose_rows({"pixel_values": images}, 9, 3), choose_rows({"pixel_values": images[order]}, 9, 3)
+    assert sorted(order[permuted].tolist()) == chosen.tolist()

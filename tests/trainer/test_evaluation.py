@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import EVEN, NormNet, PlainNet, cka, gpt2, hidden_states, llama, t5, token_rows
+from launching import two_processes
 from torch import Tensor, nn
 from trainers import make_trainer, same, trained
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, default_data_collator
@@ -253,7 +251,7 @@ def test_means_are_weighted_by_rows() -> None:
             "ridge": {"a~b": torch.tensor(0.0)},
         }
         measured.add(Watched({}, Weights(1.0, 1.0), similarities=similarities), rows)
-    measured.add(Watched({}, Weights(1.0, 1.0), why_unguided="few: more"), 5)
+    measured.add(Watched({}, Weights(1.0, 1.0), why_unguided="few: raise per_device_train_batch_size"), 5)
     assert measured.batches == 3
     assert measured.why_nothing() == "few. Raise per_device_eval_batch_size."
     assert "GuidanceMixin.prediction_step was not called" in Measured("rsa").why_nothing()
@@ -273,16 +271,7 @@ def test_means_are_weighted_by_rows() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each rank wrote."""
-    folder = tmp_path_factory.mktemp("two_evaluations")
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(SCRIPT), str(folder), "--use_cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    files = [folder / f"rank{rank}.pt" for rank in (0, 1)]
-    if not all(file.exists() for file in files):
-        pytest.fail(f"the launch left {sorted(f.name for f in folder.iterdir())}:\n{done.stdout}\n{done.stderr}")
-    return [torch.load(file) for file in files]
+    return [torch.load(file) for file in two_processes(SCRIPT, tmp_path_factory.mktemp("two_evaluations"))]
 
 
 @pytest.mark.parametrize("kind", ["local", "global"])

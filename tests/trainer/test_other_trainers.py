@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import two_processes
 from text_trainers import CASES, CONFIG, NAMED, TRAINERS, Case, guide_of, make, model_of, rows_of, tokenizer
 from torch import Tensor, nn
 from trainers import same, trained, weights
@@ -185,17 +183,11 @@ def test_the_printed_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return what each of two processes wrote. Its exit status says nothing: gloo may abort after success."""
-    folder = tmp_path_factory.mktemp("two_text_trainers")
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(SCRIPT), str(folder), "--use_cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    files = [folder / f"rank{rank}.json" for rank in (0, 1)]
-    if not all(file.exists() for file in files):
-        pytest.fail(f"{done.stdout[-2000:]}\n{done.stderr[-5000:]}")
-    return [json.loads(file.read_text()) for file in files]
+    """Return what each of two processes wrote."""
+    return [
+        json.loads(file.read_text())
+        for file in two_processes(SCRIPT, tmp_path_factory.mktemp("two_text_trainers"), suffix="json")
+    ]
 
 
 @trainers

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import two_processes
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "two_processes.py"
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return what each rank wrote. Its exit status says nothing: gloo may abort after success."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(SCRIPT), str(folder), "--use_cpu"]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    files = [folder / f"rank{rank}.pt" for rank in (0, 1)]
-    if not all(file.exists() for file in files):
-        pytest.fail(f"the launch left {sorted(f.name for f in folder.iterdir())}:\n{done.stdout}\n{done.stderr}")
-    return [torch.load(file) for file in files]
+    """Return what each rank wrote."""
+    return [torch.load(file) for file in two_processes(SCRIPT, tmp_path_factory.mktemp("two_processes"))]
 
 
 RUNS = ["own base", "by hand", "trained", "uneven", "stopped", "unguided", "prealigned", "noise", "calibrated"]

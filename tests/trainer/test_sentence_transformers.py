@@ -5,10 +5,7 @@ pip install sentence-transformers && pytest -m trainers
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from builders import cka, linear, seeded
+from launching import two_processes
 from torch import Tensor, nn
 from trainers import same, train_logs, weights
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -329,14 +327,8 @@ def test_a_model_without_a_transformer_is_refused(folder: Path, tmp_path: Path) 
 
 
 def test_two_processes_end_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join(map(str, (tests, tests / "trainer", tests.parent, os.environ.get("PYTHONPATH", ""))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tests / "scripts" / "two_columns.py"), str(folder), str(tmp_path), "--use_cpu"]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert all((tmp_path / f"rank{rank}.pt").exists() for rank in (0, 1)), done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    script = Path(__file__).parents[1] / "scripts" / "two_columns.py"
+    first, second = (torch.load(file) for file in two_processes(script, tmp_path, folder))
     assert same(first["weights"], second["weights"])
     assert first["guidance"] == second["guidance"]
     assert first["wrapper"] == "DistributedDataParallel"

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import gpt2, llama, token_rows
+from launching import two_processes
 from torch import Tensor
 from trainers import make_trainer, same, train_logs, trained, weights
 from transformers import TrainerState
@@ -239,16 +237,7 @@ def test_without_a_threshold_or_a_guide_nothing_decides(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each rank wrote."""
-    folder = tmp_path_factory.mktemp("two_stops")
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(SCRIPT), str(folder), "--use_cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    files = [folder / f"rank{rank}.pt" for rank in (0, 1)]
-    if not all(file.exists() for file in files):
-        pytest.fail(f"the launch left {sorted(f.name for f in folder.iterdir())}:\n{done.stdout}\n{done.stderr}")
-    return [torch.load(file) for file in files]
+    return [torch.load(file) for file in two_processes(SCRIPT, tmp_path_factory.mktemp("two_stops"))]
 
 
 @pytest.mark.parametrize("batch", ["local", "global"])
