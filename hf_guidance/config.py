@@ -29,6 +29,7 @@ AUTO = "auto"
 CHOICES = {
     "guidance_reduction": ("sum", "mean"),
     "sample_axis": ("sequence", "token", "within"),
+    "feature_layout": (AUTO, "channels_first", "channels_last"),
     "similarity_batch": ("local", "global", "accumulated"),
     "guide_input": ("batch", "noise", "prealign_noise", "shuffled"),
     "guide_batch_norm": ("eval", "batch", "calibrated"),
@@ -119,6 +120,11 @@ class GuidanceConfig:
         "sequence",
         "Meaning of one sample: sequence (a batch row, positions flattened), token (a valid position of any row) or "
         "within (a valid position among those of its row; the similarity is the mean over the rows).",
+    )
+    feature_layout: str = _knob(
+        AUTO,
+        "With sample_axis=token or within: which axis of an image's feature map (batch, …, …, …) holds the channels, "
+        "where weights and shape leave it open: channels_first or channels_last. auto raises an error there.",
     )
     max_tokens: int = _knob(
         1024, "With sample_axis=token or within: largest number of positions per batch, or per row, chosen by a hash."

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.features.choices import choose_rows
+from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import ranks_of
 from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_weights
 from hf_guidance.features.rows import Batch, is_packed, side_of
 from hf_guidance.features.samples import Samples
-from hf_guidance.guide.forward import GuideRunning, forward
+from hf_guidance.guide.calling import forward
+from hf_guidance.guide.forward import GuideRunning
 from hf_guidance.guide.freezing import check_apart, check_types, freeze
 from hf_guidance.guide.inputs import (
     generator_for,
@@ -59,7 +61,6 @@ class Watched:
         rows: Number of rows that are compared by themselves (`sample_axis="within"`), else 1: the weight of this loss
             in a mean over micro-batches and processes.
         layers: Layers of target and guide by name, if `GuidanceLoss.keeps_layers` is set; else None.
-        run_guide: Runs the guide on this input once more, and returns its samples and layers; None if it did not run.
     """
 
     inputs: dict[str, Any]
@@ -70,7 +71,6 @@ class Watched:
     skipped_pairs: int = 0
     rows: int = 1
     layers: tuple[Groups, Groups] | None = None
-    run_guide: Callable[[], tuple[Samples, Groups]] | None = None
 
     def total(self, task_loss: Tensor) -> Tensor:
         """Return the loss to train on: the weighted sum of the task loss and the guidance loss.
@@ -149,6 +149,8 @@ class GuidanceLoss:
         self.target_reader = LayerReader(target, compared, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
+        readers = self.target_reader, self.guide_reader
+        self._conventions = [Conventions(r.model, r.modules, self.config.feature_layout) for r in readers]
         self.ranks = ranks_of(self.config.similarity_batch)
         self.running = GuideRunning(self.guide_reader, target, self.config, autocast)
 
@@ -230,8 +232,7 @@ class GuidanceLoss:
             yield watched
             return
         given, rows = rows_for_guide(batch, rows)
-        watched.run_guide = partial(self.running.layers, given, key, partial(self.samples_of, like=samples, rows=rows))
-        guide = watched.run_guide()
+        guide = self.running.layers(given, key, partial(self.samples_of, like=samples, rows=rows))
         with self.target_reader.reading(not_recomputed(samples.layers)) as layers:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
@@ -284,6 +285,7 @@ class GuidanceLoss:
             self.config.sample_axis,
             self.config.max_tokens,
             primal_below=self._primal_below[like is not None],
+            conventions=self._conventions[like is not None],
             **options,
         )
 

@@ -143,7 +143,9 @@ def hidden_states(network: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """Hidden states but the embeddings, a decoder's if there are two stacks, asked for in a forward of its own."""
     outputs = network(**batch, output_hidden_states=True)
     states = outputs.hidden_states if "hidden_states" in outputs else outputs.decoder_hidden_states
-    return list(states if isinstance(network, MambaModel) else states[1:])  # Mamba's first is its first layer's
+    if isinstance(network, MambaModel):
+        return list(states[:-1])  # without embeddings, and with the last layer twice
+    return list(states[1:])
 
 
 def module_outputs(network: nn.Module, names: list[str], *args: Any, **kwargs: Any) -> list[Tensor]:

@@ -39,6 +39,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "max_tokens": 64,
     "skip_first_positions": 1,
     "guide_rows": 8,
+    "feature_layout": "channels_last",
     "similarity_batch": "global",
     "sketch": 512,
     "ridge_penalty": 0.5,

@@ -343,8 +343,8 @@ def bart() -> BartModel:
     return BartModel(BartConfig(vocab_size=VOCABULARY, **ids, **sizes, **heads))
 
 
-def mamba() -> MambaModel:  # shows two layers and the last norm
-    return MambaModel(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, state_size=4))
+def mamba() -> MambaModel:
+    return MambaModel(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=3, state_size=4))
 
 
 GUIDES: dict[str, Callable[[], nn.Module]] = {
@@ -720,7 +720,7 @@ def test_a_batch_too_small_to_compare_leaves_the_task_loss() -> None:
 
 def test_an_encoder_decoder_guide_without_decoder_inputs_says_what_it_needs() -> None:
     guidance = GuidanceLoss(gpt2(), t5())
-    words = "is an encoder-decoder, but the batch has nothing for its decoder: add guide_decoder_input_ids"
+    words = "It is an encoder-decoder, and the batch has nothing for its decoder: add guide_decoder_input_ids"
     with pytest.raises(ValueError, match=words), guidance.watch(token_batch()):
         pass
 

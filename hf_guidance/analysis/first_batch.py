@@ -67,7 +67,6 @@ class FirstLook:
         pairs: The pairs that were compared.
         targets: Target layer → its look.
         guides: Guide layer → its look.
-        guide_differs: Guide layer that differs most between two forwards of the batch, and its relative difference.
         gradient_ratio: Norm of guidance's gradient, at its full weight, over that of the task's, in the weights of the
             target that guidance reaches.
         not_measured: Why there is no such ratio; empty if there is one.
@@ -83,7 +82,6 @@ class FirstLook:
     pairs: list[PairLook]
     targets: dict[str, LayerLook]
     guides: dict[str, LayerLook]
-    guide_differs: tuple[str, float] | None = None
     gradient_ratio: float | None = None
     not_measured: str = ""
     uses_item_count: bool | None = None
@@ -139,26 +137,6 @@ def _top_shares(layer: Layer) -> Tensor:
         energy = energy if layer.parts == 1 else energy.mean(0)
     top = energy.topk(int(TOP * layer.samples)).values.sum(-1)
     return (top / energy.sum(-1).clamp(min=TINY)).reshape(-1)
-
-
-@torch.no_grad()
-def largest_difference(once: Groups, again: Groups) -> tuple[str, float] | None:
-    """Find the layer that differs most between two forwards.
-
-    Args:
-        once: Layers of the first forward by name.
-        again: Layers of the second. Only those in both are compared.
-
-    Returns:
-        Name of the layer, and the norm of the difference over that of the layer. None if no layer is in both.
-    """
-    found = {name: _difference(once[name], again[name]) for name in once if name in again}
-    return max(found.items(), key=lambda entry: entry[1], default=None)
-
-
-def _difference(once: Sequence[Layer], again: Sequence[Layer]) -> float:
-    before, after = (torch.cat([layer.values.flatten() for layer in groups]) for groups in (once, again))
-    return float((before - after).norm() / torch.maximum(before.norm(), after.norm()).clamp(min=TINY))
 
 
 # ---------------------------------------------------------------------------------------------------------- text

@@ -11,20 +11,18 @@ from hf_guidance.config import GuidanceConfig
 FULL, FAR = 0.9, 0.3  # a similarity above the first is full if debiased CKA is lower by the second
 NEVER_FULL = {DEBIASED, "ridge_loo"}  # near 0 for unrelated features, whatever their number
 MOST = 0.5  # share of a layer's energy
-DIFFERENT = 1e-3  # relative difference of two forwards, above all rounding
 LARGE, SMALL = 30.0, 0.01  # ratios of the gradients; runs that guidance helps start at 0.06 to 11
 MAX_NAMED = 5
 
 
 def warnings_of(
-    look: FirstLook, config: GuidanceConfig, *, guide: str = "", has_batch_norm: bool = False, accumulation: int = 1
+    look: FirstLook, config: GuidanceConfig, *, has_batch_norm: bool = False, accumulation: int = 1
 ) -> list[str]:
     """Return the warnings about a look, each with a remedy.
 
     Args:
         look: The look.
         config: Settings of guidance.
-        guide: Name of the guide's architecture.
         has_batch_norm: Whether the guide has batch norm.
         accumulation: Micro-batches in an optimizer step.
     """
@@ -32,7 +30,6 @@ def warnings_of(
         _full(look),
         _dead(look, config, has_batch_norm),
         _massive(look, config),
-        _random(look, guide),
         _gradients(look, config),
         _summed(look, accumulation),
     )
@@ -82,18 +79,6 @@ def _massive(look: FirstLook, config: GuidanceConfig) -> str:
         f"Massive activations: {100 * TOP:.0f} % of the samples hold more than half of the energy in "
         f"{_of(len(massive), len(layers), 'layer')}: {_named(massive)}. Similarities are about these samples alone. "
         f"{advice}"
-    )
-
-
-def _random(look: FirstLook, guide: str) -> str:
-    if look.guide_differs is None or not look.guide_differs[1] > DIFFERENT:
-        return ""
-    name, difference = look.guide_differs
-    return (
-        f"The guide{f' ({guide})' if guide else ''} is random: two forwards of the same batch differ by "
-        f"{_digits(100 * difference, 2)} % in layer {name}, so that the target follows noise. Switch this off in the "
-        "guide's config, or load the guide without it: of a masked autoencoder that is its plain encoder (the weights "
-        "of ViTMAEModel in ViTModel)."
     )
 
 

@@ -1,21 +1,21 @@
 """Features of a network: the outputs of its layers on a batch, and the samples they belong to.
 
 `reader` hooks hidden states and the modules that `modules` finds. `inside` finds the network that it reads.
-`layer_drop` tracks which layers ran. `samples` defines one sample and leaves padding out. `distributed` joins the
+`hidden_states` tells which of these are layers, `layer_drop` which layers ran. `conventions` knows where a network puts
+channels and frames. `samples` defines one sample, and by its `masks` leaves padding out. `distributed` joins the
 batches of all processes.
 """
 
 from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.inside import is_sentence_transformer, transformer_in
 from hf_guidance.features.modules import describe_modules, find_modules
 from hf_guidance.features.reader import (
     HIDDEN,
-    STARTS_WITH_A_LAYER,
     AllRead,
     LayerReader,
     Reduce,
     base_model_of,
-    first_tensor,
     not_recomputed,
     reaches_weights,
 )
@@ -24,7 +24,6 @@ from hf_guidance.features.samples import Samples
 
 __all__ = [
     "HIDDEN",
-    "STARTS_WITH_A_LAYER",
     "AllRead",
     "Batch",
     "LayerReader",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_guidance.features.distributed import Ranks
-from hf_guidance.features.rows import Batch, content_of, first_valid, in_front, masks_of, over, tensors_of
+from hf_guidance.features.masks import first_valid, in_front, masks_of, over
+from hf_guidance.features.rows import Batch, content_of, tensors_of
 
 INT64_MAX = torch.iinfo(torch.int64).max
 MOST_HASHED = 1024  # at least so many numbers of an image are hashed

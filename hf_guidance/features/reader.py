@@ -5,23 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
+from hf_guidance.features.hidden_states import Blocks, first_tensor, states_of
 from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.modules import describe_modules, find_modules
 
-# the first hidden state of these networks is a layer's output; that of others is the embeddings
-STARTS_WITH_A_LAYER = re.compile("TimmWrapper|Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN")
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
 Reduce = Callable[[str, Any], Any]
-Output: TypeAlias = "Tensor | PackedSequence | Mapping[str, Output] | Sequence[Output] | None"  # of a module
 
 
 class AllRead(Exception):
@@ -38,7 +35,7 @@ class LayerReader:
 
     Args:
         model: Any `nn.Module`. PEFT models are read by the module names of their base model.
-        layers: `hidden_states` (all but index 0, the embeddings; of an encoder-decoder those of the decoder),
+        layers: `hidden_states` (those that are layers, without the embeddings; of an encoder-decoder, the decoder's),
             `hidden_states.<i>`, `encoder_hidden_states`, or modules by exact name, glob or type. In a glob, `*` stays
             within one level and `**` does not.
         role: `target` or `guide`, for messages.
@@ -58,19 +55,22 @@ class LayerReader:
         self._seen: list[str] = []
         self._counted: dict[str, None] = {}  # hidden states of a forward, skipped ones included
         self._order: list[str] = []
-        self._modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, nn.Module] = {}
         base = base_model_of(model)
         for layer in layers:
             if match := HIDDEN.fullmatch(layer):
                 self._hidden.append((match[1], int(match[2]) if match[2] else None))
             else:
-                self._modules.update(find_modules(base, layer, role))
-        self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], self._modules)
+                self.modules.update(find_modules(base, layer, role))
+        self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], self.modules)
+        self._blocks = Blocks(base)
+        self._layers_among: dict[str, range] = {}  # indices by kind of hidden states, once a forward has shown them
         self._needs_gradients, self._ignoring, self._of_backbone = False, False, None
         self._thread: int | None = None  # the one that reads
         if self._hidden:
             self._check_returns_hidden_states()
-        self._order = list(self._modules)
+        self._batch_first: set[str] = set()  # modules that are known to be
+        self._order = list(self.modules)
         self._handles: list[Any] = []
         self.attach()
 
@@ -86,7 +86,7 @@ class LayerReader:
             if isinstance(backbone, nn.Module) and backbone is not base:
                 self._handles.append(backbone.register_forward_hook(self._keep_backbone))
             self._handles.append(self.model.register_forward_hook(self._read_hidden_states))
-        for name, module in self._modules.items():
+        for name, module in self.modules.items():
             self._handles.append(module.register_forward_hook(partial(self._read_module, name)))
 
     @contextmanager
@@ -113,9 +113,15 @@ class LayerReader:
         self._needs_gradients, self._ignoring = self.role == "target" and torch.is_grad_enabled(), False
         if self.layer_drop.has_rate:
             self.layer_drop.start()
+        if self._hidden and not self._layers_among:
+            self._blocks.attach()
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # whose tensors are nested, without a length
         try:
             yield self._read
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            self._blocks.remove()
             if self.layer_drop.has_rate:
                 self.layer_drop.stop()
             self._seen = list(self._read)
@@ -166,9 +172,25 @@ class LayerReader:
                 f"{self.role} layer {name!r} ran more than once in one forward, so it has several outputs. "
                 "Name another layer, or use hidden_states."
             )
-        self._read[name] = self._reduce(name, first_tensor(output))
+        features = first_tensor(output)
+        self._check_batch_first(name, features)
+        self._read[name] = self._reduce(name, features)
         if self.stop_early and self.keep == self._read.keys():
             raise AllRead
+
+    def _check_batch_first(self, name: str, features: Any) -> None:
+        """Refuse the output of a sequence-first module, whose first axis is as long as the batch by chance."""
+        if name in self._batch_first or name not in self.modules or not isinstance(features, Tensor):
+            return
+        module = self.modules[name]
+        if features.ndim < 3 or features.shape[0] != features.shape[1]:
+            self._batch_first.add(name)  # samples have the batch on their first axis, or raise
+        elif any(getattr(part, "batch_first", True) is False for part in module.modules()):
+            raise ValueError(
+                f"{self.role} layer {name!r} ({type(module).__name__}) gave shape {tuple(features.shape)} and has "
+                "batch_first=False, so that rows and positions cannot be told apart: build it with batch_first=True, "
+                "or let the first batch have another number of rows than of positions."
+            )
 
     def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._store(name, output)
@@ -180,6 +202,7 @@ class LayerReader:
         self._ignoring = self._needs_gradients and not torch.is_grad_enabled()
         if self._ignoring or not self._hidden:
             return None
+        self._blocks.forget()
         return args, {**kwargs, "output_hidden_states": True}
 
     def _keep_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -193,9 +216,9 @@ class LayerReader:
         if self._ignoring:
             return
         for kind, index in self._hidden:
-            states = _states(output, kind)
+            states = states_of(output, kind)
             if states is None and not isinstance(output, tuple):
-                states = _states(backbone, kind)  # a fused head drops them
+                states = states_of(backbone, kind)  # a fused head drops them
             if states is not None and self.layer_drop.settings:
                 states = self.layer_drop.in_full(kind, states)
             if not states:
@@ -210,8 +233,10 @@ class LayerReader:
                     f"{self.role} layer '{kind}.{index}' not found; the {self.role} returned {kind}.0 … "
                     f"{kind}.{len(states) - 1}."
                 )
-            first = 0 if STARTS_WITH_A_LAYER.search(type(base_model_of(self.model)).__name__) else 1
-            for i in [i for i in counted if i >= first] if index is None else [index]:
+            if kind not in self._layers_among:
+                self._layers_among[kind] = self._blocks.layers_among(states)
+            among = self._layers_among[kind]
+            for i in [i for i in counted if i in among] if index is None else [index]:
                 self._counted[f"{kind}.{i}"] = None
                 if states[i] is not None:
                     self._store(f"{kind}.{i}", states[i])
@@ -261,29 +286,6 @@ def reaches_weights(loss: Tensor) -> bool:
             return True
         nodes += [before for before, _ in node.next_functions]
     return False
-
-
-def first_tensor(output: Output) -> Any:
-    """Return the features in a module's output: the tensor itself, or the first one in a tuple or model output.
-
-    Raises:
-        ValueError: If the output is a packed sequence.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, PackedSequence):
-        raise ValueError("a packed sequence has no batch axis: choose a layer after the sequence is unpacked.")
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        return next((first_tensor(entry) for entry in output if entry is not None), None)
-    return output
-
-
-def _states(output: Any, kind: str) -> Sequence[Any] | None:
-    kinds = ("hidden_states", "decoder_hidden_states") if kind == "hidden_states" else (kind,)
-    found = (output.get(k) if isinstance(output, dict) else getattr(output, k, None) for k in kinds)
-    return next((states for states in found if states is not None), None)
 
 
 def base_model_of(model: nn.Module) -> nn.Module:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from hf_guidance.features.conventions import Conventions
+from hf_guidance.features.masks import first_valid, in_front, masks_of, over
+
 Column: TypeAlias = Tensor | Sequence[str] | Sequence[int] | Sequence[float] | str | int | float | bool | None
 Batch: TypeAlias = Mapping[str, Column]  # as a collator makes it; only tensors are computed with
+CONTENT = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
+OF_IMAGES = re.compile("vision|visual|image")  # in names of modules
+
+logger = logging.getLogger(__name__)
 
 
 def content_of(batch: Batch) -> Tensor:
-    """Return the content of a batch's rows: token ids, pixels, embeddings, or else its first tensor with two axes.
+    """Return the content of a batch's rows: token ids, pixels, sound, embeddings, or else its first tensor of two axes.
 
     If no tensor has two axes, it is the first one with one axis, as of ids or of a scalar to regress on.
 
@@ -33,33 +43,13 @@ def content_of(batch: Batch) -> Tensor:
             f"the batch has no tensor with a sample axis; it has {sorted(batch)}. Guidance compares rows: let the data "
             "collator return the inputs as tensors (batch, …)."
         )
-    known = [tensors[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in tensors]
+    known = [tensors[name] for name in CONTENT if name in tensors]
     return (known or list(tensors.values()))[0]
 
 
 def tensors_of(batch: Batch, axes: int = 2) -> dict[str, Tensor]:
     """Return the columns with at least so many axes, of which the first is that of the samples."""
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= axes}
-
-
-def masks_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the valid positions of encoder and decoder, if the batch has them.
-
-    Args:
-        tensors: Columns of the batch.
-
-    Returns:
-        `encoder` and `decoder` → `(batch, length)` of bool.
-    """
-    masks = {}
-    labels = tensors.get("labels")
-    if (mask := tensors.get("decoder_attention_mask")) is not None:
-        masks["decoder"] = mask.bool()
-    elif (ids := tensors.get("decoder_input_ids")) is not None:
-        masks["decoder"] = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != -100
-    if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
-        masks["encoder"] = mask.bool()
-    return masks
 
 
 def documents_of(batch: Batch) -> list[slice]:
@@ -99,26 +89,20 @@ def take_rows(batch: Batch, rows: Tensor) -> dict[str, Column]:
     return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 
 
-def first_valid(mask: Tensor) -> Tensor:
-    """Return `(batch, length)`: true at as many first positions of each row as the mask has valid ones."""
-    return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-
-
-def in_front(mask: Tensor) -> Tensor | None:
-    """Return the order that moves each row's valid positions to its front; None if they are there."""
-    if (mask[:, :-1] >= mask[:, 1:]).all():
-        return None
-    return mask.int().argsort(dim=1, descending=True, stable=True)
-
-
-def over(mask: Tensor, features: Tensor) -> Tensor:
-    """Append axes to `(batch, length)` so that it spreads over features `(batch, length, …)`."""
-    return mask.reshape(mask.shape + (1,) * (features.ndim - 2))
-
-
 def side_of(name: str) -> str:
     """Return which side of an encoder-decoder a layer's name tells: `encoder` or, for any other, `decoder`."""
     return "encoder" if {"encoder", "encoder_hidden_states"} & set(name.split(".")) else "decoder"
+
+
+@cache
+def _say_padding_counts(name: str, positions: int, masks: str) -> None:
+    logger.warning(
+        "Layer %r has %d positions, but the mask has another number (%s), so that it does not tell which of them are "
+        "padding: all count. Choose a layer with one position per token if that is not meant.",
+        name,
+        positions,
+        masks,
+    )
 
 
 class ComparedRows:
@@ -134,11 +118,12 @@ class ComparedRows:
         least: For `within`, fewest positions of a row that is compared.
         sides: For `within`, whose positions are compared: `encoder`, `decoder` or both.
         like: For `within`, rows of the other network, which tell which rows have enough positions.
+        conventions: Those of the network; None if it has no maps and no frames.
 
     Attributes:
         rows_in_batch: Number of rows that the network sees.
         content: Content of the compared rows.
-        masks: Their valid positions, `encoder` and `decoder` → `(rows, length)`.
+        masks: Their valid positions, as of `masks_of`.
         positions: Layer → number of its positions or whose mask they have; equal in a pair.
     """
 
@@ -151,9 +136,12 @@ class ComparedRows:
         least: int,
         sides: Collection[str],
         like: ComparedRows | None,
+        conventions: Conventions | None,
     ) -> None:
         self.axis, self.rows, self.skip_first, self.least = axis, rows, skip_first, least
-        self.content, self.masks, self.documents = content_of(batch), masks_of(tensors_of(batch)), documents_of(batch)
+        self.conventions, to_frames = conventions, conventions.to_frames if conventions else None
+        self.content, self.documents = content_of(batch), documents_of(batch)
+        self.masks = masks_of(tensors_of(batch), to_frames)
         self.rows_in_batch = len(self.content)
         if self.documents:
             lengths = torch.tensor([place.stop - place.start for place in self.documents])
@@ -177,8 +165,8 @@ class ComparedRows:
             features: Output of the layer, `(batch, …)`.
 
         Raises:
-            ValueError: If the first axis of the output is not the batch, its length is not that of the mask, or it has
-                too few positions.
+            ValueError: If the first axis of the output is not the batch, it has too few positions, or none at all, or
+                the layout of a map is not certain.
         """
         if not isinstance(features, Tensor) or features.ndim < 2 or features.shape[0] != self.rows_in_batch:
             got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
@@ -197,10 +185,10 @@ class ComparedRows:
             if rows is not None:
                 features = features[rows.to(features.device)]
         by_position = self.axis != "sequence"
-        is_map = by_position and features.ndim == 4  # (batch, channels, h, w): a position is a place in the image
-        if is_map:
-            features = features.flatten(2).transpose(1, 2)
-        if by_position and features.ndim < 3:
+        is_map = by_position and features.ndim == 4 and self.conventions is not None
+        if is_map and self.conventions is not None:
+            features = self.conventions.places(name, features)
+        if by_position and features.ndim != 3:
             raise ValueError(
                 f"layer {name!r} gave shape {tuple(features.shape)}, which has no positions; sample_axis="
                 f"{self.axis!r} needs (batch, length, d). Use sample_axis='sequence' or another layer."
@@ -224,18 +212,16 @@ class ComparedRows:
         return first_valid(self.masks[kind])[:, self.skip_first :]
 
     def _kind_of_mask(self, name: str, features: Tensor) -> str | None:
-        """Return which mask describes the positions of a layer; None if it has no positions or there is no mask."""
-        if not self.masks or features.ndim < 3:
+        """Return which mask describes the positions of a layer; None if there is none of this length."""
+        if not self.masks or features.ndim < 3 or OF_IMAGES.search(name):
             return None
-        fitting = [kind for kind, mask in self.masks.items() if mask.shape[1] == features.shape[1]]
-        if not fitting:
-            lengths = ", ".join(f"{kind} {mask.shape[1]}" for kind, mask in self.masks.items())
-            raise ValueError(
-                f"layer {name!r} has {features.shape[1]} positions, but the mask has another number ({lengths}), so "
-                "padding cannot be told apart: choose a layer with one position per token."
-            )
         side = side_of(name)
-        return side if side in fitting else fitting[0]
+        others = ["encoder", "frames"] if side == "encoder" else ["decoder", "encoder", "frames"]
+        fitting = [kind for kind in others if kind in self.masks and self.masks[kind].shape[1] == features.shape[1]]
+        if not fitting and not all(bool(mask.all()) for mask in self.masks.values()):
+            lengths = ", ".join(f"{kind} {mask.shape[1]}" for kind, mask in self.masks.items())
+            _say_padding_counts(name, features.shape[1], lengths)
+        return fitting[0] if fitting else None
 
     def _take(self, rows: Tensor) -> None:
         self.content = self.content[rows.to(self.content.device)]

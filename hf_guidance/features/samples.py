@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_guidance.features.choices import choose_tokens, choose_within_rows, hashes_of_rows
+from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.reader import HIDDEN
 from hf_guidance.features.rows import Batch, ComparedRows
@@ -41,6 +42,7 @@ class Samples(ComparedRows):
         ranks: Processes whose batches are taken as one; None for this process alone.
         sketch: Sketch of wide layers.
         primal_below: As of `similarity.layer_of`.
+        conventions: Those of the network; without them, its layers have no maps and no frames.
 
     Attributes:
         count: Number of rows that are compared, over all ranks.
@@ -64,8 +66,9 @@ class Samples(ComparedRows):
         ranks: Ranks | None = None,
         sketch: Sketch | None = None,
         primal_below: float = PRIMAL_BELOW,
+        conventions: Conventions | None = None,
     ) -> None:
-        super().__init__(batch, axis, rows, skip_first, least, sides, like)
+        super().__init__(batch, axis, rows, skip_first, least, sides, like, conventions)
         self.max_tokens, self.seed, self.like = max_tokens, seed, like
         self.batch_size = len(self.content)
         self.ranks, self.sketch, self.primal_below = ranks, sketch, primal_below
@@ -106,7 +109,7 @@ class Samples(ComparedRows):
             parts: 2 if this is a sketch already.
 
         Raises:
-            ValueError: If the first axis of the output is not the batch, or its length is not that of the mask.
+            ValueError: As `prepared` does.
         """
         given, counts = features, self.counts
         features, kind = self.prepared(name, features)

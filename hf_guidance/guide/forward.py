@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
-from hf_guidance.features.reader import AllRead, LayerReader, Reduce, base_model_of
+from hf_guidance.features.reader import AllRead, LayerReader, Reduce
 from hf_guidance.features.rows import Batch, documents_of, is_packed, take_rows
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
+from hf_guidance.guide.calling import forward
 from hf_guidance.guide.inputs import (
-    accepted_columns,
     check_vocabularies,
-    forward_arguments,
     generator_for,
     guide_batch,
     noise_like,
@@ -27,6 +25,7 @@ from hf_guidance.guide.inputs import (
     shuffle_rows,
     vocabulary_size,
 )
+from hf_guidance.guide.random_state import random_state
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.mapping import LAST
 from hf_guidance.similarity.layers import Layer, flat
@@ -35,8 +34,7 @@ from hf_guidance.similarity.sketch import Sketch
 logger = logging.getLogger(__name__)
 
 ALIKE = 0.02  # largest relative difference that rounding makes, in half precision too
-# beginnings of the errors of transformers and timm
-WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)
+SAME = 1e-3  # the same for two forwards of one batch
 
 
 class GuideRunning:
@@ -63,6 +61,7 @@ class GuideRunning:
         self._sketched_layers: set[str] = set()  # of the cache
         self._ends_early: bool | None = None  # whether a forward may end after the last layer in a pair
         self._has_seen_a_batch = False
+        self._draws_nothing = False  # no random numbers, or none that change a layer
 
     def names(self) -> list[str]:
         """Return the guide's layers in order. A batch must have been seen."""
@@ -116,9 +115,28 @@ class GuideRunning:
             placed = hasattr(self.guide, "hf_device_map")  # weights are fetched for each forward and put back
             self._ends_early = own_forward and not (placed or is_sharded(self.guide))  # whose end puts weights back
         self.reader.stop_early = self._ends_early and self.cache is None
+        before = None if self._draws_nothing else random_state()
         with self.autocast(), self.reader.reading(reduce) as read, suppress(AllRead):
             forward(self.guide, inputs)
+        if before is not None:
+            self._draws_nothing = True
+            if not all(torch.equal(*states) for states in zip(before, random_state(), strict=True)):
+                self._check_is_not_random(inputs)
         return read
+
+    def _check_is_not_random(self, inputs: Batch) -> None:
+        """Refuse a guide whose features differ between two forwards of one batch."""
+        once, again = (self.read(inputs, lambda _, features: features.clone()) for _ in range(2))
+        for name, features in once.items():
+            same = features.shape == again[name].shape
+            difference = (features - again[name]).norm() / features.norm() if same else 1.0
+            if difference > SAME:
+                raise ValueError(
+                    f"the guide ({type(self.guide).__name__}) is random: two forwards of the same batch differ by "
+                    f"{100 * difference:.2g} % in layer {name}, so that the target would follow noise. Switch this off "
+                    "in the guide's config, or load the guide without it: of a masked autoencoder that is its plain "
+                    "encoder (the weights of ViTMAEModel in ViTModel)."
+                )
 
     def _check_tells_documents_apart(self, inputs: Batch) -> None:
         """Warn if the guide's features of a packed document differ from those of the document alone."""
@@ -191,41 +209,3 @@ class GuideRunning:
                 f"dataset.add_column({column!r}, range(len(dataset))), and let the collator pass it on as a tensor."
             )
         return ids
-
-
-def forward(guide: nn.Module, inputs: Batch) -> Any:
-    """Run a guide on those of the inputs that it accepts, moved to its device.
-
-    Args:
-        guide: The guide.
-        inputs: Columns of a batch.
-
-    Returns:
-        Output of the guide.
-
-    Raises:
-        ValueError: If an encoder-decoder gets no decoder inputs, or the images have a size that the guide does not
-            accept.
-    """
-    args, kwargs = forward_arguments(guide, inputs)
-    if "use_cache" in accepted_columns(guide):  # with a cache, transformers takes packed documents for one document
-        kwargs["use_cache"] = False
-    parameter = next(base_model_of(guide).parameters(), None)  # a target's own base holds none itself
-    if parameter is not None and parameter.device.type != "meta":
-        args = [value.to(parameter.device) for value in args]
-        kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    try:
-        return guide(*args, **kwargs)
-    except (ValueError, AssertionError) as error:
-        config = getattr(guide, "config", None)
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
-            raise ValueError(
-                f"the guide ({type(guide).__name__}) is an encoder-decoder, but the batch has nothing for its "
-                "decoder: add guide_decoder_input_ids (beside guide_input_ids), or pass guide.get_encoder()."
-            ) from error
-        if WRONG_SIZE.match(str(error)) and isinstance(images := inputs.get("pixel_values"), Tensor):
-            raise ValueError(
-                f"the guide ({type(guide).__name__}) cannot take images of shape {tuple(images.shape)}: {error} "
-                "Give it images of its own in a column guide_pixel_values, or build it for this size."
-            ) from error
-        raise

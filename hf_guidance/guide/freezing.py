@@ -28,8 +28,14 @@ def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | No
         The guide.
 
     Raises:
-        ValueError: If the guide has no batch norm, and the mode is not `eval`.
+        ValueError: If the guide has no batch norm, and the mode is not `eval`. Also if it has shapes but no weights.
     """
+    placed = getattr(guide, "hf_device_map", None) or any(hasattr(module, "_hf_hook") for module in guide.modules())
+    if not placed and any(parameter.is_meta for parameter in guide.parameters()):
+        raise ValueError(
+            f"the guide ({type(guide).__name__}) has no weights, as it is on the meta device: build it on another one, "
+            "or load it with load_guide or from_pretrained."
+        )
     guide.eval().requires_grad_(False)
     norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM)]
     if batch_norm != "eval" and not norms:
@@ -37,7 +43,7 @@ def freeze(guide: nn.Module, batch_norm: str = "eval", device: torch.device | No
     for norm in norms:
         norm.train(batch_norm == "batch")
         norm.track_running_stats = batch_norm != "batch" and norm.running_mean is not None
-    placed = getattr(guide, "hf_device_map", None) or getattr(guide, "is_quantized", False)
+    placed = placed or getattr(guide, "is_quantized", False)
     return guide if device is None or placed else guide.to(device)
 
 

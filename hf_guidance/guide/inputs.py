@@ -16,6 +16,7 @@ from hf_guidance.features.rows import Batch, take_rows
 GUIDE_PREFIX = "guide_"
 GUIDE_PIXELS = "guide_pixel_values"
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
+NO_LABEL = -100  # of positions without a label
 LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 
 
@@ -47,13 +48,33 @@ def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
     join prompts and completions into `input_ids` and `attention_mask`.
     """
     seen: dict[str, Any] = dict(batch)
-    shift = getattr(base_model_of(target), "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None and "labels" in seen and "decoder_input_ids" not in seen:
-        seen["decoder_input_ids"] = shift(labels=seen["labels"])
+    if (
+        "decoder_input_ids" not in seen
+        and (ids := _decoder_inputs(base_model_of(target), seen.get("labels"))) is not None
+    ):
+        seen = {"decoder_attention_mask": seen["labels"] != NO_LABEL, **seen, "decoder_input_ids": ids}
     parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
     if "input_ids" not in seen and all(name in seen for names in parts.values() for name in names):
         seen |= {whole: torch.cat([seen[name] for name in names], 1) for whole, names in parts.items()}
     return seen
+
+
+def _decoder_inputs(target: Any, labels: Any) -> Tensor | None:
+    """Make the decoder inputs of an encoder-decoder from its labels; None if it does not do so."""
+    if labels is None:
+        return None
+    shift: Any = getattr(target, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return shift(labels=labels)
+    config = getattr(target, "config", None)
+    start, pad = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    is_text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    if not (is_text and getattr(config, "is_encoder_decoder", False) and isinstance(start, int)):
+        return None
+    if "decoder_input_ids" not in inspect.signature(target.forward).parameters:
+        return None  # a head on the encoder alone
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == NO_LABEL, 0 if pad is None else pad)
 
 
 def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[str, Any]]:

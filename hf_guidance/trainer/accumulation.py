@@ -12,16 +12,14 @@ from transformers import TrainingArguments
 
 from hf_guidance.features.reader import HIDDEN, not_recomputed
 from hf_guidance.features.rows import Batch
-from hf_guidance.guide.inputs import check_vocabularies, guide_batch, seen_by_target, without_guide
+from hf_guidance.guide.inputs import NO_LABEL, check_vocabularies, guide_batch, seen_by_target, without_guide
+from hf_guidance.guide.random_state import random_state, set_random_state
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.similarity.layers import Layer
 from hf_guidance.similarity.pair_loss import Groups
-from hf_guidance.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from hf_guidance.features.samples import Samples
-
-NO_LABEL = -100
 
 
 class Accumulated:
@@ -92,7 +90,6 @@ class Accumulated:
             others = [features if i == number else read[name] for i, read in enumerate(self._features)]
             return self._samples.layers(name, _in_one(others))
 
-        watched.run_guide = self._run_guide
         set_random_state(self._states[number])
         with loss.target_reader.reading(not_recomputed(layers_of)) as layers:
             yield watched

@@ -17,11 +17,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.rows import Batch, content_of
 from hf_guidance.guide.inputs import without_guide
+from hf_guidance.guide.random_state import random_state, set_random_state
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Weights
 from hf_guidance.trainer.forwards import watches_each
 from hf_guidance.trainer.logs import RunningMeans
-from hf_guidance.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     Behind = Trainer

@@ -15,16 +15,16 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging as of_transformers
 
-from hf_guidance.analysis.first_batch import FirstLook, largest_difference, look_at_layer, look_at_pairs, render
+from hf_guidance.analysis.first_batch import FirstLook, look_at_layer, look_at_pairs, render
 from hf_guidance.analysis.first_warnings import warnings_of
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import BATCH_NORM
 from hf_guidance.guide.inputs import without_guide
+from hf_guidance.guide.random_state import kept_random_state
 from hf_guidance.guide.sharding import gathered
 from hf_guidance.loss import Watched
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.protocol import GuidedTrainer
-from hf_guidance.trainer.random_state import kept_random_state
 from hf_guidance.trainer.uploads import one_line
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,6 @@ def look_at_start(
     assert watched.layers is not None
     targets, guides = watched.layers
     with unchanged(loss.target, guide):
-        differs = None
-        if watched.run_guide is not None and config.cache_guide is None:  # with a sharded guide on all processes
-            differs = largest_difference(guides, watched.run_guide()[1])
         if watched.loss is None:
             return None
         pairs = look_at_pairs(watched.similarities, config.measure, targets, guides)
@@ -96,7 +93,6 @@ def look_at_start(
             pairs,
             {name: look_at_layer(targets[name]) for name in dict.fromkeys(pair.target for pair in pairs)},
             {name: look_at_layer(guides[name]) for name in dict.fromkeys(pair.guide for pair in pairs)},
-            differs,
         )
         look.not_measured = _why_no_gradients(trainer, model, task_loss, watched)
         if not look.not_measured:
@@ -108,7 +104,7 @@ def look_at_start(
             look.uses_item_count = uses_item_count(trainer, inputs, num_items)
     has_batch_norm = any(isinstance(module, BATCH_NORM) for module in guide.modules())
     steps = trainer.args.gradient_accumulation_steps
-    options: Any = {"guide": type(guide).__name__, "has_batch_norm": has_batch_norm, "accumulation": steps}
+    options: Any = {"has_batch_norm": has_batch_norm, "accumulation": steps}
     look.warnings = warnings_of(look, config, **options)
     return look
 

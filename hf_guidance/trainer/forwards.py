@@ -121,7 +121,7 @@ def _average(whole: Watched, found: Sequence[Watched]) -> None:
             pair: torch.stack([similarities[pair] for similarities in of_measure if pair in similarities]).mean()
             for pair in dict.fromkeys(pair for similarities in of_measure for pair in similarities)
         }
-    whole.layers, whole.run_guide = guided[0].layers, guided[0].run_guide  # for a look at the first batch
+    whole.layers = guided[0].layers  # for a look at the first batch
 
 
 def watches_each(trainer: GuidedTrainer) -> bool:

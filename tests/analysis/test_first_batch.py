@@ -12,12 +12,11 @@ from hf_guidance.analysis.first_batch import (
     FirstLook,
     LayerLook,
     PairLook,
-    largest_difference,
     look_at_layer,
     look_at_pairs,
     render,
 )
-from hf_guidance.similarity.layers import Layer, layer_of
+from hf_guidance.similarity.layers import layer_of
 from hf_guidance.similarity.measures import debiased_cka
 
 
@@ -89,24 +88,6 @@ def test_three_samples_have_no_debiased_cka() -> None:
     layers = [layer_of(noise(3, 6))]
     (pair,) = look_at_pairs({"ridge": {"a~b": torch.tensor(0.7)}}, "ridge", {"a": layers}, {"b": layers})
     assert pair.debiased_cka is None
-
-
-def test_the_layer_that_differs_most_is_named() -> None:
-    def groups(*factors: float) -> dict[str, list[Layer]]:
-        x = noise(32, 4)
-        return {
-            name: [layer_of(x + factor * noise(32, 4, seed=9))] for name, factor in zip("abc", factors, strict=True)
-        }
-
-    assert largest_difference(groups(0, 0, 0), groups(0, 0, 0)) == ("a", 0.0)
-    name, difference = largest_difference(groups(0, 0, 0), groups(0, 0.5, 0.1)) or ("", 0)
-    assert name == "b"
-    assert 0.1 < difference < 1
-    fewer = {name: layers for name, layers in groups(0, 0.5, 0.1).items() if name != "b"}
-    assert (largest_difference(groups(0, 0, 0), fewer) or ("", 0))[0] == "c"
-    dead = {"a": [layer_of(torch.ones(8, 2))]}
-    assert largest_difference(dead, dead) == ("a", 0.0)
-    assert largest_difference(groups(0, 0, 0), {}) is None
 
 
 # --------------------------------------------------------------------------------------------------------- the text

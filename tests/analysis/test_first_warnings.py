@@ -16,13 +16,13 @@ def look_of(**changes: object) -> FirstLook:
     layer = LayerLook(1, 64, 16, "primal", False, 0.1)
     pairs = [PairLook(f"t{i}", f"g{i}", 0.5, 0.4) for i in range(4)]
     targets, guides = ({f"{side}{i}": layer for i in range(4)} for side in "tg")
-    look = FirstLook("linear_cka", "sequence", 1.0, "sum", pairs, targets, guides, ("g0", 1e-6), 1.0, "", True)
+    look = FirstLook("linear_cka", "sequence", 1.0, "sum", pairs, targets, guides, 1.0, "", True)
     return replace(look, **changes)
 
 
 def warned(look: FirstLook, accumulation: int = 1, has_batch_norm: bool = False, **settings: object) -> list[str]:
     config = GuidanceConfig(**settings)  # type: ignore[arg-type]
-    return warnings_of(look, config, guide="Guide", has_batch_norm=has_batch_norm, accumulation=accumulation)
+    return warnings_of(look, config, has_batch_norm=has_batch_norm, accumulation=accumulation)
 
 
 def test_a_good_start_gives_no_warning() -> None:
@@ -84,13 +84,6 @@ def test_a_layer_whose_energy_is_in_a_few_samples_is_named_with_its_side(axis: s
     assert advice in words
     if axis == "token":
         assert "skip_first_positions=3" in warned(look, skip_first_positions=2)[0]
-
-
-def test_a_random_guide_is_named_with_the_difference() -> None:
-    (words,) = warned(look_of(guide_differs=("g3", 0.84)))
-    assert words.startswith("The guide (Guide) is random: two forwards of the same batch differ by 84 % in layer g3")
-    assert warned(look_of(guide_differs=("g3", 9e-4))) == []
-    assert warned(look_of(guide_differs=None)) == []
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers import (
     GPT2LMHeadModel,
     MambaConfig,
     ModernBertConfig,
+    PatchTSMixerConfig,
     PoolFormerConfig,
     PreTrainedConfig,
     ResNetConfig,
@@ -30,8 +31,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.modules import find_modules
-from hf_guidance.features.reader import LayerReader, first_tensor
+from hf_guidance.features.reader import LayerReader
 from hf_guidance.targets import RNNConfig
 
 Batch = dict[str, Tensor]
@@ -68,6 +70,7 @@ ATTENTION = {"num_attention_heads": 2, "intermediate_size": 16}
 T5_SIZES = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_heads": 2, "vocab_size": 17, "dropout_rate": 0.0}
 STAGES = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
 
+ENDS_TWICE = ("mamba", "falcon_mamba", "rwkv")
 # config, batch, the module whose output is the first hidden state read, number of hidden states read
 NETWORKS: dict[str, tuple[PreTrainedConfig, Batch, str, int]] = {
     "gpt2": (gpt2().config, TEXT, "h.0", 2),
@@ -88,9 +91,15 @@ NETWORKS: dict[str, tuple[PreTrainedConfig, Batch, str, int]] = {
     ),
     "rnn": (RNNConfig(**SMALL), {"input_ids": IDS}, "layers.0", 2),
     # these return no embeddings, and the last layer once more behind its norm
-    "mamba": (MambaConfig(**SMALL, state_size=4), TEXT, "layers.0", 3),
-    "falcon mamba": (FalconMambaConfig(**SMALL, state_size=4), TEXT, "layers.0", 3),
-    "rwkv": (RwkvConfig(**SMALL, attention_hidden_size=8), {"input_ids": IDS}, "blocks.0", 3),
+    "mamba": (MambaConfig(**SMALL, state_size=4), TEXT, "layers.0", 2),
+    "falcon mamba": (FalconMambaConfig(**SMALL, state_size=4), TEXT, "layers.0", 2),
+    "rwkv": (RwkvConfig(**SMALL, attention_hidden_size=8), {"input_ids": IDS}, "blocks.0", 2),
+    "patchtsmixer": (
+        PatchTSMixerConfig(context_length=32, num_layers=3, d_model=8, num_input_channels=2, patch_length=8),
+        {"past_values": torch.randn(4, 32, 2, generator=torch.Generator().manual_seed(0))},
+        "encoder.mlp_mixer_encoder.mixers.0",
+        3,
+    ),
     "vit": (
         ViTConfig(hidden_size=8, num_hidden_layers=2, **ATTENTION, image_size=32, patch_size=8),
         IMAGES,
@@ -125,7 +134,8 @@ def test_hidden_states_are_all_the_network_returns_but_the_embeddings(
     outputs = model(**batch, output_hidden_states=True)
     states = outputs.hidden_states if "hidden_states" in outputs else outputs.decoder_hidden_states
     layers = layers_of(model, "hidden_states", **batch)
-    assert list(layers) == [f"hidden_states.{i}" for i in range(len(states) - count, len(states))]
+    starts = 0 if model.config.model_type in ENDS_TWICE else len(states) - count
+    assert list(layers) == [f"hidden_states.{i}" for i in range(starts, starts + count)]
     for name, layer in layers.items():
         torch.testing.assert_close(layer, states[int(name.split(".")[1])])
     (expected,) = outputs_of(model, first, **batch)
@@ -516,3 +526,32 @@ def test_more_forwards_without_gradients_are_not_read(layers: list[str]) -> None
     assert all(features.requires_grad for features in read.values())
     assert "hidden_states" not in again
     assert outputs.hidden_states is None or len(outputs.hidden_states) == 3
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_module_whose_first_axis_is_the_batch_by_chance_is_refused(batch_first: bool) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.rnn = nn.Embedding(17, 8), nn.GRU(8, 8, batch_first=batch_first)
+
+        def forward(self, input_ids: Tensor) -> Any:
+            states = self.embed(input_ids)
+            return self.rnn(states if batch_first else states.transpose(0, 1))
+
+    network, square = Recurrent(), torch.zeros(5, 5, dtype=torch.int64)
+    reader = LayerReader(network, ["rnn"], "guide")
+
+    def read(ids: Tensor) -> Any:
+        with reader.reading(lambda name, features: features.shape) as found:
+            network(ids)
+        return found
+
+    if not batch_first:
+        words = (
+            r"guide layer 'rnn' \(GRU\) gave shape \(5, 5, 8\) and has batch_first=False, .*: build it with batch_first"
+        )
+        with pytest.raises(ValueError, match=words):
+            read(square)
+    read(square[:4])
+    assert read(square) == {"rnn": (5, 5, 8)}

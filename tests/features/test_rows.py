@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guidance.features.rows import content_of, masks_of, take_rows
+from hf_guidance.features.rows import content_of, take_rows
 
 
 def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes_or_else_with_one() -> None:
@@ -15,18 +15,6 @@ def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes_or_else
     words = r"no tensor with a sample axis; it has \['name', 'scale'\]\. Guidance compares rows: let the data collator"
     with pytest.raises(ValueError, match=words):
         content_of({"name": "x", "scale": torch.tensor(1.0)})
-
-
-def test_masks_are_those_of_encoder_and_decoder_as_far_as_they_are_known() -> None:
-    encoder, labels = torch.tensor([[1, 1, 0]]), torch.tensor([[5, -100]])
-    masks = masks_of({"attention_mask": encoder, "decoder_input_ids": torch.zeros(1, 2).long(), "labels": labels})
-    assert {name: mask.tolist() for name, mask in masks.items()} == {
-        "encoder": [[True, True, False]],
-        "decoder": [[True, False]],
-    }
-    assert masks_of({"decoder_input_ids": torch.zeros(1, 2).long()})["decoder"].all()
-    assert masks_of({"decoder_attention_mask": encoder, "labels": labels})["decoder"].tolist() == [[True, True, False]]
-    assert masks_of({"attention_mask": torch.ones(1, 1, 3, 3)}) == {}  # a mask of pairs of positions, of no padding
 
 
 def test_taken_rows_are_those_of_every_column_that_has_rows() -> None:

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.samples import Samples
 from hf_guidance.similarity.layers import gram
 
 ROWS, LENGTH, WIDTH = 9, 7, 5
+FIRST = Conventions(nn.Conv2d(1, WIDTH, 1), {})  # a network whose maps have WIDTH channels
 LENGTHS = torch.tensor([7, 3, 5, 1, 6, 4, 2, 7, 5])
 Batch = dict[str, Tensor]
 
@@ -90,7 +92,8 @@ def test_of_an_image_a_token_is_a_place() -> None:
     features = normal(2, WIDTH, 3, 4)
     places = torch.stack([features[b, :, i, j] for b in range(2) for i in range(3) for j in range(4)])
     torch.testing.assert_close(
-        Samples({"pixel_values": torch.ones(2, 3, 8, 8)}, "token").layer("h", features).gram(), gram(places)
+        Samples({"pixel_values": torch.ones(2, 3, 8, 8)}, "token", conventions=FIRST).layer("h", features).gram(),
+        gram(places),
     )
 
 
@@ -166,7 +169,9 @@ def test_the_first_valid_positions_are_left_out_wherever_they_stand(padding: str
 def test_without_a_mask_the_first_positions_are_left_out_too_but_not_those_of_an_image_or_a_pooled_layer() -> None:
     ids, features = torch.ones(ROWS, LENGTH, dtype=torch.int64), normal(ROWS, LENGTH, WIDTH)
     for axis in ("sequence", "token"):
-        skipping, all_of_them = Samples({"input_ids": ids}, axis, skip_first=1), Samples({"input_ids": ids}, axis)
+        skipping, all_of_them = (
+            Samples({"input_ids": ids}, axis, skip_first=skip, conventions=FIRST) for skip in (1, 0)
+        )
         expected = all_of_them.layer("h", features[:, 1:]).gram()
         torch.testing.assert_close(skipping.layer("h", features).gram(), expected)
         image = normal(ROWS, WIDTH, 2, 3)
@@ -179,7 +184,7 @@ def test_the_places_of_an_image_are_those_of_a_vision_transformer_without_its_fi
     images = {"pixel_values": normal(2, 3, 8, 8)}
     tokens, places = normal(2, 7, WIDTH), normal(2, WIDTH, 2, 3)
     samples = Samples(images, "token", skip_first=1)
-    guide = Samples(images, "token", skip_first=1, like=samples)
+    guide = Samples(images, "token", skip_first=1, like=samples, conventions=FIRST)
     pairs = [("t", "g")]
     samples.check_aligned(pairs, {"t": samples.layers("t", tokens)}, guide, {"g": guide.layers("g", places)})
 
@@ -372,10 +377,27 @@ def test_an_output_whose_first_axis_is_not_the_batch_is_an_error(output: Any, go
         Samples(network()[0]).layer("rnn", output)
 
 
-def test_a_layer_with_another_length_than_the_mask_is_an_error() -> None:
-    words = r"layer 'pool' has 4 positions, but the mask has another number \(encoder 7\)"
-    with pytest.raises(ValueError, match=words):
-        Samples(network()[0]).layer("pool", normal(ROWS, 4, WIDTH))
+def test_of_a_layer_with_another_length_than_the_mask_all_positions_count_which_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (batch, _), pooled = network(), normal(ROWS, 4, WIDTH)
+    for _ in range(2):
+        torch.testing.assert_close(Samples(batch).layer("pool of 4", pooled).values, gram(pooled))
+    (words,) = caplog.messages
+    assert words.startswith("Layer 'pool of 4' has 4 positions, but the mask has another number (encoder 7), so that")
+    caplog.clear()
+    Samples({**batch, "attention_mask": torch.ones(ROWS, LENGTH)}).layer("pool without padding", pooled)
+    assert not caplog.messages
+
+
+def test_an_encoders_layer_is_never_masked_by_the_decoder_nor_an_images_by_text() -> None:
+    features, mask = normal(ROWS, LENGTH, WIDTH), (torch.arange(LENGTH) < LENGTHS[:, None]).long()
+    decoder = {"pixel_values": normal(ROWS, 3, 8, 8), "decoder_attention_mask": mask}
+    text = {"input_ids": torch.ones(ROWS, LENGTH).long(), "attention_mask": mask}
+    for batch, name in ((decoder, "encoder.layer.0"), (text, "model.vision_tower.layers.0")):
+        torch.testing.assert_close(Samples(batch).layer(name, features).values, gram(features))
+    for batch, name in ((decoder, "decoder.h.0"), (text, "model.layers.0")):
+        assert not torch.allclose(Samples(batch).layer(name, features).gram(), gram(features))
 
 
 def test_a_layer_without_positions_has_no_tokens() -> None:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from builders import VOCABULARY, gpt2, llama, seeded, t5, token_rows
+from builders import VOCABULARY, gpt2, llama, seeded, t5, token_batch, token_rows
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, DataCollatorWithFlattening, DynamicCache, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    PreTrainedModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.guide.forward import forward
+from hf_guidance.guide.calling import forward
+from hf_guidance.guide.forward import GuideRunning
+
+VIT: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+VIT |= {"image_size": 16, "patch_size": 8}
 
 
 def documents(*lengths: int) -> list[dict[str, Any]]:
@@ -90,3 +105,67 @@ def test_a_guide_that_takes_no_use_cache_is_given_none() -> None:
 
     forward(Own(), {"input_ids": torch.arange(5)[None]})
     assert seen == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ random
+
+
+class Masking(nn.Module):
+    """A guide that draws random numbers in evaluation mode too, and masks its tokens by them or not."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.embed, self.masked, self.share = nn.Embedding(VOCABULARY, 8), nn.Identity(), share
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.forwards += 1
+        return self.masked(self.embed(input_ids) * (torch.rand(input_ids.shape) >= self.share)[..., None])
+
+
+def test_a_guide_whose_features_differ_in_each_forward_is_refused() -> None:
+    vit_mae = ViTMAEModel(ViTMAEConfig(**VIT, decoder_hidden_size=8, decoder_num_attention_heads=2))
+    loss = GuidanceLoss(ViTModel(ViTConfig(**VIT)), vit_mae, GuidanceConfig(measure="linear_cka"))
+    words = r"the guide \(ViTMAEModel\) is random: two forwards .* of ViTMAEModel in ViTModel\)"
+    with pytest.raises(ValueError, match=words), loss.watch({"pixel_values": torch.randn(4, 3, 16, 16)}):
+        pass
+    running = GuideRunning(LayerReader(Masking(0.5), ["masked"], "guide"), gpt2(), GuidanceConfig(), nullcontext)
+    with pytest.raises(ValueError, match=r"the guide \(Masking\) is random: .* in layer masked, so that"):
+        running.read(token_batch(), lambda _, features: features)
+
+
+def test_random_numbers_that_change_nothing_are_no_harm_and_are_looked_at_once() -> None:
+    guide = Masking(0.0)
+    loss = GuidanceLoss(gpt2(), guide, GuidanceConfig(guide_layers=["masked"]))
+    for forwards in (3, 4):  # two more after the first
+        next_forward(loss)
+        assert int(guide.forwards) == forwards
+
+
+def next_forward(loss: GuidanceLoss) -> None:
+    with loss.watch(token_batch()) as watched:
+        loss.target(**watched.inputs)
+
+
+def test_a_padded_batch_of_torchs_own_encoder_is_read_layer_by_layer() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, 8)
+            self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layers(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
+
+    lengths, losses = torch.tensor([5, 2, 4, 1, 3, 5, 4, 2]), []
+    guidance = GuidanceLoss(gpt2(), seeded(Encoder, 0), GuidanceConfig(guide_layers=["layers.layers.*"]))
+    for length in (5, 9):
+        ids = token_batch(8, length)["input_ids"][:, :5]
+        batch = {"input_ids": torch.nn.functional.pad(ids, (0, length - 5)), "labels": ids}
+        batch["input_ids"][:, :5] = token_batch(8, 5)["input_ids"]
+        batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+        with guidance.watch(batch) as watched:
+            guidance.target(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        losses.append(watched.loss)
+    torch.testing.assert_close(*losses)
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig, ViTConfig, ViTModel
 
 from hf_guidance import load_guide
-from hf_guidance.guide.forward import forward
+from hf_guidance.guide.calling import forward
 from hf_guidance.guide.inputs import (
     accepted_columns,
     check_vocabularies,
@@ -160,7 +160,7 @@ TIMMS_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_h
 def test_images_of_a_size_that_the_guide_does_not_take_are_an_error_that_names_both(config: Any) -> None:
     guide = load_guide(config)
     forward(guide, {"pixel_values": torch.zeros(2, 3, 16, 16)})
-    words = rf"guide \({type(guide).__name__}\) cannot take images of shape \(2, 3, 24, 24\): .*guide_pixel_values"
+    words = rf"guide \({type(guide).__name__}\) does not run on pixel_values \(2, 3, 24, 24\): .*guide_pixel_values"
     with pytest.raises(ValueError, match=words):
         forward(guide, {"pixel_values": torch.zeros(2, 3, 24, 24)})
 

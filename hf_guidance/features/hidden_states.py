@@ -1,0 +1,122 @@
+"""Which hidden states are layers: told by the blocks that ran, not by the kind of network."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+Output: TypeAlias = "Tensor | PackedSequence | Mapping[str, Output] | Sequence[Output] | None"  # of a module
+Ran: TypeAlias = "list[tuple[Callable[[], Any], Callable[[], Any]]]"  # what a block took and gave, in order
+
+
+class Blocks:
+    """Record of what the blocks of a network take and give in one forward: the members of its module lists.
+
+    Most networks return their embeddings as the first hidden state, some a layer's output. Some return the last layer
+    twice, as it is and normed. A hidden state that is what a block took or gave tells which of these it is.
+
+    Args:
+        base: The network.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+        self._ran: dict[str, Ran] = {}
+        self._is_timm = hasattr(base, "timm_model")
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Put the hooks on the blocks."""
+        self.remove()
+        for name, blocks in self._lists.items():
+            hook = partial(self._note, name)
+            self._handles += [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
+
+    def forget(self) -> None:
+        """Forget what ran, as a forward to read begins."""
+        self._ran = {}
+
+    def remove(self) -> None:
+        """Remove the hooks from the blocks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _note(self, name: str, block: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        taken = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        given = None if isinstance(output, PackedSequence) else first_tensor(output)
+        # references keep no tensor alive that the network does not keep itself
+        refs = (weakref.ref(value) if isinstance(value, Tensor) else _nothing for value in (taken, given))
+        self._ran.setdefault(name, []).append((next(refs), next(refs)))
+
+    def layers_among(self, states: Sequence[Tensor | None]) -> range:
+        """Return the indices of the hidden states that are layers, each once.
+
+        Args:
+            states: Hidden states of the forward that ran; None for a layer that was skipped.
+        """
+        return range(0 if self._starts_with_a_layer(states) else 1, len(states) - self._ends_twice(states))
+
+    def _starts_with_a_layer(self, states: Sequence[Tensor | None]) -> bool:
+        if self._is_timm or not states:
+            return True  # timm's intermediates are all layers
+        first = states[0]
+        for ran in self._ran.values():
+            if any(given() is first for _, given in ran):
+                return True
+            for i, (taken, _) in enumerate(ran):
+                if taken() is first:
+                    return i > 0
+        counts = {len(ran) for ran in self._ran.values()} or {len(blocks) for blocks in self._lists.values()}
+        return len(states) in counts and len(states) - 1 not in counts
+
+    def _ends_twice(self, states: Sequence[Tensor | None]) -> bool:
+        if any(state is None for state in states):
+            return False  # LayerDrop skips layers of transformers that end once
+        before = {id(state) for state in states[:-1]}
+        for ran in self._ran.values():
+            given = [id(output()) for _, output in ran]
+            if len(ran) >= len(states) - 2 > 0 and before.issuperset(given) and id(states[-1]) not in given:
+                return True
+        return False
+
+
+def _nothing() -> None:
+    return None
+
+
+def first_tensor(output: Output) -> Any:
+    """Return the features in a module's output: the tensor itself, or the first one in a tuple or model output.
+
+    Raises:
+        ValueError: If the output is a packed sequence.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, PackedSequence):
+        raise ValueError("a packed sequence has no batch axis: choose a layer after the sequence is unpacked.")
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return next((first_tensor(entry) for entry in output if entry is not None), None)
+    return output
+
+
+def states_of(output: Any, kind: str) -> Sequence[Any] | None:
+    """Return the hidden states of a kind in a network's output; None if it has none.
+
+    Args:
+        output: Output of a network.
+        kind: `hidden_states`, which in an encoder-decoder are those of the decoder, or the name of others.
+    """
+    kinds = ("hidden_states", "decoder_hidden_states") if kind == "hidden_states" else (kind,)
+    found = (output.get(k) if isinstance(output, dict) else getattr(output, k, None) for k in kinds)
+    return next((states for states in found if states is not None), None)

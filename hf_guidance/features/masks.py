@@ -1,0 +1,71 @@
+"""Masks of a batch: which of its positions are valid, and how to move these to the front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+ToFrames: TypeAlias = Callable[[Tensor], "Tensor | None"]  # lengths of inputs → lengths of layers
+ADDED = -1e4  # additive masks hold this or less at padding
+
+
+def masks_of(tensors: Mapping[str, Tensor], to_frames: ToFrames | None = None) -> dict[str, Tensor]:
+    """Return the valid positions of encoder and decoder, if the batch has them.
+
+    Args:
+        tensors: Columns of the batch.
+        to_frames: Lengths of sounds → numbers of frames, into which a network joins their samples.
+
+    Returns:
+        `encoder`, `decoder` and, of sounds, `frames` → `(batch, length)` of bool.
+
+    Raises:
+        ValueError: If a mask holds numbers that are neither 0 and 1 nor 0 and −inf.
+    """
+    masks = {}
+    labels = tensors.get("labels")
+    if (mask := tensors.get("decoder_attention_mask")) is not None:
+        masks["decoder"] = _valid(mask, "decoder_attention_mask")
+    elif (ids := tensors.get("decoder_input_ids")) is not None:
+        masks["decoder"] = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != -100
+    if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
+        masks["encoder"] = _valid(mask, "attention_mask")
+        if to_frames is not None and "input_ids" not in tensors:
+            valid = masks["encoder"].sum(1)
+            frames = to_frames(torch.cat([valid, valid.new_tensor([mask.shape[1]])]))
+            if frames is not None:
+                masks["frames"] = torch.arange(int(frames[-1]), device=mask.device) < frames[:-1, None]
+    return masks
+
+
+def _valid(mask: Tensor, name: str) -> Tensor:
+    """Read a mask of 0 and 1, or of what is added to attention scores: 0 where they count, −inf at padding."""
+    if not mask.is_floating_point():
+        return mask.bool()
+    added = bool((mask < 0).any()) or not mask.any()
+    if not ((mask == 0) | (mask <= ADDED if added else mask == 1)).all():
+        raise ValueError(
+            f"{name} holds {mask.unique()[:4].tolist()} …, expected 1 for valid positions and 0 for padding, or 0 and "
+            "-inf. Pass it as integers or bool."
+        )
+    return mask == 0 if added else mask.bool()
+
+
+def first_valid(mask: Tensor) -> Tensor:
+    """Return `(batch, length)`: true at as many first positions of each row as the mask has valid ones."""
+    return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+
+
+def in_front(mask: Tensor) -> Tensor | None:
+    """Return the order that moves each row's valid positions to its front; None if they are there."""
+    if (mask[:, :-1] >= mask[:, 1:]).all():
+        return None
+    return mask.int().argsort(dim=1, descending=True, stable=True)
+
+
+def over(mask: Tensor, features: Tensor) -> Tensor:
+    """Append axes to `(batch, length)` so that it spreads over features `(batch, length, …)`."""
+    return mask.reshape(mask.shape + (1,) * (features.ndim - 2))

@@ -1,0 +1,32 @@
+"""Masks of encoder and decoder, of integers, of bool, and of what is added to attention scores."""
+
+import pytest
+import torch
+
+from hf_guidance.features.masks import masks_of
+
+
+def test_masks_are_those_of_encoder_and_decoder_as_far_as_they_are_known() -> None:
+    encoder, labels = torch.tensor([[1, 1, 0]]), torch.tensor([[5, -100]])
+    masks = masks_of({"attention_mask": encoder, "decoder_input_ids": torch.zeros(1, 2).long(), "labels": labels})
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "encoder": [[True, True, False]],
+        "decoder": [[True, False]],
+    }
+    assert masks_of({"decoder_input_ids": torch.zeros(1, 2).long()})["decoder"].all()
+    assert masks_of({"decoder_attention_mask": encoder, "labels": labels})["decoder"].tolist() == [[True, True, False]]
+    assert masks_of({"attention_mask": torch.ones(1, 1, 3, 3)}) == {}  # a mask of pairs of positions, of no padding
+
+
+def test_a_float_mask_is_read_as_what_it_holds_and_refused_if_that_is_neither() -> None:
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    for low in (float("-inf"), torch.finfo(torch.bfloat16).min, -1e4):
+        added = torch.zeros(2, 3).masked_fill(~valid, low)
+        assert torch.equal(masks_of({"attention_mask": added})["encoder"], valid)
+    assert torch.equal(masks_of({"attention_mask": valid.float()})["encoder"], valid)
+    assert masks_of({"attention_mask": torch.zeros(2, 3)})["encoder"].all()  # nothing is added, so nothing is padding
+    assert masks_of({"decoder_attention_mask": torch.zeros(2, 3)})["decoder"].all()
+    words = r"attention_mask holds \[.*1\.0\] …, expected 1 for valid positions and 0 for padding, or 0 and -inf"
+    for other in (torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([[-1.0, 0.0, 1.0]])):
+        with pytest.raises(ValueError, match=words):
+            masks_of({"attention_mask": other})
