@@ -82,7 +82,7 @@ class DistillationTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, without_guide(inputs), return_outputs=return_outputs)
         outputs = model(**without_guide(inputs))
-        args, kwargs = forward_arguments(self.guide, guide_batch(inputs, model))
+        args, kwargs = forward_arguments(self.guide, guide_batch(inputs, model, self.guide))
         with torch.no_grad(), self.accelerator.autocast():
             theirs = self.guide(*args, **kwargs).logits.float()
         ours = outputs.logits.float()

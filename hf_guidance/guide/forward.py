@@ -85,7 +85,7 @@ class GuideRunning:
             ValueError: If the two networks have different vocabularies, or `cache_guide` is set but the cache is not
                 open or the batch has no ids.
         """
-        inputs = guide_batch(batch, self.target)
+        inputs = guide_batch(batch, self.target, self.guide)
         if not self._has_seen_a_batch:
             if not self.config.guide_shares_tokenizer:
                 check_vocabularies(self.target, self.guide, batch)
@@ -166,7 +166,7 @@ class GuideRunning:
         """Open or create the cache, as `GuidanceLoss.open_cache` does."""
         assert self.config.cache_guide is not None
         assert self.sketch is not None
-        inputs, ids = guide_batch(batch, self.target), self._ids(batch)
+        inputs, ids = guide_batch(batch, self.target, self.guide), self._ids(batch)
         if format_of(self.config.cache_guide) == WITHOUT_HALVES:
             logger.warning(
                 "%s was made by an earlier version of hf_guidance, whose sketches make the norms of Gram matrices too "

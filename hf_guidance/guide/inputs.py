@@ -16,6 +16,7 @@ from hf_guidance.features.rows import Batch, take_rows
 GUIDE_PREFIX = "guide_"
 GUIDE_PIXELS = "guide_pixel_values"
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
+OF_TEXT = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 NO_LABEL = -100  # of positions without a label
 LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 
@@ -35,10 +36,19 @@ def accepted_columns(guide: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind not in variadic and p.name not in LABELS]
 
 
-def guide_batch(batch: Batch, target: nn.Module) -> dict[str, Any]:
-    """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns."""
+def guide_batch(batch: Batch, target: nn.Module, guide: nn.Module) -> dict[str, Any]:
+    """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns.
+
+    A guide that sees the images of a batch with images and text is not given the columns of the text.
+    """
     own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
-    return own or seen_by_target(batch, target)
+    if own:
+        return own
+    accepted, seen = accepted_columns(guide), seen_by_target(batch, target)
+    sees_images = "pixel_values" in accepted and "input_ids" not in accepted
+    if "pixel_values" in seen and "input_ids" in seen and sees_images:
+        return {name: value for name, value in seen.items() if name not in OF_TEXT}
+    return seen
 
 
 def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Accumulated:
     @torch.no_grad()
     def _run_guide(self) -> tuple[Samples, Groups]:
         """Run the guide on each micro-batch, and make its layers of the whole."""
-        guides = [guide_batch(batch, self.loss.target) for batch in self.batches]
+        guides = [guide_batch(batch, self.loss.target, self.loss.guide) for batch in self.batches]
         samples = self.loss.samples_of(joined(guides), like=self._samples)
         return samples, _layers([self.loss.running.read(batch, _kept) for batch in guides], samples)
 

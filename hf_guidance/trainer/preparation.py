@@ -37,7 +37,9 @@ def calibrate(trainer: GuidedTrainer) -> None:
         nonlocal seen
         for batch in islice(first_batches(trainer, trainer.train_dataset), count):
             with trainer.accelerator.autocast():
-                yield lambda batch=batch: loss.forward_guide(guide_batch(batch, trainer.model))
+                yield lambda batch=batch: loss.forward_guide(
+                    guide_batch(batch, trainer.model, trainer.guidance_loss.guide)
+                )
             seen += 1
 
     calibrate_batch_norm(trainer.guide, forwards())
@@ -59,7 +61,7 @@ def open_cache(trainer: GuidedTrainer) -> None:
             f"cache_guide: the training data has {len(trainer.train_dataset)} rows, fewer than one batch of "
             f"{trainer.args.per_device_train_batch_size}."
         )
-    inputs = (guide_batch(batch, trainer.model) for batch in (first, again))
+    inputs = (guide_batch(batch, trainer.model, trainer.guidance_loss.guide) for batch in (first, again))
     once, twice = (row_checksums(seen_by(trainer.guide, each)) for each in inputs)
     if (once != twice).any():
         raise ValueError(

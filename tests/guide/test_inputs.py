@@ -73,14 +73,14 @@ def test_drawing_leaves_the_global_random_state_alone() -> None:
 
 def test_the_guide_is_given_its_own_columns_and_no_others() -> None:
     batch = {"input_ids": IDS, "labels": IDS, "guide_input_ids": IDS + 1, "guide_attention_mask": MASK}
-    own = guide_batch(batch, gpt2())
+    own = guide_batch(batch, gpt2(), llama())
     assert own.keys() == {"input_ids", "attention_mask"}
     assert torch.equal(own["input_ids"], IDS + 1)
 
 
 def test_without_columns_of_its_own_the_guide_is_given_the_targets() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
-    given = guide_batch(batch, gpt2())
+    given = guide_batch(batch, gpt2(), llama())
     assert given.keys() == batch.keys()
     assert given is not batch
 
@@ -99,7 +99,7 @@ def test_prompts_and_completions_that_a_target_sees_together_are_joined() -> Non
     seen = seen_by_target(parts, gpt2())
     assert torch.equal(seen["input_ids"], torch.cat([IDS, IDS[:, :2]], 1))
     assert torch.equal(seen["attention_mask"], torch.cat([MASK, MASK[:, :2]], 1))
-    assert guide_batch(parts, gpt2()).keys() == seen.keys()
+    assert guide_batch(parts, gpt2(), llama()).keys() == seen.keys()
     assert seen_by_target({**parts, "input_ids": IDS}, gpt2())["input_ids"] is IDS
     assert "input_ids" not in seen_by_target({"prompt_ids": IDS}, gpt2())
 

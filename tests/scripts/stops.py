@@ -1,6 +1,6 @@
 """Stops training at random moments, by SIGKILL, SIGTERM and SIGINT, and resumes it; compares the weights at the end.
 
-python tests/scripts/stops.py <folder> --kills 20
+python tests/scripts/stops.py <folder> --kills 60
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import NormNet, gpt2, llama, llama_config, token_rows
+from datasets import Dataset
 from trainers import make_trainer, same
 
 from hf_guidance import load_guide
@@ -38,19 +40,42 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "noise": (llama, {"guide_input": "noise"}),
     "untrained": (lambda: load_guide(llama_config(), seed=3), {}),
     "constant": (llama, {}),
+    "now and then": (llama, {"guidance_every": 3}),
+    "within rows": (llama, {"sample_axis": "within", "guide_rows": 3, "guidance_warmup_steps": 4}),
+    "accumulated": (llama, {"similarity_batch": "accumulated"}),
+    "sketched": (llama, {"sketch": 16}),
+    "cached": (llama, {"sketch": 16, "cache_guide": "cache", "sample_id_column": "id"}),
+    "best at the end": (llama, {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}),
+    "a stream": (llama, {}),
+    "a stream of two processes": (llama, {"similarity_batch": "global"}),
+    "two processes": (llama, {"similarity_batch": "global", "sample_axis": "token", "max_tokens": 9}),
+    "two processes, cached": (llama, {"sketch": 16, "cache_guide": "cache", "sample_id_column": "id"}),
+    "weights alone": (llama, {"save_only_model": True}),  # whose optimizer starts anew: the end may be another one
 }
+ROWS = 100  # more than the steps take, as a stream that is passed twice is another one
 
 
-def train(folder: Path, kind: str) -> None:
+def train(folder: Path, kind: str, place: Mapping[str, str]) -> None:
     """Run to the end, or what is left of it; the weights at the end go to `weights.pt`."""
+    os.environ.update(place)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have switched off
     make_guide, config = KINDS[kind]
+    config = config | ({"cache_guide": str(folder / "cache")} if "cache_guide" in config else {})
+    rows: Any = [row | {"id": torch.tensor(i)} for i, row in enumerate(token_rows(ROWS))]
+    if "cache_guide" in config:
+        rows = [{name: row[name] for name in ("input_ids", "labels", "id")} for row in rows]
+    else:
+        rows = [{name: value for name, value in row.items() if name != "id"} for row in rows]
+    data = {"train_dataset": rows, "eval_dataset": rows[:8]}
+    if "stream" in kind:
+        data["train_dataset"] = Dataset.from_list(rows).with_format("torch").to_iterable_dataset(num_shards=2)
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": STEPS}
-    shape = {"gradient_accumulation_steps": 2, "train_dataset": token_rows(40)}
-    trainer = make_trainer(folder, gpt2(dropout=0.2), make_guide(), **saving, **shape, **config)
+    shape = {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
+    trainer = make_trainer(folder, gpt2(dropout=0.2), make_guide(), **saving, **shape, **data, **config)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
-    torch.save(trainer.model.state_dict(), folder / "weights.pt")
+    if trainer.is_world_process_zero():
+        torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / "weights.pt")
 
 
 class Stops:
@@ -70,15 +95,24 @@ class Stops:
         warm.join()
         self.unbroken: dict[str, tuple[dict[str, torch.Tensor], float]] = {}  # weights and seconds
 
-    def start(self, folder: Path, kind: str) -> Any:
-        process = self.processes.Process(target=train, args=(folder, kind))
-        process.start()
-        return process
+    def start(self, folder: Path, kind: str) -> list[Any]:
+        places: list[dict[str, str]] = [{}]
+        if "two processes" in kind:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+            places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        running = [self.processes.Process(target=train, args=(folder, kind, place)) for place in places]
+        for process in running:
+            process.start()
+        return running
 
     def to_the_end(self, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-        process = self.start(folder, kind)
-        process.join()
-        assert process.exitcode == 0, f"{kind}: exit code {process.exitcode}"
+        running = self.start(folder, kind)
+        for process in running:
+            process.join()
+        codes = [process.exitcode for process in running]
+        assert (folder / "weights.pt").is_file(), f"{kind}: exit codes {codes}"  # gloo may abort after success
         return torch.load(folder / "weights.pt")
 
     def reference(self, kind: str) -> tuple[dict[str, torch.Tensor], float]:
@@ -95,25 +129,29 @@ class Stops:
         while not (killed and last_complete_checkpoint(folder)):  # one that was done, or had not begun yet, is no stop
             shutil.rmtree(folder, ignore_errors=True)
             began = time.monotonic()
-            process = self.start(folder, kind)
-            process.join(timeout=self.random.uniform(0.2, 1.0) * seconds)
-            if killed := process.is_alive():
-                os.kill(process.pid, by)
-            process.join()
-            killed = killed and process.exitcode != 0
+            running = self.start(folder, kind)
+            running[0].join(timeout=self.random.uniform(0.2, 1.0) * seconds)
+            if killed := running[0].is_alive():
+                for process in running:
+                    if process.is_alive():
+                        os.kill(process.pid, by)
+            for process in running:
+                process.join()
+            killed = killed and running[0].exitcode != 0
             if (folder / "weights.pt").is_file():  # done: the machine is faster now than for the reference
                 seconds = min(seconds, time.monotonic() - began)
         torn = [path.name for path in folder.glob("checkpoint-*") if fault_of(path)]
         whole = last_complete_checkpoint(folder)
         result = {"kind": kind, "by": by.name, "resumed from": Path(str(whole)).name, "torn": torn}
         result["identical"] = same(self.to_the_end(folder, kind), weights)
+        shutil.rmtree(folder)
         return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     stops, results = Stops(given.folder, given.seed), []

@@ -70,7 +70,7 @@ class PaperTrainer(Trainer):
     def paper_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Compute the weighted sum over the pairs of (1 − CKA), with a separate forward of each network."""
         with torch.no_grad(), self.accelerator.autocast(), self._guide_reader.reading(_keep) as theirs:
-            positional, named = forward_arguments(self.guide, guide_batch(inputs, model))
+            positional, named = forward_arguments(self.guide, guide_batch(inputs, model, self.guide))
             self.guide(*positional, **named)
         with self._target_reader.reading(_keep) as ours:
             model(**without_guide(inputs))

@@ -74,7 +74,7 @@ class GuideForwards:
 
     def forward(self, number: int) -> None:
         """Run the guide on one of the batches, counted cyclically."""
-        batch = guide_batch(self.batches[number % len(self.batches)], self.trainer.model)
+        batch = guide_batch(self.batches[number % len(self.batches)], self.trainer.model, self.trainer.guide)
         with torch.no_grad(), self.trainer.accelerator.autocast():
             self.trainer.guidance_loss.forward_guide(batch)
 
