@@ -57,26 +57,30 @@ class Blocks:
         refs = (weakref.ref(value) if isinstance(value, Tensor) else _nothing for value in (taken, given))
         self._ran.setdefault(name, []).append((next(refs), next(refs)))
 
-    def layers_among(self, states: Sequence[Tensor | None]) -> range:
+    def layers_among(self, states: Sequence[Output]) -> range:
         """Return the indices of the hidden states that are layers, each once.
 
         Args:
             states: Hidden states of the forward that ran; None for a layer that was skipped.
         """
-        return range(0 if self._starts_with_a_layer(states) else 1, len(states) - self._ends_twice(states))
+        states = [first_tensor(state) for state in states]  # some networks give the states of a stage together
+        return range(self._first_layer(states), len(states) - self._ends_twice(states))
 
-    def _starts_with_a_layer(self, states: Sequence[Tensor | None]) -> bool:
+    def _first_layer(self, states: Sequence[Tensor | None]) -> int:
         if self._is_timm or not states:
-            return True  # timm's intermediates are all layers
-        first = states[0]
+            return 0  # timm's intermediates are all layers
         for ran in self._ran.values():
-            if any(given() is first for _, given in ran):
-                return True
-            for i, (taken, _) in enumerate(ran):
-                if taken() is first:
-                    return i > 0
+            if any(given() is states[0] for _, given in ran):
+                return 0
+        for ran in self._ran.values():
+            taken = [taken() for taken, _ in ran]
+            found = [i for i, state in enumerate(states) if state is not None and state is taken[0]]
+            if found:
+                return found[-1] + 1  # behind what the first block took
+            if any(value is states[0] for value in taken):
+                return 0  # a block ran before
         counts = {len(ran) for ran in self._ran.values()} or {len(blocks) for blocks in self._lists.values()}
-        return len(states) in counts and len(states) - 1 not in counts
+        return 0 if len(states) in counts and len(states) - 1 not in counts else 1
 
     def _ends_twice(self, states: Sequence[Tensor | None]) -> bool:
         if any(state is None for state in states):

@@ -244,9 +244,10 @@ class LayerReader:
     def _check_returns_hidden_states(self) -> None:
         from transformers import PreTrainedModel
 
-        if isinstance(base_model_of(self.model), PreTrainedModel):
-            return
-        if "output_hidden_states" not in inspect.signature(self.model.forward).parameters:
+        base = base_model_of(self.model)
+        known = inspect.signature((base if isinstance(base, PreTrainedModel) else self.model).forward).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+        if "output_hidden_states" not in known and not (takes_any and isinstance(base, PreTrainedModel)):
             raise ValueError(
                 f"the {self.role} ({type(self.model).__name__}) takes no output_hidden_states; name its layers with "
                 f"{self.role}_layers, by module name, glob or type. It has {describe_modules(self.model)}."

@@ -67,7 +67,7 @@ def _remedy(guide: nn.Module, seen: Batch, error: str) -> str:
     ids = seen.get("input_ids")
     longest = getattr(text, "max_position_embeddings", None)
     part = "vision_model" if "pixel_values" in seen else "text_model"
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in seen:
+    if "decoder_input_ids" in accepted_columns(guide) and "decoder_input_ids" not in seen:
         return (
             "It is an encoder-decoder, and the batch has nothing for its decoder: add guide_decoder_input_ids (beside "
             "guide_input_ids), or pass guide.get_encoder()."

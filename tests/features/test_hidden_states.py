@@ -32,6 +32,7 @@ class Stack(nn.Module):
             "layers, last one normed": [*states[1:-1], normed],
             "last one twice": [*states[1:], normed],
             "embeddings, last one twice": [*states, normed],
+            "embeddings twice": [states[0], *states],
             "copies": [state.clone() for state in states],
             "copies of layers": [state.clone() for state in states[1:]],
         }[self.collects]
@@ -46,6 +47,7 @@ class Stack(nn.Module):
         ("layers, last one normed", [0, 1, 2]),
         ("last one twice", [0, 1, 2]),
         ("embeddings, last one twice", [1, 2, 3]),
+        ("embeddings twice", [2, 3, 4]),
         ("copies", [1, 2, 3]),
         ("copies of layers", [0, 1, 2]),
     ],
