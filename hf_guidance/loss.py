@@ -219,7 +219,7 @@ class GuidanceLoss:
         samples = self.samples_of(seen, step=step, micro_step=micro_step, rank=rank, rows=rows)
         watched = Watched(without_guide(batch, self.config.sample_id_column), weights)
         measure, needed = self.measures[0].name, self.measures[0].min_samples
-        too_few = samples.count < {"sequence": needed, "token": 0, "within": 1}[config.sample_axis]
+        too_few = samples.count < {"sequence": needed, "token": 1, "within": 1}[config.sample_axis]
         if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
             watched.why_unguided = samples.why_too_few(measure, needed, samples.count, is_packed(seen))
         elif (why := samples.why_too_short(needed)) and not config.shard_guide:

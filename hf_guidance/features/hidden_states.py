@@ -63,8 +63,8 @@ class Blocks:
         Args:
             states: Hidden states of the forward that ran; None for a layer that was skipped.
         """
-        states = [first_tensor(state) for state in states]  # some networks give the states of a stage together
-        return range(self._first_layer(states), len(states) - self._ends_twice(states))
+        tensors = [first_tensor(state) for state in states]  # some networks give the states of a stage together
+        return range(self._first_layer(tensors), len(tensors) - self._ends_twice(tensors))
 
     def _first_layer(self, states: Sequence[Tensor | None]) -> int:
         if self._is_timm or not states:

@@ -28,11 +28,11 @@ def masks_of(tensors: Mapping[str, Tensor], to_frames: ToFrames | None = None) -
     masks = {}
     labels = tensors.get("labels")
     if (mask := tensors.get("decoder_attention_mask")) is not None:
-        masks["decoder"] = _valid(mask, "decoder_attention_mask")
+        masks["decoder"] = valid_positions(mask, "decoder_attention_mask")
     elif (ids := tensors.get("decoder_input_ids")) is not None:
         masks["decoder"] = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != -100
     if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
-        masks["encoder"] = _valid(mask, "attention_mask")
+        masks["encoder"] = valid_positions(mask, "attention_mask")
         if to_frames is not None and "input_ids" not in tensors:
             valid = masks["encoder"].sum(1)
             frames = to_frames(torch.cat([valid, valid.new_tensor([mask.shape[1]])]))
@@ -41,8 +41,19 @@ def masks_of(tensors: Mapping[str, Tensor], to_frames: ToFrames | None = None) -
     return masks
 
 
-def _valid(mask: Tensor, name: str) -> Tensor:
-    """Read a mask of 0 and 1, or of what is added to attention scores: 0 where they count, −inf at padding."""
+def valid_positions(mask: Tensor, name: str = "attention_mask") -> Tensor:
+    """Read a mask of 0 and 1, or of what is added to attention scores: 0 where they count, −inf at padding.
+
+    Args:
+        mask: The mask, `(batch, length)`.
+        name: Its name, for the message.
+
+    Returns:
+        `(batch, length)` of bool.
+
+    Raises:
+        ValueError: If it holds numbers that are neither.
+    """
     if not mask.is_floating_point():
         return mask.bool()
     added = bool((mask < 0).any()) or not mask.any()

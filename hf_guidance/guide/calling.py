@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_guidance.features.masks import valid_positions
 from hf_guidance.features.reader import AllRead, base_model_of
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns, forward_arguments
@@ -32,6 +34,14 @@ def forward(guide: nn.Module, inputs: Batch) -> Any:
     args, kwargs = forward_arguments(guide, inputs)
     if "use_cache" in accepted_columns(guide):  # with a cache, transformers takes packed documents for one document
         kwargs["use_cache"] = False
+    mask = kwargs.get("attention_mask")
+    if (
+        isinstance(mask, Tensor)
+        and mask.ndim == 2
+        and mask.is_floating_point()
+        and isinstance(base_model_of(guide), PreTrainedModel)
+    ):
+        kwargs["attention_mask"] = valid_positions(mask).long()  # transformers takes 0 for padding
     parameter = next(base_model_of(guide).parameters(), None)  # a target's own base holds none itself
     if parameter is not None and parameter.device.type != "meta":
         args = [value.to(parameter.device) for value in args]
