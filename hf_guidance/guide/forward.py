@@ -175,7 +175,10 @@ class GuideRunning:
         features = {name: read[name] for name in self.reader.names()}  # in the order of pairing
         if match := LAST.fullmatch(self.config.layer_mapping):
             features = dict(list(features.items())[-int(match[1]) :])
-        identity = {**identity, "sketch": self.sketch.size, "precision": precision[0]}
+        kind = next(iter(features.values())).device.type
+        with self.autocast():  # hidden states are float32 under it, too
+            autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        identity = {**identity, "sketch": self.sketch.size, "precision": precision[0], "autocast": autocast}
         seen = seen_by(self.guide, inputs)
         self.cache = GuideCache(self.config.cache_guide, features, ids, seen, rows, identity, create)
 
