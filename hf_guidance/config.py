@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import types
@@ -297,6 +298,7 @@ class GuidanceConfig:
         for name in ("target_layers", "guide_layers"):
             if not getattr(self, name) or not all(entry.strip() for entry in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; name at least one layer, or '{HIDDEN_STATES}'.")
+            self._check_layers_once(name)
         if self.layer_pairs is None:
             return
         if not self.layer_pairs:
@@ -318,7 +320,18 @@ class GuidanceConfig:
                 "guidance set guidance_weight=0."
             )
 
+    def _check_layers_once(self, field: str) -> None:
+        names = getattr(self, field)
+        for name in names:
+            of_all = re.sub(rf"({HIDDEN_STATES})\.[1-9]\d*", r"\1", name)  # the first, of embeddings, is not among them
+            if names.count(name) > 1 or (of_all != name and of_all in names):
+                other = f"{of_all!r} has it, too" if of_all != name and of_all in names else "each layer counts once"
+                raise ValueError(f"{field} names {name!r} twice ({other}): leave one out.")
+
     def _check_cache(self) -> None:
+        for name, what in (("cache_guide", "folder"), ("sample_id_column", "column")):
+            if (value := getattr(self, name)) is not None and not value.strip():
+                raise ValueError(f"{name} is {value!r}; name a {what}, or leave it out.")
         if self.cache_guide is None:
             if self.sample_id_column is not None:
                 raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from hf_guidance.features.reader import LayerReader, not_recomputed, reaches_wei
 from hf_guidance.features.rows import Batch, is_packed, side_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import GuideRunning, forward
-from hf_guidance.guide.freezing import check_apart, check_types, freeze
+from hf_guidance.guide.freezing import check_apart, check_is_network, check_types, freeze
 from hf_guidance.guide.inputs import (
     generator_for,
     noise_like,
@@ -120,6 +120,7 @@ class GuidanceLoss:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         total_steps: int | None = None,
     ) -> None:
+        check_is_network(target, "target")
         check_types(guide, config)
         target, guide = transformer_in(target), transformer_in(guide, "guide")
         self.target, self.guide, self.config = target, guide, (config or GuidanceConfig()).resolved()
@@ -274,6 +275,12 @@ class GuidanceLoss:
             rank: Index of this process.
             rows: Indices of the rows to compare; None for all.
         """
+        for name in ("attention_mask", "decoder_attention_mask"):
+            if isinstance(mask := batch.get(name), Sequence):
+                raise ValueError(
+                    f"{name} is a {type(mask).__name__}, from which no padding can be told; expected a tensor (batch, "
+                    "length): let the data collator return one."
+                )
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch

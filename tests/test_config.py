@@ -385,3 +385,27 @@ def test_pairs_that_are_no_list_of_texts_are_told_how_to_write_them(pairs: Any) 
 def test_a_tuple_of_names_is_told_to_be_no_list(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name} is \('h\.1', 'h\.2'\) \(tuple\); expected list\[str\]\.$"):
         GuidanceConfig(**{name: ("h.1", "h.2")})
+
+
+@pytest.mark.parametrize("name", ["cache_guide", "sample_id_column"])
+def test_an_empty_name_is_no_name(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is ' '; name a \w+, or leave it out\.$"):
+        GuidanceConfig(**{**CACHED, name: " "})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["hidden_states", "hidden_states.1"],
+            r"'hidden_states\.1' twice \('hidden_states' has it, too\): leave one out",
+        ),
+        (["h.1", "h.2", "h.1"], r"'h\.1' twice \(each layer counts once\): leave one out"),
+        (["encoder_hidden_states.2", "encoder_hidden_states"], r"'encoder_hidden_states\.2' twice"),
+    ],
+)
+def test_a_layer_that_is_named_twice_is_an_error(names: list[str], words: str) -> None:
+    for field in ("target_layers", "guide_layers"):
+        with pytest.raises(ValueError, match=f"^{field} names {words}"):
+            GuidanceConfig(**{field: names})
+    GuidanceConfig(target_layers=["hidden_states.0", "hidden_states"])  # embeddings are not among the latter

@@ -19,13 +19,13 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
 from hf_guidance.experiments.command_line import check_choice, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
-from hf_guidance.experiments.files import check_writable, write_json
+from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import SETTINGS, Run
 from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.tasks import Task
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
-from hf_guidance.trainer.checks import check_machine
+from hf_guidance.trainer.checks import check_machine, check_writable
 from hf_guidance.trainer.environment import environment, usable_cpus
 from hf_guidance.trainer.run_facts import command_facts
 
@@ -134,7 +134,7 @@ def launch(
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
     folder = Path(str(args.output_dir))
-    check_writable(folder)
+    check_writable(folder, "--output_dir")
     try:
         comparison = build(recipe, args)
         report = compare(recipe, args, guidance, comparison)

@@ -18,6 +18,7 @@ from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
 from hf_guidance.guide.inputs import (
     accepted_columns,
+    check_own_columns,
     check_vocabularies,
     forward_arguments,
     generator_for,
@@ -86,6 +87,7 @@ class GuideRunning:
             ValueError: If the two networks have different vocabularies, or `cache_guide` is set but the cache is not
                 open or the batch has no ids.
         """
+        check_own_columns(batch)
         inputs = guide_batch(batch, self.target)
         if not self._has_seen_a_batch:
             if not self.config.guide_shares_tokenizer:

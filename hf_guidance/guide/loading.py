@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_guidance.features.inside import transformer_in
 from hf_guidance.guide.configs import config_if_timm_exported, config_of
-from hf_guidance.guide.freezing import check_not_wrapped, freeze
+from hf_guidance.guide.freezing import check_is_network, check_not_wrapped, freeze
 from hf_guidance.guide.hub_errors import hub_fault, one_line
 from hf_guidance.guide.identity import IDENTITY
 from hf_guidance.guide.sharding import built_whole
@@ -97,6 +97,8 @@ def load_guide(
         return _as_it_is(source, [name for name, value in options.items() if value])
     if type(seed) is not int or not (auto_class is None or hasattr(auto_class, "from_pretrained")):
         raise ValueError(f"seed is {seed!r} and auto_class {auto_class!r}; expected a number and an Auto class.")
+    if isinstance(source, type):
+        check_is_network(source, "source")
     if not isinstance(source, (str, os.PathLike, PreTrainedConfig)):
         raise ValueError(f"Cannot load a guide from a {type(source).__name__}. {POSSIBLE}")
     _or_explain(source, lambda: check_is_there(source))
