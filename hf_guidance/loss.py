@@ -99,9 +99,10 @@ class GuidanceLoss:
             for `guidance_stop_similarity`; in a loop of your own, set it yourself.
 
     Raises:
-        ValueError: If a layer does not exist, guide and target share parameters, a global batch meets LayerDrop or
-            several processes without a group, a measure takes no sketch, or the warm-up is longer than the run. On the
-            first batch: the vocabularies or the samples of the two networks do not match.
+        ValueError: If target or guide is no network, a layer does not exist, guide and target share parameters, a
+            global batch meets LayerDrop or several processes without a group, a measure takes no sketch, or the warm-up
+            is longer than the run. On the first batch: the vocabularies or the samples of the two networks do not
+            match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -274,6 +275,9 @@ class GuidanceLoss:
             micro_step: Index of the micro-batch in this optimizer step.
             rank: Index of this process.
             rows: Indices of the rows to compare; None for all.
+
+        Raises:
+            ValueError: If a mask is no tensor. Also all that `Samples` raises.
         """
         for name in ("attention_mask", "decoder_attention_mask"):
             if isinstance(mask := batch.get(name), Sequence):

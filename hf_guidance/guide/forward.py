@@ -84,8 +84,8 @@ class GuideRunning:
             The guide's samples, and layer → its values.
 
         Raises:
-            ValueError: If the two networks have different vocabularies, or `cache_guide` is set but the cache is not
-                open or the batch has no ids.
+            ValueError: If the two networks have different vocabularies or rows, or `cache_guide` is set but the cache
+                is not open or the batch has no ids.
         """
         check_own_columns(batch)
         inputs = guide_batch(batch, self.target)

@@ -82,8 +82,8 @@ def load_guide(
         The frozen network. It carries its origin for checkpoints and model cards.
 
     Raises:
-        ValueError: If the source is none of these, is not found, needs pickles or files from elsewhere, or does not fit
-            the options.
+        ValueError: If the source is none of these, is not found or damaged, needs pickles or files from elsewhere, or
+            does not fit the options. Also if the Hub refuses or does not answer, with what it answered.
     """
     from transformers import AutoModel, PreTrainedConfig
 
