@@ -475,7 +475,7 @@ def test_other_vocabularies_are_fine_where_one_tokenizer_serves_both() -> None:
 
 def test_words_when_the_guides_rows_are_not_the_targets() -> None:
     batch = {**token_batch(), "guide_input_ids": torch.zeros(7, LENGTH, dtype=torch.long)}
-    with pytest.raises(ValueError, match=r"target layer gives 8 samples.*guide layer 7"):
+    with pytest.raises(ValueError, match=r"target's columns have 8 rows and the guide's .* 7: both"):
         watch(gpt2(), llama(), batch)
 
 

@@ -18,6 +18,10 @@ from huggingface_hub.errors import (
 
 LOG_IN = "log in (`hf auth login`), or pass token"
 TRY_AGAIN = "try again later. With HF_HUB_OFFLINE=1, what this machine has loaded before is read without the Hub"
+OFFLINE = (
+    "it is no folder here, and not among what this machine has loaded from the Hub before, which is not asked: unset "
+    "HF_HUB_OFFLINE (and local_files_only) to load it."
+)
 REMEDIES = {
     401: "it does not accept the token: log in anew (`hf auth login`), or pass another token",
     403: "this user may not read it: log in as one who may (`hf auth login`), or pass token",
@@ -40,9 +44,9 @@ def hub_fault(name: str, error: BaseException) -> str | None:
         if isinstance(cause, GatedRepoError):
             return f"the Hub gives access on request: ask for it at {constants.ENDPOINT}/{name}, then {LOG_IN}."
         if isinstance(cause, RepositoryNotFoundError):
-            return f"the Hub has no repository {name!r} that this user may read. For a private one {LOG_IN}."
+            return f"it is no folder here, and no repository that this user may read. For a private one {LOG_IN}."
         if isinstance(cause, OfflineModeIsEnabled):
-            return _offline(name)
+            return OFFLINE
         if isinstance(cause, RevisionNotFoundError) or _has_no_such_file(cause):
             return None
         if isinstance(cause, (HTTPError, ConnectionError)):
@@ -50,7 +54,7 @@ def hub_fault(name: str, error: BaseException) -> str | None:
                 return f"the Hub ({constants.ENDPOINT}) cannot be reached ({one_line(cause)}): {TRY_AGAIN}."
             answer = f"{response.status_code} {response.reason_phrase}"
             return f"the Hub answered {answer}: {REMEDIES.get(response.status_code, TRY_AGAIN)}."
-    return _offline(name) if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes) else None
+    return OFFLINE if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -61,13 +65,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _has_no_such_file(error: BaseException) -> bool:
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-
-
-def _offline(name: str) -> str:
-    return (
-        f"{name!r} is not among the files that this machine has loaded before, and the Hub is not asked: unset "
-        "HF_HUB_OFFLINE (and local_files_only) to load it."
-    )
 
 
 def one_line(error: BaseException) -> str:

@@ -36,8 +36,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "me/500": (500, "the Hub answered 500 Internal Server Error: try again later. With HF_HUB_OFFLINE=1"),
     "me/down": ("down", "cannot be reached (Server disconnected"),
     "me/gated": (None, "the Hub gives access on request: ask for it at http://127.0.0.1"),
-    "me/private": (None, "the Hub has no repository 'me/private' that this user may read. For a private one log in"),
-    "me/nothing": (None, "the Hub has no repository 'me/nothing' that this user may read"),
+    "me/private": (None, "it is no folder here, and no repository that this user may read. For a private one log in"),
+    "me/nothing": (None, "it is no folder here, and no repository that this user may read"),
 }
 
 
@@ -85,7 +85,7 @@ def test_without_the_hub_it_is_said_that_it_was_not_asked() -> None:
         error.__cause__ = cause
         words = hub_fault("me/net", error)
         assert words
-        assert words.startswith("'me/net' is not among the files that this machine has loaded before")
+        assert words.startswith("it is no folder here, and not among what this machine has loaded from the Hub before")
         assert "unset HF_HUB_OFFLINE" in words
 
 
