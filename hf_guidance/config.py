@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional, TypeAlias, TypeVar
@@ -44,6 +47,34 @@ def _describe_fields(config: type[Config]) -> type[Config]:
     return config
 
 
+def _name_unknown_fields(config: type[Config]) -> type[Config]:
+    """Let a dataclass say which field was meant by an unknown one."""
+    make = config.__init__
+
+    @functools.wraps(make)
+    def init(self: Config, *args: Any, **values: Any) -> None:
+        if why := _why_unknown(values, [f.name for f in fields(config)]):  # type: ignore[arg-type]
+            raise TypeError(why)
+        make(self, *args, **values)
+
+    config.__init__ = init  # type: ignore[method-assign, assignment]
+    return config
+
+
+def _why_unknown(names: Iterable[str], known: list[str]) -> str | None:
+    """Name the unknown fields, and the known one that is nearest to the first; None if all are known."""
+    unknown = sorted(set(names) - set(known))
+    if not unknown:
+        return None
+    close = [
+        *difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.8),
+        *(name for name in known if unknown[0] in name),
+        *difflib.get_close_matches(unknown[0], known, n=1),
+    ]
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown guidance fields {unknown}.{hint} This version knows {', '.join(known)}."
+
+
 def _entry(text: str) -> str:
     return "\n" + textwrap.fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
 
@@ -55,6 +86,7 @@ def _knob(default: Any, text: str) -> Any:
 
 
 @_describe_fields
+@_name_unknown_fields
 @dataclass
 class GuidanceConfig:
     """Settings of guidance: which layers are compared, how, with which weight and when.
@@ -64,6 +96,7 @@ class GuidanceConfig:
     Raises:
         ValueError: If a field has an impossible value or type, or two fields contradict each other. The message names
             the possible values.
+        TypeError: If there is no field of a name. The message names the nearest one.
     """
 
     # Optional[...] rather than `... | None`: on Python 3.10 HfArgumentParser reads only the former.
@@ -271,6 +304,7 @@ class GuidanceConfig:
         for name in ("target_layers", "guide_layers"):
             if not getattr(self, name) or not all(entry.strip() for entry in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; name at least one layer, or '{HIDDEN_STATES}'.")
+            self._check_layers_once(name)
         if self.layer_pairs is None:
             return
         if not self.layer_pairs:
@@ -292,7 +326,18 @@ class GuidanceConfig:
                 "guidance set guidance_weight=0."
             )
 
+    def _check_layers_once(self, field: str) -> None:
+        names = getattr(self, field)
+        for name in names:
+            of_all = re.sub(rf"({HIDDEN_STATES})\.[1-9]\d*", r"\1", name)  # the first, of embeddings, is not among them
+            if names.count(name) > 1 or (of_all != name and of_all in names):
+                other = f"{of_all!r} has it, too" if of_all != name and of_all in names else "each layer counts once"
+                raise ValueError(f"{field} names {name!r} twice ({other}): leave one out.")
+
     def _check_cache(self) -> None:
+        for name, what in (("cache_guide", "folder"), ("sample_id_column", "column")):
+            if (value := getattr(self, name)) is not None and not value.strip():
+                raise ValueError(f"{name} is {value!r}; name a {what}, or leave it out.")
         if self.cache_guide is None:
             if self.sample_id_column is not None:
                 raise ValueError(
@@ -368,9 +413,8 @@ class GuidanceConfig:
         Raises:
             ValueError: If a field is unknown, or a value has the wrong type or is not possible.
         """
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"Unknown guidance fields {unknown}; this version knows {known}.")
+        if why := _why_unknown(values, [f.name for f in fields(cls)]):
+            raise ValueError(why)
         given: dict[str, Any] = dict(values)
         return cls(**given)  # which checks their types
 
@@ -410,7 +454,9 @@ def _check_types(config: GuidanceConfig) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _fits(value, hint):
-            raise ValueError(f"{name} is {repr(value)[:80]} ({type(value).__name__}); expected {_in_words(hint)}.")
+            form = " Write each pair as one text, such as ['h.1~h.3']." if name == "layer_pairs" else ""
+            said = f"{name} is {repr(value)[:80]} ({type(value).__name__}); expected {_in_words(hint)}."
+            raise ValueError(said + form)
 
 
 def _in_words(hint: Any) -> str:

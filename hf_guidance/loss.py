@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from hf_guidance.features.rows import Batch, is_packed, side_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.forward import GuideRunning
-from hf_guidance.guide.freezing import check_apart, check_types, freeze
+from hf_guidance.guide.freezing import check_apart, check_is_network, check_types, freeze
 from hf_guidance.guide.inputs import (
     generator_for,
     noise_like,
@@ -99,9 +99,10 @@ class GuidanceLoss:
             for `guidance_stop_similarity`; in a loop of your own, set it yourself.
 
     Raises:
-        ValueError: If a layer does not exist, guide and target share parameters, a global batch meets LayerDrop or
-            several processes without a group, a measure takes no sketch, or the warm-up is longer than the run. On the
-            first batch: the vocabularies or the samples of the two networks do not match.
+        ValueError: If target or guide is no network, a layer does not exist, guide and target share parameters, a
+            global batch meets LayerDrop or several processes without a group, a measure takes no sketch, or the warm-up
+            is longer than the run. On the first batch: the vocabularies or the samples of the two networks do not
+            match.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
@@ -120,6 +121,7 @@ class GuidanceLoss:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         total_steps: int | None = None,
     ) -> None:
+        check_is_network(target, "target")
         check_types(guide, config)
         target, guide = transformer_in(target), transformer_in(guide, "guide")
         self.target, self.guide, self.config = target, guide, (config or GuidanceConfig()).resolved()
@@ -274,7 +276,16 @@ class GuidanceLoss:
             micro_step: Index of the micro-batch in this optimizer step.
             rank: Index of this process.
             rows: Indices of the rows to compare; None for all.
+
+        Raises:
+            ValueError: If a mask is no tensor. Also all that `Samples` raises.
         """
+        for name in ("attention_mask", "decoder_attention_mask"):
+            if isinstance(mask := batch.get(name), Sequence):
+                raise ValueError(
+                    f"{name} is a {type(mask).__name__}, from which no padding can be told; expected a tensor (batch, "
+                    "length): let the data collator return one."
+                )
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch

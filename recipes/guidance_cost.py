@@ -37,8 +37,10 @@ from hf_guidance.experiments.command_line import parse
 from hf_guidance.experiments.cost.measuring import Plan, measure_cost
 from hf_guidance.experiments.cost.settings import Networks, Setting, parse_rows, text_guide
 from hf_guidance.experiments.cost.table import cost_tables, plot_overhead
-from hf_guidance.experiments.files import check_writable, write_json
+from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.guide.configs import is_resnet
+from hf_guidance.trainer.checks import check_writable
 from hf_guidance.trainer.environment import environment
 from hf_guidance.trainer.run_facts import command_facts
 
@@ -138,6 +140,7 @@ def measure(recipe: Arguments, args: TrainingArguments, guidance: GuidanceConfig
 
 def main() -> None:
     """Parse the flags, measure, print and save."""
+    tell_in_one_line()
     instead = "use --rounds and --steps instead; every call measures from the start"
     recipe, args, guidance = parse(__doc__ or "", Arguments, defaults, refused=REFUSED, instead=instead)
     if args.world_size > 1:
@@ -151,7 +154,7 @@ def main() -> None:
         if getattr(recipe, name) < 1:
             raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be at least 1.")
     folder = Path(str(args.output_dir))
-    check_writable(folder)
+    check_writable(folder, "--output_dir")
     if args.device.type == "cpu":
         torch.set_num_threads(recipe.threads)
     chosen = settings(recipe, args.per_device_train_batch_size)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import json
 import math
+import pickle
 import re
 import typing
 from pathlib import Path
@@ -200,7 +203,7 @@ def test_alone_every_step_is_guided_in_full() -> None:
 
 
 def test_unknown_field_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"Unknown guidance fields \['mesure', 'wieght'\]; this version knows \['meas"):
+    with pytest.raises(ValueError, match=r"fields \['mesure', 'wieght'\]\. Did you mean 'measure'\? This version"):
         GuidanceConfig.from_dict({"wieght": 1, "mesure": "rsa", "guidance_weight": 1.0})
 
 
@@ -338,3 +341,72 @@ def test_help_describes_every_field() -> None:
     words = " ".join((GuidanceConfig.__doc__ or "").split())
     for name, field in FIELDS.items():
         assert f" {name}: {' '.join(field.metadata['help'].split())}" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("weight", "guidance_weight"),
+        ("mesure", "measure"),
+        ("stop_step", "guidance_stop_step"),
+        ("layer_pair", "layer_pairs"),
+    ],
+)
+def test_an_unknown_field_is_a_type_error_that_names_the_nearest(name: str, meant: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"Unknown guidance fields \['{name}'\]\. Did you mean '{meant}'\? This version kno"
+    ):
+        GuidanceConfig(**{name: 1})
+    with pytest.raises(TypeError, match="Unknown"):
+        dataclasses.replace(GuidanceConfig(), **{name: 1})
+    with pytest.raises(ValueError, match=f"Did you mean '{meant}'"):
+        GuidanceConfig.from_dict({name: 1})
+    with pytest.raises(TypeError, match=r"Unknown guidance fields \['qqq'\]\. This version knows measure, "):
+        GuidanceConfig(qqq=1)  # type: ignore[call-arg]
+
+
+def test_a_config_is_still_a_plain_dataclass() -> None:
+    config = GuidanceConfig("rsa", guidance_weight=0.5)
+    assert list(inspect.signature(GuidanceConfig).parameters) == list(FIELDS)
+    for other in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), dataclasses.replace(config)):
+        assert other == config
+    assert repr(config).startswith("GuidanceConfig(measure='rsa', ridge_penalty=None, guidance_weight=0.5,")
+    assert GuidanceConfig.__init__.__qualname__ == "GuidanceConfig.__init__"
+
+
+@pytest.mark.parametrize("pairs", [[("h.1", "h.3")], (("h.1", "h.3"),), {"h.1": "h.3"}, [["h.1", "h.3"]], "h.1~h.3"])
+def test_pairs_that_are_no_list_of_texts_are_told_how_to_write_them(pairs: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"layer_pairs is .*expected .*list\[str\].* as one text, such as \['h\.1~h\.3'\]\.$"
+    ):
+        GuidanceConfig(layer_pairs=pairs)
+
+
+@pytest.mark.parametrize("name", ["target_layers", "guide_layers", "log_measures"])
+def test_a_tuple_of_names_is_told_to_be_no_list(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is \('h\.1', 'h\.2'\) \(tuple\); expected list\[str\]\.$"):
+        GuidanceConfig(**{name: ("h.1", "h.2")})
+
+
+@pytest.mark.parametrize("name", ["cache_guide", "sample_id_column"])
+def test_an_empty_name_is_no_name(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is ' '; name a \w+, or leave it out\.$"):
+        GuidanceConfig(**{**CACHED, name: " "})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["hidden_states", "hidden_states.1"],
+            r"'hidden_states\.1' twice \('hidden_states' has it, too\): leave one out",
+        ),
+        (["h.1", "h.2", "h.1"], r"'h\.1' twice \(each layer counts once\): leave one out"),
+        (["encoder_hidden_states.2", "encoder_hidden_states"], r"'encoder_hidden_states\.2' twice"),
+    ],
+)
+def test_a_layer_that_is_named_twice_is_an_error(names: list[str], words: str) -> None:
+    for field in ("target_layers", "guide_layers"):
+        with pytest.raises(ValueError, match=f"^{field} names {words}"):
+            GuidanceConfig(**{field: names})
+    GuidanceConfig(target_layers=["hidden_states.0", "hidden_states"])  # embeddings are not among the latter

@@ -39,6 +39,7 @@ from transformers import (
     BertConfig,
     BertModel,
     DataCollatorWithFlattening,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     MambaConfig,
     MambaModel,
@@ -474,7 +475,7 @@ def test_other_vocabularies_are_fine_where_one_tokenizer_serves_both() -> None:
 
 def test_words_when_the_guides_rows_are_not_the_targets() -> None:
     batch = {**token_batch(), "guide_input_ids": torch.zeros(7, LENGTH, dtype=torch.long)}
-    with pytest.raises(ValueError, match=r"target layer gives 8 samples.*guide layer 7"):
+    with pytest.raises(ValueError, match=r"target's columns have 8 rows and the guide's .* 7: both"):
         watch(gpt2(), llama(), batch)
 
 
@@ -1024,3 +1025,18 @@ def test_within_rows_a_logged_measure_leaves_out_the_rows_that_are_too_short_for
     assert {n: v.item() for n, v in logged.items()} == pytest.approx(
         {n: v.item() for n, v in alone.similarities["debiased_cka"].items()}, abs=1e-5
     )
+
+
+def test_a_class_a_mask_that_is_a_list_and_other_rows_for_the_guide_are_named() -> None:
+    with pytest.raises(ValueError, match="target is the class GPT2LMHeadModel"):
+        GuidanceLoss(GPT2LMHeadModel, llama())  # type: ignore[arg-type]
+    batch, target = token_batch(8), gpt2()
+    for axis in ("sequence", "token", "within"):
+        loss = GuidanceLoss(target, llama(), linear(sample_axis=axis))
+        wrong = {**batch, "attention_mask": torch.ones_like(batch["input_ids"]).tolist()}
+        words = r"attention_mask is a list, .*; expected a tensor \(batch, length\)"
+        with pytest.raises(ValueError, match=words), loss.watch(wrong):
+            pass
+        wrong = {**batch, "guide_input_ids": batch["input_ids"][:5]}
+        with pytest.raises(ValueError, match="the target's columns have 8 rows and the guide's"), loss.watch(wrong):
+            pass

@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 from hf_guidance.card.contents import Network, PairRow, RunFacts, Values
+from hf_guidance.card.facts import HUB_ID
 from hf_guidance.card.markdown import count, shown, table
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.mapping import pair_weight
 
+COMMIT = re.compile("[0-9a-f]+")
 SEEN = {
     "batch": "what the target saw",
     "noise": "noise",
@@ -76,7 +78,7 @@ def _at(side: Network) -> str:
 def on_the_hub(facts: RunFacts) -> bool:
     """Tell whether the guide was loaded from the Hub. Only then is its commit known."""
     own = facts.get("guide", {})
-    return bool(own.get("source") and own.get("revision"))
+    return bool(HUB_ID.fullmatch(own.get("source") or "") and COMMIT.fullmatch(own.get("revision") or ""))
 
 
 def guidance(facts: RunFacts) -> str:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from hf_guidance.config import Json
 
+# sequences that colour or move a terminal's text, and any single control
+CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+# addresses and mentions, which are made links without any sign around them
+LINKS = re.compile(r"(?<=\w:)(?=//)|(?<=www)(?=\.)|(?<=@)(?=\w)", re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """Remove what does not show itself: escape sequences, controls, and marks that turn the direction of a text."""
+    text = CONTROLS.sub("", text)
+    return "".join(sign for sign in text if sign in "\n\t" or unicodedata.category(sign) not in ("Cc", "Cf", "Cs"))
+
 
 def escape(text: Json) -> str:
-    """Escape a text, so that markdown and HTML show it unchanged, in a table cell too."""
-    text = re.sub(r"\s+", " ", str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~{}])", r"\\\1", text)
+    """Escape a text, so that markdown and HTML show it unchanged, in a table cell too, and make no link of it."""
+    text = re.sub(r"\s+", " ", printable(str(text))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return LINKS.sub("<!-- -->", re.sub(r"([\\`*_\[\]|#~{}$])", r"\\\1", text))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Json]]) -> str:

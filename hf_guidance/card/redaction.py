@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 
+from hf_guidance.card.markdown import printable
 from hf_guidance.config import Json
 
 Value = TypeVar("Value")
@@ -30,18 +31,18 @@ LEAST = 4  # shortest name to cut out everywhere; shorter ones are parts of word
 
 
 def scrub(value: Value) -> Value:
-    """Remove tokens, the folders of paths, and the names of user and machine from the texts of a JSON value."""
+    """Remove tokens, folders of paths, names of user and machine, and invisible signs from a JSON value's texts."""
     found: Any = _scrubbed(value)
     return found
 
 
 def _scrubbed(value: Any) -> Any:
     if isinstance(value, str):
-        text = WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", value)))
+        text = WINDOWS.sub("", FOLDERS.sub("", TOKEN.sub("<token>", printable(value))))
         # a single word is an id or a setting, even if it is also a name
         return _own_names().sub("…", text) if " " in text else text
     if isinstance(value, dict):
-        return {name: _scrubbed(entry) for name, entry in value.items()}
+        return {printable(str(name)): _scrubbed(entry) for name, entry in value.items()}
     return [_scrubbed(entry) for entry in value] if isinstance(value, list) else value
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from hf_guidance.card import guidance_sections, result_sections
 from hf_guidance.card.contents import RunFacts
+from hf_guidance.card.facts import HUB_ID
 from hf_guidance.card.markdown import code, count, escape
 from hf_guidance.card.redaction import scrub
 
@@ -39,6 +40,8 @@ def render(facts: RunFacts) -> str:
     facts = scrub(facts)
     if command:  # a command is words, not prose
         facts["command"] = shlex.join(map(scrub, shlex.split(command)))
+    if not HUB_ID.fullmatch(facts.get("repository") or ""):
+        facts.pop("repository", None)
     page = _page()
     text = page.get_template("model_card.md.jinja").render(
         {name: {} for name in RunFacts.__annotations__}
@@ -121,7 +124,7 @@ def _usage(facts: RunFacts, page: Environment) -> str:
     lines = page.get_template("usage.md.jinja").render(
         auto_class=use[0],
         task=use[1],
-        place=place,
+        place=json.dumps(place, ensure_ascii=False),
         trust=", trust_remote_code=True" if facts["target"].get("own_code") else "",
         text=json.dumps(example.get("text"), ensure_ascii=False),
         each_position=example.get("copies", False),

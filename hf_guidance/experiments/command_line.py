@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
@@ -41,22 +42,43 @@ def parse(
         The recipe's arguments, the `TrainingArguments` and the `GuidanceConfig`.
 
     Raises:
-        ValueError: If a flag is refused, or one of the three dataclasses refuses a value.
+        ValueError: If a flag is unknown or refused, or one of the three dataclasses refuses a value.
     """
-    kind: Any = arguments
-    first: Any = _allow_bare_flags(HfArgumentParser(kind, add_help=False, allow_abbrev=False))
-    recipe, _ = first.parse_args_into_dataclasses(return_remaining_strings=True)
+    first = _parser(arguments, add_help=False)
+    recipe, _ = _parsed(first)
     values = defaults(recipe)
     given = {word.split("=")[0] for word in sys.argv}
     if wrong := set(refused) & given:
         raise ValueError(f"{', '.join(sorted(wrong))}: {instead}.")
-    dataclasses: Any = (arguments, TrainingArguments, GuidanceConfig)
-    parser: Any = _allow_bare_flags(HfArgumentParser(dataclasses, description=description, allow_abbrev=False))
+    parser = _parser(arguments, TrainingArguments, GuidanceConfig, description=description)
     if "--layer_pairs" in given:  # pairs name the layers themselves
         values = {name: value for name, value in values.items() if name not in ("target_layers", "guide_layers")}
     parser.set_defaults(**values)
-    parsed: Any = parser.parse_args_into_dataclasses()
-    return parsed
+    *parsed, left = _parsed(parser)
+    if unknown := [word for word in left if word.startswith("-")] or left:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown flags: {', '.join(unknown)}.{hint} --help lists all.")
+    return tuple(parsed)
+
+
+def _parser(*kinds: type, **options: Any) -> Any:
+    """Make a parser whose errors are one line each. argparse would print all flags, in every process."""
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"{message}. --help lists all flags.")
+
+    dataclasses: Any = kinds
+    parser: Any = _allow_bare_flags(HfArgumentParser(dataclasses, allow_abbrev=False, **options))
+    parser.error = refuse
+    return parser
+
+
+def _parsed(parser: Any) -> Any:
+    try:
+        return parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    except (ValueError, OSError, ImportError) as error:  # the settings that TrainingArguments refuses
+        raise ValueError(str(error)) from error
 
 
 def _allow_bare_flags(parser: Any) -> Any:

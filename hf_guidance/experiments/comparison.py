@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ from transformers import TrainingArguments, set_seed
 
 from hf_guidance.card.contents import RunFacts
 from hf_guidance.config import GuidanceConfig, Json
-from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.files import read_json, write_json
 from hf_guidance.experiments.report import Record
 from hf_guidance.experiments.run import SETTINGS, Run, check_same_settings, first_rows, record_of, settings_of
 from hf_guidance.guide.identity import check_same_guide, identity
@@ -185,7 +184,7 @@ def _numbered(rows: Any, column: str) -> Any:
 
 
 def _read(path: Path, run: Run) -> Record:
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result: Record = read_json(path)
     if run.guide is not None:
         check_same_guide(identity(run.guide()), result["guide"], str(path.parent))
     return result

@@ -5,22 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_guidance.config import Json
 from hf_guidance.experiments.report import Record, Report
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder for results, and raise ValueError before any work if it cannot be written."""
+def read_json(path: Path) -> Any:
+    """Read a JSON object that a run has written.
+
+    Raises:
+        ValueError: If the file is damaged. The message names the folder to remove.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written ({error.strerror}): name another folder.") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove {path.parent} to run it again, and the folders of runs that used its "
+            "network as their guide."
+        ) from error
 
 
 def write_json(path: Path, content: Json | Record | Report) -> None:

@@ -21,10 +21,11 @@ from hf_guidance.experiments.command_line import check_choice, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
-from hf_guidance.experiments.run import Run
+from hf_guidance.experiments.run import SETTINGS, Run
+from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.tasks import Task
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
-from hf_guidance.trainer.checks import check_machine
+from hf_guidance.trainer.checks import check_machine, check_writable
 from hf_guidance.trainer.environment import environment, usable_cpus
 from hf_guidance.trainer.run_facts import command_facts
 
@@ -127,23 +128,23 @@ def launch(
         defaults: Maps the flags to defaults of `TrainingArguments` and `GuidanceConfig` fields, `output_dir` included.
         build: Maps the flags and the training arguments to the comparison.
     """
+    tell_in_one_line()
     recipe, args, guidance = _parse(description, arguments, defaults)
     check_machine(args)
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
     folder = Path(str(args.output_dir))
+    check_writable(folder, "--output_dir")
     try:
         comparison = build(recipe, args)
         report = compare(recipe, args, guidance, comparison)
     except KeyboardInterrupt:
-        print(f"\nStopped. Results so far are in {folder}. Rerun the same command to resume.", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"\nStopped. Results so far are in {folder}. Rerun the same command to resume.", file=sys.stderr)
         sys.exit(130)
-    except ConnectionError as error:  # reading a stream failed, after its retries
-        unfinished = [p for p in folder.glob("seed-*/*") if not (p / RESULT).is_file()]
-        kept = [Path(last).name for place in unfinished if (last := last_complete_checkpoint(place))]
-        sys.exit(
-            f"{error}\nRerun the same command to resume from {kept[-1] if kept else 'where it was'}; see {folder}."
-        )
+    except ConnectionError as error:  # no Hub, or reading a stream failed, after its retries
+        said = (str(error).splitlines() or [""])[-1]  # a worker's error begins with its traceback
+        raise ConnectionError(f"{said}{_resuming(folder)}") from error
     summary = comparison.summary()
     not_pushed = None
     if PartialState().is_main_process:
@@ -156,6 +157,15 @@ def launch(
     PartialState().destroy_process_group()
     if not_pushed is not None:
         raise not_pushed
+
+
+def _resuming(folder: Path) -> str:
+    """Tell how to resume the runs in a folder that have begun; empty if none has."""
+    begun = [path.parent for path in folder.glob(f"seed-*/*/{SETTINGS}") if not (path.parent / RESULT).is_file()]
+    if not begun:
+        return ""
+    kept = [Path(last).name for place in begun if (last := last_complete_checkpoint(place))]
+    return f" Rerun the same command to resume from {kept[-1] if kept else 'the start of that run'}; see {folder}."
 
 
 def _parse(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_guidance.analysis.history import similarity_curves, training_curve, validation_curve
 from hf_guidance.config import GuidanceConfig, Json
+from hf_guidance.experiments.files import read_json
 from hf_guidance.experiments.report import Record
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import environment
@@ -89,7 +90,7 @@ def check_same_settings(place: Path, now: Mapping[str, Json]) -> None:
     """Raise ValueError if a folder holds a run with other settings, naming each that differs."""
     if not (place / SETTINGS).is_file():
         return
-    then = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+    then = read_json(place / SETTINGS)
     if then.get("guidance"):  # settings that did not exist then had their defaults
         then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
     if changed := _changed(then, now):

@@ -1,7 +1,7 @@
 """The guide: loaded or built, frozen, identified, fed and run.
 
-`loading` and `rebuilding` make a guide. `source` restricts what it is read from. `inputs` and `forward` run it, and
-`cache` stores its features.
+`loading` and `rebuilding` make a guide. `source` restricts what it is read from, and `hub_errors` explains what the Hub
+answers. `inputs` and `forward` run it, and `cache` stores its features.
 """
 
 from hf_guidance.guide.cache import row_checksums

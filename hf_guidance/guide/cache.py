@@ -50,8 +50,8 @@ class GuideCache:
         create: Whether this process may create the cache. Of several processes, one should.
 
     Raises:
-        ValueError: If the folder cannot be written, the disk is full, an id is out of range, or the cache is of another
-            guide, setting or dataset.
+        ValueError: If the folder cannot be written, the disk is full, an id is out of range, or the cache is damaged or
+            of another guide, setting or dataset.
     """
 
     def __init__(
@@ -75,15 +75,14 @@ class GuideCache:
                 with WeakFileLock(self.folder / LOCK):  # another run may start at the same time
                     if not (self.folder / META).is_file():
                         self._create(first)
-            then = json.loads((self.folder / META).read_text(encoding="utf-8"))
-            scales = np.load(self.folder / SCALES)
-            self._file = np.memmap(self.folder / ROWS, self.kind, "r+", shape=(rows,)) if self._same(then) else None
-        except (OSError, json.JSONDecodeError, zipfile.BadZipFile) as error:
+            self._check_same(self._read(META, lambda path: dict(json.loads(path.read_text(encoding="utf-8")))))
+            self._file = np.memmap(self.folder / ROWS, self.kind, "r+", shape=(rows,))
+            self._mean, self._scale = self._read(SCALES, self._scales)
+        except OSError as error:
             raise ValueError(
                 f"cache_guide={str(folder)!r} cannot be used ({error}): it needs {convert_bytes(self.size)} in a "
                 "folder that this process may write. Choose another folder, free the disk, or lower sketch."
             ) from error
-        self._mean, self._scale = (torch.from_numpy(scales[name]) for name in ("mean", "scale"))
         self._verified = np.zeros(rows, bool)  # records that this process has verified
         self._check_first(first, ids, inputs)
 
@@ -113,7 +112,6 @@ class GuideCache:
         """
         where = self._places(ids)
         seen = row_checksums(inputs)
-        assert self._file is not None
         found = self._file[where]
         complete = self._complete(where, found)
         self._check_inputs(where[complete], found[complete], seen[complete])
@@ -130,6 +128,20 @@ class GuideCache:
         return dict(zip(self.widths, self._by_layer(every), strict=True))
 
     # ----------------------------------------------------------------------------------------------------- inside
+
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self.folder / name)
+        except (FileNotFoundError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"cache_guide={str(self.folder)!r} is damaged: its {name} cannot be read ({error}). Remove the folder "
+                "to have it made anew, or name another one."
+            ) from error
+
+    def _scales(self, path: Path) -> list[Tensor]:
+        width = sum(self.widths.values())
+        with np.load(path) as found:
+            return [torch.from_numpy(found[name].reshape(width)) for name in ("mean", "scale")]
 
     def _by_layer(self, every: Tensor) -> tuple[Tensor, ...]:
         return every.split(list(self.widths.values()), dim=1)
@@ -154,7 +166,6 @@ class GuideCache:
     def _check_first(self, first: Features, ids: Tensor, inputs: Batch) -> None:
         """Compare the stored features of the first rows with those computed now. Store those that are missing."""
         where, seen = self._places(ids), row_checksums(inputs)
-        assert self._file is not None
         kept = self._file[where]
         complete = self._complete(where, kept)
         self._check_inputs(where[complete], kept[complete], seen[complete])
@@ -187,7 +198,7 @@ class GuideCache:
         partial.write_text(json.dumps(self.identity, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / META)
 
-    def _same(self, then: dict[str, Any]) -> bool:
+    def _check_same(self, then: Any) -> None:
         now = json.loads(json.dumps(self.identity))
         changed = [name for name in now if now[name] != then.get(name)]
         if changed:
@@ -195,7 +206,6 @@ class GuideCache:
                 f"{self.folder} holds the features of another run, with other {', '.join(map(_in_words, changed))}. "
                 "Set cache_guide to another folder, or remove that one."
             )
-        return True
 
     def _complete(self, where: Any, found: Any) -> Any:
         """Tell which records of a batch count. Each checksum is verified once per process."""
@@ -233,7 +243,7 @@ def _scale(first: Tensor) -> Tensor:
 
 
 def _in_words(name: str) -> str:
-    return {"fingerprint": "guide weights"}.get(name, name)
+    return {"fingerprint": "guide weights", "autocast": "mixed precision (autocast)"}.get(name, name)
 
 
 def row_checksums(inputs: Batch) -> Any:

@@ -72,6 +72,6 @@ def is_resnet(guide: str) -> bool:
 
     try:
         config = PreTrainedConfig.get_config_dict(guide)[0]
-    except OSError:  # load_guide explains this error
+    except Exception:  # of the files, the Hub or its client, which load_guide explains
         return False
     return "resnet" in str(config.get("architecture", config.get("model_type")))

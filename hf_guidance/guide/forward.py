@@ -17,6 +17,7 @@ from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.inputs import (
+    check_own_columns,
     check_vocabularies,
     generator_for,
     guide_batch,
@@ -82,9 +83,10 @@ class GuideRunning:
             The guide's samples, and layer → its values.
 
         Raises:
-            ValueError: If the two networks have different vocabularies, or `cache_guide` is set but the cache is not
-                open or the batch has no ids.
+            ValueError: If the two networks have different vocabularies or rows, or `cache_guide` is set but the cache
+                is not open or the batch has no ids.
         """
+        check_own_columns(batch)
         inputs = guide_batch(batch, self.target, self.guide)
         if not self._has_seen_a_batch:
             if not self.config.guide_shares_tokenizer:
@@ -193,7 +195,10 @@ class GuideRunning:
         features = {name: read[name] for name in self.reader.names()}  # in the order of pairing
         if match := LAST.fullmatch(self.config.layer_mapping):
             features = dict(list(features.items())[-int(match[1]) :])
-        identity = {**identity, "sketch": self.sketch.size, "precision": precision[0]}
+        kind = next(iter(features.values())).device.type
+        with self.autocast():  # hidden states are float32 under it, too
+            autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        identity = {**identity, "sketch": self.sketch.size, "precision": precision[0], "autocast": autocast}
         seen = seen_by(self.guide, inputs)
         self.cache = GuideCache(self.config.cache_guide, features, ids, seen, rows, identity, create)
 

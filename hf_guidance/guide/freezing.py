@@ -98,6 +98,17 @@ def check_not_wrapped(network: nn.Module, role: str) -> None:
         )
 
 
+def check_is_network(network: object, role: str) -> None:
+    """Raise ValueError unless this is a live module, as a class of networks is not."""
+    if isinstance(network, type):
+        raise ValueError(
+            f"{role} is the class {network.__name__}; expected a network: make one of it, such as "
+            f"{network.__name__}(config), or load one with from_pretrained."
+        )
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{role} is a {type(network).__name__}; expected a network, which is an nn.Module.")
+
+
 def check_types(guide: nn.Module | str | None, guidance: GuidanceConfig | None, or_base: bool = False) -> None:
     """Raise ValueError for a guide or config of a wrong type, or for a guidance weight without a guide.
 
@@ -108,8 +119,10 @@ def check_types(guide: nn.Module | str | None, guidance: GuidanceConfig | None, 
     """
     if guide == BASE and not or_base:
         raise ValueError("guide is 'base', which a trainer alone takes: pass load_guide_of_base(target).")
-    if not (guide is None or isinstance(guide, nn.Module) or guide == BASE):
+    if isinstance(guide, str) and guide != BASE:
         raise ValueError(f"guide is {guide!r}; expected a network: use load_guide({guide!r}), or pass an nn.Module.")
+    if guide is not None and guide != BASE:
+        check_is_network(guide, "guide")
     if guidance is not None and not isinstance(guidance, GuidanceConfig):
         raise ValueError(f"guidance is a {type(guidance).__name__}; expected a GuidanceConfig.")
     if guide is None and guidance is not None and guidance.guidance_weight:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hf_guidance.features.reader import base_model_of
-from hf_guidance.features.rows import Batch, take_rows
+from hf_guidance.features.rows import Batch, content_of, is_packed, take_rows
 
 GUIDE_PREFIX = "guide_"
 GUIDE_PIXELS = "guide_pixel_values"
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
-OF_TEXT = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+BESIDE_INPUTS = {"attention_mask", "token_type_ids", "position_ids", "decoder_attention_mask"}
 NO_LABEL = -100  # of positions without a label
 LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 
@@ -47,7 +47,7 @@ def guide_batch(batch: Batch, target: nn.Module, guide: nn.Module) -> dict[str, 
     accepted, seen = accepted_columns(guide), seen_by_target(batch, target)
     sees_images = "pixel_values" in accepted and "input_ids" not in accepted
     if "pixel_values" in seen and "input_ids" in seen and sees_images:
-        return {name: value for name, value in seen.items() if name not in OF_TEXT}
+        return {name: value for name, value in seen.items() if name not in {"input_ids", *BESIDE_INPUTS}}
     return seen
 
 
@@ -58,11 +58,9 @@ def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
     join prompts and completions into `input_ids` and `attention_mask`.
     """
     seen: dict[str, Any] = dict(batch)
-    if (
-        "decoder_input_ids" not in seen
-        and (ids := _decoder_inputs(base_model_of(target), seen.get("labels"))) is not None
-    ):
-        seen = {"decoder_attention_mask": seen["labels"] != NO_LABEL, **seen, "decoder_input_ids": ids}
+    made = None if "decoder_input_ids" in seen else _decoder_inputs(base_model_of(target), seen.get("labels"))
+    if made is not None:
+        seen = {"decoder_attention_mask": seen["labels"] != NO_LABEL, **seen, "decoder_input_ids": made}
     parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
     if "input_ids" not in seen and all(name in seen for names in parts.values() for name in names):
         seen |= {whole: torch.cat([seen[name] for name in names], 1) for whole, names in parts.items()}
@@ -179,6 +177,29 @@ def shuffle_rows(batch: Batch, generator: torch.Generator) -> dict[str, Any]:
     source = torch.empty_like(rows)
     source[rows] = rows.roll(1)
     return take_rows(batch, source)
+
+
+def check_own_columns(batch: Batch) -> None:
+    """Raise ValueError if the guide's own columns have no input of it, or other rows than the target's.
+
+    Args:
+        batch: Columns for both networks. The rows of packed documents are not counted.
+    """
+    own = {name: value for name, value in batch.items() if name.startswith(GUIDE_PREFIX)}
+    if not own:
+        return
+    if not {name.removeprefix(GUIDE_PREFIX) for name in own} - BESIDE_INPUTS:
+        raise ValueError(
+            f"the batch has {', '.join(sorted(own))}, but no input for the guide alone, and a guide with columns of "
+            "its own sees no others: add guide_input_ids, or leave them out to give it the target's columns."
+        )
+    theirs = {name: value for name, value in batch.items() if name not in own}
+    rows = [len(content_of(columns)) for columns in (theirs, own)]
+    if rows[0] != rows[1] and not (is_packed(theirs) or is_packed(guide_batch(batch, nn.Identity(), nn.Identity()))):
+        raise ValueError(
+            f"the target's columns have {rows[0]} rows and the guide's ({', '.join(sorted(own))}) {rows[1]}: both "
+            "networks need the same rows, in the same order. Give each example its guide_* columns."
+        )
 
 
 def rows_for_guide(batch: Batch, rows: Tensor | None) -> tuple[Batch, Tensor | None]:

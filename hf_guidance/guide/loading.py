@@ -14,10 +14,20 @@ from torch import nn
 
 from hf_guidance.features.inside import transformer_in
 from hf_guidance.guide.configs import config_if_timm_exported, config_of
-from hf_guidance.guide.freezing import check_not_wrapped, freeze
+from hf_guidance.guide.freezing import check_is_network, check_not_wrapped, freeze
+from hf_guidance.guide.hub_errors import hub_fault, one_line
 from hf_guidance.guide.identity import IDENTITY
 from hf_guidance.guide.sharding import built_whole
-from hf_guidance.guide.source import check_config, check_files, commit_of, in_timm, read_config, without_pickles
+from hf_guidance.guide.source import (
+    check_config,
+    check_files,
+    check_is_there,
+    commit_of,
+    damaged_weights,
+    in_timm,
+    read_config,
+    without_pickles,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -72,8 +82,8 @@ def load_guide(
         The frozen network. It carries its origin for checkpoints and model cards.
 
     Raises:
-        ValueError: If the source is none of these, is not found, needs pickles or files from elsewhere, or does not fit
-            the options.
+        ValueError: If the source is none of these, is not found or damaged, needs pickles or files from elsewhere, or
+            does not fit the options. Also if the Hub refuses or does not answer, with what it answered.
     """
     from transformers import AutoModel, PreTrainedConfig
 
@@ -87,8 +97,11 @@ def load_guide(
         return _as_it_is(source, [name for name, value in options.items() if value])
     if type(seed) is not int or not (auto_class is None or hasattr(auto_class, "from_pretrained")):
         raise ValueError(f"seed is {seed!r} and auto_class {auto_class!r}; expected a number and an Auto class.")
+    if isinstance(source, type):
+        check_is_network(source, "source")
     if not isinstance(source, (str, os.PathLike, PreTrainedConfig)):
         raise ValueError(f"Cannot load a guide from a {type(source).__name__}. {POSSIBLE}")
+    _or_explain(source, lambda: check_is_there(source))
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(source, PreTrainedConfig):
@@ -102,9 +115,7 @@ def load_guide(
     auto = auto_class or AutoModel
     with built_whole():
         if untrained:
-            config = _or_explain(source, lambda: config_of(source, **hub))
-            with _seeded(seed):
-                guide = _build(config, auto, trust_remote_code)
+            guide = _or_explain(source, lambda: _build_seeded(source, seed, auto, **hub))
             by_timm = guide.config.model_type == "timm_wrapper"  # not from the Hub, even if its cache has that name
             commit = None if by_timm else commit_of(source, revision)
         else:
@@ -121,22 +132,29 @@ def _as_it_is(module: nn.Module, options: list[str]) -> nn.Module:
     return freeze(transformer_in(module, "guide"))
 
 
-def _or_explain(source: str | PreTrainedConfig, load: Callable[[], Any]) -> Any:
+def _or_explain(source: str | os.PathLike[str] | PreTrainedConfig, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # a network's own code may raise anything on such files
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
-        said = (str(error).strip().splitlines() or [""])[0]
-        if not isinstance(source, str):
-            raise ValueError(f"Cannot build a guide from this {type(source).__name__}: {kind}{said}") from error
-        known = "" if os.path.isdir(source) or not in_timm(source) else f" timm has it: 'timm/{source}'."
-        weights = _about_weights(source) if isinstance(error, OSError) and "safetensors" in str(error) else ""
-        if source.startswith(("/", ".", "~")) and not os.path.isdir(source):
-            said = "there is no such folder."
-        raise ValueError(f"Cannot load guide {source!r}: {kind}{said}{weights}{known} {POSSIBLE}") from error
+        said = f"{one_line(error)}."
+        if not isinstance(error, (OSError, ValueError)):
+            said = f"{type(error).__name__} {said}"
+        if not isinstance(error, (OSError, ValueError, ImportError)):
+            said += " Its config may be damaged, or need another version of transformers or timm."
+        if not isinstance(source, (str, os.PathLike)):
+            raise ValueError(f"Cannot build a guide from this {type(source).__name__}: {said}") from error
+        source, is_folder = os.fspath(source), os.path.isdir(source)
+        if damage := damaged_weights(source, error):
+            said = damage
+        elif not is_folder and type(error) is not ValueError and (fault := hub_fault(source, error)):
+            said = fault
+        elif isinstance(error, OSError) and "safetensors" in str(error):
+            said += _about_weights(source)
+        known = "" if is_folder or not in_timm(source) else f" timm has it: 'timm/{source}'."
+        raise ValueError(f"Cannot load guide {source!r}: {said}{known} {POSSIBLE}") from error
 
 
-def _about_weights(source: str | PreTrainedConfig) -> str:
+def _about_weights(source: str) -> str:
     """Tell what to do about weights that are missing or pickled."""
     if os.path.isdir(source) and not any(path.suffix in WEIGHTS for path in Path(source).iterdir()):
         return " The folder has no weights: for random ones pass untrained=True."
@@ -199,10 +217,21 @@ def untrained_network(
     Raises:
         ValueError: As in `load_guide`.
     """
-    config = _or_explain(source, lambda: config_of(source, trust_remote_code=trust_remote_code))
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return _build(config, auto_class, trust_remote_code)
+
+    def build() -> Any:
+        config = config_of(source, trust_remote_code=trust_remote_code)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        return _build(config, auto_class, trust_remote_code)
+
+    return _or_explain(source, build)
+
+
+def _build_seeded(source: str | PreTrainedConfig, seed: int, auto_class: AutoClass, **hub: Any) -> nn.Module:
+    config = config_of(source, **hub)
+    with _seeded(seed):
+        network: nn.Module = _build(config, auto_class, hub["trust_remote_code"])
+    return network
 
 
 def _build(config: Any, auto_class: AutoClass, trust_remote_code: bool) -> Any:

@@ -11,11 +11,12 @@ import psutil
 from torch import nn
 
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig
+from hf_guidance.guide.hub_errors import hub_fault, one_line
 from hf_guidance.guide.identity import fingerprint
 from hf_guidance.guide.loading import load_guide
 from hf_guidance.guide.own_base import HUB_ID
 from hf_guidance.guide.size import size_of
-from hf_guidance.guide.source import check_config
+from hf_guidance.guide.source import check_config, check_is_there
 from hf_guidance.similarity.own import is_own
 
 MAX_LABELS = 2**17  # each becomes a string in the config
@@ -62,9 +63,9 @@ def load_guide_of(
         The frozen guide, with bit-identical weights.
 
     Raises:
-        ValueError: If the guidance config is missing or invalid, or the guide cannot be rebuilt, because it was the
-            user's own module or folder, or these library versions draw other weights. A guide that was the target's own
-            base is rebuilt if that base is on the Hub.
+        ValueError: If the guidance config cannot be read or is invalid, or the guide cannot be rebuilt, because it was
+            the user's own module or folder, or these library versions draw other weights. A guide that was the target's
+            own base is rebuilt if that base is on the Hub.
     """
     folder = _fetch(target, revision, token)
     try:
@@ -74,7 +75,7 @@ def load_guide_of(
         if own := [name for name in (config.measure, *config.log_measures) if is_own(name)]:
             raise ValueError(f"its measure {own[0]!r} is code of somebody's own, which is never imported from a config")
         _check(guide)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the {CONFIG_NAME} of {target} is not one of this package's: {error}") from error
     rebuilt = _rebuild(guide, str(target), token)
     if (found := fingerprint(rebuilt)) != guide["fingerprint"]:
@@ -92,17 +93,19 @@ def _fetch(target: str | os.PathLike[str], revision: str | None, token: str | bo
             raise ValueError(f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer saved.")
         return Path(target)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
+        check_is_there(target)
         return Path(hf_hub_download(str(target), CONFIG_NAME, revision=revision, token=token)).parent
-    except EntryNotFoundError as error:
-        raise ValueError(f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer pushed.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(
-            f"{target} is neither a folder nor a repository that this user may read (for a private one, run `hf auth "
-            "login`, or pass token)."
-        ) from error
+    except Exception as error:  # the client's own, the HTTP library's, or the disk's
+        if fault := hub_fault(str(target), error):
+            raise ValueError(f"Cannot read the {CONFIG_NAME} of {target}: {fault}") from error
+        if isinstance(error, EntryNotFoundError):
+            raise ValueError(
+                f"{target} has no {CONFIG_NAME}: it is not a target that a GuidanceTrainer pushed."
+            ) from error
+        raise ValueError(f"{target} is neither a folder nor a target on the Hub: {one_line(error)}.") from error
 
 
 def _check(guide: Any) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 from hf_guidance.config import Json
 
@@ -32,6 +33,39 @@ def in_timm(name: Json) -> bool:
     import timm
 
     return bool(timm.is_model(str(name)))
+
+
+def check_is_there(source: Any) -> None:
+    """Raise ValueError if a source can only be a local folder, and there is no such folder."""
+    text = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if not isinstance(text, str) or os.path.isdir(text):
+        return
+    if isinstance(source, os.PathLike) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        own = " '~' is not expanded: write the path in full." if text.startswith("~") else ""
+        raise ValueError(f"there is no such folder (seen from {os.getcwd()}).{own}")
+
+
+def damaged_weights(source: str, error: BaseException) -> str | None:
+    """Name the files of weights that cannot be read, and what to do about them; None for any other error."""
+    if not isinstance(error, SafetensorError):
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(source, "config.json")
+        folder = Path(config).parent if isinstance(config, str) else folder
+    damaged = [path.name for path in sorted(folder.rglob("*.safetensors")) if not _is_readable(path)]
+    return (
+        f"{', '.join(damaged) or 'a file of its weights'} is damaged or incomplete ({error}). Save or fetch it again; "
+        "in a clone of a repository run `git lfs pull`; from the Hub pass force_download=True."
+    )
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def read_config(source: str, **kwargs: Any) -> dict[str, Any]:
@@ -55,6 +89,8 @@ def read_config(source: str, **kwargs: Any) -> dict[str, Any]:
     except OSError:
         _check_no_adapter(source, **only(PLACES, kwargs))
         raise
+    if not isinstance(config, dict):
+        raise ValueError("its config.json is no JSON object.")
     check_config(config, kwargs, str(source))
     return config
 

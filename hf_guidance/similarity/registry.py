@@ -154,8 +154,9 @@ def check_measure(name: str) -> None:
     """
     if name not in MEASURES and name not in REGISTERED and not is_own(name):
         known = [*MEASURES, *REGISTERED]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        spelt = name.lower().replace("-", "_")
+        close = [k for k in known if spelt in k.split("_")] or difflib.get_close_matches(spelt, known, n=1)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(
             f"Unknown measure {name!r}; possible are {', '.join(known)}, those of register_measure, and "
             "'module:function' for one of your own."

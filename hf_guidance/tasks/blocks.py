@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .splits import read_splits
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -53,11 +55,9 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
         streaming: Whether to stream the dataset instead of downloading it first.
 
     Raises:
-        ValueError: If a split or the column is missing.
+        ValueError: If a split or the column is missing. Also all that `read_splits` raises.
     """
-    from datasets import load_dataset
-
-    found = load_dataset(dataset, config, streaming=streaming)
+    found = read_splits(dataset, config, streaming)
     missing = [name for name in SPLITS if name not in found]
     if missing:
         raise ValueError(

@@ -116,8 +116,9 @@ def _readable(rows: Iterator[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except Exception as error:
+            said = " ".join(str(error).split())
             raise ConnectionError(
-                f"The data could not be read any further ({type(error).__name__}: {error}). For more retries, "
+                f"The data could not be read any further ({type(error).__name__}: {said}). For more retries, "
                 "raise datasets.config.STREAMING_READ_MAX_RETRIES or STREAMING_READ_RETRY_INTERVAL (seconds)."
             ) from error
         yield row

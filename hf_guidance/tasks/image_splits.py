@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .image_decoding import check_label
+from .splits import read_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -58,27 +59,12 @@ def load_splits(dataset: str, config: str | None, streaming: bool) -> dict[str, 
         streaming: Whether to stream the dataset instead of downloading it first.
 
     Raises:
-        ValueError: If the dataset is missing, gated or has no split train.
+        ValueError: If the dataset has no split train. Also all that `read_splits` raises.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.constants import ENDPOINT
-
-    try:
-        found = load_dataset(dataset, config, streaming=streaming)
-    except (DatasetNotFoundError, FileNotFoundError) as error:
-        if "gated" in str(error):
-            raise ValueError(
-                f"the dataset {dataset} is gated: accept its terms at {ENDPOINT}/datasets/{dataset}, create a token "
-                f"with read rights at {ENDPOINT}/settings/tokens, then run `hf auth login` or set HF_TOKEN."
-            ) from error
-        raise ValueError(
-            f"dataset {dataset!r} not found: it is no local folder with data, and the Hub has no dataset of that name "
-            "that this user may read (for a private one run `hf auth login` or set HF_TOKEN)."
-        ) from error
+    found = read_splits(dataset, config, streaming)
     if "train" not in found:
         raise ValueError(f"{dataset} has no split 'train'; it has {', '.join(found)}.")
-    return dict(found)
+    return found
 
 
 def features_of(split: Dataset | IterableDataset, dataset: str) -> Features:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import str_to_bool
@@ -57,6 +59,28 @@ def check_machine(args: TrainingArguments) -> None:
         )
     if args.fp16:
         logger.warning("fp16 was asked for, but on the CPU Trainer runs float32. Use bf16 for half precision here.")
+
+
+def check_writable(folder: str | os.PathLike[str], name: str = "output_dir") -> None:
+    """Raise ValueError before any work if a folder for results can be neither written nor made.
+
+    Args:
+        folder: The folder. It is not made yet.
+        name: The setting that names it.
+    """
+    path = Path(folder).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {folder} cannot be written ({error.strerror}): name another folder.") from error
+
+
+def check_output(args: TrainingArguments) -> None:
+    """Raise ValueError if a run could not write what it is to save. One that saves nothing may have such a folder."""
+    folder = str(args.output_dir)
+    if args.should_save and not (args.save_strategy == "no" and os.path.isdir(folder)):
+        check_writable(folder)
 
 
 def check_trainer(trainer: GuidedTrainer) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.rows import Batch
-from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
+from hf_guidance.guide.freezing import calibrate_batch_norm, check_is_network, check_types, freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
 from hf_guidance.guide.own_base import OwnBase, load_guide_of_base
@@ -23,7 +24,7 @@ from hf_guidance.guide.sharding import check_whole
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
-from hf_guidance.trainer.checks import check_trainer
+from hf_guidance.trainer.checks import check_output, check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.first_look import take_first_look
@@ -66,6 +67,11 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         **kwargs: Any,
     ) -> None:
         check_types(guide, guidance, or_base=True)
+        given = dict(zip(("model", "args"), args, strict=False)) | kwargs
+        if isinstance(given.get("model"), type):
+            check_is_network(given["model"], "model")
+        if isinstance(given.get("args"), TrainingArguments):
+            check_output(given["args"])
         super().__init__(*args, **kwargs)
         self.guide: Any = guide
         if guide is not None:

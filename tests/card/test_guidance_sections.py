@@ -55,6 +55,8 @@ def test_a_size_with_two_names_is_told_once():
 
 def test_a_guide_is_on_the_hub_if_its_commit_is_known():
     assert on_the_hub({"guide": {"source": "me/net", "revision": "abc"}})
+    assert not on_the_hub({"guide": {"source": "me/net) [x](y", "revision": "abc"}})
+    assert not on_the_hub({"guide": {"source": "me/net", "revision": "abc) x"}})
     assert not on_the_hub({"guide": {"source": "net", "revision": None}})
     assert not on_the_hub({})
 
@@ -76,7 +78,7 @@ def test_weights_of_pairs_a_warm_up_and_the_step_where_guidance_stopped_are_show
     facts = {"guide": {"batch_norm": False}, "guidance": GuidanceConfig(**config).to_dict()}
     rows = {row[0]: row[1] for row in cells(guidance_sections.guidance(facts | {"stopped_at": 40}))}
     assert rows["weight"] == "2, on the weighted mean over the pairs"
-    assert rows["layers paired"] == r"one by one: h.3\~h.1@0.5, h.2\~h.1"
+    assert rows["layers paired"] == r"one by one: h.3\~h.1@<!-- -->0.5, h.2\~h.1"
     begin = "10 steps of pre-alignment, then linear warm-up over 5 steps, then constant, "
     begin += "ending at a mean similarity of 0.9: "
     assert rows["schedule"] == begin + "reached at step 40"

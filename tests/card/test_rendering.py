@@ -1,11 +1,14 @@
 """A card says what the facts say, and has no section without facts."""
 
 import re
+import shlex
 
 import pytest
+import yaml
 from cards import check_card
 
 from hf_guidance import GuidanceConfig
+from hf_guidance.card.markdown import escape, printable, table
 from hf_guidance.card.rendering import render
 
 GUIDE = {
@@ -158,3 +161,58 @@ def test_metadata_has_the_finite_values_of_named_data():
     assert metadata["co2_eq_emissions"] == {"emissions": 1.5, "source": "codecarbon"}
     assert metadata["tags"][-1] == "x: y"
     assert "model-index" not in card(results=results)[0]
+
+
+FOREIGN = "a\x1b[31m\u202eb http://evil.test www.evil.test @octocat me@evil.test $x$ `c` <img> | [d](e) *f*\n# g\n---"
+CODE = re.compile(r"^(```+).*?^\1$|(?<!\\)`[^`\n]+`", re.MULTILINE | re.DOTALL)
+
+
+def hostile(value):
+    """Put foreign text in place of every name and text of some facts."""
+    if isinstance(value, dict):
+        return {f"{FOREIGN} {name}" if name.startswith("own ") else name: hostile(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [hostile(part) for part in value]
+    return FOREIGN if isinstance(value, str) else value
+
+
+def test_foreign_text_is_shown_as_it_is_wherever_it_enters():
+    network = {"architecture": "x", "parameters": 5, "sizes": {"own size": "x"}, "source": "x", "revision": "x"}
+    pairs = [{"target": "x", "guide": "x", "first": 0.1, "last": 0.2}]
+    facts = {
+        "name": "x",
+        "license": "x",
+        "language": ["x"],
+        "tags": ["x"],
+        "folder": "x",
+        "target": {**network, "untrained": False},
+        "guide": {**network, "untrained": False, "fingerprint": "x", "timm": "x"},
+        "pairs": {"first": 1, "before_last": 2, "last": 3, "rows": pairs},
+        "results": {"split": "x", "values": {"own loss": 0.5}},
+        "comparison": {"text": "x", "seeds": 1},
+        "figures": [{"file": "curves.png", "caption": "x"}],
+        "training": {"own setting": "x"},
+        "cost": {"own cost": "x"},
+        "data": {"name": "x", "task": "x", "own option": "x"},
+        "example": {"text": "x"},
+        "versions": {"own package": "x"},
+    }
+    layer = re.sub("[@*]", "", FOREIGN)  # signs that have a meaning in a pair
+    given = hostile(facts) | {"guidance": GuidanceConfig(layer_pairs=[f"{layer}~{layer}"]).to_dict()}
+    given["comparison"]["table"] = table(["run"], [[FOREIGN]])
+    given["training"]["steps"], given["figures"][0]["file"] = 2, "curves.png"
+    given["guide"]["fingerprint"] = "sha256:ab"
+    for network in ("target", "guide"):
+        given[network]["architecture"] = "RNNForCausalLM"
+    shlexed = shlex.join(["python", "a.py", "--text", FOREIGN])
+    text = render({**given, "command": shlexed, "repository": FOREIGN})
+    metadata, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
+    assert yaml.safe_load(metadata)["license"].startswith("ab http://evil.test")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", text)
+    prose = CODE.sub("", body)
+    links = re.findall(r"(?<!\\)\]\(([^)]*)\)", prose)
+    assert set(links) == {"https://arxiv.org/abs/2410.20035", "curves.png"}
+    prose = prose.replace(links[0], "")
+    assert not re.search(r"(?<=\w)://|www\.|@\w|(?<!\\)\$|<(?!!-- -->)|(?<!\\)\*", prose), prose
+    assert [line for line in prose.splitlines() if line.startswith("# ")] == [f"# {escape(printable(FOREIGN))}"]
+    assert prose.count("octocat") > 20

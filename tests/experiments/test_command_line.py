@@ -40,3 +40,24 @@ def test_refused_and_impossible_flags_are_named(monkeypatch):
         parsed(monkeypatch, "--seed=3")
     with pytest.raises(ValueError, match="--kind c: possible are a, b"):
         check_choice("kind", "c", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--siz", "3"], r"^unknown flags: --siz\. Did you mean --size\? --help lists all\.$"),
+        (["--weight=3", "--zzz"], r"^unknown flags: --weight=3, --zzz\. Did you mean --"),
+        (["stray"], r"^unknown flags: stray\. --help lists all\.$"),
+        (["--size", "x"], r"^argument --size: invalid int value: 'x'\. --help lists all flags\.$"),
+        (["--max_steps", "x"], r"^argument --max_steps/--max-steps: invalid int value: 'x'\. --help"),
+        (
+            ["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "epoch"],
+            "^--load_best_model_at_en",
+        ),
+        (["--sketch", "1"], "^sketch is 1; it must be at least 2"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_without_the_list_of_all_flags(words, said, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=said):
+        parsed(monkeypatch, *words)
+    assert capsys.readouterr() == ("", "")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_guidance.experiments.files import check_writable, identify_files, identify_folder, write_json
+from hf_guidance.experiments.files import identify_files, identify_folder, read_json, write_json
 
 
 def test_a_file_that_cannot_be_written_to_its_end_leaves_the_earlier_one(tmp_path: Path) -> None:
@@ -18,12 +18,16 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_the_earlier_one(tmp_pat
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
 
 
-def test_a_folder_is_made_and_one_that_cannot_be_is_an_error(tmp_path: Path) -> None:
-    check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--output_dir .*file/b cannot be written \(Not a directory\): name another"):
-        check_writable(tmp_path / "file" / "b")
+@pytest.mark.parametrize("content", ["", '{"run": "alo', "[1, 2]", '"text"'])
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "alone" / "result.json"
+    write_json(path, {"run": "alone"})
+    assert read_json(path) == {"run": "alone"}
+    path.write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"^{path} is damaged \(.*\)\. Remove {path.parent} to run it again, and the fol"
+    ):
+        read_json(path)
 
 
 def test_files_and_folders_are_told_apart_by_content_and_not_by_place(tmp_path: Path) -> None:

@@ -88,21 +88,46 @@ def test_only_given_flags_change_the_guides_own_training():
     assert both.guide_training() == {"learning_rate": 0.5, "max_steps": 5}
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "words"),
-    [
-        (KeyboardInterrupt(), 130, "Stopped. Results so far are in"),
-        (ConnectionError("The Hub is gone."), None, "The Hub is gone.\nRerun the same command to resume from"),
-    ],
-)
-def test_an_interrupted_recipe_says_how_to_go_on(error, code, words, tmp_path, monkeypatch, capsys):
+def launched(monkeypatch, folder, error):
+    """Launch a recipe whose data raise an error."""
+
     def build(recipe, args):
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["recipe.py", "--output_dir", str(tmp_path), "--use_cpu", "--max_steps", "1"])
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--output_dir", str(folder), "--use_cpu", "--max_steps", "1"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     threads = torch.get_num_threads()
-    with pytest.raises(SystemExit) as stopped:
+    try:
         launch("about", RecipeArguments, lambda recipe: {"eval_strategy": "steps", "eval_steps": 1}, build)
-    torch.set_num_threads(threads)
-    assert words in (capsys.readouterr().err if code else str(stopped.value.code))
-    assert not code or stopped.value.code == code
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_interrupted_recipe_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        launched(monkeypatch, tmp_path, KeyboardInterrupt())
+    assert stopped.value.code == 130
+    assert "Stopped. Results so far are in" in capsys.readouterr().err
+
+
+def test_a_lost_connection_says_how_to_resume_only_what_has_begun(tmp_path, monkeypatch):
+    lost = ConnectionError("Caught in a worker\nTraceback …\nThe Hub is gone.")
+    with pytest.raises(ConnectionError, match=r"^The Hub is gone\.$"):
+        launched(monkeypatch, tmp_path, lost)
+    begun = tmp_path / "seed-0" / "alone"
+    begun.mkdir(parents=True)
+    (begun / "settings.json").write_text("{}")
+    words = r"^The Hub is gone\. Rerun the same command to resume from the start of that run; see "
+    with pytest.raises(ConnectionError, match=words):
+        launched(monkeypatch, tmp_path, lost)
+    (begun / "result.json").write_text("{}")
+    with pytest.raises(ConnectionError, match=r"^The Hub is gone\.$"):
+        launched(monkeypatch, tmp_path, lost)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_data_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"--output_dir .*file/out cannot be written \(Not a directory\): name another"
+    ):
+        launched(monkeypatch, tmp_path / "file" / "out", AssertionError("the data were read"))

@@ -45,6 +45,12 @@ def test_a_setting_that_changed_is_named_with_both_values(tmp_path, settings):
         check_same_settings(tmp_path, settings(GuidanceConfig(measure="rsa")))
 
 
+def test_settings_that_are_damaged_are_named(tmp_path, settings):
+    (tmp_path / SETTINGS).write_text('{"learning')
+    with pytest.raises(ValueError, match=rf"{SETTINGS} is damaged .*\. Remove {tmp_path} to run it again"):
+        check_same_settings(tmp_path, settings())
+
+
 def test_a_setting_that_did_not_exist_then_had_its_default(tmp_path, settings):
     then = settings(GuidanceConfig())
     del then["guidance"]["guidance_every"]

@@ -377,12 +377,43 @@ def test_of_two_runs_that_begin_at_once_one_creates_the_cache(tmp_path: Path, mo
     assert torch.equal(caches[0]._scale, caches[1]._scale)
 
 
-def test_a_torn_cache_is_said_to_be_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("scales.npz", b"PK\x03\x04torn"),
+        ("scales.npz", b""),
+        ("scales.npz", b"no archive"),
+        ("scales.npz", None),
+        ("cache.json", b'{"layers": [['),
+        ("cache.json", b"[1, 2]"),
+    ],
+)
+def test_a_damaged_cache_is_said_to_be_one(tmp_path: Path, name: str, content: bytes | None) -> None:
+    first, folder = {"a": torch.randn(4, 10)}, tmp_path / "cache"
+    cache_of(folder, first)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    words = rf"cache_guide='{folder}' is damaged: its {name} cannot be read \(.*\)\. Remove the folder to have"
+    with pytest.raises(ValueError, match=words):
+        cache_of(folder, first)
+
+
+def test_scales_of_another_width_are_damage(tmp_path: Path) -> None:
     first = {"a": torch.randn(4, 10)}
     cache_of(tmp_path / "cache", first)
-    (tmp_path / "cache" / "scales.npz").write_bytes(b"PK\x03\x04torn")
-    with pytest.raises(ValueError, match=r"cannot be used .*Choose another folder"):
+    np.savez(tmp_path / "cache" / "scales.npz", mean=np.zeros(9, "f4"), scale=np.ones(9, "f4"))
+    with pytest.raises(ValueError, match=r"is damaged: its scales\.npz cannot be read \(cannot reshape"):
         cache_of(tmp_path / "cache", first)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_cache_made_with_another_mixed_precision_is_refused(tmp_path: Path, bf16: bool) -> None:
+    trainer(tmp_path / "a", tmp_path / "cache", bf16=bf16).train()
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["precision"] == "torch.float32"
+    trainer(tmp_path / "b", tmp_path / "cache", bf16=bf16).train()
+    with pytest.raises(ValueError, match=r"with other mixed precision \(autocast\)\. Set cache_guide"):
+        trainer(tmp_path / "c", tmp_path / "cache", bf16=not bf16).train()
 
 
 def test_the_folder_in_a_saved_config_has_no_path(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import torch
 from builders import gpt2, llama_config
 from torch import Tensor, nn
 from transformers import (
+    GPT2Model,
     LlamaModel,
 )
 
 from hf_guidance import load_guide
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.guide.freezing import calibrate_batch_norm, check_apart, freeze
+from hf_guidance.guide.freezing import calibrate_batch_norm, check_apart, check_is_network, check_types, freeze
 
 
 @pytest.fixture
@@ -142,3 +143,16 @@ def test_what_torch_compile_returns_is_refused_in_a_networks_place() -> None:
         check_apart(target, torch.compile(guide))
     guide.compile()
     check_apart(target, guide)
+
+
+def test_a_class_is_no_network() -> None:
+    words = (
+        r" is the class GPT2Model; expected a network: make one of it, such as GPT2Model\(config\), or load one with"
+    )
+    for role in ("target", "guide"):
+        with pytest.raises(ValueError, match=role + words):
+            check_is_network(GPT2Model, role)
+    with pytest.raises(ValueError, match=r"target is a NoneType; expected a network, which is an nn\.Module"):
+        check_is_network(None, "target")
+    with pytest.raises(ValueError, match="guide" + words):
+        check_types(GPT2Model, None)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, llama, llama_config, t5
+from builders import gpt2, llama, llama_config, t5, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig, ViTConfig, ViTModel
@@ -15,6 +15,7 @@ from hf_guidance import load_guide
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.inputs import (
     accepted_columns,
+    check_own_columns,
     check_vocabularies,
     forward_arguments,
     generator_for,
@@ -278,3 +279,26 @@ def test_other_vocabularies_without_columns_for_the_guide_are_an_error() -> None
 )
 def test_vocabularies_that_may_go_together_pass(guide: nn.Module, columns: list[str]) -> None:
     check_vocabularies(gpt2(vocabulary=llama_config().vocab_size), guide, columns)
+
+
+def test_the_guides_own_columns_have_its_input_and_the_targets_rows() -> None:
+    ids = token_batch(8)["input_ids"]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    check_own_columns(batch)
+    check_own_columns({**batch, "guide_input_ids": ids})
+    check_own_columns({**batch, "guide_x": torch.zeros(8, 3)})
+    with pytest.raises(
+        ValueError, match=r"columns have 8 rows and the guide's \(guide_input_ids\) 5: both networks need"
+    ):
+        check_own_columns({**batch, "guide_input_ids": ids[:5]})
+    words = (
+        r"the batch has guide_attention_mask, but no input for the guide alone, .*: add guide_input_ids, or leave them"
+    )
+    with pytest.raises(ValueError, match=words):
+        check_own_columns({**batch, "guide_attention_mask": torch.ones_like(ids)})
+
+
+def test_rows_of_packed_documents_are_not_counted() -> None:
+    ids, positions = torch.arange(12)[None], torch.tensor([[*range(4), *range(8)]])
+    check_own_columns({"input_ids": ids, "position_ids": positions, "guide_input_ids": ids.reshape(2, 6)})
+    check_own_columns({"input_ids": ids.reshape(2, 6), "guide_input_ids": ids, "guide_position_ids": positions})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     GPT2Model,
+    LayoutLMv2Config,
     LlamaModel,
     TimmWrapperConfig,
 )
@@ -84,6 +87,52 @@ def test_a_source_that_is_nowhere_is_an_error_that_says_what_is_possible(
     words = rf"Cannot load guide '{source}': .* A guide is a local folder with a config.json, .*, or 'timm/<arch"
     with pytest.raises(ValueError, match=words):
         load_guide(source, untrained=untrained)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "../nowhere", "runs/of/mine", Path("nowhere"), "~/nowhere"])
+def test_a_folder_that_is_not_there_is_said_without_asking_the_hub(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "asked")
+    words = re.escape(f"Cannot load guide '{source}': there is no such folder (seen from {tmp_path}).")
+    with pytest.raises(ValueError, match=words + (" '~' is not expanded" if str(source)[0] == "~" else " A guide is")):
+        load_guide(source)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None], ids=str)
+def test_damaged_weights_are_named(folder: Path, content: bytes | None) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500] if content is None else content)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is damaged or incomplete \(.*\)\. Save or fetch .*git lfs"
+    ):
+        load_guide(folder)
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"activation_function": "nope"}, "KeyError 'nope'. Its config may be damaged, or need another version of"),
+        ({"n_head": 3}, "must be divisible by num_heads"),
+        ({"n_embd": "x"}, "Field 'n_embd' expected int, got str"),
+        (None, "its config.json is no JSON object"),
+    ],
+    ids=str,
+)
+def test_whatever_a_config_makes_other_libraries_raise_is_a_value_error(
+    folder: Path, config: dict[str, Any] | None, words: str, untrained: bool
+) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps([] if config is None else content | config))
+    with pytest.raises(ValueError, match=f"^Cannot load guide '{folder}': .*{words}"):
+        load_guide(folder, untrained=untrained)
+
+
+def test_a_package_that_an_architecture_needs_is_named() -> None:
+    with pytest.raises(ValueError, match=r"guide from this LayoutLMv2Config: ImportError .* requires the detectron2"):
+        load_guide(LayoutLMv2Config())
 
 
 def test_a_name_of_timm_without_its_prefix_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:

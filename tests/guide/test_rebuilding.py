@@ -117,6 +117,10 @@ def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch)
 def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no guidance_config\.json: it is not a target that"):
         load_guide_of(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"neither a folder nor a target on the Hub: there is no such folder \(seen from"
+    ):
+        load_guide_of("./nowhere")
     test_config = {"model_type": "gpt2", "vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2}
     guide = {"source": "gpt2", "untrained": True, "seed": 0, "revision": None, "fingerprint": "sha256:" + "0" * 64}
     GuidanceConfig().save(tmp_path, guide | {"config": test_config, "versions": {"torch": "1.0"}})

@@ -93,8 +93,8 @@ def test_what_is_pushed_gives_the_figure_of_its_card_in_a_clean_process(copy_pas
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"HF_TOKEN": "hf_wrong"}, "PermissionError: The token may not write to tester/copy-untrained-guide-seed0 "),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "^The Hub does not answer as expected for tester/copy-"),
+        ({"HF_TOKEN": "hf_wrong"}, "error: The token may not write to tester/copy-untrained-guide-seed0 "),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "error: The Hub does not answer as expected for tester/copy-"),
     ],
 )
 def test_a_hub_that_takes_no_push_is_found_before_the_first_run(wrong, words, tmp_path):

@@ -57,3 +57,12 @@ def test_only_cosines_of_linear_kernels_take_a_sketch() -> None:
         else:
             with pytest.raises(ValueError, match=f"{name} takes no sketch"):
                 check_takes_sketch(measure)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("cka", "'linear_cka' or 'debiased_cka' or 'rbf_cka'"), ("Linear-CKA", "'linear_cka'"), ("RSA", "'rsa'")],
+)
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_ones(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"Unknown measure '{name}'; possible are .* Did you mean {meant}"):
+        check_measure(name)

@@ -1,12 +1,13 @@
 """Checks, before anything is trained, that machine and guidance can do what a run asks for."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from builders import arguments, gpt2, linear, llama
+from builders import arguments, gpt2, linear, llama, token_rows
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from trainers import make_trainer, trained
@@ -14,9 +15,12 @@ from transformers import default_data_collator
 
 from hf_guidance import GuidanceTrainer
 from hf_guidance.guide.freezing import check_types
+from hf_guidance.trainer import checks
 from hf_guidance.trainer.checks import (
+    check_output,
     check_settings,
     check_takes_batches,
+    check_writable,
     rows_of_a_process,
     samples_of_first_batch,
     splits_batches,
@@ -144,3 +148,26 @@ def test_what_needs_batches_beforehand_is_refused_in_a_trainer_that_makes_them(t
     ):
         Generating(gpt2(), arguments(tmp_path), train_dataset=[], guide=llama(), guidance=linear(**settings))
     check_takes_batches("Generating", linear())
+
+
+def test_a_folder_that_can_be_neither_written_nor_made_is_an_error_at_construction(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    words = r"output_dir .*file/out cannot be written \(Not a directory\): name another folder"
+    with pytest.raises(ValueError, match="^--" + words):
+        check_writable(tmp_path / "file" / "out", "--output_dir")
+    for save in ("steps", "no"):
+        args = arguments(tmp_path / "file" / "out", save_strategy=save)
+        with pytest.raises(ValueError, match="^" + words):
+            GuidanceTrainer(gpt2(), args, train_dataset=token_rows(), guide=llama())
+
+
+def test_a_run_that_saves_nothing_needs_no_folder_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checks.tempfile, "TemporaryFile", refuse)
+    check_output(arguments(tmp_path, save_strategy="no"))
+    with pytest.raises(ValueError, match=r"output_dir .* cannot be written \(Permission denied\)"):
+        check_output(arguments(tmp_path, save_strategy="steps"))

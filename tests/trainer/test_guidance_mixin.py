@@ -11,8 +11,9 @@ import torch
 from builders import arguments, cka, gpt2, guidance_by_hand, hidden_states, linear, llama, seeded, t5, token_rows
 from torch import nn
 from trainers import SGD, batches_of, descend, trained, weights
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers import GPT2LMHeadModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
+from hf_guidance import GuidanceTrainer
 from hf_guidance.trainer.guidance_mixin import GuidanceMixin
 
 
@@ -87,3 +88,10 @@ def test_the_signature_is_the_trainers_with_guide_and_guidance() -> None:
     assert list(inspect.signature(GuidedDoubling).parameters)[:2] == ["model", "args"]
     for kind in (GuidedDoubling, GuidedSeq2Seq):
         assert {"guide", "guidance"} <= set(inspect.signature(kind).parameters)
+
+
+def test_a_class_in_place_of_a_network_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model is the class GPT2LMHeadModel; expected a network: make one of it"):
+        GuidanceTrainer(GPT2LMHeadModel, arguments(tmp_path), guide=llama())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="guide is the class GPT2LMHeadModel; expected a network: make one of it"):
+        GuidanceTrainer(gpt2(), arguments(tmp_path), guide=GPT2LMHeadModel)  # type: ignore[arg-type]

@@ -202,8 +202,9 @@ def test_the_code_in_the_cards_runs_as_printed_without_the_package(pushed, toure
 def test_private_gated_and_branches_open_for_who_may_and_explain_themselves_to_others(pushed, toured):
     hub, (said, _) = pushed[0], toured
     assert hub.store.repos["model/tester/private"]["private"]
-    for name in ("private", "gated"):
-        assert re.search("nor a repository that this user may read .*hf auth login", said[f"{name}, token False"])
+    refusals = {"private": "no repository that this user may read", "gated": "the Hub gives access on request"}
+    for name, words in refusals.items():
+        assert re.search(f"{words}.*hf auth login", said[f"{name}, token False"])
         assert said[f"{name}, token None"] == "the same"
     assert said["branches, token None"] == "the same"
     assert set(hub.store.files("model/tester/branches", "trial")) >= MODEL
