@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -278,14 +278,8 @@ class GuidanceLoss:
             rows: Indices of the rows to compare; None for all.
 
         Raises:
-            ValueError: If a mask is no tensor. Also all that `Samples` raises.
+            ValueError: All that `Samples` raises.
         """
-        for name in ("attention_mask", "decoder_attention_mask"):
-            if isinstance(mask := batch.get(name), Sequence):
-                raise ValueError(
-                    f"{name} is a {type(mask).__name__}, from which no padding can be told; expected a tensor (batch, "
-                    "length): let the data collator return one."
-                )
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch

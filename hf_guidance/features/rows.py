@@ -125,6 +125,9 @@ class ComparedRows:
         content: Content of the compared rows.
         masks: Their valid positions, as of `masks_of`.
         positions: Layer → number of its positions or whose mask they have; equal in a pair.
+
+    Raises:
+        ValueError: If a mask is no tensor, has other rows than the batch, or holds other numbers than a mask does.
     """
 
     def __init__(
@@ -139,10 +142,20 @@ class ComparedRows:
         conventions: Conventions | None,
     ) -> None:
         self.axis, self.rows, self.skip_first, self.least = axis, rows, skip_first, least
+        for name in ("attention_mask", "decoder_attention_mask"):
+            if isinstance(mask := batch.get(name), Sequence):
+                raise ValueError(
+                    f"{name} is a {type(mask).__name__}, from which no padding can be told; expected a tensor (batch, "
+                    "length): let the data collator return one."
+                )
         self.conventions, to_frames = conventions, conventions.to_frames if conventions else None
         self.content, self.documents = content_of(batch), documents_of(batch)
         self.masks = masks_of(tensors_of(batch), to_frames)
         self.rows_in_batch = len(self.content)
+        if other := {kind: len(mask) for kind, mask in self.masks.items() if len(mask) != self.rows_in_batch}:
+            raise ValueError(
+                f"the batch has {self.rows_in_batch} rows, but its masks have others ({other}): give each row its mask."
+            )
         if self.documents:
             lengths = torch.tensor([place.stop - place.start for place in self.documents])
             self.content = unpacked(self.documents, self.content)
