@@ -140,6 +140,8 @@ class Stops:
             killed = killed and running[0].exitcode != 0
             if (folder / "weights.pt").is_file():  # done: the machine is faster now than for the reference
                 seconds = min(seconds, time.monotonic() - began)
+            elif not last_complete_checkpoint(folder):  # not begun: the machine is slower now
+                seconds *= 1.5
         torn = [path.name for path in folder.glob("checkpoint-*") if fault_of(path)]
         whole = last_complete_checkpoint(folder)
         result = {"kind": kind, "by": by.name, "resumed from": Path(str(whole)).name, "torn": torn}
