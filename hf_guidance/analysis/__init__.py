@@ -2,10 +2,12 @@
 
 `first_batch` describes the first batch, and `first_warnings` finds what will spoil the run. `history` reads a Trainer's
 log, and `similarity_map` compares all layers on one batch. `curves` and `heat_maps` draw both, and `figures` writes the
-files.
+files. `errors` tells whether two networks err alike, and `dimensions` the dimension of a layer's features.
 """
 
 from hf_guidance.analysis.curves import plot_comparison, plot_curves, plot_run
+from hf_guidance.analysis.dimensions import intrinsic_dimension
+from hf_guidance.analysis.errors import error_consistency, error_consistency_matrix, plot_error_consistency
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.history import (
@@ -23,9 +25,13 @@ __all__ = [
     "FirstLook",
     "History",
     "SimilarityMap",
+    "error_consistency",
+    "error_consistency_matrix",
+    "intrinsic_dimension",
     "metrics_of",
     "plot_comparison",
     "plot_curves",
+    "plot_error_consistency",
     "plot_run",
     "plot_similarity_maps",
     "similarity_curves",
