@@ -57,7 +57,7 @@ def _two_nn(points: Tensor) -> float:
     ratios = (nearest[:, 1] / nearest[:, 0])[nearest[:, 0] > 0].log().sort().values
     if 2 * len(ratios) < len(points):
         raise ValueError(
-            f"{len(points) - len(ratios)} of {len(points)} samples have a double, so that distances tell nothing: leave "
+            f"{len(points) - len(ratios)} of {len(points)} samples have a double, so distances tell nothing: leave "
             "out doubles, or use method='participation_ratio'."
         )
     kept = max(2, int(len(ratios) * (1 - DISCARDED)))
