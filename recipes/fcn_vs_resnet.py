@@ -3,6 +3,10 @@
     accelerate launch recipes/fcn_vs_resnet.py
     accelerate launch recipes/fcn_vs_resnet.py --dataset zalando-datasets/fashion_mnist --seeds 0 1 2
     accelerate launch recipes/fcn_vs_resnet.py --dataset ILSVRC/imagenet-1k --preset paper --guide timm/resnet18.a1_in1k
+    accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim convnet_without_skips
+
+--claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
+convnet_without_skips or wide_fcn.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
@@ -31,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForImageClassification, PreTrainedModel, ResNetConfig, TrainingArguments
 
 from hf_guidance import load_guide
 from hf_guidance.experiments.command_line import check_choice
@@ -41,6 +45,7 @@ from hf_guidance.experiments.recipe import Comparison, RecipeArguments, launch, 
 from hf_guidance.experiments.run import Run
 from hf_guidance.guide.configs import is_resnet
 from hf_guidance.guide.loading import untrained_network
+from hf_guidance.targets.configuration_plain_resnet import BLOCK_TYPES, DEPTHS
 from hf_guidance.targets.vision import VISION_TARGETS, vision_target
 from hf_guidance.tasks import Task, image_classification
 from hf_guidance.tasks.image_decoding import AUGMENTATIONS, PixelFormat
@@ -56,8 +61,26 @@ IMAGENET = "ILSVRC/imagenet-1k"
 # flags that are options of the task of the same name
 OF_THE_DATA = (
     *("dataset", "dataset_config", "streaming", "augmentation", "image_column", "label_column"),
-    *("num_labels", "eval_size", "shuffle_buffer", "on_bad_image"),
+    *("num_labels", "eval_size", "shuffle_buffer", "on_bad_image", "object_size"),
 )
+
+FAIR = """
+    --dataset zalando-datasets/fashion_mnist --eval_size 2000 --lr_scheduler_type linear --train_guide
+    --runs alone guide_itself trained_guide --seeds 0 1 2 3 4 --equal_time_baseline --measure auto --disable_tqdm true
+"""
+CLAIMS = {
+    "convnet_without_skips": f"""{FAIR}
+        --target resnet50_without_skips --width 16 --guide resnet50 --guide_width 16
+        --guide_layers ResNetBottleNeckLayer --train_size 5000 --per_device_train_batch_size 64 --max_steps 400
+        --learning_rates 1e-3 2e-3 3e-3 6e-3 --guide_learning_rate 1e-3
+        --output_dir outputs/claims/convnet_without_skips
+    """,
+    "wide_fcn": f"""{FAIR}
+        --target wide_fcn --width 512 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
+        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --learning_rates 3e-4 1e-3 2e-3 4e-3
+        --guide_learning_rate 1e-3 --guide_max_steps 400 --output_dir outputs/claims/wide_fcn
+    """,
+}
 
 
 @dataclass
@@ -65,7 +88,9 @@ class Arguments(RecipeArguments):
     """The flags: target, guide, runs and data."""
 
     target: str = field(default="deep_fcn", metadata={"help": f"One of {', '.join(VISION_TARGETS)}."})
-    width: Optional[int] = field(default=None, metadata={"help": "Width of an FCN's blocks."})
+    width: Optional[int] = field(
+        default=None, metadata={"help": "Width of an FCN's blocks, or of a ResNet's stem, 64 in the paper."}
+    )
     depth: Optional[int] = field(
         default=None, metadata={"help": "Number of an FCN's blocks; 18, 34 or 50 for a ResNet."}
     )
@@ -74,6 +99,10 @@ class Arguments(RecipeArguments):
     guide: Optional[str] = field(
         default=None,
         metadata={"help": "timm/<name>, Hub id or folder; default the paper's ResNet with random weights."},
+    )
+    guide_width: Optional[int] = field(
+        default=None,
+        metadata={"help": "Width of the stem of a guide that is built from its name: resnet18, resnet34 or resnet50."},
     )
     untrained_guide: bool = field(default=False, metadata={"help": "Use random weights for --guide, not its own."})
     train_guide: bool = field(default=False, metadata={"help": "First train the guide on the same data, and save it."})
@@ -104,6 +133,9 @@ class Arguments(RecipeArguments):
     train_size: Optional[int] = field(default=None, metadata={"help": "Number of training rows; default all."})
     shuffle_buffer: int = field(default=2000, metadata={"help": "Images in the shuffle buffer of a stream."})
     augmentation: Optional[str] = field(default=None, metadata={"help": f"One of {', '.join(AUGMENTATIONS)}."})
+    object_size: Optional[int] = field(
+        default=None, metadata={"help": "Size of each image on a black canvas of --image_size, at a place of its own."}
+    )
     on_bad_image: str = field(
         default="raise", metadata={"help": "raise, or skip and count images that cannot be decoded."}
     )
@@ -115,7 +147,15 @@ class Arguments(RecipeArguments):
             *(("runs", run, RUNS) for run in self.runs or ()),
         ):
             check_choice(name, value, possible)
-        for name in ("width", "depth", "image_size", "guide_image_size", "shuffle_buffer"):
+        for name in (
+            "width",
+            "depth",
+            "image_size",
+            "guide_image_size",
+            "guide_width",
+            "object_size",
+            "shuffle_buffer",
+        ):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"--{name} is {size}; it must be at least 1.")
         small = self.preset == "small"
@@ -137,8 +177,10 @@ class Arguments(RecipeArguments):
                 f"--runs {needing[0]} needs a trained guide: name one with --guide and leave --untrained_guide out, "
                 "or add --train_guide."
             )
-        if self.target == "resnet50_without_skips" and (self.width or self.dropout is not None):
-            raise ValueError("--width and --dropout apply to the FCNs only; a ResNet takes --depth 18, 34 or 50.")
+        if self.target == "resnet50_without_skips" and self.dropout is not None:
+            raise ValueError("--dropout applies to the FCNs only.")
+        if self.guide_width is not None:
+            check_choice("guide", str(self.guide), [f"resnet{depth}" for depth in DEPTHS])
 
     def _runs_of_the_guide(self) -> list[str]:
         if self.train_guide:
@@ -154,7 +196,8 @@ def target_of(recipe: Arguments, task: Task) -> PreTrainedModel:
     return vision_target(
         recipe.target,
         int(recipe.image_size or 0),
-        width=recipe.width or (256 if small and deep else 1024 if small else None),
+        width=recipe.width
+        or (None if not small or recipe.target == "resnet50_without_skips" else 256 if deep else 1024),
         depth=recipe.depth or (49 if small and deep else None),
         dropout=recipe.dropout if recipe.dropout is not None else (0.1 if deep else 0.0),
         **names,
@@ -171,25 +214,34 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     values["remove_unused_columns"] = False  # the rows still hold images
     if recipe.streaming:
         values["accelerator_config"] = {"dispatch_batches": False}  # else rank 0 decodes for all ranks
-    values["measure"] = (
-        "ridge" if small else "linear_cka"
-    )  # see the log in recipes/README.md; the paper's is linear CKA
-    if is_resnet(str(recipe.guide)):
+    values["measure"] = "auto" if small else "linear_cka"  # the paper's
+    if recipe.guide_width is not None or is_resnet(str(recipe.guide)):
         values["guide_layers"] = ["Conv2d"]  # every convolution, as in the paper
     return values
 
 
+def small_resnet(name: str, width: int) -> ResNetConfig:
+    """Return the sizes of a ResNet-18, -34 or -50 whose stem has a width."""
+    layer_type, depths = DEPTHS[int(name.removeprefix("resnet"))]
+    sizes = [width * BLOCK_TYPES[layer_type] * 2**stage for stage in range(4)]
+    return ResNetConfig(embedding_size=width, hidden_sizes=sizes, depths=depths, layer_type=layer_type)
+
+
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     """Build data and runs from the flags."""
-    guide = str(recipe.guide)
+    guide: Any = str(recipe.guide)
     size = int(recipe.image_size or 0)
+    if recipe.guide_width is not None:
+        guide = small_resnet(guide, recipe.guide_width)
     chosen = set(recipe.runs or ())
     trained = not recipe.train_guide and bool({*FROM_ITS_WEIGHTS} & chosen)
     head = AutoModelForImageClassification if "distillation" in chosen else None
     network = load_guide(guide, untrained=not trained, auto_class=head)
-    check_sees(network, guide)
-    own = pixel_format_of(guide, size, trained=trained, given=recipe.guide_image_size)
-    check_takes(network, own, guide)
+    check_sees(network, str(recipe.guide))
+    own = PixelFormat(recipe.guide_image_size or size)
+    if recipe.guide_width is None:
+        own = pixel_format_of(guide, size, trained=trained, given=recipe.guide_image_size)
+    check_takes(network, own, str(recipe.guide))
     options: dict[str, Any] = {name: getattr(recipe, name) for name in OF_THE_DATA}
     if recipe.train_size is not None:
         options["train_size"] = recipe.train_size
@@ -197,9 +249,11 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     load = partial(image_classification, **options)
     task = load(target=pixels, guide=own)
     if "distillation" in chosen and not recipe.train_guide:
-        check_classes(guide, task.labels)
+        check_classes(str(recipe.guide), task.labels)
     alike = {"alone": task, "itself": load(target=own) if recipe.train_guide and own != pixels else task}
-    data = {**options, "guide_source": Path(guide).name}
+    data = {**options, "guide_source": Path(str(recipe.guide)).name}
+    if recipe.guide_width is not None:
+        data["guide_width"] = recipe.guide_width
     if os.path.isdir(recipe.dataset):
         data["dataset"] = {"name": Path(recipe.dataset).resolve().name, "files": identify_folder(recipe.dataset)}
     if recipe.streaming:
@@ -210,15 +264,17 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
         task=task,
         data={"task": task.name, **data, "target": vars(pixels), "guide": vars(own)},
         target=partial(target_of, recipe, task),
-        runs=partial(matched_runs, recipe, args, alike),
+        runs=partial(matched_runs, recipe, args, alike, guide),
         train_dataset=lambda seed: task.train_dataset.with_seed(seed),
         summary=partial(count_skipped, task),
     )
 
 
-def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Task], seed: int) -> list[Run]:
+def matched_runs(
+    recipe: Arguments, args: TrainingArguments, tasks: dict[str, Task], source: Any, seed: int
+) -> list[Run]:
     """Return the runs of one seed, in an order that trains the guide before it is needed."""
-    source, labels = str(recipe.guide), len(tasks["alone"].labels)
+    labels = len(tasks["alone"].labels)
     target = partial(target_of, recipe, tasks["alone"])
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
     third = max(1, args.max_steps // 3)
@@ -256,4 +312,4 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, tasks: dict[str, Ta
 
 
 if __name__ == "__main__":
-    launch(__doc__ or "", Arguments, defaults, build)
+    launch(__doc__ or "", Arguments, defaults, build, CLAIMS)

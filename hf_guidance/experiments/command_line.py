@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -19,6 +21,18 @@ def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
     """Raise ValueError if the value of a flag is not one of the possible ones."""
     if value not in possible:
         raise ValueError(f"--{flag} {value}: possible are {', '.join(possible)}.")
+
+
+def flags_of_the_claim(claims: Mapping[str, str]) -> list[str]:
+    """Return the flags that `--claim` on the command line stands for, and print them."""
+    given = [word.removeprefix("--claim=") for word in sys.argv if word.startswith("--claim=")]
+    given += [value for word, value in pairwise(sys.argv) if word == "--claim"]
+    if not given:
+        return []
+    check_choice("claim", given[-1], claims or ["none in this recipe"])
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--claim {given[-1]}: {' '.join(claims[given[-1]].split())}", flush=True)
+    return claims[given[-1]].split()
 
 
 def parse(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -16,13 +16,15 @@ from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.facts import EXAMPLES, task_facts
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.experiments.baselines import LONGER, equal_time, longer, say_edge
 from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
-from hf_guidance.experiments.command_line import check_choice, parse
+from hf_guidance.experiments.command_line import check_choice, flags_of_the_claim, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import SETTINGS, Run
 from hf_guidance.experiments.user_errors import tell_in_one_line
+from hf_guidance.experiments.verdicts import EQUAL_TIME, gains, in_words
 from hf_guidance.tasks import Task
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_writable
@@ -30,7 +32,6 @@ from hf_guidance.trainer.environment import environment, usable_cpus
 from hf_guidance.trainer.run_facts import command_facts
 
 PRESETS = ("small", "paper")
-LONGER = "alone_longer"
 REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
 INSTEAD = "use --seeds and --max_steps instead; rerun the same command to resume"
 
@@ -45,9 +46,21 @@ class RecipeArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs per seed."})
     runs: Optional[list[str]] = field(default=None, metadata={"help": "Names of the matched runs to train; see above."})
+    claim: Optional[str] = field(
+        default=None,
+        metadata={"help": "A claim of the paper: stands for the flags of its comparison, which other flags replace."},
+    )
     learning_rates: Optional[list[float]] = field(
         default=None,
         metadata={"help": "Train the target alone at each of these; all runs use the best on validation data."},
+    )
+    search_seeds: list[int] = field(
+        default_factory=lambda: [100, 101],
+        metadata={"help": "Seeds for --learning_rates, none of which may be among --seeds."},
+    )
+    equal_time_baseline: bool = field(
+        default=False,
+        metadata={"help": "Also train the target alone for 1.1 times the training time of the slowest guided run."},
     )
     longer_baseline: bool = field(
         default=False,
@@ -119,6 +132,7 @@ def launch(
     arguments: type[A],
     defaults: Callable[[A], dict[str, Any]],
     build: Callable[[A, TrainingArguments], Comparison],
+    claims: Mapping[str, str] | None = None,
 ) -> None:
     """Run a recipe from its command line.
 
@@ -127,8 +141,11 @@ def launch(
         arguments: Dataclass of the recipe's own flags.
         defaults: Maps the flags to defaults of `TrainingArguments` and `GuidanceConfig` fields, `output_dir` included.
         build: Maps the flags and the training arguments to the comparison.
+        claims: Name of a claim, for `--claim` → the flags of its comparison.
     """
     tell_in_one_line()
+    command = ["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    sys.argv[1:1] = flags_of_the_claim(claims or {})
     recipe, args, guidance = _parse(description, arguments, defaults)
     check_machine(args)
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
@@ -137,7 +154,7 @@ def launch(
     check_writable(folder, "--output_dir")
     try:
         comparison = build(recipe, args)
-        report = compare(recipe, args, guidance, comparison)
+        report = compare(recipe, args, guidance, comparison, command)
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             print(f"\nStopped. Results so far are in {folder}. Rerun the same command to resume.", file=sys.stderr)
@@ -189,17 +206,26 @@ def _parse(
 
 
 def compare(
-    recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
+    recipe: RecipeArguments,
+    args: TrainingArguments,
+    guidance: GuidanceConfig,
+    comparison: Comparison,
+    command: list[str],
 ) -> Report:
     """Train every run; read the results of finished runs, and resume interrupted ones."""
     task, folder = comparison.task, Path(str(args.output_dir))
     alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
-    if recipe.longer_baseline and "alone" not in {run.name for run in comparison.runs(recipe.seeds[0])}:
+    named = {run.name for run in comparison.runs(recipe.seeds[0])}
+    if (recipe.longer_baseline or recipe.equal_time_baseline) and "alone" not in named:
         raise ValueError(
-            "--longer_baseline trains the run 'alone' for longer, but --runs does not name it: add alone to --runs."
+            "--longer_baseline and --equal_time_baseline train the run 'alone' for longer, but --runs does not name "
+            "it: add alone to --runs."
         )
-    name = Path(sys.argv[0]).name
-    command = ["accelerate", "launch", f"recipes/{name}", *sys.argv[1:]]
+    if recipe.learning_rates and (both := set(recipe.seeds) & set(recipe.search_seeds)):
+        raise ValueError(
+            f"--seeds and --search_seeds both name {', '.join(map(str, sorted(both)))}: a seed that chose the learning "
+            "rate cannot report what it is worth. Choose others."
+        )
     started = command_facts(command, type(recipe), TrainingArguments, GuidanceConfig)
     facts: Any = started | {"license": LICENSE}
     facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
@@ -212,17 +238,16 @@ def compare(
 
     search: list[Record] = []
     if recipe.learning_rates:
-        args.learning_rate, search = best_learning_rate(alone, recipe.learning_rates, carry, task.higher_is_better)
-    found = {r["seed"]: r | {"run": "alone"} for r in search if r["settings"]["learning_rate"] == args.learning_rate}
-    results = [
-        found[seed] if found and run.name == "alone" else carry(run)
-        for seed in recipe.seeds
-        for run in comparison.runs(seed)
-    ]
+        trying = [replace(run, seed=seed) for seed in recipe.search_seeds for run in alone[:1]]
+        args.learning_rate, search = best_learning_rate(trying, recipe.learning_rates, carry, task.higher_is_better)
+        say_edge(args.learning_rate, recipe.learning_rates)
+    results = [carry(run) for seed in recipe.seeds for run in comparison.runs(seed)]
+    if recipe.equal_time_baseline:
+        results += [carry(equal_time(run, args.max_steps, results)) | {"run": EQUAL_TIME} for run in alone]
     if recipe.longer_baseline:
-        results += [carry(_longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
+        results += [carry(longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
     made: Any = {
-        "recipe": Path(name).stem,
+        "recipe": Path(sys.argv[0]).stem,
         **started,
         "environment": environment(),
         "task": {
@@ -230,24 +255,15 @@ def compare(
             "description": task.description,
             "metric": task.metric,
             "percent": task.percent,
+            "higher_is_better": task.higher_is_better,
         },
         "learning_rate_search": [{k: r[k] for k in ("run", "seed", "validation")} for r in search],
         "runs": results,
     }
+    if recipe.claim:
+        made["claim"] = recipe.claim
+    made["differences"] = gains(results, made["task"])
     return made
-
-
-def _longer(run: Run, steps: int, results: list[Record]) -> Run:
-    """Return the unguided run, trained for twice the steps or 1.25 times the time of the slowest guided run of its
-    seed.
-
-    It takes whichever is longer.
-    """
-    own = [r for r in results if r["seed"] == run.seed]
-    guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
-    times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
-    more = int(steps * max(2.0, 1.25 * times) + 1)
-    return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
 
 
 def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
@@ -256,6 +272,8 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     report["table"] = comparison_rows(report["runs"], metric=metric)
     write_json(folder / "results.json", report)
     print("\n" + markdown_table(report["table"], metric, percent) + "\n")
+    for found in report["differences"]:
+        print(in_words(found))
     plot_comparison(report["runs"], metric, folder / "comparison.png", percent=percent, log=not percent)
     written = [f"{folder}/results.json", f"{folder}/comparison.png"]
     if plot_similarity_maps(report["runs"], folder / "similarity.png"):

@@ -36,6 +36,8 @@ class Report(TypedDict, total=False):
     learning_rate_search: list[dict[str, Any]]
     runs: list[Record]
     table: list[Row]
+    claim: str
+    differences: list[Any]  # of type `verdicts.Difference`
 
 
 class Row(TypedDict):

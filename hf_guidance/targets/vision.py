@@ -28,13 +28,17 @@ def vision_target(
     Args:
         name: One of `VISION_TARGETS`.
         image_size: Height and width of the images for an FCN, in pixels; a ResNet takes any.
-        width: Width of an FCN's blocks; None takes the paper's.
+        width: Width of an FCN's blocks, or of a ResNet's stem, which the other widths follow; None takes the paper's.
         depth: Number of an FCN's blocks, or 18, 34 or 50 for a ResNet; None takes the paper's.
         dropout: Dropout probability in an FCN's blocks; None means no dropout.
         **names: Config fields with the names or the number of the labels.
     """
     if name == "resnet50_without_skips":
-        return PlainResNetForImageClassification(PlainResNetConfig.of_depth(depth or 50, **names))
+        config = PlainResNetConfig.of_depth(depth or 50, **names)
+        if width is not None:
+            config.hidden_sizes = [size * width // config.embedding_size for size in config.hidden_sizes]
+            config.embedding_size = width
+        return PlainResNetForImageClassification(config)
     sizes = {"hidden_size": width, "num_hidden_layers": depth, "hidden_dropout_prob": dropout}
     given = {field: value for field, value in sizes.items() if value is not None}
     make = FCNConfig.deep if name == "deep_fcn" else FCNConfig.wide

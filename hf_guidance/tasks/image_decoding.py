@@ -23,7 +23,7 @@ from torchvision.transforms import functional as F
 
 logger = logging.getLogger(__name__)
 
-AUGMENTATIONS = ("none", "crop_flip")
+AUGMENTATIONS = ("none", "crop_flip", "shift")
 CROP_FRACTION = 0.875  # of the shorter side, kept by the centre crop if training crops at random: 224 of 256
 
 
@@ -73,12 +73,14 @@ class ImageDecoder:
         sizes: Sizes of the images to make, in pixels; the first is that of the target.
         columns: Names of the columns with image and label.
         classes: Number of classes.
-        augmentation: `none` (resize, centre crop) or `crop_flip` (a random crop of 8 to 100 % of the area, resized,
-            and flipped half the time).
+        augmentation: `none` (resize, centre crop), `crop_flip` (a random crop of 8 to 100 % of the area, resized, and
+            flipped half the time) or `shift` (an object at another place in each epoch).
         crop: Fraction of the shorter side that the centre crop keeps.
         seed: Seed of the augmentation.
         on_bad_image: `raise` or `skip` for images that cannot be decoded. The count of skipped images is shared by
             all workers.
+        object_size: Size of the image on a black canvas of the first of `sizes`, at a place that depends on its bytes
+            alone. None fills the canvas.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class ImageDecoder:
         crop: float = 1.0,
         seed: int = 0,
         on_bad_image: str = "raise",
+        object_size: int | None = None,
     ) -> None:
+        self.object_size = object_size
         self.sizes, self.columns, self.classes = tuple(sizes), columns, classes
         self.augmentation, self.crop, self.seed, self.on_bad_image = augmentation, crop, seed, on_bad_image
         self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # shared by all workers
@@ -130,6 +134,9 @@ class ImageDecoder:
         return {"pixel_values": self._crop(image, content, epoch), "labels": label}
 
     def _crop(self, image: PIL.Image.Image, content: bytes, epoch: int) -> tuple[Tensor, ...]:
+        if self.object_size is not None:
+            image = self._place(_centre_crop(image, self.object_size, 1.0), content, epoch)
+            return tuple(F.pil_to_tensor(_centre_crop(image, size, 1.0)) for size in self.sizes)
         if self.augmentation == "none":
             return tuple(F.pil_to_tensor(_centre_crop(image, size, self.crop)) for size in self.sizes)
         with torch.random.fork_rng(devices=[]):
@@ -138,6 +145,15 @@ class ImageDecoder:
             flip = torch.rand(1) < 0.5
         views = [F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR) for size in self.sizes]
         return tuple(F.pil_to_tensor(F.hflip(view) if flip else view) for view in views)
+
+    def _place(self, image: PIL.Image.Image, content: bytes, epoch: int) -> PIL.Image.Image:
+        """Put an image on a black canvas, at a place that its bytes decide, and the epoch if it is shifted."""
+        key = b"%d %d" % (self.seed, epoch) if self.augmentation == "shift" else b""
+        place = zlib.crc32(key, zlib.crc32(content))
+        room = self.sizes[0] - image.size[0] + 1
+        canvas = PIL.Image.new("RGB", (self.sizes[0], self.sizes[0]))
+        canvas.paste(image, (place % room, place // room % room))
+        return canvas
 
 
 def check_label(label: int | None, classes: int, name: str) -> None:

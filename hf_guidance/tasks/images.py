@@ -32,6 +32,7 @@ def image_classification(
     eval_size: int | None = None,
     shuffle_buffer: int = 2000,
     on_bad_image: str = "raise",
+    object_size: int | None = None,
     seed: int = 0,
 ) -> Task:
     """Build the task of naming the class of an image.
@@ -45,7 +46,8 @@ def image_classification(
             it first.
         target: Image format of the target; None means 28 × 28 pixels.
         guide: Image format of the guide, in the column `guide_pixel_values`; None uses the target's.
-        augmentation: `none` or `crop_flip` for the training images. Other images are resized and centre-cropped.
+        augmentation: `none`, `crop_flip` or, with `object_size`, `shift` for the training images. Other images are
+            resized and centre-cropped.
         image_column: Name of the column with images; None finds it.
         label_column: Name of the column with classes; None finds it.
         num_labels: Number of classes, for a dataset that does not name them.
@@ -54,6 +56,8 @@ def image_classification(
             all, or 5000 of a stream.
         shuffle_buffer: Encoded images in the shuffle buffer of a stream, in each worker.
         on_bad_image: `raise` for images that cannot be decoded, or `skip` and count them.
+        object_size: Size of each image on a black canvas of the target's size, at a fixed place of its own. None fills
+            the canvas.
         seed: Seed of the stream's order and of the augmentation.
 
     Returns:
@@ -97,6 +101,15 @@ def image_classification(
             )
         )
     target = target or PixelFormat(28)
+    if object_size is not None and not 0 < object_size <= target.size:
+        raise ValueError(
+            f"object_size is {object_size}; it must be from 1 to the size of the target's images, {target.size}."
+        )
+    if augmentation == ("shift" if object_size is None else "crop_flip"):
+        raise ValueError(
+            f"augmentation={augmentation!r} with object_size={object_size}: shift moves an object on its canvas, so it "
+            "needs object_size; crop_flip takes none."
+        )
     splits = digits() if dataset == "digits" else load_splits(dataset, dataset_config, streaming)
     features = features_of(splits["train"], dataset)
     columns = find_columns(features, dataset, image_column, label_column)
@@ -107,7 +120,17 @@ def image_classification(
     validation, test = evaluation_splits(encoded, columns[1], dataset, most)
     sizes = (target.size,) if guide is None or guide.size == target.size else (target.size, guide.size)
     crop = CROP_FRACTION if augmentation == "crop_flip" else 1.0
-    decoder = partial(ImageDecoder, sizes, columns, len(names), crop=crop, seed=seed, on_bad_image=on_bad_image)
+    decoder = partial(
+        ImageDecoder,
+        sizes,
+        columns,
+        len(names),
+        crop=crop,
+        seed=seed,
+        on_bad_image=on_bad_image,
+        object_size=object_size,
+    )
+    still = decoder()
     train: Any = training_rows(encoded["train"], columns[1], dataset, train_size)
     if streaming and dataset != "digits":
         train = ImageStream.of(train, decoder(augmentation), shuffle_buffer)
@@ -120,8 +143,8 @@ def image_classification(
         name="image_classification",
         description=f"Name which of {len(names)} classes an image of {dataset.rstrip('/').split('/')[-1]} belongs to.",
         train_dataset=train,
-        eval_dataset=ImageRows(validation, decoder()),
-        test_dataset=ImageRows(test, decoder()),
+        eval_dataset=ImageRows(validation, still),
+        test_dataset=ImageRows(test, still),
         data_collator=ImageCollator(target, guide),
         processing_class=image_processor(target, crop),
         compute_metrics=partial(_metrics, TopKAccuracy(k=TOP)),

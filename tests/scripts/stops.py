@@ -50,7 +50,6 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "a stream of two processes": (llama, {"similarity_batch": "global"}),
     "two processes": (llama, {"similarity_batch": "global", "sample_axis": "token", "max_tokens": 9}),
     "two processes, cached": (llama, {"sketch": 16, "cache_guide": "cache", "sample_id_column": "id"}),
-    "weights alone": (llama, {"save_only_model": True}),  # whose optimizer starts anew: the end may be another one
 }
 ROWS = 200  # more than two processes take: a second pass over a stream is not resumed to the bit
 
