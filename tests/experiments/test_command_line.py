@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hf_guidance.experiments.command_line import check_choice, parse
+from hf_guidance.experiments.command_line import check_choice, flags_of_the_claim, parse
 
 
 @dataclasses.dataclass
@@ -61,3 +61,18 @@ def test_a_wrong_flag_is_an_error_without_the_list_of_all_flags(words, said, mon
     with pytest.raises(ValueError, match=said):
         parsed(monkeypatch, *words)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_claim_stands_for_its_flags(monkeypatch, capsys):
+    claims = {"deep": "--size 3\n  --fast", "wide": "--size 4"}
+    for words, flags in (
+        ([], []),
+        (["--claim", "deep"], ["--size", "3", "--fast"]),
+        (["--claim=wide", "--size", "9"], ["--size", "4"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
+        assert flags_of_the_claim(claims) == flags
+    assert capsys.readouterr().out == "--claim deep: --size 3 --fast\n--claim wide: --size 4\n"
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--claim", "tall"])
+    with pytest.raises(ValueError, match="--claim tall: possible are deep, wide"):
+        flags_of_the_claim(claims)

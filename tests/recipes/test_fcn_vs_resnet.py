@@ -411,7 +411,13 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
             "--stop_step is 4; untrained_guide_stopped stops guidance within its 4 steps: choose from 1 to 3",
         ),
         ({"runs": ["guide_itself"]}, "trains the guide on the data: add --train_guide"),
-        ({"target": "resnet50_without_skips"}, "--width and --dropout apply to the FCNs only"),
+        ({"target": "resnet50_without_skips", "dropout": 0.1}, "--dropout applies to the FCNs only"),
+        ({"guide_width": 8}, "--guide timm/test_resnet: possible are resnet18, resnet34, resnet50"),
+        ({"object_size": 9}, "object_size is 9; it must be from 1 to the size of the target's images, 8"),
+        ({"augmentation": "shift"}, "shift moves an object on its canvas, so it needs object_size"),
+        ({"object_size": 4, "augmentation": "crop_flip"}, "crop_flip takes none"),
+        ({"learning_rates": [1e-3], "seeds": [3, 100]}, "both name 100: a seed that chose the learning rate cannot rep"),
+        ({"claim": "deep"}, "--claim deep: possible are convnet_without_skips, wide_fcn"),
         ({"per_device_train_batch_size": 52}, "1197 training images in batches of 52 leave one over"),
         ({"sample_axis": "token"}, "has no positions; sample_axis='token' needs"),
         ({"layer_mapping": "last_99"}, "last_99"),
@@ -431,6 +437,26 @@ def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monke
     with pytest.raises(ValueError, match=words):
         run_here(monkeypatch, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out/**/checkpoint-*"))
+
+
+@pytest.mark.parametrize("claim", ["convnet_without_skips", "wide_fcn"])
+def test_a_claim_stands_for_its_flags_and_has_a_rate_a_baseline_of_equal_time_and_differences(
+    claim, tmp_path, monkeypatch, capsys
+):
+    tiny = {"dataset": "digits", "image_size": 16, "guide_width": 4, "train_size": 64, "eval_size": 32, "use_cpu": True}
+    tiny |= {"width": 4, "per_device_train_batch_size": 8, "max_steps": 2, "eval_steps": 2, "guide_max_steps": 2}
+    tiny |= {"seeds": [0], "search_seeds": [100], "learning_rates": [1e-3, 2e-3]}
+    tiny |= {"object_size": 8} if claim == "wide_fcn" else {"depth": 18}
+    report = Recipe("fcn_vs_resnet", {"claim": claim}).run_here(monkeypatch, tmp_path / "out", **tiny)
+    assert capsys.readouterr().out.startswith(f"--claim {claim}: --dataset zalando-datasets/fashion_mnist --eval_size")
+    assert report["claim"] == claim
+    assert [run["run"] for run in report["runs"]] == ["alone", "guide_itself", "trained_guide", "alone_equal_time"]
+    alone, _, guided, equal = report["runs"]
+    assert guided["settings"]["guidance"]["measure"] == "ridge_loo"
+    assert equal["steps"] >= 1.1 * alone["steps"] * guided["seconds"] / alone["seconds"]
+    assert {found["baseline"] for found in report["differences"]} == {"alone", "alone_equal_time"}
+    assert f"--claim {claim}" in report["command"]
+    assert "--train_guide" not in report["command"]
 
 
 def test_a_stream_without_max_steps_is_refused(tmp_path, monkeypatch):

@@ -219,7 +219,9 @@ def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_pa
         task="language_modeling",
         text_files=[text],
         learning_rates=rates,
+        search_seeds=[7],
         longer_baseline=True,
+        equal_time_baseline=True,
         runs=["alone", "untrained_guide"],
         **TWO_STEPS,
     )
@@ -227,8 +229,14 @@ def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_pa
     assert list(search) == [f"alone-lr{rate:g}" for rate in rates]
     best = min(search, key=search.get)
     assert {f"alone-lr{run['settings']['learning_rate']:g}" for run in report["runs"]} == {best}
+    assert {run["seed"] for run in report["learning_rate_search"]} == {7}
     rows = [row["run"] for row in report["table"]]
-    assert rows == ["alone", "alone, twice the steps", "alone, equal time", "untrained_guide"]
+    assert rows[:4] == ["alone", "alone, twice the steps", "alone, equal time", "untrained_guide"]
+    assert rows[4:] == ["alone_equal_time"]
+    assert [(found["run"], found["baseline"], found["unit"]) for found in report["differences"]] == [
+        ("untrained_guide", "alone", "%"),
+        ("untrained_guide", "alone_equal_time", "%"),
+    ]
     assert {"perplexity", "word_perplexity"} <= set(report["runs"][0]["test"])
 
 

@@ -30,6 +30,12 @@ def test_the_resnet_without_skips_has_fifty_layers():
     assert sum(isinstance(module, torch.nn.Conv2d) for module in network.modules()) == 49  # and the classifier
 
 
+def test_the_width_of_a_resnet_is_that_of_its_stem_which_the_others_follow():
+    config = vision_target("resnet50_without_skips", 32, width=16).config
+    assert (config.embedding_size, config.hidden_sizes) == (16, [64, 128, 256, 512])
+    assert vision_target("resnet50_without_skips", 32, width=4, depth=18).config.hidden_sizes == [4, 8, 16, 32]
+
+
 def test_width_depth_and_dropout_of_an_fcn_are_taken():
     config = vision_target("wide_fcn", 8, width=5, depth=2, dropout=0.5).config
     assert (config.hidden_size, config.num_hidden_layers, config.hidden_dropout_prob) == (5, 2, 0.5)
