@@ -7,9 +7,9 @@ from hf_guidance.experiments.run import Run
 
 RESULTS = [
     {"run": "alone", "seed": 0, "seconds": 10.0, "guide": None},
-    {"run": "guided", "seed": 0, "seconds": 25.0, "guide": {}},
-    {"run": "slower", "seed": 0, "seconds": 30.0, "guide": {}},
-    {"run": "slower", "seed": 1, "seconds": 90.0, "guide": {}},
+    {"run": "guided", "seed": 0, "seconds": 25.0, "guide": {"architecture": "G"}},
+    {"run": "slower", "seed": 0, "seconds": 30.0, "guide": {"architecture": "G"}},
+    {"run": "slower", "seed": 1, "seconds": 90.0, "guide": {"architecture": "G"}},
 ]
 ALONE = Run("alone", 0, lambda: None)
 

@@ -28,9 +28,10 @@ def test_gains_are_points_over_the_baseline_of_the_same_seed_at_equal_steps_and_
     steps, time = gains(results, ACCURACY)
     assert (steps["run"], steps["baseline"], steps["unit"]) == ("trained_guide", "alone", "points")
     assert steps["values"] == pytest.approx({0: 10.0, 1: 13.0, 2: 7.0})
+    t = 10 / (3 / 3**0.5)
     # mean 10, standard deviation 3, t of two degrees of freedom at 97.5 %: 4.3027
     assert steps["interval"] == pytest.approx((10 - 4.3027 * 3 / 3**0.5, 10 + 4.3027 * 3 / 3**0.5), abs=1e-3)
-    assert steps["p"] == pytest.approx(0.0286, abs=1e-4)
+    assert steps["p"] == pytest.approx(1 - t / (t**2 + 2) ** 0.5)
     assert time["baseline"] == "alone_equal_time"
     assert time["values"] == pytest.approx({0: 5.0, 1: 13.0, 2: 5.0})
     words = "trained guide − alone, equal steps, test: +10.0 points [+2.5, +17.5] (seeds 0 1 2: +10.0, +13.0, +7.0)"

@@ -267,7 +267,7 @@ def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
         ({"preset": "large"}, "--preset large: possible are small, paper"),
         ({"runs": ["guided"]}, "--runs guided: possible are alone, untrained_guide, trained_guide, guide_itself"),
         ({"seed": 7}, "--seed: use --seeds and --max_steps instead; rerun the same command"),
-        ({"longer_baseline": True}, "trains the run 'alone' for longer, but --runs does not name it"),
+        ({"longer_baseline": True}, "train the run 'alone' for longer, but --runs does not name it"),
         ({"task": "language_modeling", "text_files": ["/nowhere.txt"]}, "/nowhere.txt"),
         ({"measure": "cka"}, "Unknown measure 'cka'; possible are linear_cka"),
         ({"similarity_batch": "accumulated"}, "gradient_accumulation_steps is 1"),

@@ -36,7 +36,10 @@ def test_augmentation_is_torchvisions_and_a_function_of_seed_epoch_and_content()
 
 
 def test_an_object_has_a_place_of_its_own_on_its_canvas_and_another_in_each_epoch_if_it_is_shifted():
-    white = {"image": encode(np.full((4, 4, 3), 255, np.uint8)), "label": 1}
+    def grey(value):
+        return {"image": {"bytes": encode(np.full((4, 4, 3), value, np.uint8)), "path": None}, "label": 1}
+
+    white = grey(255)
 
     def place(row, epoch=0, **options):
         view = decoder(sizes=[10], object_size=4, **options)(row, epoch)["pixel_values"][0]
@@ -48,8 +51,7 @@ def test_an_object_has_a_place_of_its_own_on_its_canvas_and_another_in_each_epoc
 
     assert place(white) == place(white, 5) == place(white, seed=3)
     assert len({place(white, epoch, augmentation="shift") for epoch in range(60)}) > 25
-    others = [{"image": encode(np.full((4, 4, 3), value, np.uint8)), "label": 1} for value in range(200, 256)]
-    assert len({place(row) for row in others}) > 20
+    assert len({place(grey(value)) for value in range(200, 256)}) > 20
     small, large = decoder(sizes=[10, 20], object_size=4)(white)["pixel_values"]
     assert large.shape == (3, 20, 20)
     assert small.float().mean() == pytest.approx(float(large.float().mean()), rel=0.1)
