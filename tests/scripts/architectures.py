@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,14 @@ from small_networks import FAMILIES, ROWS, Case, case_named, loss_of, names_of, 
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.features.reader import LayerReader, first_tensor
+from hf_guidance.features.samples import Samples
 from hf_guidance.guide.inputs import accepted_columns
 
 ROLES = ("target", "guide")
 SECONDS = 60  # for one network in both roles
 TOLERANCE = 1e-4
 HIDDEN = ("hidden_states", "decoder_hidden_states")
-MORE = 3  # columns of padding
+MORE = 4  # columns of padding
 
 
 class Wrong(Exception):
@@ -64,7 +65,9 @@ def sides(case: Case, role: str) -> tuple[nn.Module, nn.Module, dict[str, Any], 
     batch = dict(given.batch)
     if not (shared and set(others.batch) - {"labels"} <= set(batch)):
         batch |= {f"guide_{name}": value for name, value in others.batch.items() if name != "labels"}
-    return target, guide, batch, GuidanceConfig(target_layers=list(given.layers), guide_layers=list(others.layers))
+    return target, guide, batch, GuidanceConfig(
+        target_layers=list(given.layers), guide_layers=list(others.layers), **case.settings
+    )
 
 
 def with_decoder(case: Case) -> Case:
@@ -96,6 +99,7 @@ def train(case: Case, role: str) -> None:
                 raise Wrong("the guidance loss has no gradient in any weight")
         optimizer.zero_grad()
         watched.total(loss_of(output)).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
     changed = [name for name, value in _state(guide) if not _same_bits(value, before[name])]
     if changed:
@@ -171,6 +175,7 @@ def _is_encoder_decoder(network: nn.Module) -> bool:
 
 def _same_loss(case: Case, role: str, change: Callable[[Tensor, str], Tensor], order: Tensor | None) -> str:
     target, guide, batch, config = sides(case, role)
+    case = with_decoder(case) if role == "guide" else case
     target.eval()
     other = {name: change(value, name) if isinstance(value, Tensor) else value for name, value in batch.items()}
     if all(value is other[name] for name, value in batch.items()):
@@ -179,7 +184,7 @@ def _same_loss(case: Case, role: str, change: Callable[[Tensor, str], Tensor], o
     own = [{n: b.get(prefix + n, b.get(n)) for n in case.batch} for b in (batch, other)]
     if not _own_outputs_agree(case, own, order):
         return "the network's own outputs change"
-    losses = []
+    losses: list[float] = []
     for given in (batch, other):
         guidance = GuidanceLoss(target, guide, config)
         torch.manual_seed(0)
@@ -196,7 +201,7 @@ def _same_loss(case: Case, role: str, change: Callable[[Tensor, str], Tensor], o
 
 def _own_outputs_agree(case: Case, batches: list[dict[str, Any]], order: Tensor | None) -> bool:
     """Tell whether the blocks of a network give the same for the rows of two batches."""
-    outputs = [[value for _, value, _ in run_blocks(case.network, batch)[0]] for batch in batches]
+    outputs = [[run.output for run in run_blocks(case.network, batch)] for batch in batches]
     if len(outputs[0]) != len(outputs[1]):
         return False
     for one, two in zip(*outputs, strict=True):
@@ -215,20 +220,26 @@ def _repeats(case: Case) -> bool:
     return _own_outputs_agree(case, [case.batch, case.batch], None)
 
 
-def run_blocks(network: nn.Module, batch: dict[str, Any]) -> tuple[list[tuple[str, Tensor, Tensor | None]], Any]:
-    """Run a network in evaluation mode; return its blocks by name with output and input, and its own output.
+class Block(NamedTuple):
+    """One run of a module of a list: its name, the list's, its output and its input."""
 
-    Blocks are the modules of lists that have at least two of one class. Each run of a block is an entry.
-    """
-    blocks: list[tuple[str, Tensor, Tensor | None]] = []
+    name: str
+    stack: str
+    output: Tensor
+    given: Tensor | None
+
+
+def run_blocks(network: nn.Module, batch: dict[str, Any]) -> list[Block]:
+    """Run a network in evaluation mode, and return the runs of its blocks, which are the modules in lists."""
+    runs: list[Block] = []
     handles = []
 
-    def keep(name: str) -> Any:
+    def keep(name: str, stack: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             value = first_tensor(output)
             given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if isinstance(value, Tensor):
-                blocks.append((name, value.detach().clone(), None if given is None else given.detach().clone()))
+                runs.append(Block(name, stack, value.detach().clone(), None if given is None else given.detach().clone()))
 
         return hook
 
@@ -236,18 +247,18 @@ def run_blocks(network: nn.Module, batch: dict[str, Any]) -> tuple[list[tuple[st
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             for i, child in module.named_children():
                 if not isinstance(child, (nn.ModuleList, nn.Identity)):
-                    handles.append(child.register_forward_hook(keep(f"{name}.{i}"), with_kwargs=True))
+                    handles.append(child.register_forward_hook(keep(f"{name}.{i}", name), with_kwargs=True))
     mode = network.training
     network.eval()
     try:
         with torch.no_grad():
             torch.manual_seed(0)
-            output = network(**batch)
+            network(**batch)
     finally:
         network.train(mode)
         for handle in handles:
             handle.remove()
-    return blocks, output
+    return runs
 
 
 def outputs_of_blocks(case: Case, role: str) -> str:
@@ -260,47 +271,66 @@ def outputs_of_blocks(case: Case, role: str) -> str:
         torch.manual_seed(0)
         network(**case.batch)
     reader.remove()
-    blocks, _ = run_blocks(case.network, case.batch)
-    stacks: dict[str, list[tuple[str, Tensor, Tensor | None]]] = {}
-    for block in blocks:
-        stacks.setdefault(block[0].rpartition(".")[0], []).append(block)
-    found = [name for name, stack in stacks.items() if _are_outputs(list(read.values()), stack)]
-    if found:
+    return how_read(read, run_blocks(case.network, case.batch))
+
+
+def how_read(read: dict[str, Tensor], blocks: list[Block]) -> str:
+    """Return `right` if the layers read are the outputs of the blocks in order, each once, the last one maybe normed."""
+    matches = {layer: [block for block in blocks if _equal(value, block.output)] for layer, value in read.items()}
+    stacks: set[str] = set()
+    for found in sorted(matches.values(), key=len):  # the stack that gives most layers first
+        count = Counter(block.stack for others in matches.values() for block in others)
+        if found and not stacks & {block.stack for block in found}:
+            stacks.add(max((block.stack for block in found), key=lambda stack: (count[stack], -len(stack))))
+    runs = [block for block in blocks if block.stack in stacks]
+    values = list(read.values())
+    following = [block.given for block in runs[1:]] + [None]
+    right = len(runs) == len(values) and all(
+        _equal(value, run.output) or (after is not None and _equal(value, after))  # some add to it before the next
+        for value, run, after in list(zip(values, runs, following, strict=True))[:-1]
+    )
+    if right:
         return "right"
-    return _describe(read, stacks)
-
-
-def _are_outputs(read: list[Tensor], stack: list[tuple[str, Tensor, Tensor | None]]) -> bool:
-    if len(read) != len(stack):
-        return False
-    pairs = list(zip(read, [value for _, value, _ in stack], strict=True))
-    return all(_equal(*pair) for pair in pairs[:-1]) and pairs[-1][0].numel() == pairs[-1][1].numel()
+    said = []
+    for layer, value in read.items():
+        first = [block.name for block in blocks if block.given is not None and _equal(value, block.given)]
+        names = [block.name for block in matches[layer] if block.stack in stacks] or [f"input of {name}" for name in first[:1]] or ["no block"]
+        said.append(f"{layer.rpartition('.')[2]} is {min(names, key=len)}")
+    return f"odd: {', '.join(said)}; of {len(runs)} runs of {sorted(stacks)}"
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
+    if two.ndim == 3 and one.ndim == 4 and 0 < (more := two.shape[1] - one.shape[2] * one.shape[3]) < 9:
+        two = two[:, more:]  # timm leaves class tokens out
     if one.numel() != two.numel() or one.dtype != two.dtype:
         return False
     ways = [two.reshape(one.shape)]
     if two.ndim >= 3:
-        ways.append(two.movedim(1, -1).reshape(one.shape))
-        ways.append(two.movedim(-1, 1).reshape(one.shape))
+        orders = ((1, -1), (-1, 1), (0, 1))
+        ways += [two.movedim(*order).reshape(one.shape) for order in orders]
     return any(torch.allclose(one, way, atol=1e-5, rtol=1e-4) for way in ways)
 
 
-def _describe(read: dict[str, Tensor], stacks: dict[str, list[tuple[str, Tensor, Tensor | None]]]) -> str:
-    """Say which blocks each layer read is the output of."""
-    lines = []
-    for layer, value in read.items():
-        names = [name for stack in stacks.values() for name, output, _ in stack if _equal(value, output)]
-        inputs = [name for stack in stacks.values() for name, _, given in stack[:1] if given is not None and _equal(value, given)]
-        said = names[0] if names else f"input of {inputs[0]}" if inputs else "nothing"
-        lines.append(f"{layer.rpartition('.')[2]}={said}")
-    longest = {name: len(stack) for name, stack in stacks.items() if len(stack) > 1 and name.count(".") < 4}
-    return f"odd: {', '.join(lines)}; blocks: {longest}"
+def channels_of_maps(case: Case, role: str) -> str:
+    """Check that with positions as samples the features of a square map are its channels, first or last."""
+    samples = Samples(case.batch, "token")
+    reader = LayerReader(copy.deepcopy(case.network).eval(), list(case.layers), "guide")
+    with torch.no_grad(), reader.reading(lambda name, value: value.detach()) as read:
+        reader.model(**case.batch)
+    wrong = {}
+    for name, value in read.items():
+        if isinstance(value, Tensor) and value.ndim == 4 and (value.shape[1] == value.shape[2]) != (value.shape[2] == value.shape[3]):
+            channels = value.shape[3] if value.shape[1] == value.shape[2] else value.shape[1]
+            features, _ = samples.prepared(name, value)
+            if features.shape[-1] != channels:
+                wrong[name] = tuple(value.shape)
+    if wrong:
+        raise Wrong(f"channels of {wrong} are taken for positions")
+    return "right"
 
 
 CHECKS: tuple[Callable[[Case, str], str], ...] = (
-    like_itself, order_of_rows, padding, padding_of_labels, outputs_of_blocks,
+    like_itself, order_of_rows, padding, padding_of_labels, outputs_of_blocks, channels_of_maps,
 )  # fmt: skip
 
 
@@ -331,21 +361,20 @@ def results_of(name: str) -> Iterator[dict[str, Any]]:
 
 def in_role(case: Case, role: str) -> dict[str, Any]:
     """Return the result of a network in a role: of default layers, else of named blocks."""
-    by_default = ""
+    by_default = worst = ""
     try:
         train(case, role)
     except Exception as error:
         result = result_of(error)
-        if not (result["result"] == "refused" and case.blocks and "hidden_states" in result["message"]):
+        if not case.blocks or case.layers == case.blocks or "hidden_states" not in result["message"]:
             return result
-        by_default = result["message"]
-        case = case.by_blocks()
+        by_default, case = f"{result['result']}: {result['message']} at {result['at']}", case.by_blocks()
+        worst = "other" if result["result"] == "other" else ""
         try:
             train(case, role)
         except Exception as error:
             return {**result_of(error), "by_default": by_default}
     checks: dict[str, str] = {}
-    worst = "right"
     for check in CHECKS:
         try:
             checks[check.__name__] = check(case, role)
@@ -354,8 +383,9 @@ def in_role(case: Case, role: str) -> dict[str, Any]:
             checks[check.__name__] = f"{result['result']}: {result['message']} at {result['at']}"
             worst = "other" if "other" in (worst, result["result"]) else "refused"
     said = {"by_default": by_default} if by_default else {}
-    bad = [f"{n}: {v}" for n, v in checks.items() if v.startswith(("other", "refused"))]
-    return {"result": worst, **said, "checks": checks, **({"message": "; ".join(bad)} if bad else {})}
+    bad = [by_default] * bool(worst and by_default)
+    bad += [f"{n}: {v}" for n, v in checks.items() if v.startswith(("other", "refused"))]
+    return {"result": worst or "right", **said, "checks": checks, **({"message": "; ".join(bad)} if bad else {})}
 
 
 def run_apart(name: str, seconds: int, write: Callable[[dict[str, Any]], None]) -> None:

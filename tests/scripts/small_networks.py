@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ROWS, LENGTH, VOCABULARY, WIDTH, IMAGE, SAMPLES, FRAMES, MELS = 6, 8, 99, 32, 32, 1600, 32, 16
+ROWS, LENGTH, VOCABULARY, WIDTH, IMAGE, SAMPLES, FRAMES, MELS = 6, 7, 99, 32, 32, 1600, 32, 16
 
 # the first pattern that matches a field's name gives its largest value; lists are cut or scaled by `_small_list`
 SIZES: dict[str, int] = {
-    r"(|.*_)vocab_size": VOCABULARY,
+    r"(|.*_)vocab_size(_per_layer_input)?": VOCABULARY,
     r"(|.*_)(num_)?key_value_heads": 2,
     r".*head_dim|d_kv|d_head|kv_channels|dim_head|.*_d_head|rotary_dim|head_size": 8,
+    r"num_kv_shared_layers": 0,
+    r"first_k_dense_replace|num_dense_layers": 1,
     r"(|.*_)(n_?|num_)?(hidden_|encoder_|decoder_|attention_)?(layers?|blocks)|depth|.*_depth": 3,
     r".*heads?|.*n_heads": 4,
     r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|mlp_dim|feedforward_dim|d_inner)": 64,
@@ -31,12 +34,12 @@ SIZES: dict[str, int] = {
     r"patch_size|.*_patch_size": 8,
     r".*num_mel_bins|.*n_mels": MELS,
     r"max_source_positions": FRAMES // 2,
+    r"index_topk": 16,
     r".*num_experts_per_tok(en)?|.*moe_k|.*topk|moe_topk|top_k_experts": 2,
     r".*(experts|num_expert)": 4,
     r"n_group|topk_group|num_expert_group": 1,
     r"num_queries|num_query_tokens": 10,
     r".*sliding_window(_size)?|local_attention": 6,
-    r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers": 1,
     r".*codebook_size|num_embeddings": 64,
 }
 WIDTHS = re.compile(r".*(hidden_sizes|embed_dims?|channels|dims|conv_dim|tdnn_dim|output_channels|in_channels|width)")
@@ -60,6 +63,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "decision_transformer": {"hidden_size": WIDTH, "n_head": 4, "state_dim": 5, "act_dim": 3},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "depth_pro": {"patch_size": 32},
+    "clvp_encoder": {"hidden_size": 64, "num_attention_heads": 2, "projection_dim": 64},
+    "clvp_decoder": {"hidden_size": 64, "n_embd": 64, "num_attention_heads": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "hy_v4_vl_text": {"rope_parameters": MROPE},
+    "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64},
+    "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "longformer": {"attention_window": 4},
+    "led": {"attention_window": 4},
+    "llama4": {"pad_token_id": 0},
+    "mimi": {"upsample_groups": 32},
     "dots3_note": {"per_layer_config": None},
     "dots3_note_vision_encoder": {"per_layer_config": None},
     "efficientnet": {"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.25},
@@ -73,7 +90,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bridgetower_vision_model": {"hidden_size": 64},
     "bros": {"dim_bbox_sinusoid_emb_2d": 32, "dim_bbox_sinusoid_emb_1d": 4, "dim_bbox_projection": 8},
     "chameleon": {"vocabulary_map": {"<image>": 98}},
-    "clap_audio_model": {"spec_size": 32, "window_size": 4, "num_mel_bins": 16, "depths": [1, 1], "num_attention_heads": [2, 2]},
+    "clap_audio_model": {"hidden_size": 64, "spec_size": 64, "window_size": 4, "num_mel_bins": 16, "depths": [1, 1], "num_attention_heads": [2, 2]},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "glm4v_text": {"rope_parameters": MROPE},
+    "glm4v_moe_text": {"rope_parameters": MROPE, "head_dim": 16},
+    "glm_image_text": {"rope_parameters": MROPE},
+    "glm_ocr_text": {"rope_parameters": MROPE},
+    "glpn": {"decoder_hidden_size": 128, "hidden_sizes": [16, 32, 80, 128]},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "informer": SERIES,
     "time_series_transformer": SERIES,
 }
@@ -88,6 +112,7 @@ class Case:
         batch: Columns of its forward.
         kind: `text`, `image`, `audio` or another kind of input.
         layers: Layers to compare.
+        settings: Settings of guidance that are not the defaults.
         blocks: Names of its blocks: the largest stack of modules that each run once and return the batch.
     """
 
@@ -96,6 +121,7 @@ class Case:
     kind: str
     layers: tuple[str, ...] = ("hidden_states",)
     blocks: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def by_blocks(self) -> Case:
         """Return the same with its blocks as layers."""
@@ -255,10 +281,10 @@ def transformers_case(name: str) -> Case:
 # ----------------------------------------------------------------------------------------------------------- batches
 
 
-def case_of(network: Any, with_head: bool) -> Case:
+def case_of(network: Any, with_head: bool, batches: Iterable[dict[str, Any]] | None = None) -> Case:
     """Find a batch that a network runs forward and backward on, among those that its forward's arguments suggest."""
     first: Exception | None = None
-    for batch in _batches(network, with_head):
+    for batch in _batches(network, with_head) if batches is None else batches:
         try:
             network.train()
             network.zero_grad()
@@ -306,7 +332,7 @@ def blocks_of(network: nn.Module, batch: dict[str, Any]) -> list[str]:
 
 def loss_of(output: Any) -> Tensor:
     """Return the loss of a network's output, else the mean square of its floating-point tensors."""
-    loss = getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss.mean()
     parts = [t.float().square().mean() for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
@@ -419,10 +445,11 @@ def _makers(config: Any) -> dict[str, list[Callable[[], Any]]]:
         lambda: _random(ROWS, mels, frames),
         lambda: _random(ROWS, frames, mels),
         lambda: _random(ROWS, 1, 4 * FRAMES, mels),
+        lambda: _random(ROWS, 1, 2 * FRAMES, mels),
         lambda: _random(ROWS, 160, FRAMES),
         lambda: _random(ROWS, FRAMES, 160),
     ]
-    series = find("context_length", default=LENGTH)
+    series = find("context_length", default=8)
     longest = find("max_length", "max_time_bins", default=frames)
     waves = [
         lambda: _random(ROWS, SAMPLES),
@@ -437,6 +464,7 @@ def _makers(config: Any) -> dict[str, list[Callable[[], Any]]]:
         "attention_mask": [lambda: torch.ones(ROWS, LENGTH, dtype=torch.long)],
         "decoder_input_ids": [lambda: _ids(seed=1)],
         "decoder_input_values": [lambda: _random(ROWS, LENGTH, mels)],
+        "qformer_input_ids": [_ids],
         "bbox": [lambda: torch.tensor([1, 2, 30, 40]).repeat(ROWS, LENGTH, 1)],
         "pixel_values": images,
         "images": images,
@@ -483,11 +511,140 @@ def case_named(name: str) -> Case:
 
 def names_of(family: str) -> list[str]:
     """Return the names of a family's networks."""
-    return FAMILIES[family][0]()
+    names = FAMILIES[family][0]()
+    return names if family == "transformers" else [f"{family}/{name}" for name in names]
+
+
+TIMM = """
+    beit_base_patch16_224 eca_botnext26ts_256 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32
+    test_convnext cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deepseek_vit_412m
+    deit_tiny_patch16_224 densenet121 dla60x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0
+    test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0
+    fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050 hardcorenas_b hgnetv2_b0 hiera_tiny_224
+    sam2_hiera_tiny hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4
+    lcnetv2_small levit_128 lowformer_b0 test_mambaout test_coatnet poolformer_s12 gmlp_ti16_224
+    mobilenetv3_small_050 mobilenetv5_base mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_siglip nasnetalarge
+    nest_tiny nextvit_small test_nfnet pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_004_tv
+    repghostnet_050 repvit_m1 res2net50_14w_8s resnest14d test_resnet resnetv2_18 rexnet_100 selecsls42
+    legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224
+    swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small
+    vgg11 visformer_tiny test_vit vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224 vitamin_small_224
+    volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224
+"""  # one small network of each of timm's modules
+TORCHVISION = """
+    alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 mnasnet0_5 maxvit_t mobilenet_v2
+    mobilenet_v3_small regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vit_b_32 r3d_18
+    s3d mvit_v1_b swin3d_t
+"""
+
+
+def timm_case(name: str) -> Case:
+    """Build a network of timm through transformers' wrapper, for images as small as it takes."""
+    import timm
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig
+
+    own = timm.get_pretrained_cfg(name).to_dict()["input_size"][-1]
+    first: Exception | None = None
+    for size in (64, 96, 128, own):
+        for given in ({}, {"img_size": size}):
+            torch.manual_seed(0)
+            try:
+                config = TimmWrapperConfig(architecture=name, model_args=given, num_labels=2)
+                network = AutoModelForImageClassification.from_config(config)
+                batch = {"pixel_values": _random(ROWS, 3, size, size), "labels": torch.arange(ROWS) % 2}
+                network.eval()
+                with torch.no_grad():
+                    network(**batch)
+                return case_of(network, True, [batch])
+            except Exception as error:  # networks raise anything on sizes that they do not take
+                first = first or error
+    assert first is not None
+    raise first
+
+
+class Vision(nn.Module):
+    """A network of torchvision with a loss, as a trainer needs it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        output = self.network(pixel_values)
+        logits = output if isinstance(output, Tensor) else output[0]
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def torchvision_case(name: str) -> Case:
+    """Build a network of torchvision, with its blocks as layers and positions as samples."""
+    import torchvision
+
+    torch.manual_seed(0)
+    network = Vision(torchvision.models.get_model(name, weights=None, num_classes=2))
+    size = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 224}.get(name, 64)
+    images = [_random(ROWS, 3, size, size), _random(ROWS, 3, 8, size, size), _random(ROWS, 3, 16, 224, 224)]
+    case = case_of(network, True, [{"pixel_values": image, "labels": torch.arange(ROWS) % 2} for image in images])
+    stages = [n for n, m in network.network.named_children() if isinstance(m, nn.Sequential) and len(list(m.parameters()))]
+    layers = tuple(f"network.{name}" for name in stages) if len(stages) > 3 else case.blocks
+    return replace(case, layers=layers, settings={"sample_axis": "token"})
+
+
+class Torch(nn.Module):
+    """A small network of torch's own layers over tokens, with a mask of padding."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(self._layer() for _ in range(3))
+        self.whole = nn.TransformerEncoder(self._layer(), 3) if kind in ("whole", "nested") else None
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def _layer(self) -> nn.Module:
+        if self.kind == "attention":
+            return nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        if self.kind in ("lstm", "gru", "rnn"):
+            return getattr(nn, self.kind.upper())(WIDTH, WIDTH, batch_first=True)
+        if self.kind == "decoder":
+            return nn.TransformerDecoderLayer(WIDTH, 4, 64, dropout=0.0, batch_first=True)
+        first = self.kind != "length_first"  # torch packs padded rows into nested tensors only where norms come last
+        last = self.kind != "nested"
+        return nn.TransformerEncoderLayer(WIDTH, 4, 64, dropout=0.0, batch_first=first, norm_first=last)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x, padding = self.embed(input_ids), attention_mask == 0
+        if self.whole is not None:
+            x = self.whole(x, src_key_padding_mask=padding)
+        for layer in self.layers if self.whole is None else ():
+            if self.kind == "attention":
+                x = x + layer(x, x, x, key_padding_mask=padding)[0]
+            elif self.kind in ("lstm", "gru", "rnn"):
+                x = layer(x)[0]
+            elif self.kind == "decoder":
+                x = layer(x, x, tgt_key_padding_mask=padding, memory_key_padding_mask=padding)
+            elif self.kind == "length_first":
+                x = layer(x.transpose(0, 1), src_key_padding_mask=padding).transpose(0, 1)
+            else:
+                x = layer(x, src_key_padding_mask=padding)
+        logits = self.head(x)
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+        return {**loss, "logits": logits}
+
+
+def torch_case(kind: str) -> Case:
+    """Build a network of torch's own layers."""
+    torch.manual_seed(0)
+    batch = {"input_ids": _ids(), "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long), "labels": _ids()}
+    layers = ("whole.layers.*",) if kind in ("whole", "nested") else ("layers.*",)
+    return replace(case_of(Torch(kind), True, [batch]), layers=layers)
 
 
 FAMILIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Case]]] = {
     "transformers": (transformers_names, transformers_case),
+    "timm": (TIMM.split, timm_case),
+    "torchvision": (TORCHVISION.split, torchvision_case),
+    "torch": ("encoder whole nested decoder attention length_first lstm gru rnn".split, torch_case),
 }
 
 
@@ -503,6 +660,11 @@ def partner_for(case: Case) -> Case:
     )
 
     torch.manual_seed(1)
+    if case.settings:  # of the same architecture, so that positions match
+        network = copy.deepcopy(case.network)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        return replace(case, network=network)
     if case.kind == "image" and case.batch["pixel_values"].shape[1] == 3:
         sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1]}
         images = {"pixel_values": case.batch["pixel_values"], "labels": torch.arange(ROWS) % 2}
