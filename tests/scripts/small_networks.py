@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ SIZES: dict[str, int] = {
     r"(|.*_)(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length)": 64,
     r".*image_size|input_size|pretrain_image_size|.*resolution|crop_size": IMAGE,
     r"patch_size|.*_patch_size": 8,
+    r"output_channels|mask_decoder_hidden_size": WIDTH,
     r".*num_mel_bins|.*n_mels": MELS,
     r"max_source_positions": FRAMES // 2,
     r"index_topk": 16,
@@ -46,30 +48,28 @@ WIDTHS = re.compile(r".*(hidden_sizes|embed_dims?|channels|dims|conv_dim|tdnn_di
 DEPTHS = re.compile(r"depths|layer_depths|.*num_block_repeats|num_blocks|.*depths?|.*stage_num_blocks")
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
+SWIN = {"window_size": 4, "patch_size": 4, "depths": [1, 2], "num_heads": [2, 4], "embed_dim": 16}
 UNSET: dict[str, Any] = {  # values for fields that are None by default, but needed
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
+    "head_dim": WIDTH // 4,
+    "num_key_value_heads": 4,
 }
+WHOLE = re.compile("hgnet|d_fine|deimv2|pp_(doclayout|ocr)|pvt$|edgetam|efficientnet|poolformer|rt_detr|sam2|hiera")  # lists
 OVERRIDES: dict[str, dict[str, Any]] = {
     "align_vision_model": {"hidden_dim": WIDTH, "width_coefficient": 0.25, "depth_coefficient": 0.5},
     "audio-spectrogram-transformer": {"max_length": FRAMES, "frequency_stride": 8, "time_stride": 8},
     "autoformer": {**SERIES, "moving_average": 3},
     "align": {"projection_dim": 80},
-    "cvt": {"depth": [1, 1, 2], "embed_dim": [16, 32, 32], "num_heads": [1, 2, 2], "drop_path_rate": [0.0] * 9},
-    "d_fine": {"encoder_in_channels": [16, 32, 64]},
     "decision_transformer": {"hidden_size": WIDTH, "n_head": 4, "state_dim": 5, "act_dim": 3},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "depth_pro": {"patch_size": 32},
     "clvp_encoder": {"hidden_size": 64, "num_attention_heads": 2, "projection_dim": 64},
     "clvp_decoder": {"hidden_size": 64, "n_embd": 64, "num_attention_heads": 2},
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "hunyuan_vl_text": {"head_dim": 8},
-    "hy_v4_vl_text": {"rope_parameters": MROPE},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -83,7 +83,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 98}, "pad_token_id": 0},
     "ernie4_5_vl_moe_text": {"head_dim": 16, "rope_parameters": {**MROPE, "mrope_section": [3, 3, 2]}},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 32, "pad_token_id": 1},
-    "cosmos3_edge_text": {"rope_parameters": MROPE},
     "deepseek_v2": {"topk_method": "greedy"},
     "bit": {"num_groups": 4, "depths": [1, 1], "hidden_sizes": [16, 32]},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
@@ -91,13 +90,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bros": {"dim_bbox_sinusoid_emb_2d": 32, "dim_bbox_sinusoid_emb_1d": 4, "dim_bbox_projection": 8},
     "chameleon": {"vocabulary_map": {"<image>": 98}},
     "clap_audio_model": {"hidden_size": 64, "spec_size": 64, "window_size": 4, "num_mel_bins": 16, "depths": [1, 1], "num_attention_heads": [2, 2]},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "glm4v_text": {"rope_parameters": MROPE},
     "glm4v_moe_text": {"rope_parameters": MROPE, "head_dim": 16},
-    "glm_image_text": {"rope_parameters": MROPE},
-    "glm_ocr_text": {"rope_parameters": MROPE},
     "glpn": {"decoder_hidden_size": 128, "hidden_sizes": [16, 32, 80, 128]},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    **dict.fromkeys(("swin", "swinv2", "donut-swin"), SWIN),
+    "mobilevit": {"hidden_sizes": [32, 32, 64], "neck_hidden_sizes": [16, 16, 16, 32, 32, 64, 64]},
+    "patchtst": {"context_length": 8, "patch_length": 4},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "num_buckets": 4},
+    "granite_speech5_encoder": {"context_size": 32},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "cvt": {"depth": [1, 1, 1], "embed_dim": [16, 32, 32], "num_heads": [1, 2, 2]},
+    "lw_detr_vit": {"image_size": 64, "num_windows": 4},
+    "poolformer": {"hidden_sizes": [16, 32, 64, 64]},
+    "pvt": {"image_size": 64},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "informer": SERIES,
     "time_series_transformer": SERIES,
 }
@@ -144,7 +152,7 @@ def small_config(cls: Any, given: dict[str, Any] | None = None) -> Any:
     for name, value in defaults.items():
         if name in parts:
             continue
-        small = _small(name, value)
+        small = _small(name, value, bool(WHOLE.match(cls.model_type)))
         if "key_value_heads" in name and isinstance(value, int) and value == heads:
             small = min(4, value)
         if small != value:
@@ -162,12 +170,23 @@ def small_config(cls: Any, given: dict[str, Any] | None = None) -> Any:
             inner = dict(inner)
             start = {} if model_type else {n: _small(n, v) for n, v in spec.init_kwargs.items()}
             values[name] = small_config(sub, {**start, **inner})
+    if "rope_parameters" in defaults and "vocab_size" in defaults and _has_mrope(cls):
+        values["rope_parameters"] = MROPE
     values |= given
     if values.get("out_indices") and "num_hidden_layers" in defaults:
         count = len(values["out_indices"])
         values |= {"out_indices": list(range(1, count + 1)), "num_hidden_layers": max(count, 3)}
         values.pop("out_features", None)
     return cls(**values)
+
+
+def _has_mrope(cls: Any) -> bool:
+    """Tell whether a config's rotary positions are of several axes, of which the default sizes are too large."""
+    if re.match("cohere_compass|neomme", cls.model_type):
+        return False
+    module = cls.__module__.replace(".configuration_", ".modeling_")
+    found = importlib.util.find_spec(module)
+    return bool(found and found.origin and "mrope_section" in Path(found.origin).read_text(encoding="utf-8"))
 
 
 def _class_of(spec: Any) -> Any:
@@ -183,7 +202,7 @@ def _config_class(model_type: str) -> Any:
     return CONFIG_MAPPING[model_type]
 
 
-def _small(name: str, value: Any) -> Any:
+def _small(name: str, value: Any, whole: bool = False) -> Any:
     """Return a field's value in a small network."""
     if name == "use_cache":
         return False  # as Trainer sets it
@@ -200,15 +219,17 @@ def _small(name: str, value: Any) -> Any:
     if isinstance(value, dict) and "mrope_section" in value:
         return {**value, "mrope_section": [2, 1, 1]}
     if isinstance(value, (list, tuple)) and value and all(type(entry) is int for entry in value):
-        return _small_list(name, value)
+        return _small_list(name, value, whole)
     return value
 
 
-def _small_list(name: str, value: Any) -> Any:
+def _small_list(name: str, value: Any, whole: bool) -> Any:
     kind = type(value)
     if DEPTHS.fullmatch(name):
         return kind(min(entry, 2 if i == 1 else 1) for i, entry in enumerate(value))
-    if WIDTHS.fullmatch(name):
+    if name == "decoder_in_channels":
+        return kind(WIDTH for _ in value)
+    if WIDTHS.fullmatch(name) and not whole:
         scale = max(1, min(value) // 16)
         return kind(max(1, entry // scale) for entry in value)
     if re.fullmatch(r".*num_(attention_)?heads", name):
@@ -273,7 +294,10 @@ def transformers_case(name: str) -> Case:
     """Build a small network of transformers, and find a batch that it runs on."""
     cls, config_class = class_of_network(name)
     torch.manual_seed(0)
-    network = cls(small_config(config_class))
+    config = small_config(config_class)
+    if not isinstance(config, cls.config_class):  # the language model inside
+        config = next(part for part in vars(config).values() if isinstance(part, cls.config_class))
+    network = cls(config)
     network.float()
     return case_of(network, "+" in name)
 
@@ -381,7 +405,7 @@ def _batches(network: Any, with_head: bool) -> Iterator[dict[str, Any]]:
     if main == "input_ids" or (text and "attention_mask" in named and "input_ids" in wanted):
         wanted |= dict.fromkeys(n for n in ("attention_mask",) if n in named)
     two = [n for n in ("pixel_values", "input_ids", "attention_mask", "input_features", "input_values") if n in named]
-    two += [n for n in ("actions", "rewards", "returns_to_go", "timesteps") if n in named]
+    two += [n for n in ("actions", "rewards", "returns_to_go", "timesteps", "visual_feats", "visual_pos") if n in named]
     decoder = [n for n in ("decoder_input_ids",) if n in named]
     choices: list[list[str]] = []
     masks = ["input_features_mask", "future_values", "past_time_features", "future_time_features", "past_observed_mask"]
@@ -475,7 +499,8 @@ def _makers(config: Any) -> dict[str, list[Callable[[], Any]]]:
             lambda: torch.ones(ROWS, FRAMES, dtype=torch.long),
         ],
         "input_values": waves,
-        "hidden_states": [lambda: _random(ROWS, LENGTH, WIDTH)],
+        "hidden_states": [lambda: _random(ROWS, LENGTH, WIDTH), lambda: _random(ROWS * 16, 3 * 2 * 8 * 8)],
+        "inputs": [_ids],
         "inputs_embeds": [lambda: _random(ROWS, LENGTH, WIDTH)],
         "encoder_hidden_states": [lambda: _random(ROWS, LENGTH, WIDTH)],
         "query_embeds": [lambda: _random(ROWS, LENGTH, WIDTH)],
