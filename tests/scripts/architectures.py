@@ -1,10 +1,10 @@
 """Whether every architecture is guided, and guides: the families of transformers, timm and torchvision, made small.
 
-    python tests/scripts/architectures.py outputs/architectures [--family transformers] [--only bert vit+IMAGE_CLASSIFICATION]
+    python tests/scripts/architectures.py outputs/architectures [--family transformers timm] [--only bert gpt2+CAUSAL_LM]
 
 Each network is run for three guided steps as the target of a simple partner, and for three as its guide, with default
-settings, and is then checked without a reference: like a copy of itself, blind to padding and to the order of rows, read
-at the outputs of its blocks, unchanged as a guide. The folder receives `results.jsonl`, one line for each network and
+settings, and is then checked without a reference: like a copy of itself, blind to padding and to the order of rows,
+read at the outputs of its blocks, unchanged as a guide. The folder receives `results.jsonl`, one line for each network and
 role: `right`, `refused` (a ValueError or TypeError of hf_guidance's own) or `other`. What does not run by itself on the
 small batch is `not built`. The same command goes on after a stop; it takes about half an hour on one core.
 """
@@ -65,8 +65,11 @@ def sides(case: Case, role: str) -> tuple[nn.Module, nn.Module, dict[str, Any], 
     batch = dict(given.batch)
     if not (shared and set(others.batch) - {"labels"} <= set(batch)):
         batch |= {f"guide_{name}": value for name, value in others.batch.items() if name != "labels"}
-    return target, guide, batch, GuidanceConfig(
-        target_layers=list(given.layers), guide_layers=list(others.layers), **case.settings
+    return (
+        target,
+        guide,
+        batch,
+        GuidanceConfig(target_layers=list(given.layers), guide_layers=list(others.layers), **case.settings),
     )
 
 
@@ -124,11 +127,17 @@ def like_itself(case: Case, role: str) -> str:
         return "the network is random"
     network, other = copy.deepcopy(case.network).eval(), copy.deepcopy(case.network)
     layers, case = list(case.layers), with_decoder(case)
-    guidance = GuidanceLoss(network, other, GuidanceConfig(measure="linear_cka", target_layers=layers, guide_layers=layers))
+    guidance = GuidanceLoss(
+        network, other, GuidanceConfig(measure="linear_cka", target_layers=layers, guide_layers=layers)
+    )
     with guidance.watch(case.batch) as watched:
         network(**watched.inputs)
     values = {name: round(float(value), 5) for name, value in watched.similarities["linear_cka"].items()}
-    dead = {name for name, value in layers_of(case).items() if value.float().std(0).max() <= 1e-6 * value.float().abs().mean()}
+    dead = {
+        name
+        for name, value in layers_of(case).items()
+        if value.float().std(0).max() <= 1e-6 * value.float().abs().mean()
+    }
     low = {n: v for n, v in values.items() if not v >= 0.999 and n.partition("~")[0] not in dead}
     if low:
         raise Wrong(f"unlike its copy: {low}")
@@ -182,7 +191,8 @@ def _same_loss(case: Case, role: str, change: Callable[[Tensor, str], Tensor], o
     if all(value is other[name] for name, value in batch.items()):
         return "nothing to change"
     prefix = "" if role == "target" else "guide_"
-    own = [{n: b.get(prefix + n, b.get(n)) for n in case.batch} for b in (batch, other)]
+    names = [name for name in case.batch if name != "labels" or role == "target"]
+    own = [{name: given.get(prefix + name, given.get(name)) for name in names} for given in (batch, other)]
     if not _own_outputs_agree(case, own, order):
         return "the network's own outputs change"
     losses: list[float] = []
@@ -240,7 +250,9 @@ def run_blocks(network: nn.Module, batch: dict[str, Any]) -> list[Block]:
             value = first_tensor(output)
             given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if isinstance(value, Tensor):
-                runs.append(Block(name, stack, value.detach().clone(), None if given is None else given.detach().clone()))
+                runs.append(
+                    Block(name, stack, value.detach().clone(), None if given is None else given.detach().clone())
+                )
 
         return hook
 
@@ -280,7 +292,7 @@ def layers_of(case: Case) -> dict[str, Tensor]:
 
 
 def how_read(read: dict[str, Tensor], blocks: list[Block]) -> str:
-    """Return `right` if the layers read are the outputs of the blocks in order, each once, the last one maybe normed."""
+    """Return `right` if the layers are the outputs of the blocks in order, each once, the last one maybe normed."""
     matches = {layer: [block for block in blocks if _equal(value, block.output)] for layer, value in read.items()}
     stacks: set[str] = set()
     for found in sorted(matches.values(), key=len):  # the stack that gives most layers first
@@ -293,16 +305,23 @@ def how_read(read: dict[str, Tensor], blocks: list[Block]) -> str:
         runs = list(last.values()) if len(last) > 1 else runs
     values = list(read.values())
     following = [block.given for block in runs[1:]] + [None]
-    right = len(runs) == len(values) and all(
-        _equal(value, run.output) or (after is not None and _equal(value, after))  # some add to it before the next
-        for value, run, after in list(zip(values, runs, following, strict=True))[:-1]
+    right = (
+        len(runs) == len(values)
+        and all(
+            _equal(value, run.output) or (after is not None and _equal(value, after))  # some add to it before the next
+            for value, run, after in list(zip(values, runs, following, strict=True))[:-1]
+        )
     )
     if right:
         return "right"
     said = []
     for layer, value in read.items():
         first = [block.name for block in blocks if block.given is not None and _equal(value, block.given)]
-        names = [block.name for block in matches[layer] if block.stack in stacks] or [f"input of {name}" for name in first[:1]] or ["no block"]
+        names = (
+            [block.name for block in matches[layer] if block.stack in stacks]
+            or [f"input of {name}" for name in first[:1]]
+            or ["no block"]
+        )
         said.append(f"{layer.rpartition('.')[2]} is {min(names, key=len)}")
     return f"odd: {', '.join(said)}; of {len(runs)} runs of {sorted(stacks)}"
 
@@ -324,7 +343,11 @@ def channels_of_maps(case: Case, role: str) -> str:
     samples = Samples(case.batch, "token")
     wrong = {}
     for name, value in layers_of(case).items():
-        if isinstance(value, Tensor) and value.ndim == 4 and (value.shape[1] == value.shape[2]) != (value.shape[2] == value.shape[3]):
+        if (
+            isinstance(value, Tensor)
+            and value.ndim == 4
+            and (value.shape[1] == value.shape[2]) != (value.shape[2] == value.shape[3])
+        ):
             channels = value.shape[3] if value.shape[1] == value.shape[2] else value.shape[1]
             features, _ = samples.prepared(name, value)
             if features.shape[-1] != channels:

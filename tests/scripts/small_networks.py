@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ SIZES: dict[str, int] = {
     r".*heads?|.*n_heads": 4,
     r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|mlp_dim|feedforward_dim|d_inner)": 64,
     r".*(q|kv)_lora_rank": 16,
-    r".*(hidden_size|d_model|hidden_dim|embed_dim|n_embd|emb_dim|embedding_size|embedding_dim|projection_dim|_width)": WIDTH,
-    r"(?!.*(label|token)).*_dim|.*_size_per_layer_input|hidden|width|.*(projection|pooler_output|out_hidden|feature)_size": WIDTH,
+    r".*(hidden_size|d_model|n_embd|embedding_size|_width)": WIDTH,
+    r"(?!.*(label|token)).*_dim|.*_size_per_layer_input|hidden|width": WIDTH,
+    r".*(projection|pooler_output|out_hidden|feature)_size": WIDTH,
     r"(|.*_)(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length)": 64,
     r".*image_size|input_size|pretrain_image_size|.*resolution|crop_size": IMAGE,
     r"patch_size|.*_patch_size": 8,
@@ -57,8 +58,11 @@ UNSET: dict[str, Any] = {  # values for fields that are None by default, but nee
     "num_experts_per_tok": 2,
     "head_dim": WIDTH // 4,
     "num_key_value_heads": 4,
+    "image_token_index": VOCABULARY - 1,
 }
-WHOLE = re.compile("hgnet|d_fine|deimv2|pp_(doclayout|ocr)|pvt$|edgetam|efficientnet|poolformer|rt_detr|sam2|hiera")  # lists
+WHOLE = re.compile(
+    "hgnet|d_fine|deimv2|pp_(doclayout|ocr)|pvt$|edgetam|efficientnet|poolformer|rt_detr|sam2|hiera"
+)  # lists
 OVERRIDES: dict[str, dict[str, Any]] = {
     "align_vision_model": {"hidden_dim": WIDTH, "width_coefficient": 0.25, "depth_coefficient": 0.5},
     "audio-spectrogram-transformer": {"max_length": FRAMES, "frequency_stride": 8, "time_stride": 8},
@@ -89,7 +93,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bridgetower_vision_model": {"hidden_size": 64},
     "bros": {"dim_bbox_sinusoid_emb_2d": 32, "dim_bbox_sinusoid_emb_1d": 4, "dim_bbox_projection": 8},
     "chameleon": {"vocabulary_map": {"<image>": 98}},
-    "clap_audio_model": {"hidden_size": 64, "spec_size": 64, "window_size": 4, "num_mel_bins": 16, "depths": [1, 1], "num_attention_heads": [2, 2]},
+    "clap_audio_model": {
+        "hidden_size": 64,
+        "spec_size": 64,
+        "window_size": 4,
+        "num_mel_bins": 16,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+    },
     "glm4v_moe_text": {"rope_parameters": MROPE, "head_dim": 16},
     "glpn": {"decoder_hidden_size": 128, "hidden_sizes": [16, 32, 80, 128]},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
@@ -101,11 +112,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "is_decoder": True, "num_buckets": 4},
     "granite_speech5_encoder": {"context_size": 32},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
-    "cvt": {"depth": [1, 1, 1], "embed_dim": [16, 32, 32], "num_heads": [1, 2, 2]},
+    "cvt": {"depth": [1, 2, 3], "embed_dim": [16, 32, 32], "num_heads": [1, 2, 2]},
     "lw_detr_vit": {"image_size": 64, "num_windows": 4},
     "poolformer": {"hidden_sizes": [16, 32, 64, 64]},
     "pvt": {"image_size": 64},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "gemma3": {"mm_tokens_per_image": 4},
     "informer": SERIES,
     "time_series_transformer": SERIES,
 }
@@ -145,7 +157,11 @@ def small_config(cls: Any, given: dict[str, Any] | None = None) -> Any:
     parts = cls.sub_configs_defaults
     values: dict[str, Any] = {}
     defaults = {
-        f.name: f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
+        f.name: f.default
+        if f.default is not MISSING
+        else f.default_factory()
+        if f.default_factory is not MISSING
+        else None
         for f in fields(cls)
     }
     heads = next((defaults[n] for n in ("num_attention_heads", "n_head", "num_heads") if defaults.get(n)), None)
@@ -244,15 +260,15 @@ def _small_list(name: str, value: Any, whole: bool) -> Any:
 HEADS = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM",
     "IMAGE_CLASSIFICATION", "CTC", "AUDIO_CLASSIFICATION", "SEQUENCE_CLASSIFICATION", "VIDEO_CLASSIFICATION",
-    "VISUAL_QUESTION_ANSWERING", "SEMANTIC_SEGMENTATION", "OBJECT_DETECTION", "DEPTH_ESTIMATION", "TOKEN_CLASSIFICATION",
-    "TIME_SERIES_PREDICTION", "MASK_GENERATION", "UNIVERSAL_SEGMENTATION", "ZERO_SHOT_OBJECT_DETECTION", "RNNT", "TDT",
+    "VISUAL_QUESTION_ANSWERING", "SEMANTIC_SEGMENTATION", "OBJECT_DETECTION", "DEPTH_ESTIMATION",
+    "TOKEN_CLASSIFICATION", "TIME_SERIES_PREDICTION", "MASK_GENERATION", "UNIVERSAL_SEGMENTATION", "ZERO_SHOT_OBJECT_DETECTION", "RNNT", "TDT",
     "IMAGE_TO_IMAGE", "KEYPOINT_DETECTION", "KEYPOINT_MATCHING", "POSE_ESTIMATION", "TEXT_TO_SPECTROGRAM",
     "TEXT_TO_WAVEFORM", "PRETRAINING", "QUESTION_ANSWERING", "RETRIEVAL", "BACKBONE",
 )  # fmt: skip
 
 
 def transformers_names() -> list[str]:
-    """Return model types of transformers, each alone (its base model) and with its natural head, as `bert+MASKED_LM`."""
+    """Return model types of transformers, each alone (base model) and with its natural head, as `bert+MASKED_LM`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     names = []
@@ -408,12 +424,20 @@ def _batches(network: Any, with_head: bool) -> Iterator[dict[str, Any]]:
     two += [n for n in ("actions", "rewards", "returns_to_go", "timesteps", "visual_feats", "visual_pos") if n in named]
     decoder = [n for n in ("decoder_input_ids",) if n in named]
     choices: list[list[str]] = []
-    masks = ["input_features_mask", "future_values", "past_time_features", "future_time_features", "past_observed_mask"]
-    extra = (["decoder_input_values"], ["input_ids", "attention_mask", "bbox"], masks, [*two, *masks], [*masks, *decoder])
+    masks = ["input_features_mask", "past_time_features", "past_observed_mask", "future_values", "future_time_features"]
+    extra = [
+        ["decoder_input_values"],
+        ["input_ids", "attention_mask", "bbox"],
+        masks,
+        [*two, *masks],
+        [*masks, *decoder],
+    ]
     for more in ([], decoder, two, [*two, *decoder], *extra, ["attention_mask", "encoder_hidden_states"]):
         chosen = list(dict.fromkeys([*wanted, *(n for n in more if n in named)]))
         if chosen not in choices:
             choices.append(chosen)
+    if with_head and "pixel_values" in named and "input_ids" in named:
+        yield from _with_images(config, named, makers["pixel_values"])
     for labels in ([_labels(network)] if with_head and "labels" in named else []) + [None]:
         for chosen in choices:
             if any(n not in makers for n in chosen):
@@ -429,6 +453,31 @@ def _batches(network: Any, with_head: bool) -> Iterator[dict[str, Any]]:
     unknown = [n for n in needed if n not in makers]
     if unknown:
         raise LookupError(f"no column for {unknown}")
+
+
+def _with_images(config: Any, named: Collection[str], images: list[Callable[[], Tensor]]) -> Iterator[dict[str, Any]]:
+    """Yield batches of texts in which each row has an image, at so many tokens as it may take."""
+    names = ("image_token_id", "image_token_index")
+    token = next((getattr(config, n) for n in names if isinstance(getattr(config, n, None), int)), None)
+    if token is None:
+        return
+    for count in (16, 4, 1, 10, 17, 64, 2, 5):
+        ids = torch.cat([torch.full((ROWS, count), token), _ids()], 1)
+        mask = torch.ones_like(ids)
+        text = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(ids == token, -100, ids)}
+        if "mm_token_type_ids" in named:
+            text["mm_token_type_ids"] = (ids == token).long()
+        if "token_type_ids" in named:
+            text["token_type_ids"] = (ids == token).long()
+        if "image_grid_thw" in named:
+            patches = {"pixel_values": _random(ROWS * 16, 3 * 2 * 8 * 8)}
+            yield {**text, **patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}
+            continue
+        for i in (0, 4):
+            yield {**text, "pixel_values": images[i]()}
+        if "image_sizes" in named:
+            sizes = torch.tensor([[IMAGE, IMAGE]] * ROWS)
+            yield {**text, "image_sizes": sizes, "pixel_values": images[0]()}
 
 
 def _labels(network: Any) -> Tensor:
@@ -450,7 +499,8 @@ def _makers(config: Any) -> dict[str, list[Callable[[], Any]]]:
         return next((v for v in found if v is not None), default)
 
     size = find("image_size", "input_size", default=IMAGE)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:] if isinstance(size, (list, tuple)) else (IMAGE,) * 2
+    height = size if isinstance(size, int) else size[-2] if isinstance(size, (list, tuple)) else IMAGE
+    width = size if isinstance(size, int) else size[-1] if isinstance(size, (list, tuple)) else IMAGE
     channels = find("num_channels", "in_channels", default=3)
     channels = channels if isinstance(channels, int) else 3
     mels = find("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", default=MELS)
@@ -610,7 +660,8 @@ def torchvision_case(name: str) -> Case:
     size = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 224}.get(name, 64)
     images = [_random(ROWS, 3, size, size), _random(ROWS, 3, 8, size, size), _random(ROWS, 3, 16, 224, 224)]
     case = case_of(network, True, [{"pixel_values": image, "labels": torch.arange(ROWS) % 2} for image in images])
-    stages = [n for n, m in network.network.named_children() if isinstance(m, nn.Sequential) and len(list(m.parameters()))]
+    children = network.network.named_children()
+    stages = [name for name, child in children if isinstance(child, nn.Sequential) and list(child.parameters())]
     layers = tuple(f"network.{name}" for name in stages) if len(stages) > 3 else case.blocks
     return replace(case, layers=layers, settings={"sample_axis": "token"})
 
