@@ -14,14 +14,39 @@ sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 from architectures import CHECKS, ROLES, in_role
 from small_networks import case_named, names_of
 
-NAMES = """
-    bert+MASKED_LM deberta-v2+MASKED_LM albert electra modernbert+MASKED_LM gpt2+CAUSAL_LM llama+CAUSAL_LM
-    mixtral+CAUSAL_LM gemma2+CAUSAL_LM qwen3_moe+CAUSAL_LM deepseek_v3+CAUSAL_LM bloom+CAUSAL_LM rwkv+CAUSAL_LM
-    t5+SEQ_TO_SEQ_CAUSAL_LM bart+SEQ_TO_SEQ_CAUSAL_LM whisper wav2vec2+CTC
-    vit+IMAGE_CLASSIFICATION swin+IMAGE_CLASSIFICATION convnext+IMAGE_CLASSIFICATION resnet+IMAGE_CLASSIFICATION
-    detr clip paligemma+IMAGE_TEXT_TO_TEXT qwen2_vl+IMAGE_TEXT_TO_TEXT
-    timm/test_vit timm/test_resnet torchvision/shufflenet_v2_x0_5 torch/encoder torch/attention torch/lstm
-""".split()
+NAMES = [
+    "bert+MASKED_LM",
+    "deberta-v2+MASKED_LM",
+    "albert",
+    "electra",
+    "modernbert+MASKED_LM",
+    "gpt2+CAUSAL_LM",
+    "llama+CAUSAL_LM",
+    "mixtral+CAUSAL_LM",
+    "gemma2+CAUSAL_LM",
+    "qwen3_moe+CAUSAL_LM",
+    "deepseek_v3+CAUSAL_LM",
+    "bloom+CAUSAL_LM",
+    "rwkv+CAUSAL_LM",
+    "t5+SEQ_TO_SEQ_CAUSAL_LM",
+    "bart+SEQ_TO_SEQ_CAUSAL_LM",
+    "whisper",
+    "wav2vec2+CTC",
+    "vit+IMAGE_CLASSIFICATION",
+    "swin+IMAGE_CLASSIFICATION",
+    "convnext+IMAGE_CLASSIFICATION",
+    "resnet+IMAGE_CLASSIFICATION",
+    "detr",
+    "clip",
+    "paligemma+IMAGE_TEXT_TO_TEXT",
+    "qwen2_vl+IMAGE_TEXT_TO_TEXT",
+    "timm/test_vit",
+    "timm/test_resnet",
+    "torchvision/shufflenet_v2_x0_5",
+    "torch/encoder",
+    "torch/attention",
+    "torch/lstm",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,12 +1,12 @@
 """Whether every architecture is guided, and guides: the families of transformers, timm and torchvision, made small.
 
-    python tests/scripts/architectures.py outputs/architectures [--family transformers timm] [--only bert gpt2+CAUSAL_LM]
+    python tests/scripts/architectures.py outputs/architectures [--family transformers timm] [--only bert gpt2]
 
 Each network is run for three guided steps as the target of a simple partner, and for three as its guide, with default
 settings, and is then checked without a reference: like a copy of itself, blind to padding and to the order of rows,
-read at the outputs of its blocks, unchanged as a guide. The folder receives `results.jsonl`, one line for each network and
-role: `right`, `refused` (a ValueError or TypeError of hf_guidance's own) or `other`. What does not run by itself on the
-small batch is `not built`. The same command goes on after a stop; it takes about half an hour on one core.
+read at the outputs of its blocks, unchanged as a guide. The folder receives `results.jsonl`, one line for each network
+and role: `right`, `refused` (a ValueError or TypeError of hf_guidance's own) or `other`. What does not run by itself on
+the small batch is `not built`. The same command goes on after a stop; it takes about half an hour on one core.
 """
 
 from __future__ import annotations
