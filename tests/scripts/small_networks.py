@@ -71,13 +71,13 @@ def case_of(network: Any, with_head: bool, batches: Iterable[dict[str, Any]] | N
 def blocks_of(network: nn.Module, batch: dict[str, Any]) -> list[str]:
     """Return the names of the blocks of a network: the largest list of modules that each run once on the batch."""
     runs: Counter[str] = Counter()
-    lengths: dict[str, int | None] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def count(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             value = next(tensors_in(output), None)
-            lengths[name] = None if value is None or value.ndim < 2 else value.shape[1]
-            runs[name] += 1 if value is not None and value.ndim > 1 and len(value) == ROWS else 100
+            shapes[name] = (0, 0) if value is None or value.ndim < 2 else value.shape
+            runs[name] += 1 if shapes[name][0] == ROWS else 100
 
         return hook
 
@@ -93,9 +93,13 @@ def blocks_of(network: nn.Module, batch: dict[str, Any]) -> list[str]:
     once = [stack for stack in stacks.values() if all(runs[name] == 1 for name in stack)]
     positions = batch["input_ids"].shape[1] if "attention_mask" in batch and "input_ids" in batch else None
 
-    def rank(stack: list[str]) -> tuple[bool, int]:
-        fits = positions is None or lengths[stack[0]] == positions
-        return fits, sum(p.numel() for n in stack for p in network.get_submodule(n).parameters())
+    def rank(stack: list[str]) -> tuple[bool, bool, int]:
+        fits = positions is None or shapes[stack[0]][1] == positions
+        return (
+            fits,
+            len(shapes[stack[0]]) > 2,
+            sum(p.numel() for n in stack for p in network.get_submodule(n).parameters()),
+        )
 
     return max(once, key=rank, default=[])
 
@@ -163,7 +167,7 @@ TIMM = """
     volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224
 """  # one small network of each of timm's modules
 TORCHVISION = """
-    alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 mnasnet0_5 maxvit_t mobilenet_v2
+    alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 mnasnet0_5 mobilenet_v2
     mobilenet_v3_small regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vit_b_32 r3d_18
     swin3d_t
 """
@@ -214,13 +218,13 @@ def torchvision_case(name: str) -> Case:
     import torchvision
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vit_b_32": {"image_size": 64}, "maxvit_t": {"input_size": (64, 64), "partition_size": 2}}
+    sizes: dict[str, Any] = {"vit_b_32": {"image_size": 64}}
     network = Vision(torchvision.models.get_model(name, weights=None, num_classes=2, **sizes.get(name, {})))
-    size = 96 if name == "inception_v3" else 64
+    size = 192 if name == "inception_v3" else 64
     images = [random_values(ROWS, 3, size, size), random_values(ROWS, 3, 8, 32, 32)]
     case = case_of(network, True, [{"pixel_values": image, "labels": torch.arange(ROWS) % 2} for image in images])
     children = network.network.named_children()
-    stages = [name for name, child in children if isinstance(child, nn.Sequential) and list(child.parameters())]
+    stages = [name for name, child in children if isinstance(child, nn.Sequential) and name != "classifier"]
     layers = tuple(f"network.{name}" for name in stages) if len(stages) > 3 else case.blocks
     return replace(case, layers=layers, settings={"sample_axis": "token"})
 
@@ -315,12 +319,12 @@ def partner_for(case: Case) -> Case:
     ids = ids if ids.ndim == 2 else token_ids()
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     text["attention_mask"] = case.batch.get("attention_mask", text["attention_mask"])
-    network = GPT2LMHeadModel(small_config(GPT2Config, {"vocab_size": _vocabulary(case.network)}))
+    network = GPT2LMHeadModel(small_config(GPT2Config, {"vocab_size": _vocabulary(case)}))
     network.loss_type = "ForCausalLM"
     return Case(network, text, "text")
 
 
-def _vocabulary(network: Any) -> int:
-    config: Any = getattr(network, "config", None)
+def _vocabulary(case: Case) -> int:
+    config: Any = getattr(case.network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "vocab_size", None) or VOCABULARY
+    return getattr(text, "vocab_size", VOCABULARY) if "input_ids" in case.batch else VOCABULARY
