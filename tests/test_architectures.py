@@ -27,7 +27,7 @@ NAMES = [
     "qwen3_moe+CAUSAL_LM",
     "deepseek_v3+CAUSAL_LM",
     "bloom+CAUSAL_LM",
-    "rwkv+CAUSAL_LM",
+    "qwen3_next+CAUSAL_LM",
     "t5+SEQ_TO_SEQ_CAUSAL_LM",
     "bart+SEQ_TO_SEQ_CAUSAL_LM",
     "whisper",
