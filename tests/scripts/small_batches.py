@@ -34,13 +34,25 @@ def batches_for(network: Any, with_head: bool) -> Iterator[dict[str, Any]]:
     two: list[str] = [
         n for n in ("pixel_values", "input_ids", "attention_mask", "input_features", "input_values") if n in named
     ]
-    two += [n for n in ("actions", "rewards", "returns_to_go", "timesteps", "visual_feats", "visual_pos") if n in named]
+    two += [
+        n
+        for n in (
+            "actions",
+            "rewards",
+            "returns_to_go",
+            "timesteps",
+            "visual_feats",
+            "visual_pos",
+            "image_embeds_position_mask",
+        )
+        if n in named
+    ]
     decoder = [n for n in ("decoder_input_ids",) if n in named]
     masks = ["input_features_mask", "past_time_features", "past_observed_mask", "future_values", "future_time_features"]
     choices: list[list[str]] = []
     some: list[list[str]] = [[], decoder, two, [*two, *decoder], ["decoder_input_values"]]
     some += [["input_ids", "attention_mask", "bbox"], masks, [*two, *masks], [*masks, *decoder]]
-    for more in [*some, ["attention_mask", "encoder_hidden_states"]]:
+    for more in [*some, ["attention_mask", "encoder_hidden_states"], ["flattened_patches", *decoder]]:
         chosen = list(dict.fromkeys([*wanted, *(n for n in more if n in named)]))
         if chosen not in choices:
             choices.append(chosen)
@@ -146,6 +158,8 @@ def _makers(config: Any) -> dict[str, list[Callable[[], Any]]]:
         "attention_mask": [lambda: torch.ones(ROWS, LENGTH, dtype=torch.long)],
         "decoder_input_ids": [lambda: token_ids(seed=1)],
         "decoder_input_values": [lambda: random_values(ROWS, LENGTH, mels)],
+        "flattened_patches": [lambda: torch.cat([torch.ones(ROWS, 16, 2), random_values(ROWS, 16, WIDTH)], 2)],
+        "image_embeds_position_mask": [lambda: (torch.arange(LENGTH) < 4).long().repeat(ROWS, 1)],
         "qformer_input_ids": [token_ids],
         "bbox": [lambda: torch.tensor([1, 2, 30, 40]).repeat(ROWS, LENGTH, 1)],
         "pixel_values": images,
