@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
-from architectures import CHECKS, ROLES, in_role
+from architecture_checks import CHECKS
+from architectures import ROLES, in_role
 from small_networks import case_named, names_of
 
 NAMES = [
