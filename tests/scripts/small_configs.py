@@ -30,7 +30,6 @@ SIZES: dict[str, int] = {
     r"(|.*_)(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length)": 64,
     r".*image_size|input_size|pretrain_image_size|.*resolution|crop_size": IMAGE,
     r"patch_size|.*_patch_size": 8,
-    r"output_channels|mask_decoder_hidden_size": WIDTH,
     r".*num_mel_bins|.*n_mels": MELS,
     r"max_source_positions": FRAMES // 2,
     r"index_topk": 16,
@@ -45,7 +44,14 @@ WIDTHS = re.compile(r".*(hidden_sizes|embed_dims?|channels|dims|conv_dim|tdnn_di
 DEPTHS = re.compile(r"depths|layer_depths|.*num_block_repeats|num_blocks|.*depths?|.*stage_num_blocks")
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
-SWIN = {"window_size": 4, "patch_size": 4, "depths": [1, 2], "num_heads": [2, 4], "embed_dim": 16}
+SWIN = {
+    "window_size": 2,
+    "patch_size": 4,
+    "image_size": 64,
+    "depths": [1, 2, 1, 1],
+    "num_heads": [2, 2, 4, 4],
+    "embed_dim": 16,
+}
 UNSET: dict[str, Any] = {  # values for fields that are None by default, but needed
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
@@ -105,8 +111,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mobilevit": {"hidden_sizes": [32, 32, 64], "neck_hidden_sizes": [16, 16, 16, 32, 32, 64, 64]},
     "patchtst": {"context_length": 8, "patch_length": 4},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"], "n_groups": 2},
-    "sam_vision_model": {"num_pos_feats": WIDTH // 2},
-    "sam_hq_vision_model": {"num_pos_feats": WIDTH // 2},
+    "sam_vision_model": {"num_pos_feats": WIDTH // 2, "output_channels": WIDTH},
+    "sam_hq_vision_model": {"num_pos_feats": WIDTH // 2, "output_channels": WIDTH},
     "kosmos-2": {"latent_query_num": 4},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "reformer": {"axial_pos_embds": False, "is_decoder": True, "num_buckets": 4},
@@ -164,8 +170,8 @@ def small_config(cls: Any, given: dict[str, Any] | None = None) -> Any:
     if "rope_parameters" in defaults and "vocab_size" in defaults and _has_mrope(cls):
         values["rope_parameters"] = MROPE
     values |= given
-    if values.get("out_indices") and "num_hidden_layers" in defaults:
-        count = len(values["out_indices"])
+    if (out := values.get("out_indices") or values.get("out_features")) and "num_hidden_layers" in defaults:
+        count = len(out)
         values |= {"out_indices": list(range(1, count + 1)), "num_hidden_layers": max(count, 3)}
         values.pop("out_features", None)
     return cls(**values)
