@@ -63,7 +63,7 @@ class Blocks:
         Args:
             states: Hidden states of the forward that ran; None for a layer that was skipped.
         """
-        tensors = [first_tensor(state) for state in states]  # some networks give the states of a stage together
+        tensors = [last_tensor(state) for state in states]
         return range(self._first_layer(tensors), len(tensors) - self._ends_twice(tensors))
 
     def _first_layer(self, states: Sequence[Tensor | None]) -> int:
@@ -112,6 +112,11 @@ def first_tensor(output: Output) -> Any:
     if isinstance(output, (tuple, list)):
         return next((first_tensor(entry) for entry in output if entry is not None), None)
     return output
+
+
+def last_tensor(state: Output) -> Any:
+    """Return a hidden state: the tensor itself, or the last one where a network gives those of a stage together."""
+    return last_tensor(state[-1]) if isinstance(state, (tuple, list)) and state else state
 
 
 def states_of(output: Any, kind: str) -> Sequence[Any] | None:

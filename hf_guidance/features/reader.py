@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.features.hidden_states import Blocks, first_tensor, states_of
+from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
 from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.modules import describe_modules, find_modules
 
@@ -239,7 +239,7 @@ class LayerReader:
             for i in [i for i in counted if i in among] if index is None else [index]:
                 self._counted[f"{kind}.{i}"] = None
                 if states[i] is not None:
-                    self._store(f"{kind}.{i}", states[i])
+                    self._store(f"{kind}.{i}", last_tensor(states[i]))
 
     def _check_returns_hidden_states(self) -> None:
         from transformers import PreTrainedModel

@@ -157,6 +157,11 @@ class Samples(ComparedRows):
         for target, other in pairs:
             ours = self.positions.get(target), max(layer.samples for layer in layers[target])
             theirs = guide.positions.get(other), max(layer.samples for layer in guides[other])
+            if ours != theirs and self.axis == "sequence":
+                raise ValueError(
+                    f"pair {pair_name((target, other))}: the target layer gives {ours[1]} samples and the guide layer "
+                    f"{theirs[1]}; expected one for each row of the batch. Name layers whose first axis is the batch."
+                )
             if ours != theirs:
                 raise ValueError(
                     f"pair {pair_name((target, other))}: the target layer gives {ours[1]} samples ({ours[0]} positions "

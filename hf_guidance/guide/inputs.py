@@ -233,10 +233,11 @@ def check_vocabularies(target: nn.Module, guide: nn.Module, columns: Collection[
     Args:
         target: Network being trained.
         guide: Its guide.
-        columns: Names of the batch's columns. With any `guide_*` column there is nothing to check.
+        columns: Names of the batch's columns. Without `input_ids`, or with any `guide_*`, there is nothing to check.
     """
     sizes = vocabulary_size(target), vocabulary_size(guide)
-    if None in sizes or sizes[0] == sizes[1] or any(name.startswith(GUIDE_PREFIX) for name in columns):
+    own = any(name.startswith(GUIDE_PREFIX) for name in columns)
+    if None in sizes or sizes[0] == sizes[1] or own or "input_ids" not in columns:
         return
     raise ValueError(
         f"the target's vocabulary has {sizes[0]} tokens and the guide's {sizes[1]}: the same ids mean different words "

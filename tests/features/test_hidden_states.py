@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.features.hidden_states import Blocks, first_tensor, states_of
+from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
 
 
 class Stack(nn.Module):
@@ -18,7 +20,7 @@ class Stack(nn.Module):
         self.embed, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> Any:
         x = self.embed(x)
         states = [x]
         for block in self.blocks:
@@ -33,6 +35,7 @@ class Stack(nn.Module):
             "last one twice": [*states[1:], normed],
             "embeddings, last one twice": [*states, normed],
             "embeddings twice": [states[0], *states],
+            "stages together": [states[0], (states[0], states[1]), (states[1], states[2], states[3])],
             "copies": [state.clone() for state in states],
             "copies of layers": [state.clone() for state in states[1:]],
         }[self.collects]
@@ -48,6 +51,7 @@ class Stack(nn.Module):
         ("last one twice", [0, 1, 2]),
         ("embeddings, last one twice", [1, 2, 3]),
         ("embeddings twice", [2, 3, 4]),
+        ("stages together", [1, 2]),
         ("copies", [1, 2, 3]),
         ("copies of layers", [0, 1, 2]),
     ],
@@ -68,6 +72,8 @@ def test_features_are_the_first_tensor_of_an_output_and_states_those_of_its_kind
     x, y = torch.ones(2), torch.zeros(2)
     assert first_tensor((None, (x, y))) is x
     assert first_tensor({"a": x}) is x
+    assert last_tensor((x, (x, y))) is y
+    assert last_tensor(None) is None
     assert states_of({"decoder_hidden_states": (x, y), "encoder_hidden_states": (y,)}, "hidden_states") == (x, y)
     assert states_of({"encoder_hidden_states": (y,)}, "encoder_hidden_states") == (y,)
     assert states_of({}, "hidden_states") is None

@@ -13,7 +13,9 @@ from small_networks import ROWS, Case, loss_of, partner_for
 from torch import Tensor, nn
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
-from hf_guidance.features.reader import LayerReader, first_tensor
+from hf_guidance.features.conventions import Conventions
+from hf_guidance.features.hidden_states import first_tensor
+from hf_guidance.features.reader import LayerReader
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.inputs import accepted_columns
 
@@ -336,7 +338,8 @@ def _equal(one: Tensor, two: Tensor) -> bool:
 
 def channels_of_maps(case: Case, role: str) -> str:
     """Check that with positions as samples the features of a square map are its channels, first or last."""
-    samples = Samples(case.batch, "token")
+    conventions = Conventions(case.network, dict(case.network.named_modules()))
+    samples = Samples(case.batch, "token", conventions=conventions)
     wrong = {}
     for name, value in layers_of(case).items():
         if (
