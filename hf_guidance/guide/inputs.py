@@ -39,16 +39,17 @@ def accepted_columns(guide: nn.Module) -> list[str]:
 def guide_batch(batch: Batch, target: nn.Module, guide: nn.Module) -> dict[str, Any]:
     """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns.
 
-    A guide that sees the images of a batch with images and text is not given the columns of the text.
+    A guide that sees the images of a batch with images and text is not given the columns of the text, nor one without
+    a decoder those of a decoder: their masks are none of its layers.
     """
     own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
     if own:
         return own
     accepted, seen = accepted_columns(guide), seen_by_target(batch, target)
     sees_images = "pixel_values" in accepted and "input_ids" not in accepted
-    if "pixel_values" in seen and "input_ids" in seen and sees_images:
-        return {name: value for name, value in seen.items() if name not in {"input_ids", *BESIDE_INPUTS}}
-    return seen
+    of_text = {"input_ids", *BESIDE_INPUTS} if {"pixel_values", "input_ids"} <= seen.keys() and sees_images else set()
+    of_decoder = set() if "decoder_input_ids" in accepted else {name for name in seen if name.startswith("decoder_")}
+    return {name: value for name, value in seen.items() if name not in of_text | of_decoder}
 
 
 def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,14 @@ import torch
 from builders import gpt2, llama, llama_config, t5, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import TimmWrapperConfig, ViTConfig, ViTModel
+from transformers import (
+    BlenderbotConfig,
+    BlenderbotForConditionalGeneration,
+    BlenderbotModel,
+    TimmWrapperConfig,
+    ViTConfig,
+    ViTModel,
+)
 
 from hf_guidance import load_guide
 from hf_guidance.guide.calling import forward
@@ -93,6 +100,19 @@ def test_the_decoder_inputs_of_an_encoder_decoder_are_its_labels_shifted() -> No
     own = {"labels": labels, "decoder_input_ids": IDS}
     assert seen_by_target(own, t5())["decoder_input_ids"] is IDS
     assert "decoder_input_ids" not in seen_by_target({"labels": labels}, gpt2())
+
+
+def test_an_encoder_decoder_that_shifts_its_labels_itself_is_read_by_its_start_token() -> None:
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 20}
+    config = BlenderbotConfig(**sizes, **heads, decoder_start_token_id=4, pad_token_id=1)
+    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])
+    seen = seen_by_target({"input_ids": IDS[:2], "labels": labels}, BlenderbotForConditionalGeneration(config))
+    assert seen["decoder_input_ids"].tolist() == [[4, 5, 6], [4, 7, 8]]
+    assert seen["decoder_attention_mask"].tolist() == [[True, True, False], [True, True, True]]
+    assert "decoder_input_ids" not in seen_by_target({"labels": torch.zeros(2, 3)}, BlenderbotModel(config))
+    given = {"labels": labels, "decoder_attention_mask": MASK[:2]}
+    assert seen_by_target(given, t5())["decoder_attention_mask"] is given["decoder_attention_mask"]
 
 
 def test_prompts_and_completions_that_a_target_sees_together_are_joined() -> None:
@@ -302,3 +322,12 @@ def test_rows_of_packed_documents_are_not_counted() -> None:
     ids, positions = torch.arange(12)[None], torch.tensor([[*range(4), *range(8)]])
     check_own_columns({"input_ids": ids, "position_ids": positions, "guide_input_ids": ids.reshape(2, 6)})
     check_own_columns({"input_ids": ids.reshape(2, 6), "guide_input_ids": ids, "guide_position_ids": positions})
+
+
+def test_a_guide_is_not_given_the_columns_of_a_decoder_or_of_a_text_that_it_has_not() -> None:
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS, "pixel_values": PIXELS}
+    assert guide_batch(batch, t5(), t5()).keys() == {*batch, "decoder_input_ids", "decoder_attention_mask"}
+    assert guide_batch(batch, t5(), llama()).keys() == batch.keys()
+    vit = ViTModel(ViTConfig(image_size=8, patch_size=4, **VIT))
+    assert guide_batch(batch, t5(), vit).keys() == {"labels", "pixel_values"}
+    assert guide_batch({"pixel_values": PIXELS, "attention_mask": MASK}, t5(), vit).keys() >= {"attention_mask"}
