@@ -57,14 +57,23 @@ class Blocks:
         refs = (weakref.ref(value) if isinstance(value, Tensor) else _nothing for value in (taken, given))
         self._ran.setdefault(name, []).append((next(refs), next(refs)))
 
-    def layers_among(self, states: Sequence[Output]) -> range:
+    def layers_among(self, states: Sequence[Output]) -> list[int]:
         """Return the indices of the hidden states that are layers, each once.
 
         Args:
             states: Hidden states of the forward that ran; None for a layer that was skipped.
         """
         tensors = [last_tensor(state) for state in states]
-        return range(self._first_layer(tensors), len(tensors) - self._ends_twice(tensors))
+        inputs = self._inputs_of_stacks(tensors)
+        last = len(tensors) - self._ends_twice(tensors)
+        return [i for i in range(self._first_layer(tensors), last) if id(tensors[i]) not in inputs]
+
+    def _inputs_of_stacks(self, states: Sequence[Tensor | None]) -> set[int]:
+        """Return the ids of the states that a stack of blocks took, each of whose outputs is a state too."""
+        known = {id(state) for state in states if state is not None}
+        given = {name: {id(output()) for _, output in ran} for name, ran in self._ran.items()}
+        taken = {id(ran[0][0]()) for name, ran in self._ran.items() if known.issuperset(given[name])}
+        return taken.difference(*given.values())
 
     def _first_layer(self, states: Sequence[Tensor | None]) -> int:
         if self._is_timm or not states:

@@ -64,7 +64,7 @@ class LayerReader:
                 self.modules.update(find_modules(base, layer, role))
         self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], self.modules)
         self._blocks = Blocks(base)
-        self._layers_among: dict[str, range] = {}  # indices by kind of hidden states, once a forward has shown them
+        self._layers_among: dict[str, list[int]] = {}  # indices by kind of hidden states, once a forward has shown them
         self._needs_gradients, self._ignoring, self._of_backbone = False, False, None
         self._thread: int | None = None  # the one that reads
         if self._hidden:

@@ -19,6 +19,7 @@ class Stack(nn.Module):
         self.collects = collects
         self.embed, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.more = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
 
     def forward(self, x: Tensor) -> Any:
         x = self.embed(x)
@@ -27,6 +28,9 @@ class Stack(nn.Module):
             x = block(x)
             states.append(x)
         normed = self.norm(x)
+        second = [normed]  # the input of a second stack
+        for block in self.more:
+            second.append(block(second[-1]))
         return {
             "embeddings and layers": states,
             "last one normed": [*states[:-1], normed],
@@ -36,6 +40,7 @@ class Stack(nn.Module):
             "embeddings, last one twice": [*states, normed],
             "embeddings twice": [states[0], *states],
             "stages together": [states[0], (states[0], states[1]), (states[1], states[2], states[3])],
+            "two stacks": [*states, *second],
             "copies": [state.clone() for state in states],
             "copies of layers": [state.clone() for state in states[1:]],
         }[self.collects]
@@ -52,6 +57,7 @@ class Stack(nn.Module):
         ("embeddings, last one twice", [1, 2, 3]),
         ("embeddings twice", [2, 3, 4]),
         ("stages together", [1, 2]),
+        ("two stacks", [1, 2, 3, 5, 6, 7, 8, 9]),
         ("copies", [1, 2, 3]),
         ("copies of layers", [0, 1, 2]),
     ],
