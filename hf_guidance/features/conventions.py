@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_guidance.features.reader import base_model_of
 
+OVER_SEQUENCE = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)
 SIZES = ("out_channels", "out_features", "num_features", "normalized_shape")  # of layers with weights
 FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")  # as transformers names them
 
@@ -25,9 +28,12 @@ class Conventions:
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], layout: str = "auto") -> None:
         self.model, self.modules, self.layout = base_model_of(model), modules, layout
+        self.has_said_padding_counts = False
         self._sizes: dict[str, set[int]] = {}
         found = (getattr(module, name, None) for name in FRAMES for module in self.model.modules())
         self._frames: Any = next((method for method in found if method is not None), None)
+        if self._frames is not None and "add_adapter" in inspect.signature(self._frames).parameters:
+            self._frames = partial(self._frames, add_adapter=False)  # which comes after the layers
 
     def to_frames(self, lengths: Tensor) -> Tensor | None:
         """Compute into how many frames the network joins sounds of these lengths; None if it does not tell."""
@@ -36,6 +42,11 @@ class Conventions:
         frames = [self._frames(length) for length in lengths.cpu()]  # some take one length only
         frames = [value[0] if isinstance(value, tuple) else value for value in frames]
         return torch.tensor([int(value) for value in frames], device=lengths.device)
+
+    def positions_first(self, name: str, features: Tensor) -> Tensor:
+        """Return the output of a convolution over a sequence, `(batch, channels, length)`, with positions in front."""
+        over_sequence = isinstance(self.modules.get(name), OVER_SEQUENCE)
+        return features.transpose(1, 2) if over_sequence and features.ndim == 3 else features
 
     def places(self, name: str, features: Tensor) -> Tensor:
         """Turn the map of an image into its places.
@@ -59,17 +70,17 @@ class Conventions:
         return features.flatten(2).transpose(1, 2) if layout == "channels_first" else features.flatten(1, 2)
 
     def _layout(self, name: str, features: Tensor) -> str:
-        """Tell the layout by the numbers of channels that the module's weights have, else by a square map."""
+        """Tell the layout by the numbers of channels that the module's weights have, and by a square map."""
         if name not in self._sizes:
             own = _sizes_of(self.modules[name]) if name in self.modules else set()
             self._sizes[name] = own or _sizes_of(self.model)
         _, first, middle, last = features.shape
-        first_fits, last_fits = first in self._sizes[name], last in self._sizes[name]
-        if first_fits == last_fits:
-            first_fits, last_fits = middle == last != first, first == middle != last
-        if first_fits == last_fits:
+        by_weights = first in self._sizes[name], last in self._sizes[name]
+        by_shape = middle == last != first, first == middle != last
+        said = {fits for fits in (by_weights, by_shape) if fits[0] != fits[1]}
+        if len(said) != 1:  # nothing is, or they contradict each other, as where a block joins its inputs
             return self.layout
-        return "channels_first" if first_fits else "channels_last"
+        return "channels_first" if said.pop()[0] else "channels_last"
 
 
 def _sizes_of(network: nn.Module) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 Output: TypeAlias = "Tensor | PackedSequence | Mapping[str, Output] | Sequence[Output] | None"  # of a module
+# by their names where no block can be watched, as inside torch.compile
+STARTS_WITH_A_LAYER = re.compile("Mamba|Rwkv|MobileNet|MobileViT|PoolFormer|Pvt|Cvt|Segformer|GLPN|PatchTSMixer")
+ENDS_TWICE = re.compile("Mamba|Rwkv")
 Ran: TypeAlias = "list[tuple[Callable[[], Any], Callable[[], Any]]]"  # what a block took and gave, in order
 
 
@@ -28,7 +32,7 @@ class Blocks:
     def __init__(self, base: nn.Module) -> None:
         self._lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
         self._ran: dict[str, Ran] = {}
-        self._is_timm = hasattr(base, "timm_model")
+        self._is_timm, self._name = hasattr(base, "timm_model"), type(base).__name__
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -70,34 +74,44 @@ class Blocks:
 
     def _inputs_of_stacks(self, states: Sequence[Tensor | None]) -> set[int]:
         """Return the ids of the states that a stack of blocks took, each of whose outputs is a state too."""
+        stacks = self._stacks(states)
+        inside = {id(given()) for ran in stacks for _, given in ran}
+        return {id(ran[0][0]()) for ran in stacks} - inside
+
+    def _stacks(self, states: Sequence[Tensor | None]) -> list[Ran]:
+        """Return the stacks of blocks whose outputs are states, the last one maybe not until it is normed."""
         known = {id(state) for state in states if state is not None}
-        given = {name: {id(output()) for _, output in ran} for name, ran in self._ran.items()}
-        taken = {id(ran[0][0]()) for name, ran in self._ran.items() if known.issuperset(given[name])}
-        return taken.difference(*given.values())
+        given = {name: [id(output()) for _, output in ran] for name, ran in self._ran.items()}
+        return [ran for name, ran in self._ran.items() if known.issuperset(given[name][:-1] or given[name])]
 
     def _first_layer(self, states: Sequence[Tensor | None]) -> int:
         if self._is_timm or not states:
             return 0  # timm's intermediates are all layers
-        for ran in self._ran.values():
-            if any(given() is states[0] for _, given in ran):
-                return 0
+        giving = [ran for ran in self._ran.values() if any(given() is states[0] for _, given in ran)]
+        taking = [ran for ran in self._ran.values() if ran[0][0]() is states[0] and len(ran) > 1]
+        if giving and not (taking and all(len(ran) == 1 for ran in giving)):  # else from a stem
+            return 0
         for ran in self._ran.values():
             taken = [taken() for taken, _ in ran]
-            found = [i for i, state in enumerate(states) if state is not None and state is taken[0]]
-            if found:
-                return found[-1] + 1  # behind what the first block took
+            repeated = next((i for i, state in enumerate(states) if state is not taken[0]), 0)
+            if repeated:
+                return repeated  # behind what the first block took, once or more
             if any(value is states[0] for value in taken):
                 return 0  # a block ran before
+        if not self._ran and STARTS_WITH_A_LAYER.search(self._name):
+            return 0
         counts = {len(ran) for ran in self._ran.values()} or {len(blocks) for blocks in self._lists.values()}
         return 0 if len(states) in counts and len(states) - 1 not in counts else 1
 
     def _ends_twice(self, states: Sequence[Tensor | None]) -> bool:
         if any(state is None for state in states):
             return False  # LayerDrop skips layers of transformers that end once
+        if not self._ran:
+            return bool(ENDS_TWICE.search(self._name))
         before = {id(state) for state in states[:-1]}
         for ran in self._ran.values():
             given = [id(output()) for _, output in ran]
-            if len(ran) >= len(states) - 2 > 0 and before.issuperset(given) and id(states[-1]) not in given:
+            if len(ran) >= max(2, len(states) - 2) and before.issuperset(given) and id(states[-1]) not in given:
                 return True
         return False
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ToFrames: TypeAlias = Callable[[Tensor], "Tensor | None"]  # lengths of inputs → lengths of layers
+KINDS = ("encoder", "decoder", "frames")  # of masks
 ADDED = -1e4  # additive masks hold this or less at padding
 
 
@@ -25,12 +26,14 @@ def masks_of(tensors: Mapping[str, Tensor], to_frames: ToFrames | None = None) -
     Raises:
         ValueError: If a mask holds numbers that are neither 0 and 1 nor 0 and −inf.
     """
-    masks = {}
+    masks: dict[str, Tensor] = {}
     labels = tensors.get("labels")
     if (mask := tensors.get("decoder_attention_mask")) is not None:
         masks["decoder"] = valid_positions(mask, "decoder_attention_mask")
-    elif (ids := tensors.get("decoder_input_ids")) is not None:
-        masks["decoder"] = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != -100
+    elif (ids := tensors.get("decoder_input_ids", tensors.get("decoder_inputs_embeds"))) is not None:
+        masks["decoder"] = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        if labels is not None and labels.shape == ids.shape[:2]:
+            masks["decoder"] = labels.ne(-100)
     if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
         masks["encoder"] = valid_positions(mask, "attention_mask")
         if to_frames is not None and "input_ids" not in tensors:
@@ -54,8 +57,10 @@ def valid_positions(mask: Tensor, name: str = "attention_mask") -> Tensor:
     Raises:
         ValueError: If it holds numbers that are neither.
     """
+    if mask.dtype == torch.bool:
+        return mask
     if not mask.is_floating_point():
-        return mask.bool()
+        return torch.where((mask < 0).any(), mask == 0, mask != 0)  # without waiting for a device
     added = bool((mask < 0).any()) or not mask.any()
     if not ((mask == 0) | (mask <= ADDED if added else mask == 1)).all():
         raise ValueError(

@@ -185,12 +185,17 @@ class LayerReader:
         module = self.modules[name]
         if features.ndim < 3 or features.shape[0] != features.shape[1]:
             self._batch_first.add(name)  # samples have the batch on their first axis, or raise
-        elif any(getattr(part, "batch_first", True) is False for part in module.modules()):
+        elif any(getattr(part, "batch_first", True) is False for part in self._around(name).modules()):
             raise ValueError(
                 f"{self.role} layer {name!r} ({type(module).__name__}) gave shape {tuple(features.shape)} and has "
                 "batch_first=False, so that rows and positions cannot be told apart: build it with batch_first=True, "
                 "or let the first batch have another number of rows than of positions."
             )
+
+    def _around(self, name: str) -> nn.Module:
+        """Return the module that holds a named one, unless that is the whole network."""
+        parent = name.rpartition(".")[0]
+        return base_model_of(self.model).get_submodule(parent) if parent else self.modules[name]
 
     def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._store(name, output)
@@ -215,6 +220,7 @@ class LayerReader:
         backbone, self._of_backbone = self._of_backbone, None
         if self._ignoring:
             return
+        stored: set[str] = set()
         for kind, index in self._hidden:
             states = states_of(output, kind)
             if states is None and not isinstance(output, tuple):
@@ -237,6 +243,9 @@ class LayerReader:
                 self._layers_among[kind] = self._blocks.layers_among(states)
             among = self._layers_among[kind]
             for i in [i for i in counted if i in among] if index is None else [index]:
+                if f"{kind}.{i}" in stored:
+                    continue  # named twice
+                stored.add(f"{kind}.{i}")
                 self._counted[f"{kind}.{i}"] = None
                 if states[i] is not None:
                     self._store(f"{kind}.{i}", last_tensor(states[i]))

@@ -95,13 +95,12 @@ def side_of(name: str) -> str:
 
 
 @cache
-def _say_padding_counts(name: str, positions: int, masks: str) -> None:
+def _say_mask_of_pairs(name: str, axes: int) -> None:
     logger.warning(
-        "Layer %r has %d positions, but the mask has another number (%s), so that it does not tell which of them are "
-        "padding: all count. Choose a layer with one position per token if that is not meant.",
+        "%s has %d axes, from which padding cannot be told: all positions count. Pass a mask (batch, length) if there "
+        "is padding.",
         name,
-        positions,
-        masks,
+        axes,
     )
 
 
@@ -143,7 +142,9 @@ class ComparedRows:
     ) -> None:
         self.axis, self.rows, self.skip_first, self.least = axis, rows, skip_first, least
         for name in ("attention_mask", "decoder_attention_mask"):
-            if isinstance(mask := batch.get(name), Sequence):
+            if isinstance(mask := batch.get(name), Tensor) and mask.ndim != 2:
+                _say_mask_of_pairs(name, mask.ndim)
+            if isinstance(mask, Sequence):
                 raise ValueError(
                     f"{name} is a {type(mask).__name__}, from which no padding can be told; expected a tensor (batch, "
                     "length): let the data collator return one."
@@ -187,6 +188,11 @@ class ComparedRows:
                 f"layer {name!r} gave {got}; expected a tensor with the batch's {self.rows_in_batch} samples on its "
                 "first axis. Guide and target see the same rows; choose another layer if this one is not batch-first."
             )
+        if not features.is_floating_point() or features.layout != torch.strided:
+            raise ValueError(
+                f"layer {name!r} gave {features.dtype}, {features.layout}; expected dense floating-point features. "
+                "Choose another layer."
+            )
         if self.documents:
             if features.ndim < 3 or features.shape[1] != self.documents[-1].stop:
                 raise ValueError(
@@ -197,6 +203,8 @@ class ComparedRows:
         for rows in (self.rows, self.kept):
             if rows is not None:
                 features = features[rows.to(features.device)]
+        if self.conventions is not None:
+            features = self.conventions.positions_first(name, features)
         by_position = self.axis != "sequence"
         is_map = by_position and features.ndim == 4 and self.conventions is not None
         if is_map and self.conventions is not None:
@@ -231,10 +239,23 @@ class ComparedRows:
         side = side_of(name)
         others = ["encoder", "frames"] if side == "encoder" else ["decoder", "encoder", "frames"]
         fitting = [kind for kind in others if kind in self.masks and self.masks[kind].shape[1] == features.shape[1]]
-        if not fitting and not all(bool(mask.all()) for mask in self.masks.values()):
-            lengths = ", ".join(f"{kind} {mask.shape[1]}" for kind, mask in self.masks.items())
-            _say_padding_counts(name, features.shape[1], lengths)
+        said = self.conventions is not None and self.conventions.has_said_padding_counts
+        if not (fitting or said or all(bool(mask.all()) for mask in self.masks.values())):
+            self._say_padding_counts(name, features.shape[1])
         return fitting[0] if fitting else None
+
+    def _say_padding_counts(self, name: str, positions: int) -> None:
+        lengths = ", ".join(f"{kind} {mask.shape[1]}" for kind, mask in self.masks.items())
+        logger.warning(
+            "Layer %r has %d positions, but the mask has another number (%s), so that it does not tell which of them "
+            "are padding: all count, in this and other such layers. Choose layers with one position per token if that "
+            "is not meant.",
+            name,
+            positions,
+            lengths,
+        )
+        if self.conventions is not None:
+            self.conventions.has_said_padding_counts = True
 
     def _take(self, rows: Tensor) -> None:
         self.content = self.content[rows.to(self.content.device)]

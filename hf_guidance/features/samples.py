@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_guidance.features.choices import choose_tokens, choose_within_rows, hashes_of_rows
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.masks import KINDS
 from hf_guidance.features.reader import HIDDEN
 from hf_guidance.features.rows import Batch, ComparedRows
 from hf_guidance.mapping import Pair, pair_name
@@ -213,14 +214,23 @@ class Samples(ComparedRows):
         if self.ranks is None:
             return [self.batch_size], lengths
         own = self.content.shape[1] if 1 < self.content.ndim < 4 else 0  # all images have one size
-        every = self.ranks.numbers([self.batch_size, own, *lengths.values()], self.content.device)
+        every = self.ranks.numbers(
+            [self.batch_size, own, *(lengths.get(kind, 0) for kind in KINDS)], self.content.device
+        )
+        longest = {kind: max(row[2 + i] for row in every) for i, kind in enumerate(KINDS)}
+        if missing := [
+            kind for kind in KINDS if longest[kind] and not all(row[2 + KINDS.index(kind)] for row in every)
+        ]:
+            raise ValueError(
+                f"some ranks have a mask ({', '.join(missing)}) and some have none: let the data collator return the same "
+                "columns in every batch."
+            )
         if not lengths and len({row[1] for row in every}) > 1:
             raise ValueError(
                 f"the batches of the ranks have sequences of {', '.join(str(row[1]) for row in every)} positions and "
                 "no attention_mask, so padding cannot be told apart: add a mask, or pad to a fixed length."
             )
-        longest = {kind: max(row[2 + i] for row in every) for i, kind in enumerate(lengths)}
-        return [row[0] for row in every], longest
+        return [row[0] for row in every], {kind: longest[kind] for kind in lengths}
 
     # ----------------------------------------------------------------------------------------------------- tokens
 

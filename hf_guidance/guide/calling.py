@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_guidance.features.masks import valid_positions
 from hf_guidance.features.reader import AllRead, base_model_of
 from hf_guidance.features.rows import Batch
-from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns, forward_arguments
+from hf_guidance.guide.inputs import GUIDE_PREFIX, MAIN_INPUTS, accepted_columns, forward_arguments
 
 # beginnings of the errors of transformers and timm
 WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)
@@ -53,8 +53,10 @@ def forward(guide: nn.Module, inputs: Batch) -> Any:
     except Exception as error:
         if _is_from_here(error):
             raise
-        seen = {**dict(zip(accepted_columns(guide), args, strict=False)), **kwargs}
+        main = next((name for name in MAIN_INPUTS if name in inputs), "")
+        seen = {**dict.fromkeys([main] * len(args), args[0] if args else None), **kwargs}
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in seen.items() if isinstance(value, Tensor))
+        shapes += f" as its {accepted_columns(guide)[0]}" if args else ""
         words = str(error).strip().splitlines()
         raise ValueError(
             f"the guide ({type(guide).__name__}) does not run on {shapes}: {type(error).__name__}: "

@@ -48,7 +48,8 @@ def guide_batch(batch: Batch, target: nn.Module, guide: nn.Module) -> dict[str, 
     accepted, seen = accepted_columns(guide), seen_by_target(batch, target)
     sees_images = "pixel_values" in accepted and "input_ids" not in accepted
     of_text = {"input_ids", *BESIDE_INPUTS} if {"pixel_values", "input_ids"} <= seen.keys() and sees_images else set()
-    of_decoder = set() if "decoder_input_ids" in accepted else {name for name in seen if name.startswith("decoder_")}
+    has_decoder = any(name.startswith("decoder_") for name in accepted)
+    of_decoder = set() if has_decoder else {"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"}
     return {name: value for name, value in seen.items() if name not in of_text | of_decoder}
 
 
@@ -59,9 +60,12 @@ def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
     join prompts and completions into `input_ids` and `attention_mask`.
     """
     seen: dict[str, Any] = dict(batch)
-    made = None if "decoder_input_ids" in seen else _decoder_inputs(base_model_of(target), seen.get("labels"))
-    if made is not None:
-        seen = {"decoder_attention_mask": seen["labels"] != NO_LABEL, **seen, "decoder_input_ids": made}
+    if not seen.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        made = _decoder_inputs(base_model_of(target), seen.get("labels"))
+        if made is not None:
+            seen["decoder_input_ids"] = made
+            if made.shape == seen["labels"].shape:
+                seen.setdefault("decoder_attention_mask", (seen["labels"] != NO_LABEL).long())
     parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
     if "input_ids" not in seen and all(name in seen for names in parts.values() for name in names):
         seen |= {whole: torch.cat([seen[name] for name in names], 1) for whole, names in parts.items()}
@@ -75,13 +79,15 @@ def _decoder_inputs(target: Any, labels: Any) -> Tensor | None:
     shift: Any = getattr(target, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         return shift(labels=labels)
-    config = getattr(target, "config", None)
-    start, pad = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    config: Any = getattr(target, "config", None)
+    places = [config, config.get_text_config() if hasattr(config, "get_text_config") else None]
+    found = ([getattr(place, f"{name}_token_id", None) for place in places] for name in ("decoder_start", "pad"))
+    start, pad = (next((value for value in values if value is not None), None) for values in found)
     is_text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
     if not (is_text and getattr(config, "is_encoder_decoder", False) and isinstance(start, int)):
         return None
-    if "decoder_input_ids" not in inspect.signature(target.forward).parameters:
-        return None  # a head on the encoder alone
+    if "decoder_input_ids" not in inspect.signature(target.forward).parameters or not target.can_generate():
+        return None  # a head on the encoder alone, or one whose labels are classes
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
     return shifted.masked_fill(shifted == NO_LABEL, 0 if pad is None else pad)
 

@@ -42,8 +42,9 @@ class Maps(nn.Module):
     [
         ((2, 6, 4, 5), 6, True),
         ((2, 4, 5, 6), 6, False),
-        ((2, 4, 6, 6), 6, False),  # of weights before shape
-        ((2, 6, 6, 4), 6, True),
+        ((2, 6, 4, 4), 6, True),
+        ((2, 4, 6, 6), 6, None),  # as of a block that joins its inputs
+        ((2, 6, 6, 4), 6, None),
         ((2, 7, 4, 4), 6, True),  # as of an activation without weights in sight
         ((2, 4, 4, 7), 6, False),
         ((2, 6, 5, 6), 6, None),
@@ -81,6 +82,15 @@ def test_a_place_of_torchvisions_swin_is_a_sample_with_all_of_its_channels() -> 
         (layer,) = watched.layers[0]["features.1"]
         assert layer.width == 8
         assert layer.samples == {"token": 6 * 16, "within": 16}[axis]
+
+
+def test_a_convolution_over_a_sequence_has_its_positions_last_and_they_come_first() -> None:
+    conv = nn.Conv1d(3, 6, 1)
+    network = nn.Sequential(conv, nn.ReLU())
+    conventions = Conventions(network, {"0": conv, "1": network[1]})
+    features = torch.randn(2, 6, 6)
+    assert torch.equal(conventions.positions_first("0", features), features.mT)
+    assert torch.equal(conventions.positions_first("1", features), features)
 
 
 @pytest.mark.parametrize("lengths", [[400], [400, 80, 161, 320]])

@@ -17,12 +17,13 @@ class Stack(nn.Module):
     def __init__(self, collects: str) -> None:
         super().__init__()
         self.collects = collects
-        self.embed, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.embed, self.norm = nn.ModuleList([nn.Linear(4, 4)]), nn.LayerNorm(4)
+        self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(4))
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         self.more = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
 
     def forward(self, x: Tensor) -> Any:
-        x = self.embed(x)
+        x = self.embed[0](x)
         states = [x]
         for block in self.blocks:
             x = block(x)
@@ -31,6 +32,8 @@ class Stack(nn.Module):
         second = [normed]  # the input of a second stack
         for block in self.more:
             second.append(block(second[-1]))
+        for head in self.heads:
+            head(x)
         return {
             "embeddings and layers": states,
             "last one normed": [*states[:-1], normed],
@@ -41,6 +44,7 @@ class Stack(nn.Module):
             "embeddings twice": [states[0], *states],
             "stages together": [states[0], (states[0], states[1]), (states[1], states[2], states[3])],
             "two stacks": [*states, *second],
+            "copies of all but the last": [*(state.clone() for state in states[:-1]), x],
             "copies": [state.clone() for state in states],
             "copies of layers": [state.clone() for state in states[1:]],
         }[self.collects]
@@ -58,6 +62,7 @@ class Stack(nn.Module):
         ("embeddings twice", [2, 3, 4]),
         ("stages together", [1, 2]),
         ("two stacks", [1, 2, 3, 5, 6, 7, 8, 9]),
+        ("copies of all but the last", [1, 2, 3]),
         ("copies", [1, 2, 3]),
         ("copies of layers", [0, 1, 2]),
     ],

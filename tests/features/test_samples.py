@@ -380,9 +380,10 @@ def test_an_output_whose_first_axis_is_not_the_batch_is_an_error(output: Any, go
 def test_of_a_layer_with_another_length_than_the_mask_all_positions_count_which_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (batch, _), pooled = network(), normal(ROWS, 4, WIDTH)
+    (batch, _), pooled, conventions = network(), normal(ROWS, 4, WIDTH), Conventions(nn.Identity(), {})
     for _ in range(2):
-        torch.testing.assert_close(Samples(batch).layer("pool of 4", pooled).values, gram(pooled))
+        samples = Samples(batch, conventions=conventions)
+        torch.testing.assert_close(samples.layer("pool of 4", pooled).values, gram(pooled))
     (words,) = caplog.messages
     assert words.startswith("Layer 'pool of 4' has 4 positions, but the mask has another number (encoder 7), so that")
     caplog.clear()
