@@ -41,7 +41,7 @@ class Conventions:
             return None
         frames = [self._frames(length) for length in lengths.cpu()]  # some take one length only
         frames = [value[0] if isinstance(value, tuple) else value for value in frames]
-        return torch.tensor([int(value) for value in frames], device=lengths.device)
+        return torch.tensor([max(0, int(value)) for value in frames], device=lengths.device)
 
     def positions_first(self, name: str, features: Tensor) -> Tensor:
         """Return the output of a convolution over a sequence, `(batch, channels, length)`, with positions in front."""

@@ -40,7 +40,9 @@ class Blocks:
         self.remove()
         for name, blocks in self._lists.items():
             hook = partial(self._note, name)
-            self._handles += [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
+            self._handles += [
+                block.register_forward_hook(hook, with_kwargs=True) for block in blocks if block is not None
+            ]
 
     def forget(self) -> None:
         """Forget what ran, as a forward to read begins."""

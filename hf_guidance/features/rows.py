@@ -18,7 +18,7 @@ from hf_guidance.features.masks import first_valid, in_front, masks_of, over
 Column: TypeAlias = Tensor | Sequence[str] | Sequence[int] | Sequence[float] | str | int | float | bool | None
 Batch: TypeAlias = Mapping[str, Column]  # as a collator makes it; only tensors are computed with
 CONTENT = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
-OF_IMAGES = re.compile("vision|visual|image")  # in names of modules
+OF_IMAGES = re.compile(r"(^|[._])(vision|visual|image)([._]|$)")  # in names of modules
 
 logger = logging.getLogger(__name__)
 

@@ -214,23 +214,20 @@ class Samples(ComparedRows):
         if self.ranks is None:
             return [self.batch_size], lengths
         own = self.content.shape[1] if 1 < self.content.ndim < 4 else 0  # all images have one size
-        every = self.ranks.numbers(
-            [self.batch_size, own, *(lengths.get(kind, 0) for kind in KINDS)], self.content.device
-        )
-        longest = {kind: max(row[2 + i] for row in every) for i, kind in enumerate(KINDS)}
-        if missing := [
-            kind for kind in KINDS if longest[kind] and not all(row[2 + KINDS.index(kind)] for row in every)
-        ]:
+        numbers = [self.batch_size, own, *(lengths.get(kind, 0) for kind in KINDS)]
+        every = self.ranks.numbers(numbers, self.content.device)
+        of_kinds = {kind: [row[2 + i] for row in every] for i, kind in enumerate(KINDS)}
+        if missing := [kind for kind, found in of_kinds.items() if any(found) and not all(found)]:
             raise ValueError(
-                f"some ranks have a mask ({', '.join(missing)}) and some have none: let the data collator return the same "
-                "columns in every batch."
+                f"some ranks have a mask ({', '.join(missing)}) and some have none: let the data collator return the "
+                "same columns in every batch."
             )
         if not lengths and len({row[1] for row in every}) > 1:
             raise ValueError(
                 f"the batches of the ranks have sequences of {', '.join(str(row[1]) for row in every)} positions and "
                 "no attention_mask, so padding cannot be told apart: add a mask, or pad to a fixed length."
             )
-        return [row[0] for row in every], {kind: longest[kind] for kind in lengths}
+        return [row[0] for row in every], {kind: max(of_kinds[kind]) for kind in lengths}
 
     # ----------------------------------------------------------------------------------------------------- tokens
 

@@ -407,6 +407,17 @@ def test_a_layer_without_positions_has_no_tokens() -> None:
         Samples(network()[0], "token").layer("pooler", normal(ROWS, WIDTH))
 
 
+def test_a_mask_on_some_ranks_alone_is_an_error() -> None:
+    class TwoRanks(OneRank):
+        def numbers(self, numbers: Any, device: torch.device) -> list[list[int]]:
+            return [list(numbers), [*numbers[:2], *[0] * len(numbers[2:])]]
+
+    with pytest.raises(
+        ValueError, match=r"some ranks have a mask \(encoder\) and some have none: let the data collator"
+    ):
+        Samples(network()[0], ranks=TwoRanks())
+
+
 class OneRank(Ranks):
     """Chooses as several processes do, and is one."""
 

@@ -252,6 +252,7 @@ def run_blocks(network: nn.Module, batch: dict[str, Any], seed: int = 0) -> list
                     handles.append(child.register_forward_hook(keep(f"{name}.{i}", name), with_kwargs=True))
     mode = network.training
     network.eval()
+    torch.backends.mha.set_fastpath_enabled(False)  # whose tensors are nested
     try:
         with torch.no_grad():
             torch.manual_seed(seed)
