@@ -18,6 +18,21 @@ def test_masks_are_those_of_encoder_and_decoder_as_far_as_they_are_known() -> No
     assert masks_of({"attention_mask": torch.ones(1, 1, 3, 3)}) == {}  # a mask of pairs of positions, of no padding
 
 
+def test_a_decoder_fed_by_embeddings_or_by_several_codes_has_a_mask_too() -> None:
+    embedded = {"decoder_inputs_embeds": torch.zeros(2, 3, 8)}
+    assert masks_of(embedded)["decoder"].tolist() == [[True] * 3] * 2
+    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])
+    assert masks_of({**embedded, "labels": labels})["decoder"].tolist() == [[True, True, False], [True] * 3]
+    codes = {"decoder_input_ids": torch.zeros(2, 3).long(), "labels": torch.zeros(2, 3, 4)}
+    assert masks_of(codes)["decoder"].shape == (2, 3)
+
+
+def test_an_integer_mask_of_what_is_added_is_read_as_that() -> None:
+    added = torch.tensor([[0, 0, -10000]])
+    assert masks_of({"attention_mask": added})["encoder"].tolist() == [[True, True, False]]
+    assert masks_of({"attention_mask": 2 - torch.tensor([[1, 0, 2]])})["encoder"].tolist() == [[True, True, False]]
+
+
 def test_a_float_mask_is_read_as_what_it_holds_and_refused_if_that_is_neither() -> None:
     valid = torch.tensor([[True, True, False], [True, False, False]])
     for low in (float("-inf"), torch.finfo(torch.bfloat16).min, -1e4):

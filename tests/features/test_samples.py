@@ -397,7 +397,7 @@ def test_an_encoders_layer_is_never_masked_by_the_decoder_nor_an_images_by_text(
     text = {"input_ids": torch.ones(ROWS, LENGTH).long(), "attention_mask": mask}
     for batch, name in ((decoder, "encoder.layer.0"), (text, "model.vision_tower.layers.0")):
         torch.testing.assert_close(Samples(batch).layer(name, features).values, gram(features))
-    for batch, name in ((decoder, "decoder.h.0"), (text, "model.layers.0")):
+    for batch, name in ((decoder, "decoder.h.0"), (text, "model.layers.0"), (text, "supervision.0")):
         assert not torch.allclose(Samples(batch).layer(name, features).gram(), gram(features))
 
 

@@ -10,6 +10,8 @@ from builders import gpt2, llama, llama_config, t5, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BlenderbotConfig,
     BlenderbotForConditionalGeneration,
     BlenderbotModel,
@@ -111,6 +113,10 @@ def test_an_encoder_decoder_that_shifts_its_labels_itself_is_read_by_its_start_t
     assert seen["decoder_input_ids"].tolist() == [[4, 5, 6], [4, 7, 8]]
     assert seen["decoder_attention_mask"].tolist() == [[True, True, False], [True, True, True]]
     assert "decoder_input_ids" not in seen_by_target({"labels": torch.zeros(2, 3)}, BlenderbotModel(config))
+    embedded = {"labels": labels, "decoder_inputs_embeds": torch.zeros(2, 3, 8)}
+    assert seen_by_target(embedded, t5()).keys() == embedded.keys()
+    classifier = BartForSequenceClassification(BartConfig(**sizes, **heads, num_labels=3))
+    assert "decoder_input_ids" not in seen_by_target({"labels": torch.zeros(2, 1).long()}, classifier)
     given = {"labels": labels, "decoder_attention_mask": MASK[:2]}
     assert seen_by_target(given, t5())["decoder_attention_mask"] is given["decoder_attention_mask"]
 
