@@ -66,7 +66,8 @@ OF_THE_DATA = (
 
 FAIR = """
     --dataset zalando-datasets/fashion_mnist --eval_size 2000 --lr_scheduler_type linear --train_guide
-    --runs alone guide_itself trained_guide --seeds 0 1 2 3 4 --equal_time_baseline --measure auto --disable_tqdm true
+    --runs alone guide_itself trained_guide trained_guide_stopped --seeds 0 1 2 3 4 --equal_time_baseline --measure auto
+    --disable_tqdm true
 """
 CLAIMS = {
     "convnet_without_skips": f"""{FAIR}

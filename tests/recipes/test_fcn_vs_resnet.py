@@ -450,8 +450,9 @@ def test_a_claim_stands_for_its_flags_and_has_a_rate_a_baseline_of_equal_time_an
     report = Recipe("fcn_vs_resnet", {"claim": claim}).run_here(monkeypatch, tmp_path / "out", **tiny)
     assert capsys.readouterr().out.startswith(f"--claim {claim}: --dataset zalando-datasets/fashion_mnist --eval_size")
     assert report["claim"] == claim
-    assert [run["run"] for run in report["runs"]] == ["alone", "guide_itself", "trained_guide", "alone_equal_time"]
-    alone, _, guided, equal = report["runs"]
+    runs = ["alone", "guide_itself", "trained_guide", "trained_guide_stopped", "alone_equal_time"]
+    assert [run["run"] for run in report["runs"]] == runs
+    alone, _, guided, _, equal = report["runs"]
     assert guided["settings"]["guidance"]["measure"] == "ridge_loo"
     assert equal["steps"] >= 1.1 * alone["steps"] * guided["seconds"] / alone["seconds"]
     assert {found["baseline"] for found in report["differences"]} == {"alone", "alone_equal_time"}
