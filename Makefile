@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # torch and torchvision come together: timm needs torchvision, and the two must match
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Trainers of others, and what the tests of them need
-TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1
+TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1 lomo-optim==0.1.1 galore-torch==1.0
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo shakespeare test test-slow test-trainers cards check format clean

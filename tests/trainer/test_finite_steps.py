@@ -21,13 +21,15 @@ from builders import (
     guidance_by_hand,
     linear,
     llama,
+    llama_config,
+    seeded,
     token_batch,
     token_rows,
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainers import make_trainer, same, trained, weights
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
 from hf_guidance import GuidanceTrainer
@@ -458,3 +460,34 @@ def test_other_optimizers_are_looked_at_once_a_step(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(FiniteSteps, "_any_not_finite", lambda self: looks.append(1) or look(self))
     make_trainer(tmp_path, gpt2(), llama(), gradient_accumulation_steps=2, looks=False).train()
     assert len(looks) == 3
+
+
+@pytest.mark.trainers
+@pytest.mark.parametrize(
+    ("package", "settings"),
+    [
+        ("lomo_optim", {"optim": "lomo"}),
+        ("galore_torch", {"optim": "galore_adamw_layerwise", "optim_target_modules": ["self_attn", "mlp"]}),
+    ],
+)
+def test_the_real_optimizers_that_step_backward_train_and_take_no_step_from_what_is_not_finite(
+    package: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
+
+    def target() -> nn.Module:
+        return seeded(lambda: LlamaForCausalLM(llama_config(2)), 0)
+
+    settings |= {"max_grad_norm": 0.0, "learning_rate": 1e-2, "max_steps": 3, "looks": False}
+    good, before = target(), weights(target())
+    make_trainer(tmp_path / "good", good, llama(), **settings).train()
+    assert not same(weights(good), before)
+    bad, guide = target(), llama()
+    SPOILED["a similarity"][0](bad, guide)
+    trainer = make_trainer(tmp_path / "bad", bad, guide, **settings)
+    with pytest.raises(FloatingPointError, match=r"^Optimizer step 2 is not finite: the linear_cka of .* is nan"):
+        trainer.train()
+    assert all(bool(value.isfinite().all()) for value in weights(bad).values())
+    assert not same(weights(bad), before), "the first step was taken"
+    with pytest.raises(ValueError, match=r"on_non_finite='skip' cannot leave a step out here: the optimizer"):
+        make_trainer(tmp_path / "skip", target(), llama(), on_non_finite="skip", **settings).train()
