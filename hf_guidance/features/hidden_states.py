@@ -71,8 +71,8 @@ class Blocks:
         """
         tensors = [last_tensor(state) for state in states]
         inputs = self._inputs_of_stacks(tensors)
-        last = len(tensors) - self._ends_twice(tensors)
-        return [i for i in range(self._first_layer(tensors), last) if id(tensors[i]) not in inputs]
+        found = range(self._first_layer(tensors), len(tensors) - self._ends_twice(tensors))
+        return [i for i in found if tensors[i] is None or id(tensors[i]) not in inputs]
 
     def _inputs_of_stacks(self, states: Sequence[Tensor | None]) -> set[int]:
         """Return the ids of the states that a stack of blocks took, each of whose outputs is a state too."""
