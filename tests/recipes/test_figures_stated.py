@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_guidance.experiments.report import comparison_rows, markdown_table
+from hf_guidance.experiments.verdicts import in_words
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RESULTS = sorted(RECIPES.glob("results/*.json"))
@@ -21,6 +22,8 @@ def test_the_table_and_its_command_stand_in_the_readme_as_the_results_have_them(
     table = markdown_table(comparison_rows(report["runs"], metric=metric), metric, percent=report["task"]["percent"])
     assert table in readme
     assert report["command"] in readme
+    for found in report.get("differences", []):
+        assert in_words(found) in readme
     for fact in (
         report["environment"]["torch"],
         report["environment"]["transformers"],
