@@ -1,4 +1,4 @@
-"""Whether two networks err on the same samples, more often than by chance."""
+"""Errors that two networks make on the same samples, more often than by chance."""
 
 from __future__ import annotations
 

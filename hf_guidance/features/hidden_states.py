@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -34,10 +35,12 @@ class Blocks:
         self._ran: dict[str, Ran] = {}
         self._is_timm, self._name = hasattr(base, "timm_model"), type(base).__name__
         self._handles: list[Any] = []
+        self._thread: int | None = None
 
     def attach(self) -> None:
-        """Put the hooks on the blocks."""
+        """Put the hooks on the blocks. They note what runs in this thread, as others may share the network."""
         self.remove()
+        self._thread = threading.get_ident()
         for name, blocks in self._lists.items():
             hook = partial(self._note, name)
             self._handles += [
@@ -55,7 +58,7 @@ class Blocks:
         self._handles = []
 
     def _note(self, name: str, block: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._thread != threading.get_ident():
             return
         taken = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         given = None if isinstance(output, PackedSequence) else first_tensor(output)

@@ -115,12 +115,10 @@ class LayerReader:
             self.layer_drop.start()
         if self._hidden and not self._layers_among:
             self._blocks.attach()
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # whose tensors are nested, without a length
         try:
-            yield self._read
+            with _without_fast_attention():
+                yield self._read
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             self._blocks.remove()
             if self.layer_drop.has_rate:
                 self.layer_drop.stop()
@@ -261,6 +259,27 @@ class LayerReader:
                 f"the {self.role} ({type(self.model).__name__}) takes no output_hidden_states; name its layers with "
                 f"{self.role}_layers, by module name, glob or type. It has {describe_modules(self.model)}."
             )
+
+
+_lock, _readers, _was_fast = threading.Lock(), 0, True
+
+
+@contextmanager
+def _without_fast_attention() -> Iterator[None]:
+    """Keep torch's own attention from nested tensors, which have no length. The setting is that of all threads."""
+    global _readers, _was_fast
+    with _lock:
+        if not _readers:
+            _was_fast = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _readers -= 1
+            if not _readers:
+                torch.backends.mha.set_fastpath_enabled(_was_fast)
 
 
 def not_recomputed(reduce: Reduce) -> Reduce:

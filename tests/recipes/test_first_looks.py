@@ -35,6 +35,6 @@ def test_the_settings_of_a_recipe_start_well(recipe, options, tmp_path, monkeypa
 
 def test_in_sample_ridge_on_rows_is_said_to_be_full(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, first_look.__name__)
-    IMAGES.run_here(monkeypatch, tmp_path / "out", target="wide_fcn")
+    IMAGES.run_here(monkeypatch, tmp_path / "out", target="wide_fcn", measure="ridge")
     (words,) = [r.getMessage() for r in caplog.records if r.name == first_look.__name__]
     assert words.startswith("ridge starts at 0.9")
