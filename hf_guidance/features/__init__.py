@@ -7,6 +7,7 @@ batches of all processes.
 """
 
 from hf_guidance.features.distributed import Ranks
+from hf_guidance.features.gradients import not_recomputed, reaches_weights
 from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.inside import is_sentence_transformer, transformer_in
 from hf_guidance.features.modules import describe_modules, find_modules
@@ -16,8 +17,6 @@ from hf_guidance.features.reader import (
     LayerReader,
     Reduce,
     base_model_of,
-    not_recomputed,
-    reaches_weights,
 )
 from hf_guidance.features.rows import Batch, content_of
 from hf_guidance.features.samples import Samples

@@ -6,7 +6,7 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,7 @@ class LayerReader:
         if self._hidden:
             self._check_returns_hidden_states()
         self._batch_first: set[str] = set()  # modules that are known to be
+        self._unclear: set[str] = set()  # those whose outputs have as many positions as rows
         self._order = list(self.modules)
         self._handles: list[Any] = []
         self.attach()
@@ -177,23 +178,44 @@ class LayerReader:
             raise AllRead
 
     def _check_batch_first(self, name: str, features: Any) -> None:
-        """Refuse the output of a sequence-first module, whose first axis is as long as the batch by chance."""
+        """Note a module whose first axis may be the batch or, as long by chance, the positions."""
         if name in self._batch_first or name not in self.modules or not isinstance(features, Tensor):
             return
-        module = self.modules[name]
         if features.ndim < 3 or features.shape[0] != features.shape[1]:
             self._batch_first.add(name)  # samples have the batch on their first axis, or raise
-        elif any(getattr(part, "batch_first", True) is False for part in self._around(name).modules()):
-            raise ValueError(
-                f"{self.role} layer {name!r} ({type(module).__name__}) gave shape {tuple(features.shape)} and has "
-                "batch_first=False, so that rows and positions cannot be told apart: build it with batch_first=True, "
-                "or let the first batch have another number of rows than of positions."
-            )
+            self._unclear.discard(name)
+        else:
+            self._unclear.add(name)
 
-    def _around(self, name: str) -> nn.Module:
-        """Return the module that holds a named one, unless that is the whole network."""
-        parent = name.rpartition(".")[0]
-        return base_model_of(self.model).get_submodule(parent) if parent else self.modules[name]
+    def settle_batch_first(self, run_on_one_row: Callable[[], object]) -> None:
+        """Tell modules with the batch on their first axis from sequence-first ones, if a square output left it open.
+
+        Args:
+            run_on_one_row: Runs the network on one row. It is in evaluation mode then, and keeps no gradients.
+
+        Raises:
+            ValueError: If a module is sequence-first.
+        """
+        if not self._unclear:
+            return
+        unclear, self._unclear = self._unclear, set()
+        kept, modes = (self._seen, self._counted), [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.reading(lambda _, features: tuple(features.shape)) as shapes, suppress(AllRead):
+                run_on_one_row()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self._seen, self._counted = kept
+        for name in unclear:
+            if shapes.get(name, (1,))[0] != 1:
+                raise ValueError(
+                    f"{self.role} layer {name!r} ({type(self.modules[name]).__name__}) is sequence-first: of one row "
+                    f"it gave shape {shapes[name]}, where the batch is expected on the first axis. Build it with "
+                    "batch_first=True, or name another layer."
+                )
+        self._batch_first |= unclear
 
     def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._store(name, output)
@@ -280,41 +302,6 @@ def _without_fast_attention() -> Iterator[None]:
             _readers -= 1
             if not _readers:
                 torch.backends.mha.set_fastpath_enabled(_was_fast)
-
-
-def not_recomputed(reduce: Reduce) -> Reduce:
-    """Hide `reduce` from activation checkpointing, whose second forward would not find the tensors saved in it.
-
-    Reentrant checkpointing is refused. Its first forward has no gradients, so a layer inside would not be guided.
-    """
-    with_gradients = torch.is_grad_enabled()
-
-    def reduce_unseen(name: str, features: Any) -> Any:
-        if with_gradients and not torch.is_grad_enabled():
-            raise ValueError(
-                f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "
-                "activation checkpointing: guidance could not reach it. Set use_reentrant=False, or name layers "
-                "outside (hidden_states)."
-            )
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
-            return reduce(name, features)
-
-    return reduce_unseen
-
-
-def reaches_weights(loss: Tensor) -> bool:
-    """Tell whether the backward of a loss reaches a weight, not only an input with `requires_grad`."""
-    seen, nodes = set(), [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        # the graph inside reentrant checkpointing is hidden
-        if isinstance(getattr(node, "variable", None), nn.Parameter) or "Checkpoint" in node.name():
-            return True
-        nodes += [before for before, _ in node.next_functions]
-    return False
 
 
 def base_model_of(model: nn.Module) -> nn.Module:

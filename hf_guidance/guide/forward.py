@@ -126,6 +126,10 @@ class GuideRunning:
                 self._check_is_not_random(inputs)
         return read
 
+    def read_row(self, batch: Batch) -> None:
+        """Run the guide on the first row of a batch, for whoever reads its layers."""
+        forward(self.guide, take_rows(guide_batch(batch, self.target, self.guide), torch.tensor([0])))
+
     def _check_is_not_random(self, inputs: Batch) -> None:
         """Refuse a guide whose features differ between two forwards of one batch."""
         once, again = (self.read(inputs, lambda _, features: features.clone()) for _ in range(2))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from hf_guidance.features.reader import HIDDEN, not_recomputed
+from hf_guidance.features.gradients import not_recomputed
+from hf_guidance.features.reader import HIDDEN
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import NO_LABEL, check_vocabularies, guide_batch, seen_by_target, without_guide
 from hf_guidance.guide.random_state import random_state, set_random_state

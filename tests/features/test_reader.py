@@ -28,9 +28,12 @@ from transformers import (
     T5Config,
     TimmWrapperConfig,
     ViTConfig,
+    XLNetConfig,
+    XLNetModel,
 )
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.modules import find_modules
 from hf_guidance.features.reader import LayerReader
@@ -533,25 +536,42 @@ def test_a_module_whose_first_axis_is_the_batch_by_chance_is_refused(batch_first
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.rnn = nn.Embedding(17, 8), nn.GRU(8, 8, batch_first=batch_first)
+            self.embed, self.rnn, self.drop = nn.Embedding(17, 8), nn.GRU(8, 8, batch_first=batch_first), nn.Dropout()
 
         def forward(self, input_ids: Tensor) -> Any:
             states = self.embed(input_ids)
-            return self.rnn(states if batch_first else states.transpose(0, 1))
+            return self.drop(self.rnn(states if batch_first else states.transpose(0, 1))[0])
 
-    network, square = Recurrent(), torch.zeros(5, 5, dtype=torch.int64)
-    reader = LayerReader(network, ["rnn"], "guide")
+    network, square, runs = Recurrent(), torch.zeros(5, 5, dtype=torch.int64), []
+    network.register_forward_pre_hook(lambda module, args: runs.append((len(args[0]), module.training)))
+    reader = LayerReader(network, ["rnn", "drop"], "guide")
 
-    def read(ids: Tensor) -> Any:
-        with reader.reading(lambda name, features: features.shape) as found:
+    def read(ids: Tensor) -> None:
+        with reader.reading(lambda name, features: features.shape):
             network(ids)
-        return found
+        reader.settle_batch_first(lambda: network(ids[:1]))
 
     if not batch_first:
-        words = (
-            r"guide layer 'rnn' \(GRU\) gave shape \(5, 5, 8\) and has batch_first=False, .*: build it with batch_first"
-        )
+        words = r"guide layer '(rnn|drop)' \((GRU|Dropout)\) is sequence-first: of one row it gave shape \(5, 1, 8\)"
         with pytest.raises(ValueError, match=words):
             read(square)
-    read(square[:4])
-    assert read(square) == {"rnn": (5, 5, 8)}
+        assert network.training
+        return
+    read(square)
+    read(square)
+    assert runs == [(5, True), (1, False), (5, True)]
+    assert network.training
+
+
+def test_a_square_batch_through_sequence_first_blocks_of_transformers_is_refused_in_watch() -> None:
+    config = XLNetConfig(vocab_size=17, d_model=8, n_layer=2, n_head=2, d_inner=16)
+    target, guide = gpt2(), XLNetModel(config)
+    batch = {"input_ids": torch.randint(17, (6, 6), generator=torch.Generator().manual_seed(0))}
+    loss = GuidanceLoss(target, guide, GuidanceConfig(guide_layers=["layer.*"], guide_shares_tokenizer=True))
+    words = r"guide layer 'layer\.\d' \(XLNetLayer\) is sequence-first"
+    with pytest.raises(ValueError, match=words), loss.watch(batch) as watched:
+        target(**watched.inputs)
+    loss = GuidanceLoss(target, guide, GuidanceConfig(guide_shares_tokenizer=True))
+    with loss.watch(batch) as watched:
+        target(**watched.inputs)
+    assert watched.loss is not None
