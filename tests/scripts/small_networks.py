@@ -319,7 +319,7 @@ def partner_for(case: Case) -> Case:
     ids = ids if ids.ndim == 2 else token_ids()
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     text["attention_mask"] = case.batch.get("attention_mask", text["attention_mask"])
-    network = GPT2LMHeadModel(small_config(GPT2Config, {"vocab_size": _vocabulary(case)}))
+    network = GPT2LMHeadModel(small_config(GPT2Config, {"vocab_size": _vocabulary(case), "n_positions": 128}))
     network.loss_type = "ForCausalLM"
     return Case(network, text, "text")
 
