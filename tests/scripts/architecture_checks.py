@@ -24,7 +24,7 @@ MORE = 4  # columns of padding
 
 
 class Wrong(Exception):
-    """What a check found."""
+    """Finding of a check."""
 
 
 # ------------------------------------------------------------------------------------------------------------- steps

@@ -1,4 +1,4 @@
-"""What keeps a dataset from being loaded is said, whoever raises it."""
+"""Errors that keep a dataset from being loaded are said, whoever raises them."""
 
 import datasets
 import pytest
