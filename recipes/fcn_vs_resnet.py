@@ -11,6 +11,7 @@ convnet_without_skips or wide_fcn.
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
     alone                    the target without guidance
+    alone_shifted            the same, with its images at random places (needs --object_size)
     untrained_guide          guided by a guide with random weights
     trained_guide            guided by a trained guide: from the Hub, from a folder, or trained here (--train_guide)
     untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
@@ -35,13 +36,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers import AutoModelForImageClassification, PreTrainedModel, ResNetConfig, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_guidance import load_guide
+from hf_guidance.experiments.arguments import RecipeArguments
+from hf_guidance.experiments.batch_norm import ReestimatedBatchNorm
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.distillation import DistillationTrainer, check_classes
 from hf_guidance.experiments.files import identify_folder
-from hf_guidance.experiments.recipe import Comparison, RecipeArguments, launch, training_defaults
+from hf_guidance.experiments.recipe import Comparison, launch, training_defaults
 from hf_guidance.experiments.run import Run
 from hf_guidance.guide.configs import is_resnet
 from hf_guidance.guide.loading import untrained_network
@@ -53,7 +62,15 @@ from hf_guidance.tasks.images import check_last_batch, count_skipped
 from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 
 RUNS = (
-    *("alone", "guide_itself", "untrained_guide", "untrained_guide_stopped", "trained_guide", "trained_guide_stopped"),
+    *(
+        "alone",
+        "alone_shifted",
+        "guide_itself",
+        "untrained_guide",
+        "untrained_guide_stopped",
+        "trained_guide",
+        "trained_guide_stopped",
+    ),
     *("shuffled_guide", "noise_guide", "distillation"),
 )
 FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "distillation")
@@ -111,9 +128,6 @@ class Arguments(RecipeArguments):
         default=None,
         metadata={"help": "Image size of the guide; default the one it was trained on or made for, else the target's."},
     )
-    stop_step: Optional[int] = field(
-        default=None, metadata={"help": "Step at which the *_stopped runs stop guidance; default a third of the steps."}
-    )
     runs: Optional[list[str]] = field(
         default=None, metadata={"help": f"Some of {', '.join(RUNS)}; default alone and the runs of the chosen guide."}
     )
@@ -137,6 +151,10 @@ class Arguments(RecipeArguments):
     object_size: Optional[int] = field(
         default=None, metadata={"help": "Size of each image on a black canvas of --image_size, at a place of its own."}
     )
+    batch_norm_rows: Optional[int] = field(
+        default=None,
+        metadata={"help": "Estimate batch norm's statistics on so many training rows before each evaluation."},
+    )
     on_bad_image: str = field(
         default="raise", metadata={"help": "raise, or skip and count images that cannot be decoded."}
     )
@@ -156,6 +174,7 @@ class Arguments(RecipeArguments):
             "guide_width",
             "object_size",
             "shuffle_buffer",
+            "batch_norm_rows",
         ):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"--{name} is {size}; it must be at least 1.")
@@ -180,6 +199,8 @@ class Arguments(RecipeArguments):
             )
         if self.target == "resnet50_without_skips" and self.dropout is not None:
             raise ValueError("--dropout applies to the FCNs only.")
+        if self.batch_norm_rows is not None and self.streaming:
+            raise ValueError("--batch_norm_rows needs training rows that are read by number, but --streaming reads on.")
         if self.guide_width is not None:
             check_choice("guide", str(self.guide), [f"resnet{depth}" for depth in DEPTHS])
 
@@ -252,9 +273,12 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     if "distillation" in chosen and not recipe.train_guide:
         check_classes(str(recipe.guide), task.labels)
     alike = {"alone": task, "itself": load(target=own) if recipe.train_guide and own != pixels else task}
+    if "alone_shifted" in chosen:
+        alike["shifted"] = image_classification(**options | {"augmentation": "shift"}, target=pixels)
     data = {**options, "guide_source": Path(str(recipe.guide)).name}
-    if recipe.guide_width is not None:
-        data["guide_width"] = recipe.guide_width
+    for name in ("guide_width", "batch_norm_rows"):
+        if getattr(recipe, name) is not None:
+            data[name] = getattr(recipe, name)
     if os.path.isdir(recipe.dataset):
         data["dataset"] = {"name": Path(recipe.dataset).resolve().name, "files": identify_folder(recipe.dataset)}
     if recipe.streaming:
@@ -267,8 +291,17 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
         target=partial(target_of, recipe, task),
         runs=partial(matched_runs, recipe, args, alike, guide),
         train_dataset=lambda seed: task.train_dataset.with_seed(seed),
+        callbacks=partial(batch_norm_callbacks, recipe.batch_norm_rows, args.per_device_eval_batch_size),
         summary=partial(count_skipped, task),
     )
+
+
+def batch_norm_callbacks(rows: int | None, batch: int, task: Task) -> list[TrainerCallback]:
+    """Return the callback that estimates batch norm's statistics on the first `rows` training rows; none for None."""
+    if rows is None:
+        return []
+    first = [task.train_dataset[i] for i in range(min(rows, len(task.train_dataset)))]
+    return [ReestimatedBatchNorm([task.data_collator(first[i : i + batch]) for i in range(0, len(first), batch)])]
 
 
 def matched_runs(
@@ -278,14 +311,7 @@ def matched_runs(
     labels = len(tasks["alone"].labels)
     target = partial(target_of, recipe, tasks["alone"])
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
-    third = max(1, args.max_steps // 3)
-    stopped = [run for run in recipe.runs or () if run.endswith("_stopped")]
-    if stopped and recipe.stop_step is not None and not 0 < recipe.stop_step < args.max_steps:
-        raise ValueError(
-            f"--stop_step is {recipe.stop_step}; {stopped[0]} stops guidance within its {args.max_steps} steps: "
-            f"choose from 1 to {args.max_steps - 1}."
-        )
-    stop = {"guidance_stop_step": third if recipe.stop_step is None else recipe.stop_step}
+    stop = recipe.stopped(recipe.runs or (), args.max_steps)
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)
     given: Callable[..., Any] = partial(load_guide, trained if recipe.train_guide else source)
 
@@ -297,6 +323,7 @@ def matched_runs(
     itself = partial(untrained_network, source, AutoModelForImageClassification, num_labels=labels)
     runs = [
         Run("alone", seed, target),
+        Run("alone_shifted", seed, target, task=tasks.get("shifted")),
         Run("guide_itself", seed, itself, training=recipe.guide_training(), task=own_task),
         Run("untrained_guide", seed, target, guide=untrained),
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),

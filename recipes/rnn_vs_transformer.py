@@ -3,13 +3,19 @@
     accelerate launch recipes/rnn_vs_transformer.py
     accelerate launch recipes/rnn_vs_transformer.py --task parity --seeds 0 1 2
     accelerate launch recipes/rnn_vs_transformer.py --task language_modeling --text_files shakespeare.txt
+    accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim copy_paste
+
+--claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
+copy_paste, parity or language_modeling (its text: make shakespeare).
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
-    alone            the target without guidance
-    untrained_guide  guided by a guide with random weights
-    trained_guide    guided by the network that guide_itself trained
-    guide_itself     the guide, trained on the task, as a reference
+    alone                    the target without guidance
+    untrained_guide          guided by a guide with random weights
+    trained_guide            guided by the network that guide_itself trained
+    untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
+    trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
+    guide_itself             the guide, trained on the task, as a reference
 
 Every field of TrainingArguments and GuidanceConfig is a flag and applies to all runs. Use --seeds instead of --seed,
 and --max_steps instead of --num_train_epochs. --output_dir contains a table, results.json, figures, and the model of
@@ -34,9 +40,10 @@ from transformers import (
 )
 
 from hf_guidance import load_guide
+from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.files import identify_files
-from hf_guidance.experiments.recipe import Comparison, RecipeArguments, launch, training_defaults
+from hf_guidance.experiments.recipe import Comparison, launch, training_defaults
 from hf_guidance.experiments.run import Run
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import Task, build_task
@@ -44,7 +51,26 @@ from hf_guidance.tasks.blocks import SHUFFLE_BUFFER
 from hf_guidance.tasks.parity import length_curriculum
 
 TEXT_TASKS = ("copy_paste", "parity", "language_modeling")
-RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")
+RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")  # by default
+STOPPED = ("untrained_guide_stopped", "trained_guide_stopped")
+
+FAIR = "--seeds 10 11 12 13 14 --equal_time_baseline --disable_tqdm true"
+CLAIMS = {
+    "copy_paste": f"""{FAIR}
+        --task copy_paste --learning_rates 1e-3 2e-3 3e-3 5e-3 --runs alone untrained_guide untrained_guide_stopped
+        --output_dir outputs/claims/copy_paste
+    """,
+    "parity": f"""{FAIR}
+        --task parity --learning_rates 3e-4 1e-3 2e-3 3e-3 --runs alone guide_itself trained_guide --guide_rows 24
+        --output_dir outputs/claims/parity
+    """,
+    "language_modeling": f"""{FAIR}
+        --task language_modeling --text_files outputs/shakespeare.txt --learning_rates 1e-3 2e-3 3e-3 4e-3
+        --lr_scheduler_type linear --runs alone guide_itself trained_guide trained_guide_stopped untrained_guide
+        --guide_learning_rate 2e-3 --guide_max_steps 500 --guide_rows 16
+        --output_dir outputs/claims/language_modeling
+    """,
+}
 
 
 @dataclass
@@ -52,7 +78,9 @@ class Arguments(RecipeArguments):
     """The flags: task, runs and data."""
 
     task: str = field(default="copy_paste", metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
-    runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS)}."})
+    runs: list[str] = field(
+        default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS + STOPPED)}."}
+    )
     text_files: Optional[list[str]] = field(default=None, metadata={"help": "UTF-8 text files for language_modeling."})
     dataset: str = field(
         default="Salesforce/wikitext", metadata={"help": "Hub id or folder of a dataset that is streamed."}
@@ -156,7 +184,7 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     """Return the defaults of the other flags."""
     check_choice("task", recipe.task, TEXT_TASKS)
     for run in recipe.runs:
-        check_choice("runs", run, RUNS)
+        check_choice("runs", run, RUNS + STOPPED)
     chosen = preset(recipe.task, recipe.preset)
     folder = f"outputs/rnn_vs_transformer/{recipe.task}-{recipe.preset}"
     return {"output_dir": folder, **chosen.training, **chosen.guidance}
@@ -206,15 +234,19 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
     def untrained() -> Any:
         return load_guide(guide().config, seed=seed)
 
+    given: Callable[[], Any] = partial(load_guide, trained)
+    stop = recipe.stopped(recipe.runs, args.max_steps)
     runs = [
         Run("alone", seed, target),
         Run("guide_itself", seed, guide, training=own, task=own_task),
         Run("untrained_guide", seed, target, guide=untrained),
-        Run("trained_guide", seed, target, guide=lambda: load_guide(trained), needs="guide_itself", like=untrained),
+        Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
+        Run("trained_guide", seed, target, guide=given, needs="guide_itself", like=untrained),
+        Run("trained_guide_stopped", seed, target, guide=given, needs="guide_itself", like=untrained, guidance=stop),
     ]
-    needed = {*recipe.runs, *(["guide_itself"] if "trained_guide" in recipe.runs else [])}
+    needed = {*recipe.runs, *(run.needs for run in runs if run.name in recipe.runs)}
     return [run for run in runs if run.name in needed]
 
 
 if __name__ == "__main__":
-    launch(__doc__ or "", Arguments, defaults, build)
+    launch(__doc__ or "", Arguments, defaults, build, CLAIMS)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hf_guidance.card.contents import RunFacts
 from hf_guidance.config import GuidanceConfig, Json
@@ -91,6 +91,7 @@ def carry_out(
     folder: Path,
     data: Mapping[str, Json],
     facts: RunFacts | None = None,
+    callbacks: Callable[[Task], list[TrainerCallback]] = lambda task: [],
 ) -> Record:
     """Train, evaluate, test and save one run under `folder`, or read the result of an earlier call.
 
@@ -102,6 +103,7 @@ def carry_out(
         folder: Output folder of the recipe.
         data: Description of the data. A run that began with other data is not resumed.
         facts: Facts for the cards of guided runs.
+        callbacks: Returns callbacks for the trainer, given the task.
 
     Returns:
         The content of its `result.json`: settings, final metrics, curves, similarities over time, training seconds.
@@ -134,7 +136,7 @@ def carry_out(
         processing_class=task.processing_class,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-        callbacks=[TrainingClock()],
+        callbacks=[TrainingClock(), *callbacks(task)],
     )
     if run.guide:
         trainer.card_facts = {**(facts or {}), "target": {"untrained": True, "seed": run.seed}}

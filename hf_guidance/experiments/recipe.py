@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_guidance.analysis.curves import plot_comparison
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.facts import EXAMPLES, task_facts
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.baselines import LONGER, equal_time, longer, say_edge
 from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
 from hf_guidance.experiments.command_line import check_choice, flags_of_the_claim, parse
@@ -36,48 +37,6 @@ REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
 INSTEAD = "use --seeds and --max_steps instead; rerun the same command to resume"
 
 
-@dataclass
-class RecipeArguments:
-    """The flags that all recipes share; each recipe adds its own."""
-
-    preset: str = field(
-        default="small",
-        metadata={"help": "small (for two CPU cores) or paper (the sizes of the paper, for a GPU)."},
-    )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs per seed."})
-    runs: Optional[list[str]] = field(default=None, metadata={"help": "Names of the matched runs to train; see above."})
-    claim: Optional[str] = field(
-        default=None,
-        metadata={"help": "A claim of the paper: stands for the flags of its comparison, which other flags replace."},
-    )
-    learning_rates: Optional[list[float]] = field(
-        default=None,
-        metadata={"help": "Train the target alone at each of these; all runs use the best on validation data."},
-    )
-    search_seeds: list[int] = field(
-        default_factory=lambda: [100, 101],
-        metadata={"help": "Seeds for --learning_rates, none of which may be among --seeds."},
-    )
-    equal_time_baseline: bool = field(
-        default=False,
-        metadata={"help": "Also train the target alone for 1.1 times the training time of the slowest guided run."},
-    )
-    longer_baseline: bool = field(
-        default=False,
-        metadata={"help": "Also train the target alone for longer: twice the steps, and equal training time."},
-    )
-    eval_size: Optional[int] = field(default=None, metadata={"help": "Rows for validation, and rows for the test."})
-    guide_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate for training the guide itself."}
-    )
-    guide_max_steps: Optional[int] = field(default=None, metadata={"help": "Steps for training the guide itself."})
-
-    def guide_training(self) -> dict[str, Any]:
-        """Return the `TrainingArguments` fields that were given for the guide's own training."""
-        own = {"learning_rate": self.guide_learning_rate, "max_steps": self.guide_max_steps}
-        return {name: value for name, value in own.items() if value is not None}
-
-
 @dataclass(frozen=True)
 class Comparison:
     """The data and runs of a recipe, once its flags are known.
@@ -88,6 +47,7 @@ class Comparison:
         target: Builds the network that all runs train.
         runs: Returns the matched runs of a seed, each after the runs that it needs.
         train_dataset: Returns the training rows of a seed, if order or augmentation depend on it; None uses the task's.
+        callbacks: Returns callbacks for the trainer of a run, given its task.
         summary: Returns text to print below the table, or an empty string; called on every process.
     """
 
@@ -96,6 +56,7 @@ class Comparison:
     target: Callable[[], PreTrainedModel]
     runs: Callable[[int], list[Run]]
     train_dataset: Callable[[int], Any] | None = None
+    callbacks: Callable[[Task], list[TrainerCallback]] = lambda task: []
     summary: Callable[[], str] = lambda: ""
 
 
@@ -234,7 +195,7 @@ def compare(
 
     def carry(run: Run) -> Record:
         own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
-        return carry_out(run, own, args, guidance, folder, comparison.data, facts)
+        return carry_out(run, own, args, guidance, folder, comparison.data, facts, comparison.callbacks)
 
     search: list[Record] = []
     if recipe.learning_rates:

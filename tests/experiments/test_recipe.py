@@ -7,7 +7,8 @@ import torch
 from launching import Recipe
 
 from hf_guidance.experiments import cards, comparison
-from hf_guidance.experiments.recipe import RecipeArguments, launch, training_defaults
+from hf_guidance.experiments.arguments import RecipeArguments
+from hf_guidance.experiments.recipe import launch, training_defaults
 from hf_guidance.trainer import card_mixin
 
 TINY = {

@@ -1,0 +1,70 @@
+"""The flags that all recipes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass
+class RecipeArguments:
+    """The flags that all recipes share; each recipe adds its own."""
+
+    preset: str = field(
+        default="small",
+        metadata={"help": "small (for two CPU cores) or paper (the sizes of the paper, for a GPU)."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One set of matched runs per seed."})
+    runs: Optional[list[str]] = field(default=None, metadata={"help": "Names of the matched runs to train; see above."})
+    claim: Optional[str] = field(
+        default=None,
+        metadata={"help": "A claim of the paper: stands for the flags of its comparison, which other flags replace."},
+    )
+    learning_rates: Optional[list[float]] = field(
+        default=None,
+        metadata={"help": "Train the target alone at each of these; all runs use the best on validation data."},
+    )
+    search_seeds: list[int] = field(
+        default_factory=lambda: [100, 101],
+        metadata={"help": "Seeds for --learning_rates, none of which may be among --seeds."},
+    )
+    equal_time_baseline: bool = field(
+        default=False,
+        metadata={"help": "Also train the target alone for 1.1 times the training time of the slowest guided run."},
+    )
+    longer_baseline: bool = field(
+        default=False,
+        metadata={"help": "Also train the target alone for longer: twice the steps, and equal training time."},
+    )
+    eval_size: Optional[int] = field(default=None, metadata={"help": "Rows for validation, and rows for the test."})
+    stop_step: Optional[int] = field(
+        default=None, metadata={"help": "Step at which the *_stopped runs stop guidance; default a third of the steps."}
+    )
+    guide_learning_rate: Optional[float] = field(
+        default=None, metadata={"help": "Learning rate for training the guide itself."}
+    )
+    guide_max_steps: Optional[int] = field(default=None, metadata={"help": "Steps for training the guide itself."})
+
+    def guide_training(self) -> dict[str, Any]:
+        """Return the `TrainingArguments` fields that were given for the guide's own training."""
+        own = {"learning_rate": self.guide_learning_rate, "max_steps": self.guide_max_steps}
+        return {name: value for name, value in own.items() if value is not None}
+
+    def stopped(self, runs: Iterable[str], steps: int) -> dict[str, Any]:
+        """Return the `GuidanceConfig` fields of the runs that stop guidance.
+
+        Args:
+            runs: Names of all runs.
+            steps: Optimizer steps of a run.
+
+        Raises:
+            ValueError: If one of the runs is to stop, and `stop_step` is not within its steps.
+        """
+        stopping = [run for run in runs if run.endswith("_stopped")]
+        if stopping and self.stop_step is not None and not 0 < self.stop_step < steps:
+            raise ValueError(
+                f"--stop_step is {self.stop_step}; {stopping[0]} stops guidance within its {steps} steps: "
+                f"choose from 1 to {steps - 1}."
+            )
+        return {"guidance_stop_step": max(1, steps // 3) if self.stop_step is None else self.stop_step}
