@@ -23,6 +23,8 @@ Ran: TypeAlias = "list[tuple[Callable[[], Any], Callable[[], Any]]]"  # what a b
 class Blocks:
     """Record of what the blocks of a network take and give in one forward: the members of its module lists.
 
+    In a network without module lists these are the members of each `nn.Sequential` of like modules.
+
     Most networks return their embeddings as the first hidden state, some a layer's output. Some return the last layer
     twice, as it is and normed. A hidden state that is what a block took or gave tells which of these it is.
 
@@ -31,7 +33,12 @@ class Blocks:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self._lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+        modules = dict(base.named_modules())
+        self._lists: dict[str, nn.ModuleList | nn.Sequential] = {
+            name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)
+        } or {
+            name: module for name, module in modules.items() if isinstance(module, nn.Sequential) and _is_stack(module)
+        }
         self._ran: dict[str, Ran] = {}
         self._is_timm, self._name = hasattr(base, "timm_model"), type(base).__name__
         self._handles: list[Any] = []
@@ -123,6 +130,12 @@ class Blocks:
 
 def _nothing() -> None:
     return None
+
+
+def _is_stack(sequence: nn.Sequential) -> bool:
+    """Tell whether a sequence is of blocks of one kind, each made of modules."""
+    kinds = {type(block) for block in sequence}
+    return len(sequence) > 1 and len(kinds) == 1 and any(True for _ in sequence[0].children())
 
 
 def first_tensor(output: Output) -> Any:

@@ -20,9 +20,16 @@ def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[st
         Name → module.
 
     Raises:
-        ValueError: If none matches. The message lists the modules of the network.
+        ValueError: If none matches, or wildcards alone are to name the layers of a network of blocks. The message lists its
+            modules.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    if lists and pattern and not pattern.strip("*?."):
+        raise ValueError(
+            f"{role} layer {pattern!r} stands for modules of any name, heads and activations among them: name those "
+            f"to compare, as {lists[0] + '.*'!r}, or use hidden_states. The {role} has {describe_modules(model)}."
+        )
     if pattern in modules:
         return {pattern: modules[pattern]}
     expression = re.compile(_glob_to_regex(pattern))

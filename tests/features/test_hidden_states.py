@@ -88,3 +88,37 @@ def test_features_are_the_first_tensor_of_an_output_and_states_those_of_its_kind
     assert states_of({"decoder_hidden_states": (x, y), "encoder_hidden_states": (y,)}, "hidden_states") == (x, y)
     assert states_of({"encoder_hidden_states": (y,)}, "encoder_hidden_states") == (y,)
     assert states_of({}, "hidden_states") is None
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class Sequence(nn.Module):
+    """A network of one's own: its blocks are an `nn.Sequential`, its stem another one."""
+
+    def __init__(self, embeddings: bool) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        states = [self.stem(x)]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states if self.embeddings else states[1:]
+
+
+@pytest.mark.parametrize(("embeddings", "layers"), [(True, [1, 2, 3]), (False, [0, 1, 2])])
+def test_blocks_in_a_sequential_are_watched_where_there_is_no_module_list(embeddings, layers):
+    network = Sequence(embeddings)
+    blocks = Blocks(network)
+    blocks.attach()
+    assert blocks.layers_among(network(torch.ones(2, 4))) == layers
+    blocks.remove()

@@ -26,7 +26,6 @@ def test_the_base_model_of_a_network_without_adapters_is_the_network() -> None:
         ("GPT2Block", ["transformer.h.0", "transformer.h.1"]),
         ("Embedding", ["transformer.wte", "transformer.wpe"]),
         ("GradientCheckpointingLayer", ["transformer.h.0", "transformer.h.1"]),  # a base of GPT2Block
-        ("*", ["transformer", "lm_head"]),
     ],
 )
 def test_modules_are_found_by_name_glob_and_type_in_order(pattern: str, found: list[str]) -> None:
@@ -49,3 +48,10 @@ def test_modules_are_described_from_the_outside_in_and_cut_short() -> None:
     assert words.count("(") == 8
     assert "2 GPT2Block (transformer.h.0 … transformer.h.1)" in words
     assert words.endswith("more kinds")
+
+
+@pytest.mark.parametrize("pattern", ["*", "**", "*.*", "?"])
+def test_a_glob_without_a_word_names_the_blocks_instead(pattern):
+    network = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 1)})
+    with pytest.raises(ValueError, match=r"guide layer .* stands for modules of any name.*as 'blocks\.\*', or use hid"):
+        find_modules(network, pattern, "guide")
