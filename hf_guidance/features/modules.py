@@ -20,8 +20,8 @@ def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[st
         Name → module.
 
     Raises:
-        ValueError: If none matches, or wildcards alone are to name the layers of a network of blocks. The message lists its
-            modules.
+        ValueError: If none matches, or wildcards alone are to name the layers of a network of blocks. The message
+            lists its modules.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 1]
