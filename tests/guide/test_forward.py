@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import VOCABULARY, gpt2, llama, seeded, t5, token_batch, token_rows
@@ -113,14 +115,15 @@ def test_a_guide_that_takes_no_use_cache_is_given_none() -> None:
 class Masking(nn.Module):
     """A guide that draws random numbers in evaluation mode too, and masks its tokens by them or not."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, draw: Callable[[torch.Size], Any] = torch.rand) -> None:
         super().__init__()
-        self.embed, self.masked, self.share = nn.Embedding(VOCABULARY, 8), nn.Identity(), share
+        self.embed, self.masked = nn.Embedding(VOCABULARY, 8), nn.Identity()
+        self.share, self.draw = share, draw
         self.register_buffer("forwards", torch.zeros(()))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         self.forwards += 1
-        return self.masked(self.embed(input_ids) * (torch.rand(input_ids.shape) >= self.share)[..., None])
+        return self.masked(self.embed(input_ids) * torch.as_tensor(self.draw(input_ids.shape) >= self.share)[..., None])
 
 
 def test_a_guide_whose_features_differ_in_each_forward_is_refused() -> None:
@@ -129,7 +132,12 @@ def test_a_guide_whose_features_differ_in_each_forward_is_refused() -> None:
     words = r"the guide \(ViTMAEModel\) is random: two forwards .* of ViTMAEModel in ViTModel\)"
     with pytest.raises(ValueError, match=words), loss.watch({"pixel_values": torch.randn(4, 3, 16, 16)}):
         pass
-    running = GuideRunning(LayerReader(Masking(0.5), ["masked"], "guide"), gpt2(), GuidanceConfig(), nullcontext)
+
+
+@pytest.mark.parametrize("draw", [torch.rand, np.random.random_sample])
+def test_a_guide_that_masks_at_random_is_refused_whatever_draws(draw) -> None:
+    guide = Masking(0.5, draw)
+    running = GuideRunning(LayerReader(guide, ["masked"], "guide"), gpt2(), GuidanceConfig(), nullcontext)
     with pytest.raises(ValueError, match=r"the guide \(Masking\) is random: .* in layer masked, so that"):
         running.read(token_batch(), lambda _, features: features)
 

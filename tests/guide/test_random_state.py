@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_guidance.guide.random_state import kept_random_state, random_state, set_random_state
+from hf_guidance.guide.random_state import fingerprint, kept_random_state, random_state, set_random_state
 
 
 def draw() -> list[float]:
@@ -35,3 +35,11 @@ def test_torch_goes_on_from_the_state_that_is_set() -> None:
     assert not torch.equal(torch.rand(3), first)
     set_random_state(before)
     assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand])
+def test_a_drawn_number_changes_the_fingerprint(draw) -> None:
+    before = fingerprint()
+    assert fingerprint() == before
+    draw()
+    assert fingerprint() != before
