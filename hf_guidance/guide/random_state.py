@@ -25,8 +25,9 @@ def set_random_state(state: Sequence[Tensor]) -> None:
 
 def fingerprint() -> tuple[object, ...]:
     """Return what is equal twice if no random number was drawn in between, by torch, Python or numpy."""
-    _, keys, place, *_ = np.random.get_state(legacy=True)
-    return (*(state.numpy().tobytes() for state in random_state()), random.getstate(), keys.tobytes(), place)
+    of_numpy = np.random.get_state(legacy=False)["state"]
+    of_torch = (state.numpy().tobytes() for state in random_state())
+    return (*of_torch, random.getstate(), of_numpy["key"].tobytes(), of_numpy["pos"])
 
 
 @contextmanager
