@@ -20,7 +20,7 @@ from hf_guidance.features.gradients import not_recomputed, reaches_weights
 from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.features.rows import Batch, is_packed, side_of, take_rows
+from hf_guidance.features.rows import Batch, is_packed, side_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.forward import GuideRunning
@@ -240,9 +240,8 @@ class GuidanceLoss:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):  # others may not be in doubt
-            first = torch.tensor([0])
-            self.target_reader.settle_batch_first(lambda: self.target(**take_rows(watched.inputs, first)))
-            self.guide_reader.settle_batch_first(lambda: self.running.read_row(given))
+            self.target_reader.settle_batch_first()
+            self.guide_reader.settle_batch_first()
 
     def rows_to_compare(self, batch: Batch, *, step: int, micro_step: int, rank: int = 0) -> int:
         """Count the rows of a batch that `watch` will compare by themselves with `sample_axis="within"`."""

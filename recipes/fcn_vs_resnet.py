@@ -39,7 +39,6 @@ from typing import Any, Optional
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
-    ResNetConfig,
     TrainerCallback,
     TrainingArguments,
 )
@@ -54,8 +53,8 @@ from hf_guidance.experiments.recipe import Comparison, launch, training_defaults
 from hf_guidance.experiments.run import Run
 from hf_guidance.guide.configs import is_resnet
 from hf_guidance.guide.loading import untrained_network
-from hf_guidance.targets.configuration_plain_resnet import BLOCK_TYPES, DEPTHS
-from hf_guidance.targets.vision import VISION_TARGETS, vision_target
+from hf_guidance.targets.configuration_plain_resnet import DEPTHS
+from hf_guidance.targets.vision import VISION_TARGETS, small_resnet, vision_target
 from hf_guidance.tasks import Task, image_classification
 from hf_guidance.tasks.image_decoding import AUGMENTATIONS, PixelFormat
 from hf_guidance.tasks.images import check_last_batch, count_skipped
@@ -242,13 +241,6 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     return values
 
 
-def small_resnet(name: str, width: int) -> ResNetConfig:
-    """Return the sizes of a ResNet-18, -34 or -50 whose stem has a width."""
-    layer_type, depths = DEPTHS[int(name.removeprefix("resnet"))]
-    sizes = [width * BLOCK_TYPES[layer_type] * 2**stage for stage in range(4)]
-    return ResNetConfig(embedding_size=width, hidden_sizes=sizes, depths=depths, layer_type=layer_type)
-
-
 def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     """Build data and runs from the flags."""
     guide: Any = str(recipe.guide)
@@ -320,10 +312,13 @@ def matched_runs(
 
     needs = "guide_itself" if recipe.train_guide else None
     own_task = replace(tasks["itself"], train_dataset=tasks["itself"].train_dataset.with_seed(seed))
+    shifted = tasks.get("shifted")
+    if shifted is not None:
+        shifted = replace(shifted, train_dataset=shifted.train_dataset.with_seed(seed))
     itself = partial(untrained_network, source, AutoModelForImageClassification, num_labels=labels)
     runs = [
         Run("alone", seed, target),
-        Run("alone_shifted", seed, target, task=tasks.get("shifted")),
+        Run("alone_shifted", seed, target, task=shifted),
         Run("guide_itself", seed, itself, training=recipe.guide_training(), task=own_task),
         Run("untrained_guide", seed, target, guide=untrained),
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),

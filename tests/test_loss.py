@@ -652,11 +652,11 @@ def test_close_takes_every_hook_off() -> None:
     before = hooks()
     pairs = ["transformer.h.0~layers.0", "hidden_states.2~hidden_states.3"]
     guidance = GuidanceLoss(target, guide, GuidanceConfig(layer_pairs=pairs))
-    assert hooks() == before + 7
+    assert hooks() == before + 8
     guidance.close()
     assert hooks() == before
     assert guidance_of(guidance, token_batch()) is not None
-    assert hooks() == before + 7, "the next watch puts them back"
+    assert hooks() == before + 8, "the next watch puts them back"
 
 
 # ------------------------------------------------------------------------------------------- the loss to train on
@@ -974,6 +974,31 @@ def test_position_ids_that_restart_at_padding_are_not_packed_documents() -> None
     assert documents_of({"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}) == []
     restarting = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, 2]])
     assert len(documents_of({"input_ids": ids, "position_ids": restarting})) == 3
+
+
+@pytest.mark.parametrize(("positions", "documents"), [([0, 1, 2, 0, 1], [(0, 3), (3, 5)]), ([0, 1, 2], [(0, 3)])])
+def test_position_ids_that_stay_0_at_the_end_are_padding(
+    positions: list[int], documents: list[tuple[int, int]]
+) -> None:
+    padded = torch.tensor([[*positions, 0, 0, 0]])
+    assert [(d.start, d.stop) for d in documents_of({"position_ids": padded})] == documents
+    assert documents_of({"position_ids": torch.zeros(1, 4, dtype=torch.long)}) != []
+
+
+@pytest.mark.parametrize("axis", ["sequence", "token", "within"])
+def test_padding_behind_packed_documents_changes_nothing(axis: str) -> None:
+    target, guide = gpt2(), llama()
+    lengths = (5, 3, 6, 4)
+    ids = token_batch(1, length=sum(lengths))["input_ids"]
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    losses = []
+    for more in (0, 3):
+        batch = {
+            "input_ids": nn.functional.pad(ids, (0, more)),
+            "position_ids": nn.functional.pad(position_ids, (0, more)),
+        }
+        losses.append(watch(target, guide, batch, sample_axis=axis, measure="linear_cka")[0].loss)
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 SIDES = {

@@ -62,9 +62,15 @@ CASES = {
     "GRPO, LoRA": Case("GRPO", adapts=True),
     "RLOO": Case("RLOO"),
     "RLOO, LoRA": Case("RLOO", adapts=True),
+    "Distillation": Case("Distillation"),
+    "Distillation, LoRA": Case("Distillation", adapts=True),
 }
 TRAINERS = tuple(dict.fromkeys(case.trainer for case in CASES.values()))
-GENERATING = {"num_generations": 4, "max_completion_length": 5}
+GENERATING: dict[str, dict[str, Any]] = {
+    "GRPO": {"num_generations": 4, "max_completion_length": 5},
+    "RLOO": {"num_generations": 4, "max_completion_length": 5},
+    "Distillation": {"max_completion_length": 5},
+}
 
 
 def model_of(case: Case, folder: Path) -> Any:
@@ -128,13 +134,15 @@ def make(case: Case, folder: Path, guided: bool = True, **changes: Any) -> Any:
     given = {name: changes.pop(name) for name in ("guidance", "guide", "train_dataset") if name in changes}
     settings = {"max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none"}
     settings |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2}
-    settings |= {**case.settings, **(GENERATING if case.trainer in ("GRPO", "RLOO") else {}), **changes}
+    settings |= {**case.settings, **GENERATING.get(case.trainer, {}), **changes}
     kind: Any = getattr(trl, f"{case.trainer}Trainer")
     if guided:
         kind = type(f"Guided{kind.__name__}", (GuidanceMixin, kind), {})
         given.setdefault("guide", guide_of())
     if case.trainer in ("GRPO", "RLOO"):
         given["reward_funcs"] = different_words
+    if case.trainer == "Distillation":
+        given["teacher_model"] = seeded(lambda: LlamaForCausalLM(LlamaConfig(**CONFIG)), 2)
     if case.adapts:
         from peft import LoraConfig
 

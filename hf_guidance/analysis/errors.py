@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_guidance.analysis.figures import save
+from hf_guidance.analysis.heat_maps import plot_matrix
 
 Matrix: TypeAlias = dict[str, dict[str, float]]
 
@@ -75,20 +75,14 @@ def plot_error_consistency(matrix: Matrix, path: str | os.PathLike[str]) -> None
         matrix: From `error_consistency_matrix`.
         path: Where to save the figure; the suffix decides the format.
     """
-    from matplotlib.figure import Figure
-
-    names: Sequence[str] = list(matrix)
-    values = np.array([[matrix[one][other] for other in names] for one in names])
-    side = 2.2 + 0.75 * len(names)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    panel = figure.subplots()
-    image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis")
-    for (i, j), value in np.ndenumerate(values):
-        colour = "white" if not value > 0.6 else "black"
-        panel.text(
-            j, i, "–" if math.isnan(value) else f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9
-        )
-    panel.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-    panel.set_yticks(range(len(names)), names, fontsize=8)
-    figure.colorbar(image, ax=panel, label="error consistency (Cohen's κ)", shrink=0.8)
-    save(figure, path)
+    names = list(matrix)
+    values = [[matrix[one][other] for other in names] for one in names]
+    plot_matrix(
+        values,
+        [["–" if math.isnan(value) else f"{value:.2f}" for value in line] for line in values],
+        rows=names,
+        columns=names,
+        label="error consistency (Cohen's κ)",
+        path=path,
+        limits=(0.0, 1.0),
+    )

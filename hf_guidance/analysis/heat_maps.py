@@ -1,10 +1,12 @@
-"""Heat maps of the similarity of every target layer with every guide layer."""
+"""Heat maps: the similarity of every target layer with every guide layer, and small matrices with their values."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.history import Curves, SimilarityMap
@@ -59,3 +61,45 @@ def _draw(panel: Axes, content: SimilarityMap) -> Any:
     panel.set_xlabel("guide layer", fontsize=8)
     panel.set_ylabel("target layer", fontsize=8)
     return image
+
+
+def plot_matrix(
+    values: Sequence[Sequence[float]],
+    words: Sequence[Sequence[str]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    path: str | os.PathLike[str],
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw a small matrix with words in its cells, and save the figure.
+
+    Args:
+        values: Rows of numbers, which give the colours; NaN leaves a cell grey.
+        words: Text of each cell.
+        rows: Names of the rows.
+        columns: Names of the columns.
+        label: Label of the colour bar.
+        path: Where to save the figure; the suffix decides the format.
+        limits: Values at both ends of the colours; None spreads them around 0.
+    """
+    from matplotlib.figure import Figure
+
+    numbers = np.array(values, dtype=float)
+    finite = numbers[np.isfinite(numbers)]
+    most = float(np.abs(finite).max()) if finite.any() else 1.0
+    low, high = limits or (-most, most)
+    figure = Figure(figsize=(3.2 + 1.15 * len(columns), 1.9 + 0.75 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    panel.set_facecolor("0.85")
+    image = panel.imshow(numbers, vmin=low, vmax=high, cmap="viridis" if limits else "RdBu", aspect="auto")
+    for (i, j), value in np.ndenumerate(numbers):
+        place = (value - low) / (high - low)
+        is_dark = place < 0.6 if limits else abs(place - 0.5) > 0.3
+        colour = "white" if is_dark and np.isfinite(value) else "black"
+        panel.text(j, i, words[i][j], ha="center", va="center", color=colour, fontsize=8)
+    panel.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    panel.set_yticks(range(len(rows)), rows, fontsize=8)
+    figure.colorbar(image, ax=panel, label=label, shrink=0.9)
+    save(figure, path)

@@ -7,10 +7,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_guidance.config import Json
 from hf_guidance.experiments.report import Record, Report
+
+if TYPE_CHECKING:
+    from hf_guidance.experiments.matrix import Cells
 
 
 def read_json(path: Path) -> Any:
@@ -28,7 +31,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def write_json(path: Path, content: Json | Record | Report) -> None:
+def write_json(path: Path, content: Json | Record | Report | Cells) -> None:
     """Write a JSON file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

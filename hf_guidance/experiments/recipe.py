@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
 from hf_guidance.experiments.command_line import check_choice, flags_of_the_claim, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.matrix import Cells, cells_of, matrix_table, plot_gains
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import SETTINGS, Run
 from hf_guidance.experiments.user_errors import tell_in_one_line
@@ -38,6 +40,19 @@ INSTEAD = "use --seeds and --max_steps instead; rerun the same command to resume
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """Comparisons of several targets, each guided by the same guides.
+
+    Args:
+        comparisons: Name of a target, and of its folder → its comparison.
+        guides: Name of a run → name of its guide.
+    """
+
+    comparisons: dict[str, Comparison]
+    guides: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The data and runs of a recipe, once its flags are known.
 
@@ -48,6 +63,8 @@ class Comparison:
         runs: Returns the matched runs of a seed, each after the runs that it needs.
         train_dataset: Returns the training rows of a seed, if order or augmentation depend on it; None uses the task's.
         callbacks: Returns callbacks for the trainer of a run, given its task.
+        leaves_out: Whether runs whose networks or settings do not fit together are left out and said; else they are an
+            error.
         summary: Returns text to print below the table, or an empty string; called on every process.
     """
 
@@ -57,6 +74,7 @@ class Comparison:
     runs: Callable[[int], list[Run]]
     train_dataset: Callable[[int], Any] | None = None
     callbacks: Callable[[Task], list[TrainerCallback]] = lambda task: []
+    leaves_out: bool = False
     summary: Callable[[], str] = lambda: ""
 
 
@@ -92,7 +110,7 @@ def launch(
     description: str,
     arguments: type[A],
     defaults: Callable[[A], dict[str, Any]],
-    build: Callable[[A, TrainingArguments], Comparison],
+    build: Callable[[A, TrainingArguments], Comparison | Matrix],
     claims: Mapping[str, str] | None = None,
 ) -> None:
     """Run a recipe from its command line.
@@ -101,7 +119,7 @@ def launch(
         description: Text for `--help`.
         arguments: Dataclass of the recipe's own flags.
         defaults: Maps the flags to defaults of `TrainingArguments` and `GuidanceConfig` fields, `output_dir` included.
-        build: Maps the flags and the training arguments to the comparison.
+        build: Maps the flags and the training arguments to the comparison, or to several.
         claims: Name of a claim, for `--claim` → the flags of its comparison.
     """
     tell_in_one_line()
@@ -113,9 +131,21 @@ def launch(
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
     folder = Path(str(args.output_dir))
     check_writable(folder, "--output_dir")
+    reports: dict[str, Report] = {}
+    not_pushed = None
     try:
-        comparison = build(recipe, args)
-        report = compare(recipe, args, guidance, comparison, command)
+        built = build(recipe, args)
+        comparisons = built.comparisons if isinstance(built, Matrix) else {"": built}
+        for name, comparison in comparisons.items():
+            own = _in_folder(args, name)
+            reports[name] = compare(recipe, own, guidance, comparison, command)
+            summary = comparison.summary()
+            if PartialState().is_main_process:
+                try:
+                    publish(reports[name], folder / name, own)
+                except ConnectionError as error:
+                    not_pushed = error
+                print(summary, end="")
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             print(f"\nStopped. Results so far are in {folder}. Rerun the same command to resume.", file=sys.stderr)
@@ -123,23 +153,26 @@ def launch(
     except ConnectionError as error:  # no Hub, or reading a stream failed, after its retries
         said = (str(error).splitlines() or [""])[-1]  # a worker's error begins with its traceback
         raise ConnectionError(f"{said}{_resuming(folder)}") from error
-    summary = comparison.summary()
-    not_pushed = None
-    if PartialState().is_main_process:
-        try:
-            publish(report, folder, args)
-        except ConnectionError as error:
-            not_pushed = error
-        print(summary, end="")
+    if isinstance(built, Matrix) and PartialState().is_main_process:
+        publish_matrix(cells_of(reports, built.guides), folder)
     PartialState().wait_for_everyone()  # a rank that exits early would break the others
     PartialState().destroy_process_group()
     if not_pushed is not None:
         raise not_pushed
 
 
+def _in_folder(args: TrainingArguments, name: str) -> TrainingArguments:
+    """Return training arguments for one of several comparisons, which has a folder of its own."""
+    own = copy.copy(args)
+    if name:
+        own.output_dir = str(Path(str(args.output_dir)) / name)
+        own.hub_model_id = args.hub_model_id and f"{args.hub_model_id}-{name.replace('_', '-')}"
+    return own
+
+
 def _resuming(folder: Path) -> str:
     """Tell how to resume the runs in a folder that have begun; empty if none has."""
-    begun = [path.parent for path in folder.glob(f"seed-*/*/{SETTINGS}") if not (path.parent / RESULT).is_file()]
+    begun = [path.parent for path in folder.glob(f"**/seed-*/*/{SETTINGS}") if not (path.parent / RESULT).is_file()]
     if not begun:
         return ""
     kept = [Path(last).name for place in begun if (last := last_complete_checkpoint(place))]
@@ -190,8 +223,16 @@ def compare(
     started = command_facts(command, type(recipe), TrainingArguments, GuidanceConfig)
     facts: Any = started | {"license": LICENSE}
     facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
+    left_out = set()
     for run in comparison.runs(recipe.seeds[0]):
-        check(run, task, args, guidance, folder)
+        try:
+            check(run, task, args, guidance, folder)
+        except ValueError as error:
+            if not comparison.leaves_out:
+                raise
+            left_out.add(run.name)
+            if PartialState().is_main_process:
+                print(f"{run.name} is left out: {error}", flush=True)
 
     def carry(run: Run) -> Record:
         own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
@@ -202,7 +243,7 @@ def compare(
         trying = [replace(run, seed=seed) for seed in recipe.search_seeds for run in alone[:1]]
         args.learning_rate, search = best_learning_rate(trying, recipe.learning_rates, carry, task.higher_is_better)
         say_edge(args.learning_rate, recipe.learning_rates)
-    results = [carry(run) for seed in recipe.seeds for run in comparison.runs(seed)]
+    results = [carry(run) for seed in recipe.seeds for run in comparison.runs(seed) if run.name not in left_out]
     if recipe.equal_time_baseline:
         results += [carry(equal_time(run, args.max_steps, results)) | {"run": EQUAL_TIME} for run in alone]
     if recipe.longer_baseline:
@@ -243,3 +284,11 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
     if args.push_to_hub:
         push_runs(report, cards, args.hub_token, args.hub_revision)
+
+
+def publish_matrix(cells: Cells, folder: Path) -> None:
+    """Write the gains of several targets as matrix.json, print them as a table, and draw them."""
+    write_json(folder / "matrix.json", cells)
+    print("\n" + matrix_table(cells) + "\n")
+    plot_gains(cells, folder / "matrix.png")
+    print(f"{folder}/matrix.json, {folder}/matrix.png")

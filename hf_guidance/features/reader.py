@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
 from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.modules import describe_modules, find_modules
+
+logger = logging.getLogger(__name__)
 
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
 Reduce = Callable[[str, Any], Any]
@@ -65,12 +68,13 @@ class LayerReader:
         self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], self.modules)
         self._blocks = Blocks(base)
         self._layers_among: dict[str, list[int]] = {}  # indices by kind of hidden states, once a forward has shown them
-        self._needs_gradients, self._ignoring, self._of_backbone = False, False, None
+        self._needs_gradients, self._ignoring, self._is_method, self._of_backbone = False, False, False, None
         self._thread: int | None = None  # the one that reads
         if self._hidden:
             self._check_returns_hidden_states()
         self._batch_first: set[str] = set()  # modules that are known to be
         self._unclear: set[str] = set()  # those whose outputs have as many positions as rows
+        self._called: tuple[Any, Any] | None = None  # what the network was called with
         self._order = list(self.modules)
         self._handles: list[Any] = []
         self.attach()
@@ -85,6 +89,7 @@ class LayerReader:
             base = base_model_of(self.model)
             backbone = getattr(base, "base_model", base)
             if isinstance(backbone, nn.Module) and backbone is not base:
+                self._handles.append(backbone.register_forward_pre_hook(self._ask_backbone, with_kwargs=True))
                 self._handles.append(backbone.register_forward_hook(self._keep_backbone))
             self._handles.append(self.model.register_forward_hook(self._read_hidden_states))
         for name, module in self.modules.items():
@@ -126,6 +131,7 @@ class LayerReader:
             self._seen = list(self._read)
             # keep nothing of a forward, so that the network can be copied and saved
             self._reduce, self._read, self._of_backbone, self._thread = None, {}, None, None
+            self._called = self._called if self._unclear else None
 
     def names(self) -> list[str]:
         """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.
@@ -168,8 +174,8 @@ class LayerReader:
         assert self._reduce is not None
         if name in self._read:
             raise ValueError(
-                f"{self.role} layer {name!r} ran more than once in one forward, so it has several outputs. "
-                "Name another layer, or use hidden_states."
+                f"{self.role} layer {name!r} ran more than once in one forward, so it has several outputs. Name "
+                "another layer, or use hidden_states. A `compute_loss` that runs the target twice cannot be guided."
             )
         features = first_tensor(output)
         self._check_batch_first(name, features)
@@ -187,23 +193,32 @@ class LayerReader:
         else:
             self._unclear.add(name)
 
-    def settle_batch_first(self, run_on_one_row: Callable[[], object]) -> None:
+    def settle_batch_first(self) -> None:
         """Tell modules with the batch on their first axis from sequence-first ones, if a square output left it open.
 
-        Args:
-            run_on_one_row: Runs the network on one row. It is in evaluation mode then, and keeps no gradients.
+        The network runs on the first row of what it was called with, in evaluation mode and without gradients.
 
         Raises:
             ValueError: If a module is sequence-first.
         """
-        if not self._unclear:
+        called, self._called = self._called, None
+        if not self._unclear or called is None:
             return
         unclear, self._unclear = self._unclear, set()
         kept, modes = (self._seen, self._counted), [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad(), self.reading(lambda _, features: tuple(features.shape)) as shapes, suppress(AllRead):
-                run_on_one_row()
+                self.model(*first_row(called[0]), **first_row(called[1]))
+        except Exception as error:  # of a network that takes no single row
+            logger.warning(
+                "The %s does not run on one row (%s), so that it cannot be told whether the batch is on the first axis "
+                "of %s: this is taken for granted.",
+                self.role,
+                error,
+                ", ".join(sorted(unclear)),
+            )
+            shapes = {}
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -225,10 +240,18 @@ class LayerReader:
         if self._passes_by():
             return None
         self._ignoring = self._needs_gradients and not torch.is_grad_enabled()
+        if not self._ignoring and self.modules:
+            self._called = args, kwargs
         if self._ignoring or not self._hidden:
             return None
         self._blocks.forget()
-        return args, {**kwargs, "output_hidden_states": True}
+        # a method of a Trainer that is called in the forward's place, as TRL does for a fused head
+        self._is_method = bool(args) and isinstance(args[0], nn.Module)
+        return None if self._is_method else (args, {**kwargs, "output_hidden_states": True})
+
+    def _ask_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        asks = self._is_method and not (self._passes_by() or self._ignoring)
+        return (args, {**kwargs, "output_hidden_states": True}) if asks else None
 
     def _keep_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._passes_by():
@@ -243,7 +266,7 @@ class LayerReader:
         stored: set[str] = set()
         for kind, index in self._hidden:
             states = states_of(output, kind)
-            if states is None and not isinstance(output, tuple):
+            if states is None and (self._is_method or not isinstance(output, tuple)):
                 states = states_of(backbone, kind)  # a fused head drops them
             if states is not None and self.layer_drop.settings:
                 states = self.layer_drop.in_full(kind, states)
@@ -281,6 +304,17 @@ class LayerReader:
                 f"the {self.role} ({type(self.model).__name__}) takes no output_hidden_states; name its layers with "
                 f"{self.role}_layers, by module name, glob or type. It has {describe_modules(self.model)}."
             )
+
+
+def first_row(arguments: Any) -> Any:
+    """Return the first row of every tensor in the arguments of a forward."""
+    if isinstance(arguments, Tensor):
+        return arguments[:1] if arguments.ndim else arguments
+    if isinstance(arguments, Mapping):
+        return {name: first_row(value) for name, value in arguments.items()}
+    if type(arguments) in (tuple, list):
+        return type(arguments)(map(first_row, arguments))
+    return arguments
 
 
 _lock, _readers, _was_fast = threading.Lock(), 0, True

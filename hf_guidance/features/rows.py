@@ -55,7 +55,7 @@ def tensors_of(batch: Batch, axes: int = 2) -> dict[str, Tensor]:
 def documents_of(batch: Batch) -> list[slice]:
     """Return the positions of each document in a packed batch: one row, in which position ids restart.
 
-    The list is empty for any other batch.
+    Position ids that stay 0 at the end are padding, not documents of one token. The list is empty for any other batch.
     """
     positions = batch.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
@@ -63,9 +63,11 @@ def documents_of(batch: Batch) -> list[slice]:
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():  # positions restart at padding, too
         return []
-    starts = (positions[0, 1:] <= positions[0, :-1]).nonzero().flatten() + 1
-    bounds = [0, *starts.tolist(), positions.shape[1]]
-    return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 else []
+    length = positions.shape[1]
+    end = int(positions[0].nonzero()[-1]) + 1 if positions.any() else length
+    starts = (positions[0, 1:end] <= positions[0, : end - 1]).nonzero().flatten() + 1
+    bounds = [0, *starts.tolist(), end]
+    return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 or end < length else []
 
 
 def is_packed(batch: Batch) -> bool:
@@ -159,6 +161,7 @@ class ComparedRows:
             )
         if self.documents:
             lengths = torch.tensor([place.stop - place.start for place in self.documents])
+            self._length_of_row = tensors_of(batch)["position_ids"].shape[1]
             self.content = unpacked(self.documents, self.content)
             self.masks = {"encoder": (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.content.device)}
         elif rows is not None:
@@ -194,7 +197,7 @@ class ComparedRows:
                 "Choose another layer."
             )
         if self.documents:
-            if features.ndim < 3 or features.shape[1] != self.documents[-1].stop:
+            if features.ndim < 3 or features.shape[1] != self._length_of_row:
                 raise ValueError(
                     f"layer {name!r} gave shape {tuple(features.shape)}, but the batch is one row of "
                     f"{len(self.documents)} documents: choose a layer with one position per token, or pad the rows."

@@ -90,7 +90,7 @@ class GuideRunning:
         inputs = guide_batch(batch, self.target, self.guide)
         if not self._has_seen_a_batch:
             if not self.config.guide_shares_tokenizer:
-                check_vocabularies(self.target, self.guide, batch)
+                check_vocabularies(self.target, self.guide, {*batch, *inputs})
             if is_packed(inputs):
                 self._check_tells_documents_apart(inputs)
             self._has_seen_a_batch = True
@@ -125,10 +125,6 @@ class GuideRunning:
             if before != fingerprint():
                 self._check_is_not_random(inputs)
         return read
-
-    def read_row(self, batch: Batch) -> None:
-        """Run the guide on the first row of a batch, for whoever reads its layers."""
-        forward(self.guide, take_rows(guide_batch(batch, self.target, self.guide), torch.tensor([0])))
 
     def _check_is_not_random(self, inputs: Batch) -> None:
         """Refuse a guide whose features differ between two forwards of one batch."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ResNetConfig
 
 from .configuration_fcn import FCNConfig
-from .configuration_plain_resnet import PlainResNetConfig
+from .configuration_plain_resnet import BLOCK_TYPES, DEPTHS, PlainResNetConfig
 from .modeling_fcn import FCNForImageClassification
 from .modeling_plain_resnet import PlainResNetForImageClassification
 
@@ -43,3 +43,15 @@ def vision_target(
     given = {field: value for field, value in sizes.items() if value is not None}
     make = FCNConfig.deep if name == "deep_fcn" else FCNConfig.wide
     return FCNForImageClassification(make(image_size=image_size, **given, **names))
+
+
+def small_resnet(name: str, width: int) -> ResNetConfig:
+    """Return the sizes of a ResNet with skips whose stem has a width, which the other widths follow.
+
+    Args:
+        name: `resnet18`, `resnet34` or `resnet50`.
+        width: Width of the stem, 64 in the paper.
+    """
+    layer_type, depths = DEPTHS[int(name.removeprefix("resnet"))]
+    sizes = [width * BLOCK_TYPES[layer_type] * 2**stage for stage in range(4)]
+    return ResNetConfig(embedding_size=width, hidden_sizes=sizes, depths=depths, layer_type=layer_type)

@@ -92,7 +92,7 @@ class CardMixin(Behind):
         validated = ", validation, and" if validation_curve(self.state.log_history)[1] else " in training, and"
         figures = (
             (CURVES, self._draw_curves, f"Task loss{validated} similarity of every pair"),
-            (MAPS, self._draw_maps, f"{MAPS_SHOW}, before training and at step {self._step()}"),
+            (MAPS, self._draw_maps, f"{MAPS_SHOW}, before training and at step {self._step_of_weights()}"),
         )
         facts["figures"] = [
             {"file": name, "caption": caption} for name, draw, caption in figures if self._drew(draw, folder / name)
@@ -119,7 +119,7 @@ class CardMixin(Behind):
             logger.exception("%s could not be drawn.", path.name)
             return False
 
-    def _step(self) -> int:
+    def _step_of_weights(self) -> int:
         """Return the optimizer step that the present weights are from."""
         return best_step(self) or self.state.global_step
 
@@ -132,7 +132,7 @@ class CardMixin(Behind):
             return False
         self.layer_maps.maps["before"] = before
         self.layer_maps.compute(self, "after")
-        when = ("before training", f"at step {self._step()}")
+        when = ("before training", f"at step {self._step_of_weights()}")
         return plot_similarity_maps([{"run": "", "similarity_maps": self.layer_maps.maps, "when": when}], path)
 
     def _try_to_write_a_card(self) -> None:

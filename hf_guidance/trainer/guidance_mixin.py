@@ -231,9 +231,9 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step, self._pass, self._pass_at_start = (-1, 0), None, pass_of(checkpoint)
         self._is_calibrated = False  # the data may be others
-        if self.model_init is None:  # else the target is made later
-            self._prepare_guide()
         try:
+            if self.model_init is None:  # else the target is made later
+                self._prepare_guide()
             found = super().train(checkpoint, *args, **kwargs)
         finally:
             self._forget_batches()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def first_batches(trainer: GuidedTrainer, dataset: Rows, reading: int = 0) -> It
 
     collator = _without_its_state(trainer.data_collator)
     if getattr(dataset, "column_names", None):
-        dataset = trainer._remove_unused_columns(dataset)
+        with suppress(ValueError):  # no column is an argument: the Trainer's own loader, as of texts, removes none
+            dataset = trainer._remove_unused_columns(dataset)
     else:
         collator = trainer._get_collator_with_removed_columns(collator)
     size = trainer.args.per_device_train_batch_size

@@ -549,7 +549,7 @@ def test_a_module_whose_first_axis_is_the_batch_by_chance_is_refused(batch_first
     def read(ids: Tensor) -> None:
         with reader.reading(lambda name, features: features.shape):
             network(ids)
-        reader.settle_batch_first(lambda: network(ids[:1]))
+        reader.settle_batch_first()
 
     if not batch_first:
         words = r"guide layer '(rnn|drop)' \((GRU|Dropout)\) is sequence-first: of one row it gave shape \(5, 1, 8\)"
@@ -575,3 +575,59 @@ def test_a_square_batch_through_sequence_first_blocks_of_transformers_is_refused
     with loss.watch(batch) as watched:
         target(**watched.inputs)
     assert watched.loss is not None
+
+
+def test_what_a_network_was_called_with_tells_the_first_axis_not_what_the_batch_holds() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.calls = nn.Embedding(17, 8), []
+
+        def forward(self, ids: Tensor, options: dict[str, Any], *, kind: str) -> Tensor:
+            self.calls.append((ids.shape, options["scale"].shape, options["scalar"].shape, kind))
+            return self.embed(ids) * options["scale"][:, None, None]
+
+    network = Own()
+    reader = LayerReader(network, ["embed"], "target")
+    options = {"scale": torch.ones(5), "scalar": torch.ones(())}
+    with reader.reading(lambda name, features: features.shape):
+        network(torch.zeros(5, 5, dtype=torch.int64), options, kind="a")
+    reader.settle_batch_first()
+    assert network.calls[1] == ((1, 5), (1,), (), "a")
+    reader.settle_batch_first()
+    assert len(network.calls) == 2
+
+
+def test_a_network_that_takes_no_single_row_is_said_and_guided(caplog: pytest.LogCaptureFixture) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(17, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            first, second = self.embed(ids).view(2, -1, *ids.shape[1:], 8)
+            return first - second
+
+    network = Pairs()
+    reader = LayerReader(network, ["embed"], "target")
+    with reader.reading(lambda name, features: features.shape) as read:
+        network(torch.zeros(4, 4, dtype=torch.int64))
+    reader.settle_batch_first()
+    assert "The target does not run on one row" in caplog.text
+    assert read == {} or read["embed"] == (4, 4, 8)
+
+
+def test_a_method_of_a_trainer_in_the_forwards_place_asks_the_backbone_for_hidden_states() -> None:
+    model = gpt2()
+    forward = model.forward
+
+    def fused(network: nn.Module, ids: Tensor) -> Tensor:
+        """As TRL calls a method of its own, which has no argument for hidden states, through the model's hooks."""
+        model.forward = forward
+        return network.transformer(input_ids=ids).last_hidden_state.sum()
+
+    reader = LayerReader(model, ["hidden_states"], "target")
+    model.forward = fused
+    with reader.reading(lambda name, features: tuple(features.shape)) as read:
+        model(model, IDS)
+        assert read == dict.fromkeys(("hidden_states.1", "hidden_states.2"), (*IDS.shape, 8))

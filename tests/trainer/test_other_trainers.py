@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -14,9 +15,10 @@ from launching import two_processes
 from text_trainers import CASES, CONFIG, NAMED, TRAINERS, Case, guide_of, make, model_of, rows_of, tokenizer
 from torch import Tensor, nn
 from trainers import same, trained, weights
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Trainer
 
-from hf_guidance import GuidanceConfig, GuidanceLoss, load_guide
+from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceMixin, load_guide
+from hf_guidance.features.reader import base_model_of
 
 trainers = pytest.mark.trainers
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -24,6 +26,8 @@ every_trainer = pytest.mark.parametrize("case", [Case(name) for name in TRAINERS
 GENERATES = [Case("GRPO"), Case("RLOO")]
 IN_ORDER = {"train_sampling_strategy": "sequential", "optim": "sgd", "lr_scheduler_type": "constant"}
 SCRIPT = Path(__file__).parents[1] / "scripts" / "two_text_trainers.py"
+PADDING_FREE: dict[str, Any] = {"padding_free": True, "max_length": None}
+TOGETHER: set[str] = set()  # attributes that both define and mean alike
 IN_ORDER |= {"max_grad_norm": 0.0, "max_steps": 1, "learning_rate": 0.1}
 
 
@@ -49,7 +53,9 @@ def batches_with_gradients(network: nn.Module) -> list[dict[str, Tensor]]:
 @every_case
 def test_it_trains_guided_by_the_default_settings(case: Case, folder: Path) -> None:
     trainer = make(case, folder)
-    batches, before = batches_with_gradients(trainer.model), weights(trainer.model)
+    is_fused = case.trainer == "Distillation"  # the model is called by a method of the Trainer
+    batches = batches_with_gradients(base_model_of(trainer.model).model if is_fused else trainer.model)
+    before = weights(trainer.model)
     logs = trained(trainer)[1]
     assert not same(before, weights(trainer.model))
     assert [log["guidance/weight"] for log in logs] == [1, 1, 1]
@@ -97,6 +103,65 @@ def test_evaluation_is_the_tasks_alone(case: Case, folder: Path) -> None:
         found.append({k: v for k, v in trainer.evaluate().items() if not re.search("time|per_second", k)})
     assert found[0] == found[1]
     assert "eval_loss" in found[1]
+
+
+@trainers
+@every_trainer
+def test_it_saves_checkpoints_with_cards_and_resumes_to_the_same_bits(case: Case, tmp_path: Path) -> None:
+    settings, out = {"save_strategy": "steps", "save_steps": 2}, tmp_path / "out"
+    trainer = make(case, tmp_path, **settings)
+    end = trained(trainer)[0]
+    assert (out / "checkpoint-2" / "model.safetensors").is_file()
+    trainer.create_model_card()
+    assert "- hf_guidance\n" in (out / "README.md").read_text(encoding="utf-8")
+    again = make(case, tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert same(weights(again.model), end)
+
+
+@trainers
+@pytest.mark.parametrize("name", TRAINERS)
+def test_no_attribute_of_ours_has_the_name_of_one_of_theirs(name: str) -> None:
+    import trl
+
+    kind = getattr(trl, f"{name}Trainer")
+    theirs = set().union(*(vars(base) for base in kind.__mro__ if base.__module__.startswith("trl.")))
+    for base in kind.__mro__:
+        if base.__module__.startswith("trl."):
+            theirs |= set(re.findall(r"self\.(\w+)(?::[^=\n]+)? = ", inspect.getsource(base)))
+    ours = set().union(*(vars(base) for base in GuidanceMixin.__mro__ if base.__module__.startswith("hf_guidance.")))
+    for base in GuidanceMixin.__mro__:
+        if base.__module__.startswith("hf_guidance."):
+            ours |= set(re.findall(r"self\.(\w+)(?::[^=\n]+)? = ", inspect.getsource(base)))
+    shared = {attribute for attribute in ours & theirs if not attribute.startswith("__")}
+    assert {attribute for attribute in shared if not hasattr(Trainer, attribute)} <= TOGETHER
+
+
+@trainers
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "SFT"])
+def test_a_guide_with_another_vocabulary_is_refused(name: str, folder: Path) -> None:
+    guide = load_guide(LlamaConfig(**{**CONFIG, "vocab_size": 70}), seed=1)
+    with pytest.raises(ValueError, match=r"the target's vocabulary has 64 tokens and the guide's 70"):
+        make(Case(name), folder, guide=guide).train()
+
+
+@trainers
+@pytest.mark.parametrize("axis", ["sequence", "token"])
+def test_padding_behind_documents_changes_nothing(axis: str, folder: Path) -> None:
+    losses = []
+    for settings in ({}, PADDING_FREE, {**PADDING_FREE, "pad_to_multiple_of": 32}):
+        config = GuidanceConfig(sample_axis=axis, log_measures=[])
+        losses.append(trained(make(CASES["SFT"], folder, guidance=config, **IN_ORDER, **settings))[1][0])
+    found = [log["guidance/loss"] for log in losses]
+    assert found == pytest.approx(found[:1] * 3, rel=1e-5)
+
+
+@trainers
+@pytest.mark.parametrize("case", GENERATES, ids=[case.trainer for case in GENERATES])
+def test_as_many_rows_as_positions_are_no_trouble_for_named_modules(case: Case, folder: Path) -> None:
+    settings = {"num_generations": 8, "max_completion_length": 4, "max_steps": 2}
+    logs = trained(make(case, folder, guidance=GuidanceConfig(**NAMED, log_measures=[]), **settings))[1]
+    assert [log["guidance/weight"] for log in logs] == [1, 1]
 
 
 @trainers
