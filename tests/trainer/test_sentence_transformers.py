@@ -306,6 +306,22 @@ def test_settings_for_one_forward_are_refused(
         )
 
 
+@pytest.mark.parametrize(
+    ("settings", "guidance", "words"),
+    [
+        ({"per_device_train_batch_size": 2}, {}, "per_device_train_batch_size is 2, .* but linear_cka needs at least"),
+        ({}, {"guide_rows": 9}, "guide_rows is 9, but a batch has 8 rows"),
+    ],
+    ids=["few rows", "guide_rows"],
+)
+def test_too_few_rows_are_refused_in_our_words(
+    settings: dict[str, Any], guidance: dict[str, Any], words: str, folder: Path, tmp_path: Path
+) -> None:
+    guide = load_guide(network(folder / "guide"))
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, network(folder / "target"), guide, guidance=linear(**guidance), **settings)
+
+
 def test_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"vocabulary has 25 tokens and the guide's 28, but sentence-transformers token"
