@@ -378,7 +378,7 @@ class GuidanceConfig:
     def resolved_measure(self) -> str:
         """Return the measure. `auto` is ridge_loo, or debiased_cka for a sketch, which ridge_loo does not take.
 
-        Neither is near 1 for unrelated features, whatever their number. The log in recipes/README.md has the evidence.
+        Neither is near 1 for unrelated features, whatever their number. recipes/LOG.md has the evidence.
         """
         if self.measure != AUTO:
             return self.measure

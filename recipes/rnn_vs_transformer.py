@@ -132,7 +132,7 @@ def _tokens(task: Task) -> dict[str, Any]:
 
 
 def preset(task: str, size: str) -> Preset:
-    """Return the settings of a task, which were tuned on validation data: see the log in recipes/README.md."""
+    """Return the settings of a task, which were tuned on validation data: see recipes/LOG.md."""
     small, of_paper = size == "small", "linear_cka"
     rnn: dict[str, Any]
     transformer: dict[str, Any]

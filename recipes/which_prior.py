@@ -6,8 +6,8 @@
 
 Each target is trained alone, and guided by each guide, with the same seed, initial weights and data order. A guide
 that is named by its architecture has random weights, so that only its architecture can help; one that is a folder has
-the weights there. The table and matrix.png show the gain on test data, in brackets the 95 % interval of Student's t
-over the seeds.
+the weights there. The table and matrix.png show the gain on test data, in brackets Student's interval over the
+seeds.
 
     targets  deep_fcn, wide_fcn, resnet50_without_skips
     guides   resnet18, vit, fcn (small ones), timm/<name>, a Hub id, or a folder

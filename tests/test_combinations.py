@@ -1,4 +1,4 @@
-"""Each cell of the table of recipes/README.md: which settings go with which sample axis."""
+"""Each cell of the table of recipes/guides/many_gpus.md: which settings go with which sample axis."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "`guide_rows`": {"guide_rows": 5},
     "packed documents": {},
 }
+PAGE = Path(__file__).parents[1] / "recipes" / "guides" / "many_gpus.md"
 TABLE = {
     cells[0]: dict(zip(AXES, cells[1:], strict=True))
-    for line in (Path(__file__).parents[1] / "recipes" / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in PAGE.read_text(encoding="utf-8").splitlines()
     if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] in SETTINGS and len(cells) == 4
 }
 ACCEPTED = [(name, axis) for name, row in TABLE.items() for axis, cell in row.items() if cell == "accepted"]

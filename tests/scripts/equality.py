@@ -1,6 +1,6 @@
 """Trains the same global batch on one process and on two, under settings that must not matter, and compares.
 
-PYTHONPATH=tests python tests/scripts/equality.py    prints the table that stands in recipes/README.md
+PYTHONPATH=tests python tests/scripts/equality.py    prints the table that stands in recipes/guides/many_gpus.md
 torchrun … tests/scripts/equality.py FILE ROW …       one side of it
 """
 
