@@ -94,8 +94,10 @@ CLAIMS = {
     """,
     "wide_fcn": f"""{FAIR}
         --target wide_fcn --width 512 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
-        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --learning_rates 3e-4 1e-3 2e-3 4e-3
-        --guide_learning_rate 1e-3 --guide_max_steps 400 --output_dir outputs/claims/wide_fcn
+        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --learning_rates 3e-5 1e-4 3e-4 1e-3
+        --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
+        --seeds 10 11 12 13 14 --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped
+        --output_dir outputs/claims/wide_fcn
     """,
 }
 

@@ -1,0 +1,149 @@
+"""Tables on the pages of the recipes, made of the results that are committed.
+
+    python -m hf_guidance.experiments.pages recipes/results recipes/README.md
+
+The command above (`make results`) writes every block between `<!-- NAME -->` and `<!-- end -->` anew: `claims` is the
+table of the paper's claims, any other name is that of a results file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from hf_guidance.experiments.report import Report, aligned, comparison_rows, markdown_table
+from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, holm, in_words
+
+BLOCK = re.compile(r"(<!-- (\w[\w-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+LARGEST_P = 0.05
+
+
+class Claim(NamedTuple):
+    """A claim of the paper, and the run of a results file that it is about.
+
+    Source of the figures: Subramaniam et al., NeurIPS 2025 (arXiv 2410.20035).
+    """
+
+    words: str
+    results: str
+    run: str
+    paper: str
+
+
+CLAIMS = (
+    Claim("an RNN copies, guided by an untrained Transformer", "copy_paste", "untrained_guide", "14.35 → 42.56 %"),
+    Claim("a Transformer learns parity, guided by a trained RNN", "parity", "trained_guide", "71.98 → 78.49 %"),
+    Claim(
+        "an RNN models language, guided by a trained Transformer",
+        "language_modeling",
+        "trained_guide",
+        "perplexity 69.19 → 40.01",
+    ),
+    Claim("the same, by an untrained one", "language_modeling", "untrained_guide", "perplexity 69.19 → 59.61"),
+    Claim(
+        "a deep FCN on images, guided by an untrained ResNet", "deep_fcn", "untrained_guide", "top 5: 1.65 → 13.10 %"
+    ),
+    Claim("a wide FCN, guided by a trained ResNet", "wide_fcn", "trained_guide", "top 5: 34.09 → 43.01 %"),
+    Claim(
+        "a ConvNet without skips, guided by one with skips",
+        "convnet_without_skips",
+        "trained_guide",
+        "top 5: 70.02 → 78.91 %",
+    ),
+)
+
+
+def claims_table(reports: Mapping[str, Report]) -> str:
+    """Format the claims that have results as a Markdown table, with Holm's adjustment over them.
+
+    Args:
+        reports: Name of a results file → its content.
+    """
+    done = [claim for claim in CLAIMS if claim.results in reports]
+    found = {
+        (claim, baseline): _difference(reports[claim.results], claim.run, baseline)
+        for claim in done
+        for baseline in ("alone", EQUAL_TIME)
+    }
+    adjusted: dict[tuple[Claim, str], float] = {}
+    for baseline in ("alone", EQUAL_TIME):
+        p_values = {claim.words: found[claim, baseline]["p"] or 1.0 for claim in done}
+        adjusted |= {(claim, baseline): p for claim, p in zip(done, holm(p_values).values(), strict=True)}
+    lines = [["claim", "paper", "alone → guided, test", "gain at equal steps", "gain at equal time"]]
+    for claim in done:
+        cells = [_cell(found[claim, baseline], adjusted[claim, baseline]) for baseline in ("alone", EQUAL_TIME)]
+        lines.append([claim.words, claim.paper, _means(reports[claim.results], claim.run), *cells])
+    return aligned(lines)
+
+
+def _difference(report: Report, run: str, baseline: str) -> Difference:
+    return next(d for d in report["differences"] if (d["run"], d["baseline"]) == (run, baseline))
+
+
+def _cell(found: Difference, p: float) -> str:
+    """Write a gain with its interval and verdict: shown, where it stands after Holm's adjustment too, or not shown."""
+    low, high = found["interval"] or (0.0, 0.0)
+    shown = low > 0 and p < LARGEST_P
+    alone = " (without Holm)" if low > 0 and not shown else ""
+    gain = f"{found['mean']:+.1f} {found['unit']} [{low:+.1f}, {high:+.1f}]"
+    return f"**{gain}, shown**" if shown else f"{gain}, {'shown' if alone else 'not shown'}{alone}"
+
+
+def _means(report: Report, run: str) -> str:
+    metric = report["task"]["metric"]
+    rows = {row["run"]: row["test"] for row in comparison_rows(report["runs"], metric=metric)}
+    values = [(rows[name] or (float("nan"), None))[0] for name in ("alone", run)]
+    return " → ".join(f"{100 * value:.1f} %" if report["task"]["percent"] else f"{value:.1f}" for value in values)
+
+
+def block_of(report: Report) -> str:
+    """Format one results file: its command, its table, its differences, and what it ran on."""
+    task, environment = report["task"], report["environment"]
+    table = markdown_table(comparison_rows(report["runs"], metric=task["metric"]), task["metric"], task["percent"])
+    differences = "\n".join(f"- {in_words(found)}" for found in report.get("differences", []))
+    search: dict[float, list[float]] = {}
+    for tried in report.get("learning_rate_search", []):
+        rate = float(tried["run"].rpartition("-lr")[2])
+        search.setdefault(rate, []).append(float("nan") if tried["validation"] is None else tried["validation"])
+    factor, unit = (100, " %") if task["percent"] else (1, "")
+    tried_words = ", ".join(f"{rate:g}: {factor * sum(v) / len(v):.1f}{unit}" for rate, v in search.items())
+    said = f"Rates tried alone, validation {task['metric']}: {tried_words}. " if search else ""
+    device, threads = environment["device"], environment.get("threads", 1)
+    return (
+        f"```sh\n{report['command']}\n```\n\n{table}\n\n{differences}\n\n{said}{device}, {threads} thread"
+        f"{'s' if threads > 1 else ''}; Python {environment['python']}, torch {environment['torch']}, transformers "
+        f"{environment['transformers']}, accelerate {environment['accelerate']}.\n"
+    )
+
+
+def written_anew(page: str, reports: Mapping[str, Report]) -> str:
+    """Return a page with its blocks written anew.
+
+    Raises:
+        ValueError: If a block names no results file.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name != "claims" and name not in reports:
+            raise ValueError(
+                f"the page has a block {name!r}, but the results are {', '.join(reports)}: add {name}.json."
+            )
+        content = claims_table(reports) + "\n" if name == "claims" else block_of(reports[name])
+        return f"{begin}{content}{end}"
+
+    return BLOCK.sub(block, page)
+
+
+def read_results(folder: Path) -> dict[str, Report]:
+    """Read the results files of a folder: name → content."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[2])
+    page.write_text(written_anew(page.read_text(encoding="utf-8"), read_results(Path(sys.argv[1]))), encoding="utf-8")

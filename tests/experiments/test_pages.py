@@ -1,0 +1,84 @@
+"""The blocks on the recipes' pages are what `make results` makes of the committed results."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_guidance.experiments import pages
+from hf_guidance.experiments.pages import Claim, block_of, claims_table, read_results, written_anew
+from hf_guidance.experiments.verdicts import EQUAL_TIME, difference
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RESULTS = read_results(RECIPES / "results")
+
+
+def test_the_page_is_as_the_results_make_it():
+    page = (RECIPES / "README.md").read_text(encoding="utf-8")
+    assert "<!-- claims -->" in page
+    assert written_anew(page, RESULTS) == page
+
+
+def report_of(gains, run="guided"):
+    runs = [
+        {
+            "run": name,
+            "seed": seed,
+            "steps": 9,
+            "seconds": 1.0,
+            "validation": value,
+            "test": {"accuracy": value},
+            "guide": 0,
+        }
+        for seed, gain in gains.items()
+        for name, value in (("alone", 0.5), (run, 0.5 + gain / 100))
+    ]
+    return {
+        "command": "accelerate launch x.py",
+        "task": {"metric": "accuracy", "percent": True},
+        "environment": {
+            "device": "cpu: C",
+            "threads": 2,
+            "python": "3",
+            "torch": "2",
+            "transformers": "5",
+            "accelerate": "1",
+        },
+        "learning_rate_search": [
+            {"run": "alone-lr0.1", "seed": 7, "validation": 0.25},
+            {"run": "alone-lr0.1", "seed": 8, "validation": 0.75},
+        ],
+        "runs": runs,
+        "differences": [difference(run, baseline, gains, "points") for baseline in ("alone", EQUAL_TIME)],
+    }
+
+
+def test_a_claim_is_shown_where_its_interval_is_above_0_and_holms_adjustment_leaves_it(monkeypatch):
+    sure, likely, none = {0: 9.0, 1: 10.0, 2: 11.0}, {0: 1.0, 1: 2.0, 2: 3.2}, {0: -1.0, 1: 2.0, 2: 0.0}
+    reports = {"a": report_of(sure), "b": report_of(likely), "c": report_of(none)}
+    monkeypatch.setattr(pages, "CLAIMS", tuple(Claim(f"claim {n}", n, "guided", "paper") for n in "abcd"))
+    lines = claims_table(reports).splitlines()[2:]
+    assert len(lines) == 3  # the fourth has no results
+    assert "| **+10.0 points [+7.5, +12.5], shown** |" in lines[0]
+    low = 2.0667 - 4.3027 * 1.1015 / 3**0.5
+    assert low < 0 or "shown (without Holm)" in lines[1]
+    assert "+0.3 points [-3.5, +4.1], not shown" in lines[2]
+    assert "50.0 % → 60.0 %" in lines[0]
+
+
+def test_what_only_holms_adjustment_takes_away_is_said(monkeypatch):
+    nearly = {0: 1.0, 1: 2.0, 2: 1.7}  # p is 0.034 alone, and 0.068 of two
+    monkeypatch.setattr(pages, "CLAIMS", tuple(Claim(f"claim {n}", n, "guided", "paper") for n in "ab"))
+    assert "shown (without Holm)" in claims_table({"a": report_of(nearly), "b": report_of(nearly)})
+    assert "**" in claims_table({"a": report_of(nearly)})
+
+
+def test_a_block_has_command_table_rates_and_machine():
+    block = block_of(report_of({0: 1.0}))
+    assert block.startswith("```sh\naccelerate launch x.py\n```\n")
+    assert "Rates tried alone, validation accuracy: 0.1: 50.0 %. cpu: C, 2 threads; Python 3, torch 2" in block
+
+
+def test_a_block_without_results_is_an_error():
+    with pytest.raises(ValueError, match="block 'gone', but the results are a: add gone"):
+        written_anew("<!-- gone -->\n<!-- end -->", {"a": report_of({0: 1.0})})
+    assert written_anew("x <!-- a -->\nold<!-- end --> y", {"a": report_of({0: 1.0})}).startswith("x <!-- a -->\n```sh")
