@@ -70,11 +70,12 @@ class Recipe:
         return words
 
     def run_here(self, monkeypatch, folder, **options):
-        """Run in this process, and return the content of results.json."""
+        """Run in this process, and return the content of results.json, if the recipe writes one."""
         monkeypatch.setattr(sys, "argv", [str(self.path), *self.flags(folder, **options)])
         with on_one_cpu():
             runpy.run_path(str(self.path), run_name="__main__")
-        return json.loads((folder / "results.json").read_text())
+        results = folder / "results.json"
+        return json.loads(results.read_text()) if results.is_file() else None
 
     def launch(self, folder, *launcher, env=None, **options):
         """Start by accelerate, as a process group of its own; on one CPU if it is to be one process."""

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
+PREDICTIONS = "predictions.npz"
 FEW = 8  # number of rows for checking settings
 
 
@@ -148,7 +150,7 @@ def carry_out(
     last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
     if not any("eval_loss" in log for log in last):
         trainer.evaluate()  # every run needs a value at its last step
-    test = trainer.evaluate(task.test_dataset, metric_key_prefix="test")
+    test = tested(trainer, task, place)
     if trainer.args.push_to_hub:
         trainer.stage_push()  # pushed with its card, when there are all runs that the card compares it with
     else:
@@ -164,6 +166,18 @@ def carry_out(
         write_json(place / RESULT, result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def tested(trainer: Any, task: Task, place: Path) -> dict[str, float]:
+    """Return the metrics on test data. Of classes the predictions are saved as predictions.npz."""
+    if not task.labels:
+        return trainer.evaluate(task.test_dataset, metric_key_prefix="test")
+    found = trainer.predict(task.test_dataset, metric_key_prefix="test")
+    if trainer.is_world_process_zero():
+        best = found.predictions[:, 0]  # of the best classes, best first
+        np.savez_compressed(place / PREDICTIONS, predictions=best, labels=found.label_ids)
+        print({name: float(f"{value:.4g}") for name, value in found.metrics.items()})
+    return found.metrics
 
 
 def _maps(trainer: Any, task: Task) -> LayerMaps | None:

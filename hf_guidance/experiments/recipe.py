@@ -22,6 +22,7 @@ from hf_guidance.experiments.baselines import LONGER, equal_time, longer, say_ed
 from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
 from hf_guidance.experiments.command_line import check_choice, flags_of_the_claim, parse
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
+from hf_guidance.experiments.consistency import plot_errors
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.matrix import Cells, cells_of, matrix_table, plot_gains
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
@@ -280,6 +281,8 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     written = [f"{folder}/results.json", f"{folder}/comparison.png"]
     if plot_similarity_maps(report["runs"], folder / "similarity.png"):
         written.append(f"{folder}/similarity.png")
+    if plot_errors(report["runs"], folder, folder / "errors.png"):
+        written.append(f"{folder}/errors.png")
     cards = write_cards(report, folder)
     print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
     if args.push_to_hub:
