@@ -450,14 +450,29 @@ def test_a_claim_stands_for_its_flags_and_has_a_rate_a_baseline_of_equal_time_an
     report = Recipe("fcn_vs_resnet", {"claim": claim}).run_here(monkeypatch, tmp_path / "out", **tiny)
     assert capsys.readouterr().out.startswith(f"--claim {claim}: --dataset zalando-datasets/fashion_mnist --eval_size")
     assert report["claim"] == claim
-    runs = ["alone", "guide_itself", "trained_guide", "trained_guide_stopped", "alone_equal_time"]
-    assert [run["run"] for run in report["runs"]] == runs
-    alone, _, guided, _, equal = report["runs"]
+    shifted = ["alone_shifted"] if claim == "wide_fcn" else []
+    names = ["alone", *shifted, "guide_itself", "trained_guide", "trained_guide_stopped", "alone_equal_time"]
+    runs = {run["run"]: run for run in report["runs"]}
+    assert list(runs) == names
+    alone, guided, equal = (runs[name] for name in ("alone", "trained_guide", "alone_equal_time"))
     assert guided["settings"]["guidance"]["measure"] == "ridge_loo"
     assert equal["steps"] >= 1.1 * alone["steps"] * guided["seconds"] / alone["seconds"]
     assert {found["baseline"] for found in report["differences"]} == {"alone", "alone_equal_time"}
     assert f"--claim {claim}" in report["command"]
     assert "--train_guide" not in report["command"]
+
+
+def test_batch_norm_is_estimated_for_each_evaluation_and_images_may_be_shifted(tmp_path, monkeypatch):
+    canvas = {"image_size": 12, "object_size": 8, "target": "wide_fcn", "runs": ["alone", "alone_shifted"]}
+    plain = run_here(monkeypatch, tmp_path / "plain", **ONE_STEP, **canvas, depth=[])
+    own = run_here(monkeypatch, tmp_path / "own", **ONE_STEP, **canvas, depth=[], batch_norm_rows=32)
+    before, after = ({run["run"]: run["test"]["loss"] for run in report["runs"]} for report in (plain, own))
+    assert before["alone"] != before["alone_shifted"]
+    assert all(before[name] != after[name] for name in before)
+    assert (tmp_path / "own" / "seed-0" / "alone" / "predictions.npz").is_file()
+    assert (tmp_path / "own" / "errors.png").is_file()
+    with pytest.raises(ValueError, match=r"own/seed-0/alone holds a run with other settings: data\.batch_norm_rows"):
+        run_here(monkeypatch, tmp_path / "own", **ONE_STEP, **canvas, depth=[], batch_norm_rows=16)
 
 
 def test_a_stream_without_max_steps_is_refused(tmp_path, monkeypatch):

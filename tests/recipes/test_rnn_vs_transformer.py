@@ -240,6 +240,20 @@ def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_pa
     assert {"perplexity", "word_perplexity"} <= set(report["runs"][0]["test"])
 
 
+def test_a_claim_on_text_stops_its_guidance_and_has_a_baseline_of_equal_time(tmp_path, monkeypatch, capsys):
+    tiny = {**TWO_STEPS, "claim": "copy_paste", "seeds": [10], "learning_rates": [1e-3], "search_seeds": [100]}
+    report = run_here(monkeypatch, tmp_path / "out", **tiny)
+    names = ["alone", "untrained_guide", "untrained_guide_stopped", "alone_equal_time"]
+    assert [run["run"] for run in report["runs"]] == names
+    settings = {run["run"]: run["settings"] for run in report["runs"]}
+    assert settings["untrained_guide_stopped"]["guidance"]["guidance_stop_step"] == 1
+    assert settings["untrained_guide"]["guidance"]["guidance_stop_step"] is None
+    assert settings["alone_equal_time"]["max_steps"] >= 2
+    assert "--claim copy_paste: --seeds 10 11 12 13 14" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="choose from 1 to 1"):
+        run_here(monkeypatch, tmp_path / "other", **tiny, stop_step=5)
+
+
 def test_two_processes_end_well_and_agree_on_one_table(tmp_path):
     folder = tmp_path / "out"
     process = launch(folder, "--config_file", str(CONFIGS / "cpu.yaml"), runs=["alone", "untrained_guide"], **TWO_STEPS)
