@@ -7,7 +7,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1 lomo-optim==0.1.1 galore-torch==1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo shakespeare test test-slow test-trainers results cards check format clean
+.PHONY: help install demo shakespeare test test-slow test-trainers results results-small cards check format clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,15 @@ test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
 test-trainers: install ## install TRL, PEFT and sentence-transformers, and run the tests of their Trainers
 	$(BIN)/python -m pip install --quiet $(TRAINERS)
 	$(BIN)/python -m pytest -m trainers
+
+results-small: install shakespeare ## run every claim on two CPU cores (hours; resumes), and write tables and cards
+	for claim in copy_paste parity language_modeling; do \
+		$(BIN)/accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim $$claim || exit 1; \
+		cp outputs/claims/$$claim/results.json recipes/results/$$claim.json; done
+	for claim in convnet_without_skips wide_fcn deep_fcn; do \
+		$(BIN)/accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim $$claim || exit 1; \
+		cp outputs/claims/$$claim/results.json recipes/results/$$claim.json; done
+	$(MAKE) results cards
 
 results: install ## write the tables of recipes/README.md from recipes/results
 	$(BIN)/python -m hf_guidance.experiments.pages recipes/results recipes/README.md

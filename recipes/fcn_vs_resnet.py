@@ -18,6 +18,8 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
     shuffled_guide           control: the untrained guide sees the images of other rows
     noise_guide              control: the untrained guide sees noise
+    reversed_layers          control: the trained guide's layers in reverse order
+    own_architecture         control: the guide is the target's own architecture, with other random weights
     distillation             trained on the logits of a trained guide that has the data's classes
     guide_itself             the guide, trained on the data (needs --train_guide)
 
@@ -70,10 +72,11 @@ RUNS = (
         "trained_guide",
         "trained_guide_stopped",
     ),
-    *("shuffled_guide", "noise_guide", "distillation"),
+    *("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture", "distillation"),
 )
-FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "distillation")
+FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "reversed_layers", "distillation")
 IMAGENET = "ILSVRC/imagenet-1k"
+OTHER_SEED = 10_000  # of a guide that has the target's architecture, and must not have its weights
 # flags that are options of the task of the same name
 OF_THE_DATA = (
     *("dataset", "dataset_config", "streaming", "augmentation", "image_column", "label_column"),
@@ -94,7 +97,8 @@ CLAIMS = {
     """,
     "wide_fcn": f"""{FAIR}
         --target wide_fcn --width 512 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
-        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --learning_rates 3e-5 1e-4 3e-4 1e-3
+        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --eval_steps 50
+        --learning_rates 3e-5 1e-4 3e-4 1e-3
         --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
         --seeds 10 11 12 13 14 --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped
         --output_dir outputs/claims/wide_fcn
@@ -269,6 +273,8 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     alike = {"alone": task, "itself": load(target=own) if recipe.train_guide and own != pixels else task}
     if "alone_shifted" in chosen:
         alike["shifted"] = image_classification(**options | {"augmentation": "shift"}, target=pixels)
+    if "own_architecture" in chosen and own != pixels:
+        alike["own_architecture"] = load(target=pixels)
     data = {**options, "guide_source": Path(str(recipe.guide)).name}
     for name in ("guide_width", "batch_norm_rows"):
         if getattr(recipe, name) is not None:
@@ -312,15 +318,20 @@ def matched_runs(
     def distil(**kwargs: Any) -> DistillationTrainer:
         return DistillationTrainer(guide=given(auto_class=AutoModelForImageClassification), **kwargs)
 
+    def own_architecture() -> Any:
+        return load_guide(target().config, untrained=True, seed=OTHER_SEED + seed)
+
     needs = "guide_itself" if recipe.train_guide else None
     own_task = replace(tasks["itself"], train_dataset=tasks["itself"].train_dataset.with_seed(seed))
-    shifted = tasks.get("shifted")
-    if shifted is not None:
-        shifted = replace(shifted, train_dataset=shifted.train_dataset.with_seed(seed))
+    others = {
+        name: replace(other, train_dataset=other.train_dataset.with_seed(seed))
+        for name, other in tasks.items()
+        if name in ("shifted", "own_architecture")
+    }
     itself = partial(untrained_network, source, AutoModelForImageClassification, num_labels=labels)
     runs = [
         Run("alone", seed, target),
-        Run("alone_shifted", seed, target, task=shifted),
+        Run("alone_shifted", seed, target, task=others.get("shifted")),
         Run("guide_itself", seed, itself, training=recipe.guide_training(), task=own_task),
         Run("untrained_guide", seed, target, guide=untrained),
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
@@ -328,6 +339,23 @@ def matched_runs(
         Run("trained_guide_stopped", seed, target, guide=given, needs=needs, like=untrained, guidance=stop),
         Run("shuffled_guide", seed, target, guide=untrained, guidance={"guide_input": "shuffled"}),
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
+        Run(
+            "reversed_layers",
+            seed,
+            target,
+            guide=given,
+            needs=needs,
+            like=untrained,
+            guidance={"layer_mapping": "reversed"},
+        ),
+        Run(
+            "own_architecture",
+            seed,
+            target,
+            guide=own_architecture,
+            guidance={"guide_layers": ["hidden_states"]},
+            task=others.get("own_architecture"),
+        ),
         Run("distillation", seed, target, trainer=distil),
     ]
     chosen = set(recipe.runs or ())

@@ -176,7 +176,7 @@ def tested(trainer: Any, task: Task, place: Path) -> dict[str, float]:
     if trainer.is_world_process_zero():
         best = found.predictions[:, 0]  # of the best classes, best first
         np.savez_compressed(place / PREDICTIONS, predictions=best, labels=found.label_ids)
-        print({name: float(f"{value:.4g}") for name, value in found.metrics.items()})
+    trainer.log(found.metrics)  # as `evaluate` does
     return found.metrics
 
 

@@ -145,5 +145,8 @@ def read_results(folder: Path) -> dict[str, Report]:
 
 
 if __name__ == "__main__":
-    page = Path(sys.argv[2])
-    page.write_text(written_anew(page.read_text(encoding="utf-8"), read_results(Path(sys.argv[1]))), encoding="utf-8")
+    page, results = Path(sys.argv[2]), read_results(Path(sys.argv[1]))
+    page.write_text(written_anew(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for title, found in results.items():
+        minutes = sum(run["seconds"] for run in found["runs"]) / 60
+        print(f"{title}: {len(found['runs'])} runs, {minutes:.0f} min of training")

@@ -61,7 +61,8 @@ def imagenet(tmp_path_factory):
 def test_every_run_of_the_comparison_on_digits(tmp_path):
     folder = tmp_path / "out"
     kinds = ["untrained_guide", "trained_guide", "untrained_guide_stopped", "trained_guide_stopped"]
-    runs = ["alone", *kinds, "shuffled_guide", "noise_guide", "distillation", "guide_itself"]
+    controls = ["shuffled_guide", "noise_guide", "reversed_layers", "own_architecture", "distillation"]
+    runs = ["alone", *kinds, *controls, "guide_itself"]
     process = launch(folder, train_guide=True, runs=runs, longer_baseline=True, guide_image_size=32)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed[-3000:]
@@ -79,6 +80,12 @@ def test_every_run_of_the_comparison_on_digits(tmp_path):
     assert by_name["trained_guide"]["guide"]["fingerprint"] == fingerprint(load_guide(trained))
     assert by_name["untrained_guide"]["guide"]["untrained"]
     assert by_name["distillation"]["guide"] is None
+    own = by_name["own_architecture"]["guide"]
+    assert own["architecture"].startswith("FCN")
+    assert own["untrained"]
+    reversed_layers = by_name["reversed_layers"]
+    assert reversed_layers["settings"]["guidance"]["layer_mapping"] == "reversed"
+    assert reversed_layers["guide"]["fingerprint"] == by_name["trained_guide"]["guide"]["fingerprint"]
     card = (folder / "seed-0" / "untrained_guide" / "README.md").read_text()
     assert re.search(r"\| alone, equal time +\| 0 ", card)
     assert re.search(r"\| untrained guide +\| 0 ", card)
