@@ -206,6 +206,11 @@ class GuidanceConfig:
         "tokenizer serves both, as when one embedding is padded.",
     )
     log_measures: list[str] = _knob(["debiased_cka"], "Further similarity measures to log, without training on them.")
+    log_gradients: bool = _knob(
+        False,
+        "Log the cosine of the angle between the gradients of guidance and task, and the ratio of their norms, in the "
+        "weights that guidance reaches. Each logged step takes two more backward passes.",
+    )
     eval_similarity: bool = _knob(
         False,
         "Measure the similarities at each evaluation too, on its data. Each batch takes one more forward of both "

@@ -52,6 +52,7 @@ CHANGED = {  # another value than the default for every field, all at once
     "guide_shares_tokenizer": True,
     "log_measures": ["rsa", "ridge"],
     "eval_similarity": True,
+    "log_gradients": True,
     "on_non_finite": "skip",
     "shard_guide": True,
     "save_guide": True,

@@ -13,7 +13,7 @@ from hf_guidance.analysis.history import Curves, History, similarity_curves, tra
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Points: TypeAlias = Literal["curve", "training", "similarity"]
+Points: TypeAlias = Literal["curve", "training", "similarity", "gradients"]
 
 MANY_PAIRS = 8  # above this, a colour bar replaces the legend, which would hide the lines
 
@@ -27,7 +27,8 @@ def plot_comparison(
 ) -> None:
     """Draw validation curves, losses, and the similarities of each guided run, and save the figure.
 
-    The validation curve is the mean over seeds; its band reaches from the lowest seed to the highest.
+    The validation curve is the mean over seeds; its band reaches from the lowest seed to the highest. A last panel has
+    the angle between the gradients of guidance and task, if it was logged.
 
     Args:
         results: Records of the runs, from `comparison.carry_out`.
@@ -40,11 +41,13 @@ def plot_comparison(
 
     names = list(dict.fromkeys(r["run"] for r in results))
     guided = [n for n in names if any(r["run"] == n and r["similarity"] for r in results)]
-    columns = min(2 + len(guided), 4)
-    lines = -(-(2 + len(guided)) // columns)
+    has_gradients = any(r.get("gradients") for r in results)
+    count = 2 + len(guided) + has_gradients
+    columns = min(count, 4)
+    lines = -(-count // columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
-    panels = grid[: 2 + len(guided)]
+    panels = grid[:count]
     for spare in grid[len(panels) :]:
         spare.set_axis_off()
     for number, name in enumerate(names):
@@ -59,8 +62,10 @@ def plot_comparison(
     panels[0].legend(frameon=False, fontsize=8)
     if len({r["seed"] for r in results}) > 1:
         panels[0].set_title("line: mean of the seeds, band: from the lowest to the highest", fontsize=8)
-    for panel, name in zip(panels[2:], guided, strict=True):
+    for panel, name in zip(panels[2:], guided, strict=False):
         _similarities(panel, [r for r in results if r["run"] == name], name)
+    if has_gradients:
+        _angles(panels[-1], results, names)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     save(figure, path)
@@ -138,6 +143,17 @@ def _losses(panel: Axes, runs: Sequence[Curves], color: str) -> None:
         by_step = _by_step(runs, points, "loss")
         means = [statistics.fmean(values) for values in by_step.values()]
         panel.plot(list(by_step), means, style, marker=_marker(by_step), color=color, linewidth=1.0)
+
+
+def _angles(panel: Axes, results: Sequence[Curves], names: Sequence[str]) -> None:
+    """Draw the cosine of the two gradients of each run, as a mean over its seeds."""
+    panel.axhline(0, color="0.7", linewidth=0.8)
+    for number, name in enumerate(names):
+        runs = [r for r in results if r["run"] == name and r.get("gradients")]
+        if runs:
+            values = _by_step(runs, "gradients", "cosine")
+            panel.plot(list(values), [statistics.fmean(v) for v in values.values()], color=f"C{number}", marker=".")
+    panel.set(xlabel="optimizer step", ylabel="cosine of the gradients of guidance and task")
 
 
 def _marker(points: Sized) -> str | None:

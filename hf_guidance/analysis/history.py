@@ -26,6 +26,7 @@ class Curves(TypedDict, total=False):
     curve: list[dict[str, Any]]
     training: list[dict[str, Any]]
     similarity: list[dict[str, Any]]
+    gradients: list[dict[str, Any]]
     similarity_maps: dict[str, SimilarityMap]
     when: tuple[str, str]
     settings: dict[str, Any]
@@ -56,6 +57,13 @@ def similarity_curves(history: History) -> History:
         pairs = {name.removeprefix(SIMILARITY): value for name, value in log.items() if name.startswith(SIMILARITY)}
         points += [{"step": log["step"]} | pairs] if pairs else []
     return points
+
+
+def gradient_curve(history: History) -> History:
+    """Return points with `step`, `ratio` and `cosine` of the gradients of guidance and task, where they were logged."""
+    names = {name: f"{GUIDANCE}gradient_{name}" for name in ("ratio", "cosine")}
+    logs = [log for log in history if names["cosine"] in log]
+    return [{"step": log["step"], **{name: log[key] for name, key in names.items()}} for log in logs]
 
 
 def validation_curve(history: History, metric: str | None = None) -> tuple[str | None, list[dict[str, Any]]]:

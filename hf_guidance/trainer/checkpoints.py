@@ -34,7 +34,7 @@ RESUMED = (*OPTIMIZER, "scheduler*", "rng_state*")  # none of which save_only_mo
 GUIDED_STEPS = "guided_steps"  # key in the same file
 PASS, PASS_BEGAN = "pass", "pass_began"  # likewise, of a stream
 HARMLESS = {"log_measures", "save_guide", "on_non_finite", "guide_shares_tokenizer", "cache_guide", "sample_id_column"}
-HARMLESS |= {"shard_guide", "eval_similarity"}
+HARMLESS |= {"shard_guide", "eval_similarity", "log_gradients"}
 FATAL = {"seed", "data_seed", "max_steps"}  # max_steps only where the decay ends with the run
 BATCH = {"per_device_train_batch_size", "world_size", "gradient_accumulation_steps", "split_batches"}
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging as of_transformers
@@ -21,15 +20,12 @@ from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import BATCH_NORM
 from hf_guidance.guide.inputs import without_guide
 from hf_guidance.guide.random_state import kept_random_state
-from hf_guidance.guide.sharding import gathered
 from hf_guidance.loss import Watched
 from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.gradients import gradients_of
 from hf_guidance.trainer.protocol import GuidedTrainer
-from hf_guidance.trainer.uploads import one_line
 
 logger = logging.getLogger(__name__)
-
-MODERATE = 2**8  # a scale of the loss in half precision, if the loss scaler's own overflows
 
 
 def take_first_look(
@@ -94,12 +90,8 @@ def look_at_start(
             {name: look_at_layer(targets[name]) for name in dict.fromkeys(pair.target for pair in pairs)},
             {name: look_at_layer(guides[name]) for name in dict.fromkeys(pair.guide for pair in pairs)},
         )
-        look.not_measured = _why_no_gradients(trainer, model, task_loss, watched)
-        if not look.not_measured:
-            losses = watched.weights.task * task_loss, config.guidance_weight * watched.loss
-            scaler = trainer.accelerator.scaler
-            scales = [1.0] if scaler is None else [scaler.get_scale(), MODERATE, 1.0]
-            look.gradient_ratio, look.not_measured = gradient_ratio(*losses, loss.target, scales)
+        found = gradients_of(trainer, model, task_loss, watched, config.guidance_weight)
+        look.gradient_ratio, look.not_measured = (None, found) if isinstance(found, str) else (found.ratio, "")
         if num_items is not None and _sums_over_micro_batches(trainer):
             look.uses_item_count = uses_item_count(trainer, inputs, num_items)
     has_batch_norm = any(isinstance(module, BATCH_NORM) for module in guide.modules())
@@ -138,80 +130,6 @@ def unchanged(*networks: nn.Module) -> Iterator[None]:
             for buffer, before in kept:
                 if not torch.equal(buffer, before):
                     buffer.data.copy_(before)  # unnoticed by autograd, whose graph may hold the buffer
-
-
-# ---------------------------------------------------------------------------------------------------- the gradients
-
-
-def _why_no_gradients(trainer: GuidedTrainer, model: nn.Module, task_loss: Tensor, watched: Watched) -> str:
-    """Explain why the graph cannot be used twice, or holds no task loss; empty if it can."""
-    assert watched.loss is not None
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in trainer.guidance_loss.target.modules())
-    reasons = {
-        "FSDP": trainer.is_fsdp_enabled,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "torch.compile": trainer.args.torch_compile or compiled,
-        "a static graph of DDP": bool(getattr(model, "static_graph", False)),
-        "pre-alignment has no task loss": not watched.weights.task,
-        "the task loss has no gradient": not task_loss.requires_grad,
-        "Liger kernels overwrite what their backward needs": trainer.args.use_liger_kernel,
-    }
-    found = next((why for why, holds in reasons.items() if holds), "")
-    return found or ("reentrant activation checkpointing" if _is_reentrant(task_loss) else "")
-
-
-def _is_reentrant(loss: Tensor) -> bool:
-    """Tell whether a graph has parts under reentrant activation checkpointing, which takes only a full backward."""
-    seen: set[Any] = set()
-    nodes: list[Any] = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-    return any(node.name() == "CheckpointFunctionBackward" for node in seen)
-
-
-def gradient_ratio(
-    task: Tensor, guidance: Tensor, target: nn.Module, scales: Collection[float] = (1.0,)
-) -> tuple[float | None, str]:
-    """Compute the norm of guidance's gradient over that of the task's, in the weights that guidance reaches.
-
-    In the outputs of layers the ratio misleads: slopes of the task point the same way in many samples and add up in a
-    weight, those of guidance less so.
-
-    Args:
-        task: The weighted task loss.
-        guidance: The weighted guidance loss.
-        target: The target. Its gradients are not touched.
-        scales: Factors of both losses, tried in this order until both norms are finite.
-
-    Returns:
-        The ratio, or None and the reason.
-    """
-    # hooks may count their calls, or take a step as LOMO's do
-    weights = [weight for weight in target.parameters() if weight.requires_grad and not weight._backward_hooks]
-    if not weights:
-        return None, "all weights have hooks"
-    for scale in scales:
-        try:
-            of_guidance = _norms(guidance, weights, scale)
-            reached = [weight for weight, norm in zip(weights, of_guidance, strict=True) if norm is not None]
-            of_task = _norms(task, reached, scale) if reached else []
-        except RuntimeError as error:  # memory is short, or a backward works only once
-            return None, one_line(error)
-        above, below = (math.hypot(*(norm for norm in norms if norm is not None)) for norms in (of_guidance, of_task))
-        if math.isfinite(above) and math.isfinite(below):
-            return (above / below, "") if below else (None, "the task has no gradient there")
-    return None, "it is not finite"
-
-
-def _norms(loss: Tensor, weights: Sequence[Parameter], scale: float) -> list[float | None]:
-    """Compute the norm of a loss's gradient in each weight; None where it does not arrive."""
-    found = torch.autograd.grad(loss, weights, torch.full_like(loss, scale), retain_graph=True, allow_unused=True)
-    dense = [g.coalesce().values() if g is not None and g.is_sparse else g for g in found]
-    norms = [None if g is None else torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in dense]
-    return [None if norm is None else float(gathered(norm)) for norm in norms]
 
 
 # -------------------------------------------------------------------------------------------------- the item count

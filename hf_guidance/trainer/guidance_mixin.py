@@ -28,6 +28,7 @@ from hf_guidance.trainer.checks import check_output, check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.first_look import take_first_look
+from hf_guidance.trainer.gradients import note_gradients
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
@@ -159,6 +160,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             found = super().compute_loss(model, watched.inputs, return_outputs=return_outputs, **kwargs)
         task_loss, outputs = found if isinstance(found, tuple) else (found, None)
         loss = self._add_guidance(task_loss, watched, num_items_in_batch)
+        if self.guidance.log_gradients and self._micro_step[1] == 0:
+            note_gradients(self, self._finite.sums, model, task_loss, watched)
         self._finite.check_before_backward(self.state)
         if watched.layers is not None:
             self.first_look = take_first_look(self, model, inputs, task_loss, watched, num_items_in_batch)

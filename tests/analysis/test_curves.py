@@ -67,6 +67,18 @@ def test_unguided_runs_alone_and_a_logarithmic_axis(drawn):
     assert list(curves.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
 
 
+def test_a_last_panel_has_the_angle_of_the_gradients_where_it_was_logged(drawn):
+    guided = [run("guided", seed, pairs=1) for seed in (0, 1)]
+    for record, cosines in zip(guided, ([0.5, -0.1], [0.3, -0.3]), strict=True):
+        record["gradients"] = [{"step": s, "ratio": 2.0, "cosine": c} for s, c in zip((2, 4), cosines, strict=True)]
+    *_, last = drawn([run("alone", 0), *guided])
+    assert "cosine" in last.get_ylabel()
+    _, line = last.lines
+    assert line.get_xydata().tolist() == [[2, pytest.approx(0.4)], [4, pytest.approx(-0.2)]]
+    assert line.get_color() == "C1"  # that of the run in the other panels
+    assert len(drawn([run("alone", 0), run("guided", 0, pairs=1)])) == 3
+
+
 def test_a_curve_of_one_point_is_a_dot(drawn):
     short = run("alone", 0) | {"curve": [{"step": 1, "value": 0.5, "loss": 2.0}]}
     curves, losses = drawn([short])

@@ -1,6 +1,6 @@
 """A Trainer's log as curves."""
 
-from hf_guidance.analysis.history import metrics_of, similarity_curves, training_curve, validation_curve
+from hf_guidance.analysis.history import gradient_curve, metrics_of, similarity_curves, training_curve, validation_curve
 
 PAIR = "guidance/similarity/a~b"
 HISTORY = [
@@ -42,3 +42,8 @@ def test_similarities_on_validation_data_are_no_metrics_of_the_task() -> None:
     assert metrics_of(log, "eval") == {"loss": 2.0, "f1": 0.75}
     assert metrics_of({"eval_near_guidance/similarity": 0.5, "eval_near_loss": 1.0}, "eval") == {"near_loss": 1.0}
     assert validation_curve([log])[0] == "f1"
+
+
+def test_the_gradients_are_points_where_they_were_logged() -> None:
+    log = {"step": 4, "loss": 1.0, "guidance/gradient_ratio": 2.0, "guidance/gradient_cosine": -0.5}
+    assert gradient_curve([log, {"step": 5, "loss": 1.0}]) == [{"step": 4, "ratio": 2.0, "cosine": -0.5}]
