@@ -6,7 +6,7 @@
     accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim convnet_without_skips
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
-convnet_without_skips or wide_fcn.
+convnet_without_skips, wide_fcn or deep_fcn.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
@@ -102,6 +102,15 @@ CLAIMS = {
         --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
         --seeds 10 11 12 13 14 --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped
         --output_dir outputs/claims/wide_fcn
+    """,
+    "deep_fcn": f"""{FAIR}
+        --target deep_fcn --width 256 --dropout 0 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
+        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --eval_steps 50
+        --learning_rates 5e-4 1e-3 2e-3 4e-3
+        --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
+        --seeds 10 11 12 13 14
+        --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped untrained_guide
+        --output_dir outputs/claims/deep_fcn
     """,
 }
 

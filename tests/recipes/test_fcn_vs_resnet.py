@@ -446,19 +446,22 @@ def test_bad_flags_are_named_before_any_training(options, words, tmp_path, monke
     assert not list(tmp_path.glob("out/**/checkpoint-*"))
 
 
-@pytest.mark.parametrize("claim", ["convnet_without_skips", "wide_fcn"])
+@pytest.mark.parametrize("claim", ["convnet_without_skips", "wide_fcn", "deep_fcn"])
 def test_a_claim_stands_for_its_flags_and_has_a_rate_a_baseline_of_equal_time_and_differences(
     claim, tmp_path, monkeypatch, capsys
 ):
     tiny = {"dataset": "digits", "image_size": 16, "guide_width": 4, "train_size": 64, "eval_size": 32, "use_cpu": True}
     tiny |= {"width": 4, "per_device_train_batch_size": 8, "max_steps": 2, "eval_steps": 2, "guide_max_steps": 2}
     tiny |= {"seeds": [0], "search_seeds": [100], "learning_rates": [1e-3, 2e-3]}
-    tiny |= {"object_size": 8} if claim == "wide_fcn" else {"depth": 18}
+    of_claim = {"wide_fcn": {"object_size": 8}, "deep_fcn": {"object_size": 8, "depth": 3}}
+    tiny |= of_claim.get(claim, {"depth": 18})
     report = Recipe("fcn_vs_resnet", {"claim": claim}).run_here(monkeypatch, tmp_path / "out", **tiny)
     assert capsys.readouterr().out.startswith(f"--claim {claim}: --dataset zalando-datasets/fashion_mnist --eval_size")
     assert report["claim"] == claim
-    shifted = ["alone_shifted"] if claim == "wide_fcn" else []
-    names = ["alone", *shifted, "guide_itself", "trained_guide", "trained_guide_stopped", "alone_equal_time"]
+    shifted = ["alone_shifted"] if claim != "convnet_without_skips" else []
+    untrained = ["untrained_guide"] if claim == "deep_fcn" else []
+    names = ["alone", *shifted, "guide_itself", *untrained, "trained_guide", "trained_guide_stopped"]
+    names.append("alone_equal_time")
     runs = {run["run"]: run for run in report["runs"]}
     assert list(runs) == names
     alone, guided, equal = (runs[name] for name in ("alone", "trained_guide", "alone_equal_time"))

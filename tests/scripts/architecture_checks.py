@@ -273,8 +273,8 @@ def outputs_of_blocks(case: Case, role: str) -> str:
     said = how_read(read, blocks)
     if not blocks:
         return "hooks see no blocks"
-    own_choice = any(name in type(case.network).__name__ for name in ("Timm", "MaskFormerSwin"))
-    if said != "right" and own_choice:  # which stages they are is the network's choice
+    own_choice = any(name in type(case.network).__name__ for name in ("Timm", "MaskFormer"))
+    if said != "right" and own_choice:  # which stages of which of its parts they are is the choice of the network
         values = list(read.values())
         twice = [i for i, value in enumerate(values[1:]) if _equal(value, values[i])]
         said = f"layer {twice[0]} twice" if twice else "right"
