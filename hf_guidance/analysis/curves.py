@@ -153,7 +153,7 @@ def _angles(panel: Axes, results: Sequence[Curves], names: Sequence[str]) -> Non
         if runs:
             values = _by_step(runs, "gradients", "cosine")
             panel.plot(list(values), [statistics.fmean(v) for v in values.values()], color=f"C{number}", marker=".")
-    panel.set(xlabel="optimizer step", ylabel="cosine of the gradients of guidance and task")
+    panel.set(xlabel="optimizer step", ylabel="cosine: guidance's and task's gradient")
 
 
 def _marker(points: Sized) -> str | None:

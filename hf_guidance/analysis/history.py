@@ -27,6 +27,7 @@ class Curves(TypedDict, total=False):
     training: list[dict[str, Any]]
     similarity: list[dict[str, Any]]
     gradients: list[dict[str, Any]]
+    dimensions: list[dict[str, Any]]
     similarity_maps: dict[str, SimilarityMap]
     when: tuple[str, str]
     settings: dict[str, Any]
@@ -34,6 +35,7 @@ class Curves(TypedDict, total=False):
 
 GUIDANCE = "guidance/"  # in the names of what is measured of guidance, in training and on validation data
 SIMILARITY = "guidance/similarity/"
+DIMENSION = "dimension/"  # in the names of intrinsic dimensions of layers
 # what Trainer logs for an evaluation beside the metrics
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
@@ -52,10 +54,19 @@ def training_curve(history: History) -> list[dict[str, Any]]:
 
 def similarity_curves(history: History) -> History:
     """Return points with `step` and the similarity of every pair, under the name of the pair."""
+    return _points(history, SIMILARITY)
+
+
+def dimension_curves(history: History) -> History:
+    """Return points with `step` and the intrinsic dimension of every layer, under its name."""
+    return _points(history, DIMENSION)
+
+
+def _points(history: History, prefix: str) -> History:
     points = []
     for log in history:
-        pairs = {name.removeprefix(SIMILARITY): value for name, value in log.items() if name.startswith(SIMILARITY)}
-        points += [{"step": log["step"]} | pairs] if pairs else []
+        own = {name.removeprefix(prefix): value for name, value in log.items() if name.startswith(prefix)}
+        points += [{"step": log["step"]} | own] if own else []
     return points
 
 

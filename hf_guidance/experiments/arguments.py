@@ -38,6 +38,10 @@ class RecipeArguments:
         metadata={"help": "Also train the target alone for longer: twice the steps, and equal training time."},
     )
     eval_size: Optional[int] = field(default=None, metadata={"help": "Rows for validation, and rows for the test."})
+    dimension_rows: Optional[int] = field(
+        default=None,
+        metadata={"help": "Measure the intrinsic dimension of the target's layers on so many validation rows."},
+    )
     stop_step: Optional[int] = field(
         default=None, metadata={"help": "Step at which the *_stopped runs stop guidance; default a third of the steps."}
     )

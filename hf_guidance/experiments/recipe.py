@@ -26,9 +26,10 @@ from hf_guidance.experiments.consistency import plot_errors
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.matrix import Cells, cells_of, matrix_table, plot_gains
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
-from hf_guidance.experiments.run import SETTINGS, Run
+from hf_guidance.experiments.run import SETTINGS, Run, first_rows
 from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.experiments.verdicts import EQUAL_TIME, gains, in_words
+from hf_guidance.experiments.watching import WatchedDimensions, plot_dimensions
 from hf_guidance.tasks import Task
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_writable
@@ -36,6 +37,7 @@ from hf_guidance.trainer.environment import environment, usable_cpus
 from hf_guidance.trainer.run_facts import command_facts
 
 PRESETS = ("small", "paper")
+FEWEST = 3  # rows, of which an intrinsic dimension is measured
 REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
 INSTEAD = "use --seeds and --max_steps instead; rerun the same command to resume"
 
@@ -216,6 +218,8 @@ def compare(
             "--longer_baseline and --equal_time_baseline train the run 'alone' for longer, but --runs does not name "
             "it: add alone to --runs."
         )
+    if recipe.dimension_rows is not None and recipe.dimension_rows < FEWEST:
+        raise ValueError(f"--dimension_rows is {recipe.dimension_rows}; a dimension needs at least {FEWEST} rows.")
     if recipe.learning_rates and (both := set(recipe.seeds) & set(recipe.search_seeds)):
         raise ValueError(
             f"--seeds and --search_seeds both name {', '.join(map(str, sorted(both)))}: a seed that chose the learning "
@@ -237,7 +241,13 @@ def compare(
 
     def carry(run: Run) -> Record:
         own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
-        return carry_out(run, own, args, guidance, folder, comparison.data, facts, comparison.callbacks)
+        return carry_out(run, own, args, guidance, folder, comparison.data, facts, callbacks)
+
+    def callbacks(own: Task) -> list[TrainerCallback]:
+        found = comparison.callbacks(own)
+        if recipe.dimension_rows is not None:
+            found.append(WatchedDimensions(first_rows(own, recipe.dimension_rows)))
+        return found
 
     search: list[Record] = []
     if recipe.learning_rates:
@@ -281,6 +291,8 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     written = [f"{folder}/results.json", f"{folder}/comparison.png"]
     if plot_similarity_maps(report["runs"], folder / "similarity.png"):
         written.append(f"{folder}/similarity.png")
+    if plot_dimensions(report["runs"], folder / "dimensions.png"):
+        written.append(f"{folder}/dimensions.png")
     if plot_errors(report["runs"], folder, folder / "errors.png"):
         written.append(f"{folder}/errors.png")
     cards = write_cards(report, folder)

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_guidance.analysis.history import gradient_curve, similarity_curves, training_curve, validation_curve
+from hf_guidance.analysis.history import (
+    dimension_curves,
+    gradient_curve,
+    similarity_curves,
+    training_curve,
+    validation_curve,
+)
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.files import read_json
 from hf_guidance.experiments.report import Record
@@ -152,5 +158,6 @@ def record_of(
         "training": training_curve(history),
         "similarity": similarity_curves(history),
         "gradients": gradient_curve(history),
+        "dimensions": dimension_curves(history),
         "seconds": clock.seconds,
     }
