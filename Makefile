@@ -51,8 +51,8 @@ results-small: install shakespeare ## run every claim on two CPU cores (hours; r
 		cp outputs/claims/$$claim/results.json recipes/results/$$claim.json; done
 	$(MAKE) results cards
 
-results: install ## write the tables of recipes/README.md from recipes/results
-	$(BIN)/python -m hf_guidance.experiments.pages recipes/results recipes/README.md
+results: install ## write the tables of the READMEs from recipes/results
+	$(BIN)/python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md
 
 cards: install ## write model_cards/ from recipes/results/
 	$(BIN)/python -m hf_guidance.experiments.cards recipes/results model_cards

@@ -1,6 +1,6 @@
 """Tables on the pages of the recipes, made of the results that are committed.
 
-    python -m hf_guidance.experiments.pages recipes/results recipes/README.md
+    python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md
 
 The command above (`make results`) writes every block between `<!-- NAME -->` and `<!-- end -->` anew: `claims` is the
 table of the paper's claims, any other name is that of a results file.
@@ -145,8 +145,9 @@ def read_results(folder: Path) -> dict[str, Report]:
 
 
 if __name__ == "__main__":
-    page, results = Path(sys.argv[2]), read_results(Path(sys.argv[1]))
-    page.write_text(written_anew(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    results = read_results(Path(sys.argv[1]))
+    for page in map(Path, sys.argv[2:]):
+        page.write_text(written_anew(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     for title, found in results.items():
         minutes = sum(run["seconds"] for run in found["runs"]) / 60
         print(f"{title}: {len(found['runs'])} runs, {minutes:.0f} min of training")
