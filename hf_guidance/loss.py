@@ -153,7 +153,7 @@ class GuidanceLoss:
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
         readers = self.target_reader, self.guide_reader
-        self._conventions = [Conventions(r.model, r.modules, self.config.feature_layout) for r in readers]
+        self._conventions = [Conventions(r.model, r.modules, self.config.feature_layout, r) for r in readers]
         self.ranks = ranks_of(self.config.similarity_batch)
         self.running = GuideRunning(self.guide_reader, target, self.config, autocast)
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1065,3 +1066,33 @@ def test_a_class_a_mask_that_is_a_list_and_other_rows_for_the_guide_are_named() 
         wrong = {**batch, "guide_input_ids": batch["input_ids"][:5]}
         with pytest.raises(ValueError, match="the target's columns have 8 rows and the guide's"), loss.watch(wrong):
             pass
+
+
+class Queries(nn.Module):
+    """A decoder of queries, as of DETR: as many as the text is long, which the text's mask does not describe."""
+
+    def __init__(self, is_encoder_decoder: bool = False) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
+        self.embed, self.layers = nn.Embedding(VOCABULARY, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool = False) -> dict[str, Any]:
+        text = (self.embed(input_ids) * attention_mask[..., None]).sum(1, keepdim=True)
+        states = [text + torch.arange(float(LENGTH))[:, None]]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return {"decoder_hidden_states": tuple(states), "loss": states[-1].mean()}
+
+
+def test_queries_of_a_decoder_do_not_get_the_mask_of_a_text_that_is_as_long() -> None:
+    batch = token_batch(8)
+    lengths = torch.tensor([6, 5, 4, 6, 3, 6, 2, 6])[:, None]
+    batch = {"input_ids": batch["input_ids"], "attention_mask": (torch.arange(LENGTH) < lengths).long()}
+    target, guide = seeded(Queries, 0), seeded(Queries, 1)
+    loss = GuidanceLoss(target, guide, linear())
+    with loss.watch(batch) as watched:
+        target(**watched.inputs)
+    assert watched.loss is not None
+    states = [network(**batch)["decoder_hidden_states"][1:] for network in (target, guide)]
+    expected = sum(1 - cka(*(state.flatten(1) for state in pair)) for pair in zip(*states, strict=True))
+    assert watched.loss.item() == pytest.approx(float(expected.detach()), abs=1e-5)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.features.reader import base_model_of
+from hf_guidance.features.reader import HIDDEN, LayerReader, base_model_of
 
 OVER_SEQUENCE = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)
 SIZES = ("out_channels", "out_features", "num_features", "normalized_shape")  # of layers with weights
@@ -23,17 +23,28 @@ class Conventions:
     Args:
         model: The network.
         modules: Its named modules that are read.
+        reader: Reader of the network, which knows what its hidden states are of; None for named modules alone.
         layout: `channels_first` or `channels_last` where weights and shape leave it open; `auto` raises an error there.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], layout: str = "auto") -> None:
-        self.model, self.modules, self.layout = base_model_of(model), modules, layout
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        layout: str = "auto",
+        reader: LayerReader | None = None,
+    ) -> None:
+        self.model, self.modules, self.layout, self.reader = base_model_of(model), modules, layout, reader
         self.has_said_padding_counts = False
         self._sizes: dict[str, set[int]] = {}
         found = (getattr(module, name, None) for name in FRAMES for module in self.model.modules())
         self._frames: Any = next((method for method in found if method is not None), None)
         if self._frames is not None and "add_adapter" in inspect.signature(self._frames).parameters:
             self._frames = partial(self._frames, add_adapter=False)  # which comes after the layers
+
+    def are_queries(self, name: str) -> bool:
+        """Tell whether a layer's positions are queries of a decoder, as of DETR, which no input's mask describes."""
+        return self.reader is not None and self.reader.of_queries and bool(HIDDEN.fullmatch(name))
 
     def to_frames(self, lengths: Tensor) -> Tensor | None:
         """Compute into how many frames the network joins sounds of these lengths; None if it does not tell."""

@@ -51,6 +51,7 @@ class LayerReader:
     def __init__(self, model: nn.Module, layers: Sequence[str], role: str) -> None:
         self.model, self.role = model, role
         self.keep: set[str] | None = None  # layers in a pair, once the pairs are known
+        self.of_queries = False  # whether hidden states are those of a decoder's queries, as of DETR
         self.stop_early = False  # end a forward with `AllRead` once these are read
         self._hidden: list[tuple[str, int | None]] = []
         self._reduce: Reduce | None = None
@@ -266,6 +267,7 @@ class LayerReader:
         stored: set[str] = set()
         for kind, index in self._hidden:
             states = states_of(output, kind)
+            self.of_queries = kind == "hidden_states" and self._are_queries(output)
             if states is None and (self._is_method or not isinstance(output, tuple)):
                 states = states_of(backbone, kind)  # a fused head drops them
             if states is not None and self.layer_drop.settings:
@@ -292,6 +294,11 @@ class LayerReader:
                 self._counted[f"{kind}.{i}"] = None
                 if states[i] is not None:
                     self._store(f"{kind}.{i}", last_tensor(states[i]))
+
+    def _are_queries(self, output: Any) -> bool:
+        """Tell whether hidden states are those of a decoder that reads no text."""
+        has_own = states_of(output, "decoder_hidden_states") is not None and not getattr(output, "hidden_states", None)
+        return has_own and not getattr(getattr(base_model_of(self.model), "config", None), "is_encoder_decoder", False)
 
     def _check_returns_hidden_states(self) -> None:
         from transformers import PreTrainedModel

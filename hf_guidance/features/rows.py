@@ -239,6 +239,8 @@ class ComparedRows:
         """Return which mask describes the positions of a layer; None if there is none of this length."""
         if not self.masks or features.ndim < 3 or OF_IMAGES.search(name):
             return None
+        if self.conventions is not None and self.conventions.are_queries(name):
+            return None
         side = side_of(name)
         others = ["encoder", "frames"] if side == "encoder" else ["decoder", "encoder", "frames"]
         fitting = [kind for kind in others if kind in self.masks and self.masks[kind].shape[1] == features.shape[1]]

@@ -21,6 +21,7 @@ from hf_guidance.guide.inputs import accepted_columns
 
 TOLERANCE = 1e-4
 MORE = 4  # columns of padding
+OWN_CHOICE = ("Timm", "MaskFormer", "Sam3LiteText", "TimesFm2_5")  # classes that return states of some of their blocks
 
 
 class Wrong(Exception):
@@ -273,7 +274,7 @@ def outputs_of_blocks(case: Case, role: str) -> str:
     said = how_read(read, blocks)
     if not blocks:
         return "hooks see no blocks"
-    own_choice = any(name in type(case.network).__name__ for name in ("Timm", "MaskFormer"))
+    own_choice = any(name in type(case.network).__name__ for name in OWN_CHOICE)
     if said != "right" and own_choice:  # which stages of which of its parts they are is the choice of the network
         values = list(read.values())
         twice = [i for i, value in enumerate(values[1:]) if _equal(value, values[i])]

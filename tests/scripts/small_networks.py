@@ -144,7 +144,7 @@ def case_named(name: str) -> Case:
     return FAMILIES[family][1](rest) if rest and family in FAMILIES else transformers_case(name)
 
 
-LARGE = ("evolla", "evolla+IMAGE_TEXT_TO_TEXT")  # do not build small: some of their sizes are in no config
+LARGE = ("evolla", "evolla+IMAGE_TEXT_TO_TEXT", "EvollaModel")  # some of their sizes are in no config
 
 
 def names_of(family: str) -> list[str]:
