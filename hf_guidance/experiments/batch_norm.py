@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_guidance.features.rows import Batch
 
 
 class ReestimatedBatchNorm(TrainerCallback):
@@ -21,7 +23,7 @@ class ReestimatedBatchNorm(TrainerCallback):
         batches: Batches of training rows; each counts alike.
     """
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -30,7 +32,7 @@ class ReestimatedBatchNorm(TrainerCallback):
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+def reestimate(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Replace the running means and variances of every batch norm by their averages over batches.
 
     Args:
@@ -46,7 +48,7 @@ def reestimate(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
         norm.train()
         norm.momentum = None  # a plain average
     for batch in batches if norms else ():
-        pixels: Tensor = batch["pixel_values"]
+        pixels: Any = batch["pixel_values"]
         model(pixel_values=pixels.to(next(model.parameters()).device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

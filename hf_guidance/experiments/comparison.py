@@ -150,7 +150,7 @@ def carry_out(
     last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
     if not any("eval_loss" in log for log in last):
         trainer.evaluate()  # every run needs a value at its last step
-    test = tested(trainer, task, place)
+    test = _tested(trainer, task, place)
     if trainer.args.push_to_hub:
         trainer.stage_push()  # pushed with its card, when there are all runs that the card compares it with
     else:
@@ -168,7 +168,7 @@ def carry_out(
     return result
 
 
-def tested(trainer: Any, task: Task, place: Path) -> dict[str, float]:
+def _tested(trainer: Any, task: Task, place: Path) -> dict[str, float]:
     """Return the metrics on test data. Of classes the predictions are saved as predictions.npz."""
     if not task.labels:
         return trainer.evaluate(task.test_dataset, metric_key_prefix="test")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.history import DIMENSION
 from hf_guidance.experiments.report import Record
 from hf_guidance.features.reader import LayerReader
+from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import GUIDE_PREFIX
 
 
@@ -29,7 +30,7 @@ class WatchedDimensions(TrainerCallback):
         batch: Rows to measure, at least 3. Columns for a guide are left out.
     """
 
-    def __init__(self, batch: Mapping[str, Any]) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.batch = {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX)}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -40,7 +41,7 @@ class WatchedDimensions(TrainerCallback):
         state.log_history.append({"step": state.global_step, **found})
 
     @torch.no_grad()
-    def measured(self, model: Any) -> dict[str, float]:
+    def measured(self, model: PreTrainedModel) -> dict[str, float]:
         """Return layer → dimension; a layer in which most rows are alike is left out."""
         inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
         training = model.training

@@ -210,7 +210,7 @@ class LayerReader:
         self.model.eval()
         try:
             with torch.no_grad(), self.reading(lambda _, features: tuple(features.shape)) as shapes, suppress(AllRead):
-                self.model(*first_row(called[0]), **first_row(called[1]))
+                self.model(*_first_row(called[0]), **_first_row(called[1]))
         except Exception as error:  # of a network that takes no single row
             logger.warning(
                 "The %s does not run on one row (%s), so that it cannot be told whether the batch is on the first axis "
@@ -313,14 +313,14 @@ class LayerReader:
             )
 
 
-def first_row(arguments: Any) -> Any:
+def _first_row(arguments: Any) -> Any:
     """Return the first row of every tensor in the arguments of a forward."""
     if isinstance(arguments, Tensor):
         return arguments[:1] if arguments.ndim else arguments
     if isinstance(arguments, Mapping):
-        return {name: first_row(value) for name, value in arguments.items()}
+        return {name: _first_row(value) for name, value in arguments.items()}
     if type(arguments) in (tuple, list):
-        return type(arguments)(map(first_row, arguments))
+        return type(arguments)(map(_first_row, arguments))
     return arguments
 
 

@@ -22,7 +22,7 @@ from hf_guidance.guide.inputs import without_guide
 from hf_guidance.guide.random_state import kept_random_state
 from hf_guidance.loss import Watched
 from hf_guidance.trainer.clock import TrainingClock
-from hf_guidance.trainer.gradients import gradients_of
+from hf_guidance.trainer.gradient_angle import gradients_of
 from hf_guidance.trainer.protocol import GuidedTrainer
 
 logger = logging.getLogger(__name__)

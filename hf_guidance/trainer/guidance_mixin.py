@@ -28,7 +28,7 @@ from hf_guidance.trainer.checks import check_output, check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
 from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
 from hf_guidance.trainer.first_look import take_first_look
-from hf_guidance.trainer.gradients import note_gradients
+from hf_guidance.trainer.gradient_angle import note_gradients
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback

@@ -410,7 +410,7 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
     ("options", "words"),
     [
         ({"target": "deep_fnc"}, "--target deep_fnc: possible are deep_fcn, wide_fcn, resnet50_without_skips"),
-        ({"runs": ["guided"]}, "--runs guided: possible are alone, guide_itself, untrained_guide"),
+        ({"runs": ["guided"]}, "--runs guided: possible are alone, alone_shifted, guide_itself"),
         ({"runs": ["distillation"]}, "distillation needs a trained guide: name one with --guide and leave --untrained"),
         ({"runs": ["alone", "trained_guide"]}, "trained_guide needs a trained guide"),
         (

@@ -123,7 +123,7 @@ def like_itself(case: Case, role: str) -> str:
 
 
 def _is_dead(features: Tensor) -> bool:
-    return bool(features.std(0).max() <= max(1e-6 * float(features.abs().mean()), 1e-18))
+    return bool((features - features.mean(0)).norm() <= max(1e-6 * float(features.norm()), 1e-18))
 
 
 def order_of_rows(case: Case, role: str) -> str:

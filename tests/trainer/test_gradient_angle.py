@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainers import make_trainer, same, train_logs, weights
 
 from hf_guidance import GuidanceLoss
-from hf_guidance.trainer.gradients import Gradients, compare_gradients
+from hf_guidance.trainer.gradient_angle import Gradients, compare_gradients
 
 NAMES = ("guidance/gradient_ratio", "guidance/gradient_cosine")
 
@@ -94,7 +94,7 @@ def test_where_nothing_can_be_measured_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(tmp_path, gpt2(), llama(), log_gradients=True)
-    monkeypatch.setattr("hf_guidance.trainer.gradients._why_not", lambda *args: "FSDP")
+    monkeypatch.setattr("hf_guidance.trainer.gradient_angle._why_not", lambda *args: "FSDP")
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert caplog.text.count("log_gradients measures nothing here: FSDP") == 1
