@@ -144,7 +144,8 @@ def case_named(name: str) -> Case:
     return FAMILIES[family][1](rest) if rest and family in FAMILIES else transformers_case(name)
 
 
-LARGE = ("evolla", "evolla+IMAGE_TEXT_TO_TEXT", "EvollaModel")  # some of their sizes are in no config
+# some of their sizes are in no config, so that they take minutes or all memory
+LARGE = ("evolla", "evolla+IMAGE_TEXT_TO_TEXT", "EvollaModel", "perceiver+MASKED_LM", "fast_vlm+IMAGE_TEXT_TO_TEXT")
 
 
 def names_of(family: str) -> list[str]:
