@@ -63,15 +63,8 @@ from hf_guidance.tasks.images import check_last_batch, count_skipped
 from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 
 RUNS = (
-    *(
-        "alone",
-        "alone_shifted",
-        "guide_itself",
-        "untrained_guide",
-        "untrained_guide_stopped",
-        "trained_guide",
-        "trained_guide_stopped",
-    ),
+    *("alone", "alone_shifted", "guide_itself", "untrained_guide", "untrained_guide_stopped"),
+    *("trained_guide", "trained_guide_stopped"),
     *("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture", "distillation"),
 )
 FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "reversed_layers", "distillation")

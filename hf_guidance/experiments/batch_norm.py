@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_guidance.features.rows import Batch
+from hf_guidance.guide.freezing import calibrate_batch_norm
 
 
 class ReestimatedBatchNorm(TrainerCallback):
@@ -40,17 +41,13 @@ def reestimate(model: nn.Module, batches: Sequence[Batch]) -> None:
         batches: Keyword arguments of its forward; only tensors named `pixel_values` are passed on.
     """
     modes = {module: module.training for module in model.modules()}
-    norms = [module for module in modes if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # a plain average
-    for batch in batches if norms else ():
-        pixels: Any = batch["pixel_values"]
+
+    def run(pixels: Any) -> None:
         model(pixel_values=pixels.to(next(model.parameters()).device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, mode in modes.items():
-        module.training = mode
+
+    model.eval()
+    try:
+        calibrate_batch_norm(model, (partial(run, batch["pixel_values"]) for batch in batches))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

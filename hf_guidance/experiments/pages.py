@@ -72,7 +72,7 @@ def claims_table(reports: Mapping[str, Report]) -> str:
     }
     adjusted: dict[tuple[Claim, str], float] = {}
     for baseline in ("alone", EQUAL_TIME):
-        p_values = {claim.words: found[claim, baseline]["p"] or 1.0 for claim in done}
+        p_values = {claim.words: 1.0 if (p := found[claim, baseline]["p"]) is None else p for claim in done}
         adjusted |= {(claim, baseline): p for claim, p in zip(done, holm(p_values).values(), strict=True)}
     lines = [["claim", "paper", "alone → guided, test", "gain at equal steps", "gain at equal time"]]
     for claim in done:
@@ -85,13 +85,13 @@ def _difference(report: Report, run: str, baseline: str) -> Difference:
     return next(d for d in report["differences"] if (d["run"], d["baseline"]) == (run, baseline))
 
 
-def _cell(found: Difference, p: float) -> str:
-    """Write a gain with its interval and verdict: shown, where it stands after Holm's adjustment too, or not shown."""
+def _cell(found: Difference, adjusted: float) -> str:
+    """Write a gain with its interval and verdict, in bold where the claim is shown after Holm's adjustment too."""
     low, high = found["interval"] or (0.0, 0.0)
-    shown = low > 0 and p < LARGEST_P
-    alone = " (without Holm)" if low > 0 and not shown else ""
     gain = f"{found['mean']:+.1f} {found['unit']} [{low:+.1f}, {high:+.1f}]"
-    return f"**{gain}, shown**" if shown else f"{gain}, {'shown' if alone else 'not shown'}{alone}"
+    if low <= 0:
+        return f"{gain}, not shown"
+    return f"**{gain}, shown**" if adjusted < LARGEST_P else f"{gain}, shown (without Holm)"
 
 
 def _means(report: Report, run: str) -> str:

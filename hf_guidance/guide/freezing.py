@@ -52,8 +52,8 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
     """Replace the running statistics by their average over some forwards. All else stays in evaluation mode.
 
     Args:
-        guide: Frozen guide.
-        forwards: Each runs the guide on one batch.
+        guide: Frozen guide, or any network in evaluation mode.
+        forwards: Each runs the network on one batch. None is called if it has no batch norm.
     """
     norms = [module for module in guide.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -62,7 +62,7 @@ def calibrate_batch_norm(guide: nn.Module, forwards: Iterable[Callable[[], Any]]
         norm.momentum = None  # a plain average
         norm.train()
     try:
-        for forward in forwards:
+        for forward in forwards if norms else ():
             forward()
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -60,8 +60,7 @@ def test_a_claim_is_shown_where_its_interval_is_above_0_and_holms_adjustment_lea
     lines = claims_table(reports).splitlines()[2:]
     assert len(lines) == 3  # the fourth has no results
     assert "| **+10.0 points [+7.5, +12.5], shown** |" in lines[0]
-    low = 2.0667 - 4.3027 * 1.1015 / 3**0.5
-    assert low < 0 or "shown (without Holm)" in lines[1]
+    assert "+2.1 points [-0.7, +4.8], not shown" in lines[1]  # ± 4.303 · 1.102 / √3
     assert "+0.3 points [-3.5, +4.1], not shown" in lines[2]
     assert "50.0 % → 60.0 %" in lines[0]
 
@@ -71,6 +70,8 @@ def test_what_only_holms_adjustment_takes_away_is_said(monkeypatch):
     monkeypatch.setattr(pages, "CLAIMS", tuple(Claim(f"claim {n}", n, "guided", "paper") for n in "ab"))
     assert "shown (without Holm)" in claims_table({"a": report_of(nearly), "b": report_of(nearly)})
     assert "**" in claims_table({"a": report_of(nearly)})
+    same = report_of({0: 5.0, 1: 5.0, 2: 5.0})  # p is 0
+    assert "**+5.0 points [+5.0, +5.0], shown**" in claims_table({"a": same})
 
 
 def test_a_block_has_command_table_rates_and_machine():
