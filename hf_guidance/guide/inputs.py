@@ -60,12 +60,14 @@ def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
     join prompts and completions into `input_ids` and `attention_mask`.
     """
     seen: dict[str, Any] = dict(batch)
-    if not seen.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-        made = _decoder_inputs(base_model_of(target), seen.get("labels"))
-        if made is not None:
-            seen["decoder_input_ids"] = made
-            if made.shape == seen["labels"].shape:
+    if not seen.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values"}:
+        network, labels = base_model_of(target), seen.get("labels")
+        if (ids := _decoder_inputs(network, labels)) is not None:
+            seen["decoder_input_ids"] = ids
+            if ids.shape == seen["labels"].shape:
                 seen.setdefault("decoder_attention_mask", (seen["labels"] != NO_LABEL).long())
+        elif isinstance(labels, Tensor) and labels.ndim == 3 and "decoder_input_values" in accepted_columns(network):
+            seen |= _spectrogram_inputs(labels, seen.get("decoder_attention_mask"), network)
     parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
     if "input_ids" not in seen and all(name in seen for names in parts.values() for name in names):
         seen |= {whole: torch.cat([seen[name] for name in names], 1) for whole, names in parts.items()}
@@ -90,6 +92,18 @@ def _decoder_inputs(target: Any, labels: Any) -> Tensor | None:
         return None  # a head on the encoder alone, or one whose labels are classes
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
     return shifted.masked_fill(shifted == NO_LABEL, 0 if pad is None else pad)
+
+
+def _spectrogram_inputs(labels: Tensor, mask: Tensor | None, network: Any) -> dict[str, Tensor]:
+    """Make the decoder inputs of a network that predicts frames of sound, as SpeechT5 does: one of several, shifted."""
+    step = network.config.reduction_factor
+    mask = labels.ne(NO_LABEL).any(-1).long() if mask is None else mask
+    frames = labels[:, step - 1 :: step]
+    shifted = torch.cat([torch.zeros_like(frames[:, :1]), frames[:, :-1]], 1)
+    return {
+        "decoder_input_values": shifted.masked_fill(shifted == NO_LABEL, 0.0),
+        "decoder_attention_mask": mask[:, step - 1 :: step],
+    }
 
 
 def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[str, Any]]:

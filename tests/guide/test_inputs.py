@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, llama, llama_config, t5, token_batch
+from builders import gpt2, llama, llama_config, seeded, t5, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -15,12 +15,15 @@ from transformers import (
     BlenderbotConfig,
     BlenderbotForConditionalGeneration,
     BlenderbotModel,
+    SpeechT5Config,
+    SpeechT5ForTextToSpeech,
     TimmWrapperConfig,
     ViTConfig,
     ViTModel,
 )
+from transformers.models.speecht5.modeling_speecht5 import shift_spectrograms_right
 
-from hf_guidance import load_guide
+from hf_guidance import GuidanceConfig, GuidanceLoss, load_guide
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.inputs import (
     accepted_columns,
@@ -119,6 +122,59 @@ def test_an_encoder_decoder_that_shifts_its_labels_itself_is_read_by_its_start_t
     assert "decoder_input_ids" not in seen_by_target({"labels": torch.zeros(2, 1).long()}, classifier)
     given = {"labels": labels, "decoder_attention_mask": MASK[:2]}
     assert seen_by_target(given, t5())["decoder_attention_mask"] is given["decoder_attention_mask"]
+
+
+def speecht5(seed: int, layers: int = 2) -> SpeechT5ForTextToSpeech:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 4, "vocab_size": 20}
+    sizes = {"hidden_size": 8, "encoder_layers": layers, "decoder_layers": layers, "speech_decoder_prenet_units": 8}
+    widths = {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "speech_decoder_postnet_units": 8, "speaker_embedding_dim": 8}
+    dropouts = ("hidden", "positional", "attention", "activation", "speech_decoder_prenet")
+    still: dict[str, Any] = {f"{part}_dropout": 0.0 for part in dropouts} | {"use_guided_attention_loss": False}
+    return seeded(lambda: SpeechT5ForTextToSpeech(SpeechT5Config(**sizes, **heads, **widths, **still)), seed).eval()
+
+
+def spectrograms(padding: int = 0) -> dict[str, Tensor]:
+    """Twelve frames for six tokens, so that the decoder's six positions are as many as the encoder's."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randn(5, 12, 4, generator=generator)
+    labels[1, 8:] = -100
+    mask = torch.ones(5, 6, dtype=torch.int64)
+    mask[0, 4:] = 0
+    return {
+        "input_ids": torch.randint(3, 20, (5, 6), generator=generator),
+        "attention_mask": mask,
+        "labels": torch.cat([labels, torch.full((5, padding, 4), -100.0)], 1),
+        "speaker_embeddings": torch.randn(5, 8, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["mask of the labels", "mask of the batch"])
+def test_a_decoder_of_spectrograms_gets_one_frame_of_two_and_their_mask(given: bool) -> None:
+    batch = spectrograms()
+    mask = torch.ones(5, 12, dtype=torch.int64)
+    if given:
+        mask[2, 5:] = 0
+        batch["decoder_attention_mask"] = mask
+    else:
+        mask[1, 8:] = 0
+    seen = seen_by_target(batch, speecht5(0))
+    values, of_frames = shift_spectrograms_right(batch["labels"], 2, mask)
+    assert torch.equal(seen["decoder_input_values"], values)
+    assert torch.equal(seen["decoder_attention_mask"], of_frames)
+
+
+def test_padded_spectrograms_change_no_similarity_of_the_decoder() -> None:
+    def similarity(padding: int) -> float:
+        layers: Any = {f"{side}_layers": ["decoder_hidden_states"] for side in ("target", "guide")}
+        target, batch = speecht5(0), spectrograms(padding)
+        guidance = GuidanceLoss(
+            target, speecht5(1), GuidanceConfig(sample_axis="token", measure="linear_cka", **layers)
+        )
+        with guidance.watch(batch) as watched:
+            target(**watched.inputs)
+        return watched.loss.item()
+
+    assert 0.01 < similarity(0) == pytest.approx(similarity(4), abs=1e-6) == pytest.approx(similarity(20), abs=1e-6)
 
 
 def test_prompts_and_completions_that_a_target_sees_together_are_joined() -> None:
