@@ -6,7 +6,9 @@
     accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim convnet_without_skips
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
-convnet_without_skips, wide_fcn or deep_fcn.
+convnet_without_skips, wide_fcn or deep_fcn; deep_fcn_controls and deep_fcn_measures put what else the deep FCN may be
+guided by beside it, on three seeds. --config is a file with flags. A guidance flag with several values (--measure ridge
+linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
@@ -21,6 +23,7 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     reversed_layers          control: the trained guide's layers in reverse order
     own_architecture         control: the guide is the target's own architecture, with other random weights
     distillation             trained on the logits of a trained guide that has the data's classes
+    untrained_distillation   control: trained on the logits of an untrained guide
     guide_itself             the guide, trained on the data (needs --train_guide)
 
 Every field of TrainingArguments and GuidanceConfig is a flag and applies to all runs. Use --seeds instead of --seed,
@@ -65,7 +68,8 @@ from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_forma
 RUNS = (
     *("alone", "alone_shifted", "guide_itself", "untrained_guide", "untrained_guide_stopped"),
     *("trained_guide", "trained_guide_stopped"),
-    *("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture", "distillation"),
+    *("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture"),
+    *("distillation", "untrained_distillation"),
 )
 FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "reversed_layers", "distillation")
 IMAGENET = "ILSVRC/imagenet-1k"
@@ -81,6 +85,12 @@ FAIR = """
     --runs alone guide_itself trained_guide trained_guide_stopped --seeds 0 1 2 3 4 --equal_time_baseline --measure auto
     --disable_tqdm true
 """
+DEEP_FCN = f"""{FAIR}
+    --target deep_fcn --width 256 --dropout 0 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
+    --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --eval_steps 50 --guide_learning_rate 1e-3
+    --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
+"""
+BESIDE_DEEP_FCN = f"{DEEP_FCN} --seeds 20 21 22 --learning_rate 5e-4 --equal_time_baseline false"
 CLAIMS = {
     "convnet_without_skips": f"""{FAIR}
         --target resnet50_without_skips --width 16 --guide resnet50 --guide_width 16
@@ -96,14 +106,18 @@ CLAIMS = {
         --seeds 10 11 12 13 14 --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped
         --output_dir outputs/claims/wide_fcn
     """,
-    "deep_fcn": f"""{FAIR}
-        --target deep_fcn --width 256 --dropout 0 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
-        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --eval_steps 50
-        --learning_rates 5e-4 1e-3 2e-3 4e-3
-        --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
-        --seeds 10 11 12 13 14
+    "deep_fcn": f"""{DEEP_FCN}
+        --learning_rates 5e-4 1e-3 2e-3 4e-3 --seeds 10 11 12 13 14
         --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped untrained_guide
         --output_dir outputs/claims/deep_fcn
+    """,
+    "deep_fcn_controls": f"""{BESIDE_DEEP_FCN}
+        --runs alone guide_itself trained_guide untrained_guide own_architecture shuffled_guide noise_guide
+        reversed_layers distillation untrained_distillation --output_dir outputs/claims/deep_fcn_controls
+    """,
+    "deep_fcn_measures": f"""{BESIDE_DEEP_FCN}
+        --runs alone guide_itself trained_guide --measure linear_cka debiased_cka ridge ridge_loo procrustes
+        --output_dir outputs/claims/deep_fcn_measures
     """,
 }
 
@@ -317,8 +331,8 @@ def matched_runs(
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)
     given: Callable[..., Any] = partial(load_guide, trained if recipe.train_guide else source)
 
-    def distil(**kwargs: Any) -> DistillationTrainer:
-        return DistillationTrainer(guide=given(auto_class=AutoModelForImageClassification), **kwargs)
+    def distil(teacher: Callable[[], Any], **kwargs: Any) -> DistillationTrainer:
+        return DistillationTrainer(guide=teacher(), **kwargs)
 
     def own_architecture() -> Any:
         return load_guide(target().config, untrained=True, seed=OTHER_SEED + seed)
@@ -358,7 +372,13 @@ def matched_runs(
             guidance={"guide_layers": ["hidden_states"]},
             task=others.get("own_architecture"),
         ),
-        Run("distillation", seed, target, trainer=distil),
+        Run(
+            "distillation",
+            seed,
+            target,
+            trainer=partial(distil, partial(given, auto_class=AutoModelForImageClassification)),
+        ),
+        Run("untrained_distillation", seed, target, trainer=partial(distil, itself)),
     ]
     chosen = set(recipe.runs or ())
     if recipe.train_guide and chosen & {*FROM_ITS_WEIGHTS}:

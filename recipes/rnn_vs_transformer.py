@@ -6,7 +6,9 @@
     accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim copy_paste
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
-copy_paste, parity or language_modeling (its text: make shakespeare).
+copy_paste, parity or language_modeling (its text: make shakespeare). copy_paste_controls and copy_paste_measures put
+what else may guide the RNN beside it, on three seeds. --config is a file with flags. A guidance flag with several
+values (--measure ridge linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
@@ -15,6 +17,10 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     trained_guide            guided by the network that guide_itself trained
     untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
     trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
+    shuffled_guide           control: the untrained guide sees other rows
+    noise_guide              control: the untrained guide sees random tokens
+    reversed_layers          control: the untrained guide's layers in reverse order
+    own_architecture         control: the guide is the target's own architecture, with other random weights
     guide_itself             the guide, trained on the task, as a reference
 
 Every field of TrainingArguments and GuidanceConfig is a flag and applies to all runs. Use --seeds instead of --seed,
@@ -53,12 +59,23 @@ from hf_guidance.tasks.parity import length_curriculum
 TEXT_TASKS = ("copy_paste", "parity", "language_modeling")
 RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")  # by default
 STOPPED = ("untrained_guide_stopped", "trained_guide_stopped")
+CONTROLS = ("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture")
+OTHER_SEED = 10_000  # of a guide that has the target's architecture, and must not have its weights
 
 FAIR = "--seeds 10 11 12 13 14 --equal_time_baseline --disable_tqdm true"
+BESIDE_COPY_PASTE = "--disable_tqdm true --task copy_paste --learning_rate 3e-3 --seeds 20 21 22"
 CLAIMS = {
     "copy_paste": f"""{FAIR}
         --task copy_paste --learning_rates 1e-3 2e-3 3e-3 5e-3 --runs alone untrained_guide untrained_guide_stopped
         --output_dir outputs/claims/copy_paste
+    """,
+    "copy_paste_controls": f"""{BESIDE_COPY_PASTE}
+        --runs alone guide_itself untrained_guide trained_guide own_architecture noise_guide reversed_layers
+        --output_dir outputs/claims/copy_paste_controls
+    """,
+    "copy_paste_measures": f"""{BESIDE_COPY_PASTE}
+        --runs alone untrained_guide --measure linear_cka debiased_cka ridge ridge_loo procrustes
+        --output_dir outputs/claims/copy_paste_measures
     """,
     "parity": f"""{FAIR}
         --task parity --learning_rates 3e-4 1e-3 2e-3 3e-3 --runs alone guide_itself trained_guide --guide_rows 24
@@ -79,7 +96,7 @@ class Arguments(RecipeArguments):
 
     task: str = field(default="copy_paste", metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
     runs: list[str] = field(
-        default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS + STOPPED)}."}
+        default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS + STOPPED + CONTROLS)}."}
     )
     text_files: Optional[list[str]] = field(default=None, metadata={"help": "UTF-8 text files for language_modeling."})
     dataset: str = field(
@@ -184,7 +201,7 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     """Return the defaults of the other flags."""
     check_choice("task", recipe.task, TEXT_TASKS)
     for run in recipe.runs:
-        check_choice("runs", run, RUNS + STOPPED)
+        check_choice("runs", run, RUNS + STOPPED + CONTROLS)
     chosen = preset(recipe.task, recipe.preset)
     folder = f"outputs/rnn_vs_transformer/{recipe.task}-{recipe.preset}"
     return {"output_dir": folder, **chosen.training, **chosen.guidance}
@@ -234,6 +251,9 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
     def untrained() -> Any:
         return load_guide(guide().config, seed=seed)
 
+    def own_architecture() -> Any:
+        return load_guide(target().config, seed=OTHER_SEED + seed)
+
     given: Callable[[], Any] = partial(load_guide, trained)
     stop = recipe.stopped(recipe.runs, args.max_steps)
     runs = [
@@ -243,6 +263,10 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
         Run("trained_guide", seed, target, guide=given, needs="guide_itself", like=untrained),
         Run("trained_guide_stopped", seed, target, guide=given, needs="guide_itself", like=untrained, guidance=stop),
+        Run("shuffled_guide", seed, target, guide=untrained, guidance={"guide_input": "shuffled"}),
+        Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
+        Run("reversed_layers", seed, target, guide=untrained, guidance={"layer_mapping": "reversed"}),
+        Run("own_architecture", seed, target, guide=own_architecture),
     ]
     needed = {*recipe.runs, *(run.needs for run in runs if run.name in recipe.runs)}
     return [run for run in runs if run.name in needed]

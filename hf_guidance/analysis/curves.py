@@ -8,7 +8,14 @@ from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from hf_guidance.analysis.figures import save
-from hf_guidance.analysis.history import Curves, History, similarity_curves, training_curve, validation_curve
+from hf_guidance.analysis.history import (
+    Curves,
+    History,
+    run_in_words,
+    similarity_curves,
+    training_curve,
+    validation_curve,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +138,7 @@ def _curve(panel: Axes, runs: Sequence[Curves], name: str, color: str, factor: f
     by_step = _by_step(runs, "curve", "value")
     steps = list(by_step)
     means = [statistics.fmean(by_step[s]) * factor for s in steps]
-    panel.plot(steps, means, marker=_marker(steps), color=color, label=name.replace("_", " "))
+    panel.plot(steps, means, marker=_marker(steps), color=color, label=run_in_words(name))
     if len(runs) > 1:
         lows, highs = [min(by_step[s]) * factor for s in steps], [max(by_step[s]) * factor for s in steps]
         panel.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
@@ -184,7 +191,7 @@ def _similarities(panel: Axes, runs: Sequence[Curves], name: str) -> None:
         means = [statistics.fmean(by_step[s]) for s in steps]
         panel.plot(steps, means, marker=_marker(steps), color=color, label=label, linewidth=1.2)
     measure = runs[0]["settings"]["guidance"]["measure"].replace("_", " ").replace("cka", "CKA")
-    panel.set(xlabel="optimizer step", ylabel=measure, title=name.replace("_", " "))
+    panel.set(xlabel="optimizer step", ylabel=measure, title=run_in_words(name))
     if len(pairs) <= MANY_PAIRS:
         panel.legend(frameon=False, fontsize=7, title="target ~ guide layer", title_fontsize=7)
         return

@@ -40,6 +40,11 @@ DIMENSION = "dimension/"  # in the names of intrinsic dimensions of layers
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
+def run_in_words(name: str) -> str:
+    """Write the name of a run for people: `guided-measure_rsa` becomes `guided, measure rsa`."""
+    return name.replace("-", ", ").replace("_", " ")
+
+
 def metrics_of(log: Log, split: str) -> dict[str, float]:
     """Return name → value of the task's metrics that a log entry holds for the split `eval` or `test`."""
     values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}

@@ -130,11 +130,18 @@ def _taken(action: argparse.Action, values: list[str]) -> list[str] | None:
     if action.nargs == 0:
         values = []
     elif action.nargs != "+":
-        values = values[:1]
+        sweep = [_published_value(action, value) for value in values] if _is_closed(action) else [None]
+        values = values[:1] if None in sweep else values  # a recipe takes several values as a sweep
     if not values and not bare:
         return None
     taken = [_published_value(action, value) for value in values]
     return None if None in taken else [value for value in taken if value is not None]
+
+
+def _is_closed(action: argparse.Action) -> bool:
+    """Tell whether a flag takes only numbers or words of a list, so that a stray word is none of its values."""
+    is_number = action.type in (int, float)
+    return is_number or POSSIBLE.get(action.dest, action.choices) is not None
 
 
 def _published_value(action: argparse.Action, value: str) -> str | None:

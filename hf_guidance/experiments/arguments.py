@@ -21,6 +21,9 @@ class RecipeArguments:
         default=None,
         metadata={"help": "A claim of the paper: stands for the flags of its comparison, which other flags replace."},
     )
+    config: Optional[str] = field(
+        default=None, metadata={"help": "A YAML or JSON file with flags; those on the command line replace them."}
+    )
     learning_rates: Optional[list[float]] = field(
         default=None,
         metadata={"help": "Train the target alone at each of these; all runs use the best on validation data."},

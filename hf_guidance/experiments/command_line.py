@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
@@ -23,16 +27,77 @@ def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
         raise ValueError(f"--{flag} {value}: possible are {', '.join(possible)}.")
 
 
-def flags_of_the_claim(claims: Mapping[str, str]) -> list[str]:
-    """Return the flags that `--claim` on the command line stands for, and print them."""
-    given = [word.removeprefix("--claim=") for word in sys.argv if word.startswith("--claim=")]
-    given += [value for word, value in pairwise(sys.argv) if word == "--claim"]
-    if not given:
-        return []
-    check_choice("claim", given[-1], claims or ["none in this recipe"])
+def with_flags_of_the_file(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the flags of its `--config` in place of that; other flags replace them.
+
+    Args:
+        words: The command line, without the program.
+
+    Raises:
+        ValueError: If a flag is given twice, or the file cannot be read.
+    """
+    given = [word.split("=")[0].replace("-", "_").lstrip("_") for word in words if word.startswith("--")]
+    if twice := [flag for flag, times in Counter(given).items() if times > 1]:
+        raise ValueError(f"--{twice[0]} is given twice: which value is meant?")
+    own = list(words)
+    file = _taken(own, "--config")
+    if file is None:
+        return own
+    return [word for name, value in flags_of_the_file(file).items() if name not in given for word in value] + own
+
+
+def with_flags_of_the_claim(words: Sequence[str], claims: Mapping[str, str]) -> list[str]:
+    """Return the words of a command line behind the flags that its `--claim` stands for, which are printed."""
+    claim = _value(words, "--claim")
+    if claim is None:
+        return list(words)
+    check_choice("claim", claim, claims or ["none in this recipe"])
     if os.environ.get("RANK", "0") == "0":
-        print(f"--claim {given[-1]}: {' '.join(claims[given[-1]].split())}", flush=True)
-    return claims[given[-1]].split()
+        print(f"--claim {claim}: {' '.join(claims[claim].split())}", flush=True)
+    return [*claims[claim].split(), *words]
+
+
+def _value(words: Sequence[str], flag: str) -> str | None:
+    """Return the last value of a flag."""
+    given = [value for word, value in pairwise(words) if word == flag]
+    given += [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
+    return given[-1] if given else None
+
+
+def _taken(words: list[str], flag: str) -> str | None:
+    """Return the value of a flag, and remove both from the words."""
+    value = _value(words, flag)
+    for word in (flag, f"{flag}={value}"):
+        if value is not None and word in words:
+            place = words.index(word)
+            del words[place : place + (2 if word == flag else 1)]
+    return value
+
+
+def flags_of_the_file(path: str) -> dict[str, list[str]]:
+    """Read flags from a YAML or JSON file: a mapping of names to values, as `HfArgumentParser` takes it.
+
+    Returns:
+        Name of each flag → its words on a command line.
+
+    Raises:
+        ValueError: If the file cannot be read or holds no such mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # of which JSON is a part
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict) or any(not isinstance(name, str) for name in values):
+        raise ValueError(f"--config {path} holds {type(values).__name__}; expected names of flags with their values.")
+    return {
+        name: [f"--{name}", *(_word(v) for v in (value if isinstance(value, list) else [value]))]
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)  # true and false, numbers, mappings
 
 
 def parse(

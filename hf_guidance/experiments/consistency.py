@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_guidance.analysis.errors import error_consistency_matrix, plot_error_consistency
+from hf_guidance.analysis.history import run_in_words
 from hf_guidance.experiments.comparison import PREDICTIONS
 from hf_guidance.experiments.report import Record
 
@@ -26,7 +27,7 @@ def plot_errors(runs: Sequence[Record], folder: Path, path: str | os.PathLike[st
     """
     first = next((run["seed"] for run in runs), None)
     places = {run["run"]: folder / f"seed-{first}" / run["run"] / PREDICTIONS for run in runs if run["seed"] == first}
-    files = {name.replace("_", " "): np.load(place) for name, place in places.items() if place.is_file()}
+    files = {run_in_words(name): np.load(place) for name, place in places.items() if place.is_file()}
     if len(files) < 2:
         return False
     predictions = {name: file["predictions"] for name, file in files.items()}

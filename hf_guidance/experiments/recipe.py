@@ -20,13 +20,14 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.baselines import LONGER, equal_time, longer, say_edge
 from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
-from hf_guidance.experiments.command_line import check_choice, flags_of_the_claim, parse
+from hf_guidance.experiments.command_line import check_choice, parse, with_flags_of_the_claim, with_flags_of_the_file
 from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
 from hf_guidance.experiments.consistency import plot_errors
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.matrix import Cells, cells_of, matrix_table, plot_gains
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import SETTINGS, Run, first_rows
+from hf_guidance.experiments.sweeps import settings_of_sweeps, swept, take_sweeps
 from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.experiments.verdicts import EQUAL_TIME, gains, in_words
 from hf_guidance.experiments.watching import WatchedDimensions, plot_dimensions
@@ -126,9 +127,12 @@ def launch(
         claims: Name of a claim, for `--claim` → the flags of its comparison.
     """
     tell_in_one_line()
+    sys.argv[1:] = with_flags_of_the_file(sys.argv[1:])
     command = ["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-    sys.argv[1:1] = flags_of_the_claim(claims or {})
+    sys.argv[1:] = with_flags_of_the_claim(sys.argv[1:], claims or {})
+    sweeps = take_sweeps(sys.argv)
     recipe, args, guidance = _parse(description, arguments, defaults)
+    settings = settings_of_sweeps(sweeps, guidance)
     check_machine(args)
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
@@ -139,8 +143,11 @@ def launch(
     try:
         built = build(recipe, args)
         comparisons = built.comparisons if isinstance(built, Matrix) else {"": built}
+        if isinstance(built, Matrix) and sweeps:
+            raise ValueError(f"--{next(iter(sweeps))}: this recipe crosses targets with guides; give one value.")
         for name, comparison in comparisons.items():
             own = _in_folder(args, name)
+            comparison = replace(comparison, runs=swept(comparison.runs, settings))
             reports[name] = compare(recipe, own, guidance, comparison, command)
             summary = comparison.summary()
             if PartialState().is_main_process:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from hf_guidance.analysis.history import Curves
+from hf_guidance.analysis.history import Curves, run_in_words
 from hf_guidance.card.contents import RunFacts
 
 
@@ -127,7 +127,7 @@ def markdown_table(rows: Sequence[Row], metric: str, percent: bool) -> str:
     header = ["run", "seeds", "steps", "training time", f"validation {metric}", f"test {metric}"]
     cells = [header] + [
         [
-            row["run"].replace("_", " "),
+            run_in_words(row["run"]),
             " ".join(map(str, row["seeds"])),
             str(row["steps"]),
             f"{row['seconds']:.0f} s",

@@ -7,10 +7,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from hf_guidance.analysis.history import run_in_words
 from hf_guidance.experiments.report import Record
 
 EQUAL_TIME = "alone_equal_time"
 LEVEL = 0.95
+BESIDE = ("alone", EQUAL_TIME, "alone_longer", "alone_shifted", "guide_itself")  # what no gain is reported for
 FEWEST = 3  # seeds, below which an interval says nothing
 
 
@@ -31,19 +33,19 @@ class Difference(TypedDict):
 
 
 def gains(results: Sequence[Record], task: Mapping[str, Any]) -> list[Difference]:
-    """Compare each guided run with the baseline at equal steps, and at equal time if there is such a run.
+    """Compare each guided or distilled run with the baseline at equal steps, and at equal time if there is such a run.
 
     Args:
         results: Records of the runs.
         task: `metric`, `percent` and, if a lower value is better, `higher_is_better`, of a report.
 
     Returns:
-        One entry for each guided run and baseline with a seed in common.
+        One entry for each such run and baseline with a seed in common.
     """
     by_name: dict[str, dict[int, Record]] = {}
     for record in results:
         by_name.setdefault(record["run"], {})[record["seed"]] = record
-    guided = [name for name, runs in by_name.items() if any(run["guide"] for run in runs.values())]
+    guided = [name for name in by_name if name not in BESIDE]
     found = []
     for name in guided:
         for baseline in ("alone", EQUAL_TIME):
@@ -115,6 +117,6 @@ def in_words(found: Difference) -> str:
     each = ", ".join(f"{value:+.1f}" for value in values.values())
     against = {"alone": "alone, equal steps", EQUAL_TIME: "alone, equal time"}.get(found["baseline"], found["baseline"])
     return (
-        f"{found['run'].replace('_', ' ')} − {against}, test: {found['mean']:+.1f} {unit}{shown} "
+        f"{run_in_words(found['run'])} − {against}, test: {found['mean']:+.1f} {unit}{shown} "
         f"(seeds {' '.join(map(str, values))}: {each})"
     )

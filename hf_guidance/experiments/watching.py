@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.figures import save
-from hf_guidance.analysis.history import DIMENSION
+from hf_guidance.analysis.history import DIMENSION, run_in_words
 from hf_guidance.experiments.report import Record
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.features.rows import Batch
@@ -83,7 +83,7 @@ def plot_dimensions(runs: Sequence[Record], path: str | os.PathLike[str]) -> boo
                 by_step.setdefault(int(point["step"]), []).extend(v for k, v in point.items() if k != "step")
         if by_step:
             values = [statistics.fmean(by_step[step]) for step in sorted(by_step)]
-            panel.plot(sorted(by_step), values, color=f"C{number}", marker=".", label=name.replace("_", " "))
+            panel.plot(sorted(by_step), values, color=f"C{number}", marker=".", label=run_in_words(name))
     panel.set(xlabel="optimizer step", ylabel="intrinsic dimension, mean of layers")
     panel.legend(frameon=False, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,13 @@
 """A Trainer's log as curves."""
 
-from hf_guidance.analysis.history import gradient_curve, metrics_of, similarity_curves, training_curve, validation_curve
+from hf_guidance.analysis.history import (
+    gradient_curve,
+    metrics_of,
+    run_in_words,
+    similarity_curves,
+    training_curve,
+    validation_curve,
+)
 
 PAIR = "guidance/similarity/a~b"
 HISTORY = [
@@ -14,6 +21,13 @@ HISTORY = [
 
 def test_the_training_curve_is_of_the_task_alone_where_that_is_logged() -> None:
     assert training_curve(HISTORY) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+def test_the_name_of_a_run_of_a_sweep_reads_as_words() -> None:
+    assert (
+        run_in_words("trained_guide-measure_rsa-guidance_weight_0.1")
+        == "trained guide, measure rsa, guidance weight 0.1"
+    )
 
 
 def test_similarities_are_points_by_the_names_of_the_pairs() -> None:

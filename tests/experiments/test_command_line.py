@@ -1,11 +1,13 @@
 """A recipe's flags, beside those of the two configs."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
+import yaml
 
-from hf_guidance.experiments.command_line import check_choice, flags_of_the_claim, parse
+from hf_guidance.experiments.command_line import check_choice, parse, with_flags_of_the_claim, with_flags_of_the_file
 
 
 @dataclasses.dataclass
@@ -63,16 +65,44 @@ def test_a_wrong_flag_is_an_error_without_the_list_of_all_flags(words, said, mon
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_claim_stands_for_its_flags(monkeypatch, capsys):
-    claims = {"deep": "--size 3\n  --fast", "wide": "--size 4"}
-    for words, flags in (
-        ([], []),
-        (["--claim", "deep"], ["--size", "3", "--fast"]),
-        (["--claim=wide", "--size", "9"], ["--size", "4"]),
-    ):
-        monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
-        assert flags_of_the_claim(claims) == flags
+CLAIMS = {"deep": "--size 3\n  --fast", "wide": "--size 4"}
+
+
+def test_a_claim_stands_for_its_flags(capsys):
+    assert with_flags_of_the_claim(["--size", "9"], CLAIMS) == ["--size", "9"]
+    claimed = with_flags_of_the_claim(["--claim", "deep"], CLAIMS)
+    assert claimed == ["--size", "3", "--fast", "--claim", "deep"]
+    assert with_flags_of_the_claim(["--claim=wide", "--size", "9"], CLAIMS)[:2] == ["--size", "4"]
     assert capsys.readouterr().out == "--claim deep: --size 3 --fast\n--claim wide: --size 4\n"
-    monkeypatch.setattr(sys, "argv", ["recipe.py", "--claim", "tall"])
     with pytest.raises(ValueError, match="--claim tall: possible are deep, wide"):
-        flags_of_the_claim(claims)
+        with_flags_of_the_claim(["--claim", "tall"], CLAIMS)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_file_stands_for_flags_which_the_command_line_replaces(suffix, tmp_path, monkeypatch):
+    values = {"size": 3, "fast": True, "measure": "rsa", "guide_layers": ["a", "b.*"], "sketch": None}
+    path = tmp_path / f"settings.{suffix}"
+    path.write_text(yaml.safe_dump(values, sort_keys=False) if suffix == "yaml" else json.dumps(values))
+    words = with_flags_of_the_file(["--config", str(path), "--measure", "ridge"])
+    assert " ".join(words) == "--size 3 --fast true --guide_layers a b.* --measure ridge"
+    own, _, guidance = parsed(monkeypatch, *words)
+    assert (own.size, own.fast, guidance.measure, guidance.guide_layers) == (3, True, "ridge", ["a", "b.*"])
+    assert with_flags_of_the_file([f"--config={path}", "--size=4"])[:2] == ["--fast", "true"]
+    path.write_text(json.dumps({"claim": "deep", "size": 7}))
+    both = with_flags_of_the_claim(with_flags_of_the_file(["--config", str(path)]), CLAIMS)
+    assert " ".join(both) == "--size 3 --fast --claim deep --size 7"
+
+
+def test_a_file_that_is_none_of_flags_and_a_flag_given_twice_are_errors(tmp_path, monkeypatch):
+    path = tmp_path / "settings.yaml"
+    with pytest.raises(ValueError, match=r"--config .*settings.yaml cannot be read: .*No such file"):
+        with_flags_of_the_file(["--config", str(path)])
+    for text, said in (("- size", "holds list; expected names of flags"), ("a: [", "cannot be read: while parsing")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            with_flags_of_the_file(["--config", str(path)])
+    path.write_text("mesure: ridge")
+    with pytest.raises(ValueError, match=r"unknown flags: --mesure.* Did you mean --measure\?"):
+        parsed(monkeypatch, *with_flags_of_the_file(["--config", str(path)]))
+    with pytest.raises(ValueError, match=r"^--size is given twice: which value is meant\?$"):
+        with_flags_of_the_file(["--size", "1", "--fast", "--size=2"])

@@ -1,0 +1,102 @@
+"""Flags with several values: one run at each of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import Recipe
+from torch import nn
+
+from hf_guidance import GuidanceConfig
+from hf_guidance.experiments.run import Run
+from hf_guidance.experiments.sweeps import settings_of_sweeps, swept, take_sweeps
+
+
+def test_only_guidance_flags_with_several_values_are_swept() -> None:
+    words = [
+        "recipe.py",
+        "--seeds",
+        "0",
+        "1",
+        "--measure",
+        "ridge",
+        "rsa",
+        "--guide_layers",
+        "a",
+        "b",
+        "--eval_guidance",
+    ]
+    rest = ["--guidance_weight", "0.3", "1", "1", "--max_steps", "3"]
+    words += rest
+    assert take_sweeps(words) == {"measure": ["ridge", "rsa"], "guidance_weight": ["0.3", "1"]}
+    assert " ".join(words) == (
+        "recipe.py --seeds 0 1 --measure ridge --guide_layers a b --eval_guidance --guidance_weight 0.3 --max_steps 3"
+    )
+    again = ["--measure", "ridge", "rsa", "--measure", "linear_cka"]  # a claim's flag, and the one that replaces it
+    assert take_sweeps(again) == {}
+    with pytest.raises(ValueError, match="--cache_guide a b: one value is expected"):
+        take_sweeps(["--cache_guide", "a", "b"])
+
+
+def test_every_combination_is_a_setting_with_the_types_of_its_fields() -> None:
+    sweeps = {"measure": ["ridge", "rsa"], "guidance_weight": ["0.3", "1e-2"], "guide_rows": ["4"]}
+    settings = settings_of_sweeps(sweeps, GuidanceConfig())
+    assert list(settings) == [
+        f"measure_{measure}-guidance_weight_{weight}-guide_rows_4"
+        for measure in ("ridge", "rsa")
+        for weight in ("0.3", "0.01")
+    ]
+    assert list(settings.values())[1] == {"measure": "ridge", "guidance_weight": 0.01, "guide_rows": 4}
+    assert settings_of_sweeps({}, GuidanceConfig()) == {}
+    for wrong, said in (({"measure": ["rsa", "cca"]}, "cca"), ({"guide_rows": ["4", "x"]}, "invalid int value: 'x'")):
+        with pytest.raises(ValueError, match=said):
+            settings_of_sweeps(wrong, GuidanceConfig())
+
+
+def test_each_guided_run_is_made_at_each_setting_and_keeps_what_it_sets_itself() -> None:
+    def network() -> nn.Module:
+        return nn.Linear(1, 1)
+
+    runs = [
+        Run("alone", 3, network),  # type: ignore[arg-type]
+        Run("guided", 3, network, guide=network),  # type: ignore[arg-type]
+        Run("shuffled", 3, network, guide=network, guidance={"guide_input": "shuffled"}),  # type: ignore[arg-type]
+    ]
+    found = swept(
+        lambda seed: runs, {"measure_a": {"measure": "a"}, "measure_b": {"measure": "b", "guide_input": "x"}}
+    )(3)
+    assert [(run.name, run.guidance) for run in found] == [
+        ("alone", {}),
+        ("guided-measure_a", {"measure": "a"}),
+        ("guided-measure_b", {"measure": "b", "guide_input": "x"}),
+        ("shuffled-measure_a", {"measure": "a", "guide_input": "shuffled"}),
+        ("shuffled-measure_b", {"measure": "b", "guide_input": "shuffled"}),
+    ]
+    assert swept(lambda seed: runs, {})(3) is runs
+
+
+def test_a_recipe_sweeps_and_compares_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {
+        "max_steps": 2,
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "eval_size": 8,
+        "use_cpu": True,
+        "runs": ["alone", "untrained_guide"],
+    }
+    recipe = Recipe("rnn_vs_transformer", tiny)
+    recipe.run_here(monkeypatch, tmp_path / "out", measure=["ridge", "debiased_cka"])
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    guided = [f"untrained_guide-measure_{measure}" for measure in ("ridge", "debiased_cka")]
+    assert [run["run"] for run in report["runs"]] == ["alone", *guided]
+    assert [run["settings"]["guidance"]["measure"] for run in report["runs"][1:]] == ["ridge", "debiased_cka"]
+    assert "--measure ridge debiased_cka" in report["command"]
+    assert [found["run"] for found in report["differences"]] == guided
+    assert all((tmp_path / "out" / "seed-0" / name / "README.md").is_file() for name in guided)
+    with pytest.raises(ValueError, match="--measure: this recipe crosses targets with guides; give one value"):
+        Recipe("which_prior", {"max_steps": 1, "use_cpu": True}).run_here(
+            monkeypatch, tmp_path / "matrix", measure=["ridge", "debiased_cka"]
+        )
