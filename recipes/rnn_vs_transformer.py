@@ -84,7 +84,7 @@ CLAIMS = {
     "language_modeling": f"""{FAIR}
         --task language_modeling --text_files outputs/shakespeare.txt --learning_rates 1e-3 2e-3 3e-3 4e-3
         --lr_scheduler_type linear --runs alone guide_itself trained_guide trained_guide_stopped untrained_guide
-        --guide_learning_rate 2e-3 --guide_max_steps 500 --guide_rows 16
+        --guide_learning_rate 2e-3 --guide_max_steps 1000 --guide_rows 16 --seeds 30 31 32 33 34
         --output_dir outputs/claims/language_modeling
     """,
 }
