@@ -2,7 +2,8 @@
 
 `first_batch` describes the first batch, and `first_warnings` finds what will spoil the run. `history` reads a Trainer's
 log, and `similarity_map` compares all layers on one batch. `curves` and `heat_maps` draw both, and `figures` writes the
-files. `errors` tells whether two networks err alike, and `dimensions` the dimension of a layer's features.
+files. `network_comparison` compares any two networks over a dataset, by the sums of `hsic_sums`. `errors` tells whether
+two networks err alike, and `dimensions` the dimension of a layer's features.
 """
 
 from hf_guidance.analysis.curves import plot_comparison, plot_curves, plot_run
@@ -19,12 +20,15 @@ from hf_guidance.analysis.history import (
     training_curve,
     validation_curve,
 )
+from hf_guidance.analysis.network_comparison import Comparison, compare
 
 __all__ = [
+    "Comparison",
     "Curves",
     "FirstLook",
     "History",
     "SimilarityMap",
+    "compare",
     "error_consistency",
     "error_consistency_matrix",
     "intrinsic_dimension",

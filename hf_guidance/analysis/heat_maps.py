@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FEW_LAYERS = 12  # above this, an axis names only some of the layers
+NUMBERED = 8  # layers, up to which the two maps of a run have numbers in their cells
+LIMITS = (-0.2, 1.0)  # of the colours, in every map
 
 
 def plot_similarity_maps(results: Sequence[Curves], path: str | os.PathLike[str]) -> bool:
@@ -47,17 +49,55 @@ def plot_similarity_maps(results: Sequence[Curves], path: str | os.PathLike[str]
     return True
 
 
-def _draw(panel: Axes, content: SimilarityMap) -> Any:
-    rows, columns = content["target_layers"], content["guide_layers"]
-    image = panel.imshow(content["similarity"], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-    places = [pair.split("~") for pair in content["pairs"]]
-    panel.scatter([columns.index(g) for _, g in places], [rows.index(t) for t, _ in places], s=5, c="white", marker="s")
+def draw_map(
+    panel: Axes, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], small: bool = True
+) -> Any:
+    """Draw similarities as an image from −0.2 to 1, with the numbers in its cells if there are few and room for them.
+
+    A value outside these limits is written in its cell in any case.
+
+    Args:
+        panel: Where to draw.
+        values: A line for each of `rows`; NaN leaves a cell grey.
+        rows: Names of the layers that go upwards.
+        columns: Names of the layers that go to the right.
+        small: Whether a cell of a small map is wide enough for its number.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    low, high = LIMITS
+    numbers = np.array(values, dtype=float)
+    panel.set_facecolor("0.85")
+    image = panel.imshow(numbers, vmin=low, vmax=high, cmap="viridis", aspect="auto", origin="lower")
+    few = small and max(numbers.shape) <= FEW_LAYERS
+    for (i, j), value in np.ndenumerate(numbers):
+        if np.isfinite(value) and (few or not low - 0.005 <= value <= high + 0.005):
+            is_dark = value < low + 0.6 * (high - low)
+            panel.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if is_dark else "k", fontsize=6)
     for set_ticks, layers in ((panel.set_xticks, columns), (panel.set_yticks, rows)):
         every = -(-len(layers) // FEW_LAYERS)
         short = [layer.replace("hidden_states.", "h").replace("timm_model.", "") for layer in layers]
         set_ticks(range(0, len(layers), every), short[::every], fontsize=6)
     for label in panel.get_xticklabels():
         label.set(rotation=60, horizontalalignment="right", rotation_mode="anchor")
+    return image
+
+
+def _draw(panel: Axes, content: SimilarityMap) -> Any:
+    """Draw the map of a guided run, with its pairs framed."""
+    rows, columns = content["target_layers"], content["guide_layers"]
+    image = draw_map(panel, content["similarity"], rows, columns, small=max(len(rows), len(columns)) <= NUMBERED)
+    places = [pair.split("~") for pair in content["pairs"]]
+    panel.scatter(
+        [columns.index(g) for _, g in places],
+        [rows.index(t) for t, _ in places],
+        s=9 if max(len(rows), len(columns)) > NUMBERED else 240,
+        facecolors="none" if max(len(rows), len(columns)) <= NUMBERED else "white",
+        edgecolors="red" if max(len(rows), len(columns)) <= NUMBERED else "black",
+        linewidths=0.8,
+        marker="s",
+    )
     panel.set_xlabel("guide layer", fontsize=8)
     panel.set_ylabel("target layer", fontsize=8)
     return image

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.run import Run
 
 NOT_SWEPT = ("cache_guide", "cache_dtype", "sample_id_column")  # they change where a run computes, not what
@@ -83,7 +83,7 @@ def settings_of_sweeps(sweeps: Mapping[str, Sequence[str]], guidance: GuidanceCo
     return found
 
 
-def swept(runs: Callable[[int], list[Run]], settings: Mapping[str, Mapping[str, Any]]) -> Callable[[int], list[Run]]:
+def swept(runs: Callable[[int], list[Run]], settings: Mapping[str, Mapping[str, Json]]) -> Callable[[int], list[Run]]:
     """Return the runs of a seed with one at each setting in place of each guided run.
 
     Args:

@@ -34,12 +34,15 @@ class Layer:
         width: Number d of features.
         parts: 2 for a sketched layer, whose first and second half of features are independent sketches, scaled so that
             the Gram matrix is the mean of theirs; else 1.
+        factor: By which the squared features were multiplied, to have a mean of 1; 0 for a dead layer. It is 1 for a
+            layer that was put together from others.
     """
 
     values: Tensor
     form: Form
     width: int
     parts: int = 1
+    factor: Tensor | float = 1.0
 
     @property
     def samples(self) -> int:
@@ -156,7 +159,7 @@ def layer_of(
             made = dual(x.detach(), parts, precision, noise, wanted)
     if wanted:
         made = made._replace(values=_Values.apply(x, made, form, parts, copy and x.data_ptr() == features.data_ptr()))
-    return Layer(made.values, form, x.shape[-1], parts)
+    return Layer(made.values, form, x.shape[-1], parts, made.factor)
 
 
 def _float(x: Tensor) -> Tensor:
