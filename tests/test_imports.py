@@ -31,6 +31,7 @@ ROOMS = (
     "analysis",
     "trainer",
     "experiments",
+    "commands",
 )
 BESIDE = {"targets", "tasks"}
 OPTIONAL = ("datasets", "evaluate", "matplotlib", "sklearn")

@@ -17,6 +17,9 @@ assert trainer.state.global_step == 60
 assert all(log["guidance/weight"] == 1 for log in trainer.state.log_history if "guidance/loss" in log)
 assert trainer.state.log_history[0]["guidance/loss"] > 0
 assert loss.requires_grad
+assert found.values.shape == (4, 4)
+assert found.samples == 500
+assert found.errors.max() < 0.2
 assert (args.output_dir, guidance.measure) == ("out", "rsa")
 order = [base.__name__ for base in GuidedSeq2SeqTrainer.__mro__]
 assert order.index("GuidanceMixin") < order.index("Seq2SeqTrainer")
@@ -25,7 +28,7 @@ print("RESULT")
 
 
 def test_the_blocks_run_as_printed_one_after_another_from_an_empty_folder_without_a_hub(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     (tmp_path / "train.py").write_text("\n\n".join([*BLOCKS, CHECKS]))
     command = [sys.executable, "train.py", "--output_dir", "out", "--measure", "rsa"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

@@ -196,8 +196,8 @@ def compare(
         stack.enter_context(_in_words())
         stack.enter_context(_as_they_were(a, b, device))
         readers = []
-        for network, layers, role in ((a, layers_a, "target"), (b, layers_b, "guide")):
-            readers.append(LayerReader(network, list(layers or ["hidden_states"]), role))
+        for network, named, role in ((a, layers_a, "target"), (b, layers_b, "guide")):
+            readers.append(LayerReader(network, list(named or ["hidden_states"]), role))
             stack.callback(readers[-1].remove)
         both = _Both(a, b, readers, sample_axis, limits, FEWEST if streams else chosen.min_samples)
         sums, found, count, rows_seen = HSICSums(), None, 0, 0
@@ -211,9 +211,9 @@ def compare(
                 count = sum(layer.samples * layer.rows for layer in next(iter(layers[0].values())))
                 break
             for group in range(len(next(iter(layers[0].values())))):
-                sides = [[side[name][group] for name in side] for side in layers]
-                if sides[0][0].samples >= FEWEST:
-                    sums.add(*sides)
+                of_a, of_b = ([side[name][group] for name in side] for side in layers)
+                if of_a[0].samples >= FEWEST:
+                    sums.add(of_a, of_b)
         names = [reader.names() if rows_seen else [] for reader in readers]
     if not streams and found is not None:
         return Comparison(found, names[0], names[1], measure, sample_axis, count, 1)

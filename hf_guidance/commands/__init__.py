@@ -1,0 +1,5 @@
+"""The command line `hf-guidance`: compare two networks over a dataset, or list the layers of one.
+
+`main` reads the words, `networks` loads what they name, `data` makes batches that both networks take, `comparing` and
+`listing` are the commands. Nothing here is imported by the other rooms.
+"""

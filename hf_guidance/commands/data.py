@@ -1,0 +1,129 @@
+"""Rows of a dataset or of a text file, and a collator that makes batches of them for two networks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from hf_guidance.tasks import image_classification
+from hf_guidance.tasks.image_decoding import PixelFormat
+from hf_guidance.tasks.splits import read_splits
+
+Collator: TypeAlias = Callable[[list[Any]], dict[str, Tensor]]
+TEXT_FILES = (".txt", ".md")
+SPLITS = ("validation", "test", "train")  # the first of these that there is
+
+
+class Data(NamedTuple):
+    """Rows, and what makes a batch of them."""
+
+    rows: Sequence[Any]
+    collator: Collator
+
+
+def images(
+    dataset: str, config: str | None, a: PixelFormat, b: PixelFormat, rows: int | None, column: str | None
+) -> Data:
+    """Read the images of a dataset.
+
+    Args:
+        dataset: Hub id or folder.
+        config: Name of its configuration.
+        a: Format of the images of network a.
+        b: That of network b, which gets images of its own if it differs.
+        rows: Most rows.
+        column: Name of the column with images; None finds it.
+    """
+    task = image_classification(
+        dataset, dataset_config=config, target=a, guide=None if a == b else b, eval_size=rows, image_column=column
+    )
+    return Data(task.eval_dataset, lambda found: {k: v for k, v in task.data_collator(found).items() if k != "labels"})
+
+
+def texts(
+    dataset: str, config: str | None, a: str, b: str, length: int, column: str | None, split: str | None = None
+) -> Data:
+    """Read the texts of a dataset, or the lines of a file.
+
+    Args:
+        dataset: Hub id, folder or text file.
+        config: Name of its configuration.
+        a: Where the tokenizer of network a is.
+        b: Where that of network b is. If its tokens are others, the network gets columns of its own.
+        length: Most tokens of a row.
+        column: Name of the column with texts; None takes `text`, or the first one of strings.
+        split: Name of the split; None takes validation, test or train.
+
+    Raises:
+        ValueError: If there is no text, or a network has no tokenizer.
+    """
+    ours, theirs = tokenizer_of(a), tokenizer_of(b)
+    same = ours.get_vocab() == theirs.get_vocab()
+    found = lines_of(dataset) if dataset.endswith(TEXT_FILES) else _column(dataset, config, column, split)
+
+    def collate(rows: list[str]) -> dict[str, Tensor]:
+        batch = _tokens(ours, rows, length)
+        return batch if same else batch | {f"guide_{k}": v for k, v in _tokens(theirs, rows, length).items()}
+
+    return Data(found, collate)
+
+
+def lines_of(path: str) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} has no text.")
+    return lines
+
+
+def tokenizer_of(source: str) -> Any:
+    """Load the tokenizer of a network; it pads with its end token if it has none for that.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}): save it beside the "
+            "network, or compare them in Python, by hf_guidance.analysis.compare."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or next(iter(tokenizer.get_vocab()))
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _tokens(tokenizer: Any, rows: list[str], length: int) -> dict[str, Tensor]:
+    made: Mapping[str, Tensor] = tokenizer(rows, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return {name: made[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in made}
+
+
+def _column(dataset: str, config: str | None, column: str | None, split: str | None) -> list[str]:
+    if os.path.isfile(dataset):
+        raise ValueError(f"{dataset} is a file; expected a dataset, or a text file ({', '.join(TEXT_FILES)}).")
+    splits = read_splits(dataset, config, streaming=False)
+    chosen = split or next((name for name in SPLITS if name in splits), next(iter(splits)))
+    if chosen not in splits:
+        raise ValueError(f"{dataset} has no split {chosen!r}; it has {', '.join(splits)}.")
+    rows = splits[chosen]
+    strings = [
+        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
+    name = column or ("text" if "text" in strings else next(iter(strings), None))
+    if name is None or name not in rows.column_names:
+        raise ValueError(
+            f"{dataset} has columns {', '.join(rows.column_names)}, but no text in {column or 'any'}: name one of "
+            f"strings with --column ({', '.join(strings) or 'there is none'})."
+        )
+    found = [text for text in rows[name] if text and text.strip()]
+    if not found:
+        raise ValueError(f"the column {name!r} of {dataset} has no text.")
+    return found

@@ -1,0 +1,78 @@
+"""Two networks compared from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import gpt2, llama
+from test_data import WORDS, tokenizer
+
+from hf_guidance.analysis import Comparison
+from hf_guidance.commands.comparing import table_of
+from hf_guidance.commands.main import main
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Two networks with tokenizers, and a text."""
+    for name, network in (("a", gpt2()), ("b", llama())):
+        network.save_pretrained(tmp_path / name)
+        tokenizer(tmp_path / name)
+    lines = [" ".join(WORDS[2 + (i * j) % 5] for j in range(1, 5 + i % 3)) for i in range(60)]
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    return ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--data", str(tmp_path / "t.txt")]
+
+
+def test_two_language_models_are_compared(texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*texts, "--output", str(tmp_path / "c"), "--sample_axis", "token", "--samples", "50", "--batch_size", "5"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "debiased_cka, " in printed
+    assert "in 10 batches, standard error at most" in printed
+    found = Comparison.load(tmp_path / "c.json")
+    assert f"{found.values[0, 0]:.3f}" in printed
+    assert (tmp_path / "c.png").is_file()
+
+
+def test_two_image_networks_with_random_weights_are_compared(tmp_path: Path) -> None:
+    words = [
+        "compare",
+        "timm/resnet18",
+        "timm/resnet18",
+        "--untrained_a",
+        "0",
+        "--untrained_b",
+        "0",
+        "--data",
+        "digits",
+    ]
+    words += ["--samples", "40", "--image_size", "32", "--output", str(tmp_path / "c")]
+    assert main(words) == 0
+    np.testing.assert_allclose(Comparison.load(tmp_path / "c.json").values.diagonal(), 1, atol=1e-6)
+
+
+def test_many_layers_are_printed_as_best_pairs() -> None:
+    values = np.eye(3, 13)
+    values[2] = np.nan
+    found = Comparison(values, list("abc"), [f"l{i}" for i in range(13)], "linear_cka", "sequence", 9, 1)
+    assert table_of(found).splitlines()[-3:] == ["a ~ l0  1.000", "b ~ l1  1.000", "c is constant"]
+
+
+def test_what_cannot_be_compared_is_one_line(
+    texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = [*texts[:2], "timm/resnet18", "--untrained_b", "0", *texts[3:]]
+    (tmp_path / "file").write_text("")
+    for words, said in (
+        (other, "takes text and timm/resnet18 images: two networks need the same data"),
+        ([*texts, "--measure", "cka"], "Unknown measure 'cka'"),
+        ([*texts, "--samples", "3"], "no batch of the data has the 4 samples"),
+        ([*texts[:-1], str(tmp_path / "none.txt")], "none.txt"),
+        ([*texts, "--output", str(tmp_path / "file" / "c")], "--output"),
+    ):
+        assert main(words) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("hf-guidance compare: error: ")
+        assert said in error

@@ -1,0 +1,74 @@
+"""Data for two networks: texts by their tokenizers, images by their formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from hf_guidance.commands.data import images, lines_of, texts, tokenizer_of
+from hf_guidance.tasks.image_decoding import PixelFormat
+
+WORDS = ["[PAD]", "[UNK]", "the", "cat", "sat", "on", "mat"]
+
+
+def tokenizer(folder: Path, words: list[str] = WORDS, pad: str | None = "[PAD]") -> str:
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token=pad).save_pretrained(folder)
+    return str(folder)
+
+
+def test_lines_become_padded_tokens_of_both_networks(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the cat sat\n\n  \nthe mat\nthe cat sat on the mat\n")
+    same, other = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", [*WORDS[:2], *reversed(WORDS[2:])])
+    data = texts(str(tmp_path / "t.txt"), None, same, same, 4, None)
+    batch = data.collator(list(data.rows))
+    assert batch["input_ids"].tolist() == [[2, 3, 4, 0], [2, 6, 0, 0], [2, 3, 4, 5]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 2, 4]
+    assert batch.keys() <= {"input_ids", "attention_mask", "token_type_ids"}
+    both = texts(str(tmp_path / "t.txt"), None, same, other, 4, None)
+    assert both.collator(list(both.rows))["guide_input_ids"][0].tolist() == [6, 5, 4, 0]
+
+
+def test_the_column_and_split_of_a_dataset_are_found_or_named(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    place, own = tmp_path / "d", tokenizer(tmp_path / "a")
+    place.mkdir()
+    for split, words in (("train", ["the", "cat"]), ("test", ["on", " "])):
+        rows = {"n": list(range(len(words))), "title": ["mat"] * len(words), "text": words}
+        datasets.Dataset.from_dict(rows).to_parquet(place / f"{split}.parquet")
+    assert texts(str(place), None, own, own, 4, None).rows == ["on"]
+    assert texts(str(place), None, own, own, 4, "title", "train").rows == ["mat", "mat"]
+    for changes, said in (
+        ({"column": "zzz"}, r"columns n, title, text, but no text in zzz.*title, text"),
+        ({"split": "dev"}, "no split 'dev'; it has"),
+    ):
+        given = {"column": None, "split": None, **changes}
+        with pytest.raises(ValueError, match=said):
+            texts(str(place), None, own, own, 4, given["column"], given["split"])
+
+
+def test_a_file_without_text_and_a_network_without_a_tokenizer_are_named(tmp_path: Path) -> None:
+    (tmp_path / "e.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match=r"e\.txt has no text"):
+        lines_of(str(tmp_path / "e.txt"))
+    with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
+        tokenizer_of(str(tmp_path / "nothing"))
+    without = tokenizer_of(tokenizer(tmp_path / "c", pad=None))
+    assert without.pad_token is not None
+
+
+def test_images_come_in_the_format_of_each_network() -> None:
+    small, large = PixelFormat(8), PixelFormat(16)
+    data = images("digits", None, small, large, 6, None)
+    batch = data.collator([data.rows[i] for i in range(3)])
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "pixel_values": (3, 3, 8, 8),
+        "guide_pixel_values": (3, 3, 16, 16),
+    }
+    assert "guide_pixel_values" not in images("digits", None, small, small, 6, None).collator([data.rows[0]])
