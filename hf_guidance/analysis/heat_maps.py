@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FEW_LAYERS = 12  # above this, an axis names only some of the layers
+LONGEST_NAME = 16  # of a layer, beside its tick
 NUMBERED = 8  # layers, up to which the two maps of a run have numbers in their cells
 LIMITS = (-0.2, 1.0)  # of the colours, in every map
 
@@ -50,17 +51,24 @@ def plot_similarity_maps(results: Sequence[Curves], path: str | os.PathLike[str]
 
 
 def draw_map(
-    panel: Axes, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], small: bool = True
+    panel: Axes,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    titles: tuple[str, str] = ("target layer", "guide layer"),
+    small: bool = True,
 ) -> Any:
     """Draw similarities as an image from −0.2 to 1, with the numbers in its cells if there are few and room for them.
 
-    A value outside these limits is written in its cell in any case.
+    A value outside these limits is written in its cell in any case. Layers with long names have numbers, of which the
+    title of the axis explains the first and the last.
 
     Args:
         panel: Where to draw.
         values: A line for each of `rows`; NaN leaves a cell grey.
         rows: Names of the layers that go upwards.
         columns: Names of the layers that go to the right.
+        titles: What the rows and the columns are.
         small: Whether a cell of a small map is wide enough for its number.
 
     Returns:
@@ -75,12 +83,18 @@ def draw_map(
         if np.isfinite(value) and (few or not low - 0.005 <= value <= high + 0.005):
             is_dark = value < low + 0.6 * (high - low)
             panel.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if is_dark else "k", fontsize=6)
-    for set_ticks, layers in ((panel.set_xticks, columns), (panel.set_yticks, rows)):
+    axes: Any = (panel.set_yticks, panel.set_ylabel, rows), (panel.set_xticks, panel.set_xlabel, columns)
+    for (set_ticks, set_label, layers), title in zip(axes, titles, strict=True):
         every = -(-len(layers) // FEW_LAYERS)
         short = [layer.replace("hidden_states.", "h").replace("timm_model.", "") for layer in layers]
+        if max(map(len, short)) > LONGEST_NAME and len(layers) > 1:
+            title += f"\n1: {short[0]}\n{len(short)}: {short[-1]}"
+            short = [str(number) for number in range(1, len(layers) + 1)]
         set_ticks(range(0, len(layers), every), short[::every], fontsize=6)
+        set_label(title, fontsize=8 if "\n" not in title else 6)
     for label in panel.get_xticklabels():
-        label.set(rotation=60, horizontalalignment="right", rotation_mode="anchor")
+        if not label.get_text().isdigit():
+            label.set(rotation=60, horizontalalignment="right", rotation_mode="anchor")
     return image
 
 
@@ -98,8 +112,6 @@ def _draw(panel: Axes, content: SimilarityMap) -> Any:
         linewidths=0.8,
         marker="s",
     )
-    panel.set_xlabel("guide layer", fontsize=8)
-    panel.set_ylabel("target layer", fontsize=8)
     return image
 
 

@@ -100,9 +100,8 @@ class Comparison:
         high, wide = (min(9.0, 2.0 + 0.28 * len(layers)) for layers in (self.layers_a, self.layers_b))
         figure = Figure(figsize=(wide + 1.2, high), layout="constrained")
         panel = figure.subplots()
-        image = draw_map(panel, self.values.tolist(), self.layers_a, self.layers_b)
-        panel.set_ylabel(f"layers of {names[0]}", fontsize=8)
-        panel.set_xlabel(f"layers of {names[1]}", fontsize=8)
+        titles = f"layers of {names[0]}", f"layers of {names[1]}"
+        image = draw_map(panel, self.values.tolist(), self.layers_a, self.layers_b, titles)
         panel.set_title(f"{self.samples} {SAMPLE_WORDS[self.sample_axis]}", fontsize=8)
         figure.colorbar(image, label=self.measure.replace("_", " ").replace("cka", "CKA"), shrink=0.9)
         if path is not None:
