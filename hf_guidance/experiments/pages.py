@@ -3,7 +3,8 @@
     python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md
 
 The command above (`make results`) writes every block between `<!-- NAME -->` and `<!-- end -->` anew: `claims` is the
-table of the paper's claims, any other name is that of a results file.
+table of the paper's claims, `controls` that of controls and measures beside two of them, any other name is that of a
+results file. The second table is drawn too, as controls.png beside the results.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_guidance.analysis.figures import save
+from hf_guidance.analysis.history import run_in_words
 from hf_guidance.experiments.report import Report, aligned, comparison_rows, markdown_table
 from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, holm, in_words
 
 BLOCK = re.compile(r"(<!-- (\w[\w-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 LARGEST_P = 0.05
+BESIDE = {  # claims beside which others were tried, and the titles of these
+    "copy_paste": "copy-paste, untrained Transformer",
+    "deep_fcn": "deep FCN, trained ResNet",
+}
 
 
 class Claim(NamedTuple):
@@ -130,14 +137,73 @@ def written_anew(page: str, reports: Mapping[str, Report]) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        if name != "claims" and name not in reports:
+        tables = {"claims": claims_table, "controls": controls_table}
+        if name not in tables and name not in reports:
             raise ValueError(
                 f"the page has a block {name!r}, but the results are {', '.join(reports)}: add {name}.json."
             )
-        content = claims_table(reports) + "\n" if name == "claims" else block_of(reports[name])
+        content = f"{tables[name](reports)}\n" if name in tables else block_of(reports[name])
         return f"{begin}{content}{end}"
 
     return BLOCK.sub(block, page)
+
+
+def controls_of(reports: Mapping[str, Report]) -> dict[str, dict[str, Difference]]:
+    """Collect the gains at equal steps of whatever was tried beside a claim.
+
+    Args:
+        reports: Name of a results file → its content.
+
+    Returns:
+        Title of a claim → run in words → its gain. Runs by several measures are named by the measure.
+    """
+    found: dict[str, dict[str, Difference]] = {}
+    for results, title in BESIDE.items():
+        for name in (f"{results}_controls", f"{results}_measures"):
+            for gain in reports[name]["differences"] if name in reports else []:
+                if gain["baseline"] == "alone":
+                    words = run_in_words(gain["run"].partition("-measure_")[2] or gain["run"])
+                    found.setdefault(title, {})[words] = gain
+    return found
+
+
+def controls_table(reports: Mapping[str, Report]) -> str:
+    """Format these gains as a Markdown table, a line for each run and a column for each claim."""
+    found = controls_of(reports)
+    runs = list(dict.fromkeys(run for gains in found.values() for run in gains))
+    cells = [["guided by", *found]]
+    for run in runs:
+        cells.append([run, *(_short(gains[run]) if run in gains else "–" for gains in found.values())])
+    return aligned(cells)
+
+
+def _short(gain: Difference) -> str:
+    interval = gain["interval"]
+    return f"{gain['mean']:+.1f}" + ("" if interval is None else f" [{interval[0]:+.1f}, {interval[1]:+.1f}]")
+
+
+def plot_controls(reports: Mapping[str, Report], path: Path) -> None:
+    """Draw these gains with their intervals, a panel for each claim, and save the figure."""
+    from matplotlib.figure import Figure
+
+    found = controls_of(reports)
+    most = max(map(len, found.values()))
+    figure = Figure(figsize=(4.6 * len(found), 1.2 + 0.27 * most), layout="constrained")
+    for panel, (title, gains) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        panel.axvline(0, color="0.6", linewidth=0.8)
+        for place, gain in enumerate(gains.values()):
+            low, high = gain["interval"] or (gain["mean"], gain["mean"])
+            colour = "C2" if low > 0 else "C3" if high < 0 else "0.4"
+            panel.plot([low, high], [place, place], color=colour, linewidth=1.4)
+            panel.plot(list(gain["values"].values()), [place] * len(gain["values"]), "|", color=colour, markersize=5)
+            panel.plot([gain["mean"]], [place], "o", color=colour, markersize=4)
+        panel.set_yticks(range(len(gains)), list(gains), fontsize=7)
+        panel.invert_yaxis()
+        panel.set_title(title, fontsize=8)
+        panel.set_xlabel("gain over the target alone, points of test accuracy", fontsize=7)
+        panel.tick_params(axis="x", labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
 
 
 def read_results(folder: Path) -> dict[str, Report]:
@@ -149,6 +215,8 @@ if __name__ == "__main__":
     results = read_results(Path(sys.argv[1]))
     for page in map(Path, sys.argv[2:]):
         page.write_text(written_anew(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    if controls_of(results):
+        plot_controls(results, Path(sys.argv[1]) / "controls.png")
     for title, found in results.items():
         minutes = sum(run["seconds"] for run in found["runs"]) / 60
         print(f"{title}: {len(found['runs'])} runs, {minutes:.0f} min of training")

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -186,6 +187,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         sums.add("guidance/loss", watched.loss.detach() * watched.rows, watched.rows)
         if self._stop:
             self._stop.note(compared.values())
+        if compared:
+            sums.add("guidance/similarity", torch.stack(list(compared.values())).mean() * watched.rows, watched.rows)
         for measure, similarities in watched.similarities.items():
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():

@@ -4,8 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from hf_guidance.analysis.figures import DIGEST
 from hf_guidance.experiments import pages
-from hf_guidance.experiments.pages import Claim, block_of, claims_table, read_results, written_anew
+from hf_guidance.experiments.pages import (
+    Claim,
+    block_of,
+    claims_table,
+    controls_of,
+    controls_table,
+    plot_controls,
+    read_results,
+    written_anew,
+)
 from hf_guidance.experiments.verdicts import EQUAL_TIME, difference
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -72,6 +82,37 @@ def test_what_only_holms_adjustment_takes_away_is_said(monkeypatch):
     assert "**" in claims_table({"a": report_of(nearly)})
     same = report_of({0: 5.0, 1: 5.0, 2: 5.0})  # p is 0
     assert "**+5.0 points [+5.0, +5.0], shown**" in claims_table({"a": same})
+
+
+def test_whatever_was_tried_beside_a_claim_is_one_table_and_one_figure(tmp_path):
+    gains, more = {0: 9.0, 1: 10.0, 2: 11.0}, {0: -3.0, 1: -2.0, 2: -1.0}
+    reports = {
+        "copy_paste_controls": report_of(gains, "noise_guide"),
+        "copy_paste_measures": report_of(more, "untrained_guide-measure_linear_cka"),
+        "deep_fcn_controls": report_of({0: 4.0}, "noise_guide"),
+        "deep_fcn": report_of(gains, "trained_guide"),
+    }
+    found = controls_of(reports)
+    assert [list(runs) for runs in found.values()] == [["noise guide", "linear cka"], ["noise guide"]]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in controls_table(reports).splitlines()]
+    assert lines[2:] == [
+        ["noise guide", "+10.0 [+7.5, +12.5]", "+4.0"],
+        ["linear cka", "-2.0 [-4.5, +0.5]", "–"],
+    ]
+    plot_controls(reports, tmp_path / "c.png")
+    assert drawn(tmp_path / "c.png")
+
+
+def test_the_figure_of_the_controls_is_that_of_the_results(tmp_path):
+    plot_controls(RESULTS, tmp_path / "c.png")
+    assert drawn(tmp_path / "c.png") == drawn(RECIPES / "results" / "controls.png")
+
+
+def drawn(path):
+    """The digest of what a figure shows."""
+    from PIL import Image
+
+    return Image.open(path).text[DIGEST]
 
 
 def test_a_block_has_command_table_rates_and_machine():

@@ -41,6 +41,9 @@ def test_the_mixin_guides_another_trainer_with_a_loss_of_its_own(tmp_path: Path)
     guidance = [guidance_by_hand(copy, guide, batch) for batch in batches]
     assert log["task/loss"] == pytest.approx(torch.stack(task).mean().item(), rel=1e-5)
     assert log["loss"] == pytest.approx(log["task/loss"] + log["guidance/loss"], rel=1e-5)
+    pairs = [value for name, value in log.items() if name.startswith("guidance/similarity/")]
+    assert len(pairs) > 1
+    assert log["guidance/similarity"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
     descend(copy, (sum(task) + sum(guidance)) / 2)
     torch.testing.assert_close(weights(target), weights(copy), rtol=1e-4, atol=1e-6)
 
