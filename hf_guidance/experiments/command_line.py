@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +20,16 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 
 A = TypeVar("A")
+HELP: dict[str, type | None] = {  # flag → whose flags it explains; None: the recipe's own
+    "-h": None,
+    "--help": None,
+    "--help_guidance": GuidanceConfig,
+    "--help_training": TrainingArguments,
+}
+WIDTH = 120  # of the pages of help
 
 
 def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
@@ -124,8 +135,11 @@ def parse(
         ValueError: If a flag is unknown or refused, or one of the three dataclasses refuses a value.
     """
     first = _parser(arguments, add_help=False)
-    recipe, _ = _parsed(first)
+    recipe, left = _parsed(first)
     values = defaults(recipe)
+    if asked := next((flag for flag in left if flag in HELP), None):
+        print(help_text(asked, description, arguments, values))
+        sys.exit(0)
     given = {word.split("=")[0] for word in sys.argv}
     if wrong := set(refused) & given:
         raise ValueError(f"{', '.join(sorted(wrong))}: {instead}.")
@@ -139,6 +153,37 @@ def parse(
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown flags: {', '.join(unknown)}.{hint} --help lists all.")
     return tuple(parsed)
+
+
+def help_text(asked: str, description: str, arguments: type, values: Mapping[str, Json]) -> str:
+    """Write one of the three pages of help: of the recipe's own flags, of guidance, or of training.
+
+    Args:
+        asked: The flag that asks for it, one of `HELP`.
+        description: What the recipe does.
+        arguments: Dataclass of the recipe's own flags.
+        values: What the recipe sets where nothing is given.
+    """
+    kind = HELP[asked] or arguments
+    layout = partial(argparse.HelpFormatter, width=WIDTH, max_help_position=32)
+    parser = _parser(kind, add_help=False, prog=Path(sys.argv[0]).name, formatter_class=layout)
+    for action in parser._actions:  # each flag once, with a short name for its value
+        action.option_strings = action.option_strings[:1]
+        action.metavar = None if action.nargs == 0 else "X"
+        if action.choices:
+            action.help = f"{action.help or ''} One of {', '.join(map(str, action.choices))}."
+        default = values.get(action.dest, action.default)
+        if default not in (None, False, "", argparse.SUPPRESS):
+            words = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+            action.help = f"{action.help or ''} (default: {words.replace('%', '%%')})"
+    flags = parser.format_help().partition("options:")[2].strip("\n")
+    if kind is not arguments:
+        return f"{kind.__name__}, all of whose fields are flags of the recipes:\n\n{flags}"
+    guidance = textwrap.fill(" ".join(f"--{field.name}" for field in fields(GuidanceConfig)), WIDTH)
+    return (
+        f"{description.strip()}\n\nFlags of this recipe:\n\n{flags}\n\nFlags of guidance (--help_guidance explains "
+        f"them):\n\n{guidance}\n\nFlags of training (--help_training): all fields of TrainingArguments."
+    )
 
 
 def _parser(*kinds: type, **options: Any) -> Any:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import runpy
 import sys
 
 import pytest
 import yaml
+from launching import REPOSITORY
 
+from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.command_line import check_choice, parse, with_flags_of_the_claim, with_flags_of_the_file
 
 
@@ -106,3 +109,31 @@ def test_a_file_that_is_none_of_flags_and_a_flag_given_twice_are_errors(tmp_path
         parsed(monkeypatch, *with_flags_of_the_file(["--config", str(path)]))
     with pytest.raises(ValueError, match=r"^--size is given twice: which value is meant\?$"):
         with_flags_of_the_file(["--size", "1", "--fast", "--size=2"])
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help_guidance", "--help_training"])
+def test_help_is_three_pages_of_which_the_first_is_short(flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(monkeypatch, "--size", "3", flag)
+    assert stopped.value.code == 0
+    page = capsys.readouterr().out
+    explained = {line.split()[0] for line in page.splitlines() if line.startswith("  --")}
+    of_guidance = {f"--{field.name}" for field in dataclasses.fields(GuidanceConfig)}
+    if flag == "--help_guidance":
+        assert explained == of_guidance
+    elif flag == "--help_training":
+        assert {"--learning_rate", "--bf16", "--max_steps"} <= explained
+        assert not explained & of_guidance
+    else:
+        assert page.startswith("what it is for")
+        assert explained == {"--size", "--fast"}
+        assert of_guidance <= set(page.split())
+    assert max(map(len, page.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_the_help_of_a_recipe_is_at_most_120_lines(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert 20 < len(capsys.readouterr().out.splitlines()) <= 120

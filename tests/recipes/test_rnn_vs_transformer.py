@@ -266,10 +266,12 @@ def test_two_processes_end_well_and_agree_on_one_table(tmp_path):
 
 
 def test_help_describes_the_flags_of_all_three_dataclasses(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE.path), "--task", "parity", "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(RECIPE.path), run_name="__main__")
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = ""
+    for flag in ("--help", "--help_guidance", "--help_training"):
+        monkeypatch.setattr(sys, "argv", [str(RECIPE.path), "--task", "parity", flag])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(RECIPE.path), run_name="__main__")
+        printed += " ".join(capsys.readouterr().out.split())
     for words in ("--longer_baseline", "--gradient_accumulation_steps", "--guidance_stop_step", "(default: 512)"):
         assert words in printed
 
