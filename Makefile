@@ -49,6 +49,11 @@ results-small: install shakespeare ## run every claim on two CPU cores (hours; r
 	for claim in convnet_without_skips wide_fcn deep_fcn; do \
 		$(BIN)/accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim $$claim || exit 1; \
 		cp outputs/claims/$$claim/results.json recipes/results/$$claim.json; done
+	for beside in controls measures; do \
+		$(BIN)/accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim copy_paste_$$beside || exit 1; \
+		$(BIN)/accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim deep_fcn_$$beside || exit 1; \
+		for claim in copy_paste deep_fcn; do $(BIN)/python -m hf_guidance.experiments.pages --only_values \
+			outputs/claims/$${claim}_$$beside/results.json recipes/results/$${claim}_$$beside.json; done; done
 	$(MAKE) results cards
 
 results: install ## write the tables of the READMEs from recipes/results

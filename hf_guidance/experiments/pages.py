@@ -4,7 +4,10 @@
 
 The command above (`make results`) writes every block between `<!-- NAME -->` and `<!-- end -->` anew: `claims` is the
 table of the paper's claims, `controls` that of controls and measures beside two of them, any other name is that of a
-results file. The second table is drawn too, as controls.png beside the results.
+results file. The second table is drawn too, as controls.png beside the results. Of runs beside a claim only the values
+are kept, without curves, maps and cards:
+
+    python -m hf_guidance.experiments.pages --only_values outputs/claims/NAME/results.json recipes/results/NAME.json
 """
 
 from __future__ import annotations
@@ -14,15 +17,29 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.history import run_in_words
+from hf_guidance.experiments.files import read_json, write_json
 from hf_guidance.experiments.report import Report, aligned, comparison_rows, markdown_table
 from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, holm, in_words
 
 BLOCK = re.compile(r"(<!-- (\w[\w-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 LARGEST_P = 0.05
+VALUES = {
+    "run",
+    "seed",
+    "steps",
+    "parameters",
+    "target",
+    "guide",
+    "settings",
+    "environment",
+    "validation",
+    "test",
+    "seconds",
+}
 BESIDE = {  # claims beside which others were tried, and the titles of these
     "copy_paste": "copy-paste, untrained Transformer",
     "deep_fcn": "deep FCN, trained ResNet",
@@ -206,12 +223,21 @@ def plot_controls(reports: Mapping[str, Report], path: Path) -> None:
     save(figure, path)
 
 
+def only_values(report: Report) -> Report:
+    """Return a report without the curves, maps and cards of its runs."""
+    kept: Any = report | {"runs": [{k: v for k, v in run.items() if k in VALUES} for run in report["runs"]]}
+    return kept
+
+
 def read_results(folder: Path) -> dict[str, Report]:
     """Read the results files of a folder: name → content."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--only_values":
+        write_json(Path(sys.argv[3]), only_values(read_json(Path(sys.argv[2]))))
+        sys.exit()
     results = read_results(Path(sys.argv[1]))
     for page in map(Path, sys.argv[2:]):
         page.write_text(written_anew(page.read_text(encoding="utf-8"), results), encoding="utf-8")
