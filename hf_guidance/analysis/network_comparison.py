@@ -143,13 +143,16 @@ def compare(
     samples: int | None = None,
     batch_size: int = 32,
     collator: Collator | None = None,
+    feature_layout: str = "auto",
     device: torch.device | str | None = None,
 ) -> Comparison:
     """Compute the similarity of every layer of one network with every layer of another over a dataset.
 
     Linear and debiased CKA stream: memory does not grow with the data, and the values do not depend on how these are
-    batched, except for noise, whose size is estimated. Any other measure compares up to 1024 rows in one batch. Both
-    networks run in evaluation mode and are left as they were. Padding does not count.
+    batched, except for noise, whose size is estimated. (Tokens of one row are more alike than others, so that on the
+    token axis a batch should have many rows.) Any other measure compares up to 1024 rows in one batch, of a DataLoader
+    its first one. Both networks run in evaluation mode and are left as they were. Padding does not count. A batch with
+    fewer samples than the measure needs, as the last one may be, is left out.
 
     Args:
         a: A network. It sees all columns that it accepts but those that begin with `guide_`.
@@ -164,14 +167,15 @@ def compare(
         samples: Most rows to compare; None for all, or 1024 for a measure that does not stream.
         batch_size: Rows in a batch.
         collator: Makes a batch from a list of rows; by default `transformers.default_data_collator`.
+        feature_layout: As in `GuidanceConfig`, for the maps of images.
         device: Where to run both networks; None for where each is.
 
     Returns:
         The values, with the names of the layers and the number of samples.
 
     Raises:
-        ValueError: If a network does not run on these data or has none of the layers, its features are random, the
-            networks have other positions or rows, there are too few samples, or a stream has no `samples`.
+        ValueError: If a network does not run on these data or has none of the layers, its features are random or not
+            finite, the networks have other positions or rows, there are too few samples, or a stream has no `samples`.
 
     Example:
         >>> found = compare(bert, roberta, rows, samples=500)  # doctest: +SKIP
@@ -196,21 +200,23 @@ def compare(
         stack.enter_context(_as_they_were(a, b, device))
         readers = []
         for network, named, role in ((a, layers_a, "target"), (b, layers_b, "guide")):
-            readers.append(LayerReader(network, list(named or ["hidden_states"]), role))
+            layers = [named] if isinstance(named, str) else list(named or ["hidden_states"])
+            readers.append(LayerReader(network, layers, role))
             stack.callback(readers[-1].remove)
-        both = _Both(a, b, readers, sample_axis, limits, FEWEST if streams else chosen.min_samples)
+        least = FEWEST if streams else chosen.min_samples
+        both = _Both(a, b, readers, sample_axis, limits, least, feature_layout)
         sums, found, count, rows_seen = HSICSums(), None, 0, 0
         for batch in _batches(data, samples, batch_size, collator or default_data_collator):
-            layers = both.layers(batch, rows_seen)
+            of_both = both.layers(batch, rows_seen)
             rows_seen += len(content_of(batch))
-            if layers is None:
+            if of_both is None:
                 continue
             if not streams:
-                found = _at_once(layers, chosen)
-                count = sum(layer.samples * layer.rows for layer in next(iter(layers[0].values())))
+                found = _at_once(of_both, chosen)
+                count = sum(layer.samples * layer.rows for layer in next(iter(of_both[0].values())))
                 break
-            for group in range(len(next(iter(layers[0].values())))):
-                of_a, of_b = ([side[name][group] for name in side] for side in layers)
+            for group in range(len(next(iter(of_both[0].values())))):
+                of_a, of_b = ([side[name][group] for name in side] for side in of_both)
                 if of_a[0].samples >= FEWEST:
                     sums.add(of_a, of_b)
         names = [reader.names() if rows_seen else [] for reader in readers]
@@ -218,8 +224,8 @@ def compare(
         return Comparison(found, names[0], names[1], measure, sample_axis, count, 1)
     if not sums.batches:
         raise ValueError(
-            f"no batch of the data has the {both.least} samples that {measure} needs ({rows_seen} rows were read): "
-            "give more rows, or a larger batch_size."
+            f"no batch of the data has the {both.least} samples that {measure} needs ({rows_seen} rows were read, "
+            f"with samples={samples} and batch_size={batch_size}): raise what is too small."
         )
     values, errors = sums.debiased() if measure == "debiased_cka" else sums.linear()
     deviations = None if errors is None else errors.numpy()
@@ -230,17 +236,25 @@ class _Both:
     """Both networks, and their layers on a batch."""
 
     def __init__(
-        self, a: nn.Module, b: nn.Module, readers: Sequence[LayerReader], axis: str, limits: Sequence[float], least: int
+        self,
+        a: nn.Module,
+        b: nn.Module,
+        readers: Sequence[LayerReader],
+        axis: str,
+        limits: Sequence[float],
+        least: int,
+        layout: str,
     ) -> None:
         self.a, self.b, self.readers, self.axis, self.limits, self.least = a, b, readers, axis, limits, least
-        self.conventions = [Conventions(r.model, r.modules, "auto", r) for r in readers]
+        self.conventions = [Conventions(r.model, r.modules, layout, r) for r in readers]
         self._draws_nothing = False
 
     def layers(self, batch: Batch, seed: int) -> list[dict[str, tuple[Layer, ...]]] | None:
         """Run both networks on a batch, and return the layers of each; None if it has too few samples."""
         check_own_columns(batch)
         inputs = [seen_by_target(without_guide(batch), self.a), guide_batch(batch, self.a, self.b)]
-        found, like = [], None
+        found: list[dict[str, tuple[Layer, ...]]] = []
+        like: Samples | None = None
         for number, (network, reader) in enumerate(zip((self.a, self.b), self.readers, strict=True)):
             samples = Samples(
                 inputs[number],
@@ -254,10 +268,9 @@ class _Both:
             )
             if like is None and (samples.count < (self.least if self.axis == "sequence" else 1)):
                 return None
-            like = like or samples
             before = None if self._draws_nothing else fingerprint()
             with reader.reading(samples.layers) as read:
-                forward(network, inputs[number])
+                forward(network, inputs[number], ("target", "guide")[number])
             if before is not None and before != fingerprint():
                 raise ValueError(
                     f"network {'ab'[number]} ({type(network).__name__}) draws random numbers in evaluation mode, so "
@@ -265,6 +278,15 @@ class _Both:
                     "encoder."
                 )
             found.append({name: read[name] for name in reader.names() if name in read})
+            for name, groups in found[number].items():
+                if not all(bool(layer.values.isfinite().all()) for layer in groups):
+                    raise ValueError(
+                        f"layer {name!r} of network {'ab'[number]} has features that are not finite: look for them in "
+                        "its weights or in the data."
+                    )
+            if number and like is not None:
+                like.check_aligned(list(product(found[0], found[1])), found[0], samples, found[1])
+            like = like or samples
         self._draws_nothing = True
         fewest = max(layer.samples for layer in next(iter(found[0].values())))
         return found if fewest >= self.least else None
@@ -288,12 +310,18 @@ def _in_words() -> Iterator[None]:
             said = re.sub(pattern, words, said)
         if said == str(error):
             raise
-        raise ValueError(said[0].upper() + said[1:]) from error
+        starts = said.startswith(("network ", "layer "))
+        raise ValueError(said[0].upper() + said[1:] if starts else said) from error
 
 
 @contextmanager
 def _as_they_were(a: nn.Module, b: nn.Module, device: torch.device | str | None) -> Iterator[None]:
     """Put both networks into evaluation mode, on the device, and back."""
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device is {device}, which is not there: {str(error).splitlines()[0]}") from error
     modes = [(module, module.training) for network in (a, b) for module in network.modules()]
     places = [next((p.device for p in network.parameters()), None) for network in (a, b)]
     try:
@@ -315,6 +343,10 @@ def _batches(data: Any, samples: int | None, size: int, collator: Collator) -> I
     if isinstance(data, DataLoader):
         left = samples
         for batch in tqdm(data, disable=None, unit="batch"):
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"the DataLoader gives a {type(batch).__name__}; expected batches as dicts of columns."
+                )
             size = len(content_of(batch))
             if left is not None and size > left:
                 batch = {k: v[:left] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -323,6 +355,11 @@ def _batches(data: Any, samples: int | None, size: int, collator: Collator) -> I
             if left is not None and left <= 0:
                 return
         return
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"the data are a {type(data).__name__} with {', '.join(map(str, data))}; expected rows: choose a split of "
+            "a DatasetDict, or make a list of dicts of columns."
+        )
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()[:samples]
         rows: Iterator[Any] = (data[i] for i in order)

@@ -11,6 +11,7 @@ import numpy as np
 from hf_guidance.analysis.network_comparison import Comparison, compare
 from hf_guidance.commands.data import Data, images, texts
 from hf_guidance.commands.networks import kind_of, load, pixels_of
+from hf_guidance.guide.inputs import accepted_columns
 from hf_guidance.similarity.registry import MEASURES
 from hf_guidance.trainer.checks import check_writable
 
@@ -36,6 +37,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch (default 32)")
     parser.add_argument("--max_length", type=int, default=128, help="most tokens of a text (default 128)")
     parser.add_argument("--image_size", type=int, help="size of the images of both networks, in pixels")
+    parser.add_argument("--feature_layout", default="auto", help="channels_first or channels_last, for maps of images")
     parser.add_argument("--device", help="such as cuda; by default the CPU")
     parser.add_argument("--output", default="comparison", help="path without suffix of the JSON file and the figure")
     parser.set_defaults(run=run)
@@ -45,6 +47,8 @@ def run(given: argparse.Namespace) -> None:
     """Compare two networks; write the numbers before the figure."""
     place = Path(given.output)
     check_writable(place.parent, "--output")
+    if given.max_length < 1:
+        raise ValueError(f"--max_length is {given.max_length}; it must be at least 1.")
     seeds = given.untrained_a, given.untrained_b
     names = given.a, given.b
     networks = [load(name, seed) for name, seed in zip(names, seeds, strict=True)]
@@ -53,10 +57,16 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"{names[0]} takes {kinds[0]} and {names[1]} {kinds[1]}: two networks need the same data.")
     data: Data
     if kinds[0] == "images":
+        for name, network in zip(names, networks, strict=True):
+            if (channels := getattr(getattr(network, "config", None), "num_channels", 3)) != 3:
+                raise ValueError(f"{name} takes images of {channels} channels, and the command makes those of 3.")
         formats = [pixels_of(name, seed, given.image_size) for name, seed in zip(names, seeds, strict=True)]
         data = images(given.data, given.dataset_config, formats[0], formats[1], given.samples, given.column)
     else:
-        data = texts(given.data, given.dataset_config, given.a, given.b, given.max_length, given.column, given.split)
+        decodes = any("decoder_input_ids" in accepted_columns(network) for network in networks)
+        data = texts(
+            given.data, given.dataset_config, given.a, given.b, given.max_length, given.column, given.split, decodes
+        )
     found = compare(
         networks[0],
         networks[1],
@@ -68,10 +78,12 @@ def run(given: argparse.Namespace) -> None:
         samples=given.samples,
         batch_size=given.batch_size,
         collator=data.collator,
+        feature_layout=given.feature_layout,
         device=given.device,
     )
+    print(table_of(found), flush=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     found.save(f"{place}.json")
-    print(table_of(found))
     print(f"{place}.json", flush=True)
     found.plot(f"{place}.png", names=names)
     print(f"{place}.png")

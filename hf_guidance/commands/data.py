@@ -45,7 +45,14 @@ def images(
 
 
 def texts(
-    dataset: str, config: str | None, a: str, b: str, length: int, column: str | None, split: str | None = None
+    dataset: str,
+    config: str | None,
+    a: str,
+    b: str,
+    length: int,
+    column: str | None,
+    split: str | None = None,
+    decodes: bool = False,
 ) -> Data:
     """Read the texts of a dataset, or the lines of a file.
 
@@ -57,6 +64,7 @@ def texts(
         length: Most tokens of a row.
         column: Name of the column with texts; None takes `text`, or the first one of strings.
         split: Name of the split; None takes validation, test or train.
+        decodes: Whether a network has a decoder, which then sees the same tokens as its encoder.
 
     Raises:
         ValueError: If there is no text, or a network has no tokenizer.
@@ -66,8 +74,9 @@ def texts(
     found = lines_of(dataset) if dataset.endswith(TEXT_FILES) else _column(dataset, config, column, split)
 
     def collate(rows: list[str]) -> dict[str, Tensor]:
-        batch = _tokens(ours, rows, length)
-        return batch if same else batch | {f"guide_{k}": v for k, v in _tokens(theirs, rows, length).items()}
+        batch = _tokens(ours, rows, length, decodes)
+        own = {} if same else _tokens(theirs, rows, length, decodes)
+        return batch | {f"guide_{name}": value for name, value in own.items()}
 
     return Data(found, collate)
 
@@ -95,15 +104,18 @@ def tokenizer_of(source: str) -> Any:
             f"{source} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}): save it beside the "
             "network, or compare them in Python, by hf_guidance.analysis.compare."
         ) from error
+    if not tokenizer("a text to try")["input_ids"]:
+        raise ValueError(f"the tokenizer of {source} makes no tokens of a text: save its own beside the network.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or next(iter(tokenizer.get_vocab()))
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _tokens(tokenizer: Any, rows: list[str], length: int) -> dict[str, Tensor]:
+def _tokens(tokenizer: Any, rows: list[str], length: int, decodes: bool) -> dict[str, Tensor]:
     made: Mapping[str, Tensor] = tokenizer(rows, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    return {name: made[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in made}
+    found = {name: made[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in made}
+    return found | {f"decoder_{name}": found[name] for name in ("input_ids", "attention_mask") if decodes}
 
 
 def _column(dataset: str, config: str | None, column: str | None, split: str | None) -> list[str]:
@@ -118,7 +130,7 @@ def _column(dataset: str, config: str | None, column: str | None, split: str | N
         name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
     name = column or ("text" if "text" in strings else next(iter(strings), None))
-    if name is None or name not in rows.column_names:
+    if name not in strings:
         raise ValueError(
             f"{dataset} has columns {', '.join(rows.column_names)}, but no text in {column or 'any'}: name one of "
             f"strings with --column ({', '.join(strings) or 'there is none'})."

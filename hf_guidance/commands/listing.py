@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_guidance.commands.networks import example_for, load
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
 from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.modules import find_modules
 from hf_guidance.features.reader import LayerReader, base_model_of
@@ -45,25 +46,29 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--image_size", type=int, help="size of the example's images, in pixels")
     parser.add_argument("--pairs", metavar="OTHER", help="guide of this network: print the pairs that a mapping makes")
     parser.add_argument("--other_untrained", type=int, metavar="SEED", help="random weights for the guide")
-    parser.add_argument("--layers", nargs="+", default=["hidden_states"], help="layers of MODEL, for --pairs")
-    parser.add_argument("--other_layers", nargs="+", default=["hidden_states"], help="layers of OTHER, for --pairs")
-    parser.add_argument("--layer_mapping", default=GuidanceConfig().layer_mapping, help="mapping, for --pairs")
+    parser.add_argument("--layers", nargs="+", help="layers of MODEL, for --pairs")
+    parser.add_argument("--other_layers", nargs="+", help="layers of OTHER, for --pairs")
+    parser.add_argument("--layer_mapping", help="mapping, for --pairs")
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> None:
     """Print the layers of a network, or the pairs of two."""
     network = load(given.model, given.untrained)
-    example = example_for(network, given.model, given.untrained, given.image_size)
+    example = example_for(network, given.model, given.image_size)
+    own = ("--layers", given.layers), ("--other_layers", given.other_layers), ("--layer_mapping", given.layer_mapping)
+    if given.pairs is None and (alone := [flag for flag, value in own if value is not None]):
+        raise ValueError(f"{alone[0]} says what to pair: name the other network with --pairs.")
     if given.pairs is None:
         print(described(given.model, example, *layers_of(network, example)))
         return
     other = load(given.pairs, given.other_untrained)
-    inputs = example_for(other, given.pairs, given.other_untrained, given.image_size)
-    ours = names_of(network, example, given.layers, "target")
-    theirs = names_of(other, inputs, given.other_layers, "guide")
-    print(f"{given.layer_mapping}: {len(ours)} layers of {given.model}, {len(theirs)} of {given.pairs}")
-    for target, guide in pair_layers(ours, theirs, given.layer_mapping):
+    inputs = example_for(other, given.pairs, given.image_size)
+    ours = names_of(network, example, given.layers or [HIDDEN_STATES], "target")
+    theirs = names_of(other, inputs, given.other_layers or [HIDDEN_STATES], "guide")
+    mapping = given.layer_mapping or GuidanceConfig().layer_mapping
+    print(f"{mapping}: {len(ours)} layers of {given.model}, {len(theirs)} of {given.pairs}")
+    for target, guide in pair_layers(ours, theirs, mapping):
         print(f"  {target}~{guide}")
 
 
@@ -92,34 +97,35 @@ def layers_of(network: nn.Module, example: dict[str, Tensor]) -> tuple[list[Grou
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, int] = {}  # where each module's last output lies in memory
 
-    def note(name: str, output: Any) -> None:
-        tensor = first_tensor(output)
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim > 1:
-            shapes[name], places[name] = tuple(tensor.shape), tensor.data_ptr()
-            kept.append(tensor)  # so that no other tensor takes its place
+    kept: list[Tensor] = []  # so that no other tensor takes the place of one
+    rows = len(next(iter(example.values())))
 
-    kept: list[Tensor] = []
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim > 1 and len(tensor) == rows:
+            shapes[name], places[name] = tuple(tensor.shape), tensor.data_ptr()
+            kept.append(tensor)
+
     body = getattr(base, "base_model_prefix", "")  # the network without its head is no layer
-    names = [name for name, _ in base.named_modules() if name and name != body]
+    modules = {name: module for name, module in base.named_modules() if name and name != body}
     states: dict[str, Tensor] = {}
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
     try:
         reader = LayerReader(network, ["hidden_states"], "target")
     except ValueError:  # it returns none
-        forward_alone = LayerReader(network, names, "target")
-        with forward_alone.reading(note):
-            forward(network, example)
-        forward_alone.remove()
+        forward(network, example)
     else:
-        modules = LayerReader(network, names, "guide")
-        with modules.reading(note), reader.reading(lambda _, output: output) as states:
+        with reader.reading(lambda _, output: output) as read:
             forward(network, example)
-        states = dict(states)
-        modules.remove()
+        states = dict(read)
         reader.remove()
+    finally:
+        for hook in hooks:
+            hook.remove()
     of_place = {tensor.data_ptr(): int(name.rpartition(".")[2]) for name, tensor in states.items()}
     groups: dict[tuple[str, str], list[str]] = {}
     for name, module in base.named_modules():
-        if name in names and not isinstance(module, nn.ModuleList):
+        if name in modules and not isinstance(module, nn.ModuleList):
             groups.setdefault((re.sub(r"\d+", "#", name), type(module).__name__), []).append(name)
     ordered = sorted(groups.items(), key=lambda group: group[0][0].count("."))
     makes: dict[int, tuple[str, str]] = {}  # of modules that share a place, the shallowest, and of these the last

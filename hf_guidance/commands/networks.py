@@ -36,10 +36,18 @@ def kind_of(network: nn.Module, name: str) -> str:
 
 def pixels_of(name: str, seed: int | None, size: int | None) -> PixelFormat:
     """Return the size and normalisation of the images of a network."""
-    return pixel_format_of(name, size or SIDE, trained=seed is None, given=size)
+    try:
+        return pixel_format_of(name, size or SIDE, trained=seed is None, given=size)
+    except ValueError as error:
+        if "without an image processor" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} comes without an image processor, so that the size and normalisation of its images are unknown: "
+            "save the processor beside its weights, or take random weights (--untrained_a, --untrained_b)."
+        ) from error
 
 
-def example_for(network: nn.Module, name: str, seed: int | None, size: int | None = None) -> dict[str, Tensor]:
+def example_for(network: nn.Module, name: str, size: int | None = None) -> dict[str, Tensor]:
     """Make two rows of random input that a network takes.
 
     Raises:
@@ -47,7 +55,7 @@ def example_for(network: nn.Module, name: str, seed: int | None, size: int | Non
     """
     random = torch.Generator().manual_seed(0)
     if kind_of(network, name) == "images":
-        side = pixels_of(name, seed, size).size
+        side = pixel_format_of(name, SIDE, trained=False, given=size).size
         config: Any = getattr(network, "config", None)
         channels = getattr(config, "num_channels", 3) or 3
         return {"pixel_values": torch.rand(2, channels, side, side, generator=random)}

@@ -100,6 +100,10 @@ def flags_of_the_file(path: str) -> dict[str, list[str]]:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict) or any(not isinstance(name, str) for name in values):
         raise ValueError(f"--config {path} holds {type(values).__name__}; expected names of flags with their values.")
+    names = [name.replace("-", "_") for name in values]
+    if wrong := [name for name, times in Counter(names).items() if times > 1 or name == "config"]:
+        raise ValueError(f"--config {path} names {wrong[0]!r}, which a file may not, or does so twice.")
+    values = dict(zip(names, values.values(), strict=True))
     return {
         name: [f"--{name}", *(_word(v) for v in (value if isinstance(value, list) else [value]))]
         for name, value in values.items()
@@ -148,6 +152,14 @@ def parse(
         values = {name: value for name, value in values.items() if name not in ("target_layers", "guide_layers")}
     parser.set_defaults(**values)
     *parsed, left = _parsed(parser)
+    if left and not any(word.startswith("-") for word in left):
+        place = sys.argv.index(left[0]) if left[0] in sys.argv else 0
+        flag = next((word for word in reversed(sys.argv[:place]) if word.startswith("--")), None)
+        if flag is not None:
+            raise ValueError(
+                f"{flag} takes one value, and {' '.join(left)} is left over: only flags of guidance take several, as a "
+                "sweep."
+            )
     if unknown := [word for word in left if word.startswith("-")] or left:
         close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""

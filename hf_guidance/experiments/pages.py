@@ -172,14 +172,16 @@ def controls_of(reports: Mapping[str, Report]) -> dict[str, dict[str, Difference
         reports: Name of a results file → its content.
 
     Returns:
-        Title of a claim → run in words → its gain. Runs by several measures are named by the measure.
+        Title of a claim → run in words → its gain. Runs of the claim's own guide by several measures are named by the
+        measure.
     """
     found: dict[str, dict[str, Difference]] = {}
     for results, title in BESIDE.items():
         for name in (f"{results}_controls", f"{results}_measures"):
             for gain in reports[name]["differences"] if name in reports else []:
                 if gain["baseline"] == "alone":
-                    words = run_in_words(gain["run"].partition("-measure_")[2] or gain["run"])
+                    measure = gain["run"].partition("-measure_")[2]
+                    words = f"by {measure}" if measure else run_in_words(gain["run"])
                     found.setdefault(title, {})[words] = gain
     return found
 
@@ -187,8 +189,10 @@ def controls_of(reports: Mapping[str, Report]) -> dict[str, dict[str, Difference
 def controls_table(reports: Mapping[str, Report]) -> str:
     """Format these gains as a Markdown table, a line for each run and a column for each claim."""
     found = controls_of(reports)
-    runs = list(dict.fromkeys(run for gains in found.values() for run in gains))
-    cells = [["guided by", *found]]
+    runs = sorted(
+        dict.fromkeys(run for gains in found.values() for run in gains), key=lambda run: run.startswith("by ")
+    )
+    cells = [["run", *found]]
     for run in runs:
         cells.append([run, *(_short(gains[run]) if run in gains else "–" for gains in found.values())])
     return aligned(cells)

@@ -18,12 +18,13 @@ from hf_guidance.guide.inputs import GUIDE_PREFIX, MAIN_INPUTS, accepted_columns
 WRONG_SIZE = re.compile(r"input (image size|img_size|height|width)", re.IGNORECASE)
 
 
-def forward(guide: nn.Module, inputs: Batch) -> Any:
+def forward(guide: nn.Module, inputs: Batch, role: str = "guide") -> Any:
     """Run a guide on those of the inputs that it accepts, moved to its device.
 
     Args:
         guide: The guide.
         inputs: Columns of a batch.
+        role: What the network is, for the message.
 
     Returns:
         Output of the guide.
@@ -59,7 +60,7 @@ def forward(guide: nn.Module, inputs: Batch) -> Any:
         shapes += f" as its {accepted_columns(guide)[0]}" if args else ""
         words = str(error).strip().splitlines()
         raise ValueError(
-            f"the guide ({type(guide).__name__}) does not run on {shapes}: {type(error).__name__}: "
+            f"the {role} ({type(guide).__name__}) does not run on {shapes}: {type(error).__name__}: "
             f"{words[0].rstrip('. ') if words else ''}. {_remedy(guide, seen, str(error))}"
         ) from error
 

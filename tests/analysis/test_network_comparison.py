@@ -127,6 +127,16 @@ def test_a_comparison_is_kept_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+def broken() -> nn.Module:
+    network = gpt2()
+    network.transformer.wte.weight.data[:] = torch.nan
+    return network
+
+
+def of_two_lengths() -> list[dict[str, Tensor]]:
+    return [{**row, "guide_input_ids": row["input_ids"][:-2]} for row in rows()]
+
+
 class Random(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +151,10 @@ class Random(nn.Module):
     [
         ({"layers_a": ["h.9"]}, r"^Layer of a 'h\.9' not found; network a has"),
         ({"layers_b": ["h.9"]}, r"^Layer of b 'h\.9' not found; network b has"),
-        ({"samples": 3}, r"no batch of the data has the 4 samples that debiased_cka needs \(3 rows were read\)"),
+        (
+            {"samples": 3},
+            r"no batch of the data has the 4 samples that debiased_cka needs \(3 rows were read, with samples=3 and",
+        ),
         ({"data": iter(rows())}, r"the data \(list_iterator\) have no length.*give the number of samples"),
         (
             {"data": [{"input_ids": torch.zeros(n).long()} for n in (3, 4, 5, 6)]},
@@ -153,6 +166,13 @@ class Random(nn.Module):
         ({"sample_axis": "row"}, "sample_axis is 'row'; possible are sequence, token, within"),
         ({"measure": "cka"}, "Unknown measure 'cka'"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"device": "nowhere"}, "device is nowhere, which is not there"),
+        ({"data": {"train": rows()}}, "the data are a dict with train; expected rows: choose a split"),
+        ({"data": DataLoader([(1, 2)], batch_size=1)}, "the DataLoader gives a list; expected batches as dicts"),
+        ({"a": broken()}, r"layer 'hidden_states\.1' of network a has features that are not finite"),
+        ({"a": t5()}, r"^Network a \(T5ForConditionalGeneration\) does not run on input_ids"),
+        ({"data": of_two_lengths(), "sample_axis": "token"}, r"other|both layers need the same positions"),
+        ({"data": of_two_lengths(), "sample_axis": "within"}, r"both layers need the same positions"),
         ({"measure": "linear_cka", "sample_axis": "within"}, "use debiased_cka"),
     ],
 )

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import gpt2, llama
+from builders import gpt2, llama, t5
 from test_data import WORDS, tokenizer
+from transformers import ResNetConfig, ResNetModel
 
 from hf_guidance.analysis import Comparison
 from hf_guidance.commands.comparing import table_of
@@ -34,6 +35,27 @@ def test_two_language_models_are_compared(texts: list[str], tmp_path: Path, caps
     found = Comparison.load(tmp_path / "c.json")
     assert f"{found.values[0, 0]:.3f}" in printed
     assert (tmp_path / "c.png").is_file()
+
+
+def test_a_folder_that_is_not_there_yet_is_made_and_a_decoder_sees_the_text(texts: list[str], tmp_path: Path) -> None:
+    t5().save_pretrained(tmp_path / "t5")
+    tokenizer(tmp_path / "t5")
+    place = tmp_path / "new" / "folder" / "c"
+    assert main([*texts[:2], str(tmp_path / "t5"), *texts[3:], "--output", str(place)]) == 0
+    assert Comparison.load(f"{place}.json").values.shape == (2, 2)
+
+
+def test_networks_whose_images_are_not_known_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"depths": [1], "hidden_sizes": [8], "embedding_size": 8}
+    for name, channels in (("colour", 3), ("grey", 1)):
+        ResNetModel(ResNetConfig(num_channels=channels, **sizes)).save_pretrained(tmp_path / name)
+    colour, grey = str(tmp_path / "colour"), str(tmp_path / "grey")
+    assert main(["layers", colour, "--image_size", "32"]) == 0
+    assert main(["compare", colour, colour, "--data", "digits", "--image_size", "32"]) == 1
+    assert "comes without an image processor" in capsys.readouterr().err
+    own = ["--untrained_a", "0", "--untrained_b", "1", "--data", "digits"]
+    assert main(["compare", grey, grey, *own]) == 1
+    assert "takes images of 1 channels, and the command makes those of 3" in capsys.readouterr().err
 
 
 def test_two_image_networks_with_random_weights_are_compared(tmp_path: Path) -> None:
@@ -71,6 +93,8 @@ def test_what_cannot_be_compared_is_one_line(
         ([*texts, "--samples", "3"], "no batch of the data has the 4 samples"),
         ([*texts[:-1], str(tmp_path / "none.txt")], "none.txt"),
         ([*texts, "--output", str(tmp_path / "file" / "c")], "--output"),
+        ([*texts, "--max_length", "0"], "--max_length is 0; it must be at least 1"),
+        ([*texts, "--device", "nowhere"], "device is nowhere, which is not there"),
     ):
         assert main(words) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]

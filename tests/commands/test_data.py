@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
@@ -45,6 +45,7 @@ def test_the_column_and_split_of_a_dataset_are_found_or_named(tmp_path: Path) ->
     assert texts(str(place), None, own, own, 4, None).rows == ["on"]
     assert texts(str(place), None, own, own, 4, "title", "train").rows == ["mat", "mat"]
     for changes, said in (
+        ({"column": "n"}, "no text in n"),
         ({"column": "zzz"}, r"columns n, title, text, but no text in zzz.*title, text"),
         ({"split": "dev"}, "no split 'dev'; it has"),
     ):
@@ -59,6 +60,9 @@ def test_a_file_without_text_and_a_network_without_a_tokenizer_are_named(tmp_pat
         lines_of(str(tmp_path / "e.txt"))
     with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
         tokenizer_of(str(tmp_path / "nothing"))
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())).save_pretrained(tmp_path / "mute")
+    with pytest.raises(ValueError, match="makes no tokens of a text"):
+        tokenizer_of(str(tmp_path / "mute"))
     without = tokenizer_of(tokenizer(tmp_path / "c", pad=None))
     assert without.pad_token is not None
 

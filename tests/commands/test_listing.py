@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import gpt2, llama
+from builders import gpt2, llama, t5
 from torch import Tensor, nn
 
 from hf_guidance.commands.listing import described, layers_of, names_of
@@ -17,7 +17,7 @@ from hf_guidance.features.modules import find_modules
 
 def test_blocks_are_one_group_whose_glob_selects_just_them() -> None:
     network = gpt2()
-    groups, states = layers_of(network, example_for(network, "gpt2", 0))
+    groups, states = layers_of(network, example_for(network, "gpt2"))
     blocks = next(group for group in groups if group.kind == "GPT2Block")
     count = len(network.transformer.h)
     assert blocks.names == [f"transformer.h.{i}" for i in range(count)]
@@ -29,12 +29,12 @@ def test_blocks_are_one_group_whose_glob_selects_just_them() -> None:
 
 def test_each_hidden_state_is_that_of_the_module_that_makes_it() -> None:
     network = gpt2()
-    groups, _ = layers_of(network, example_for(network, "gpt2", 0))
+    groups, _ = layers_of(network, example_for(network, "gpt2"))
     made = {group.kind: group.states for group in groups if group.states}
     last = len(network.transformer.h)
     assert made == {"GPT2Block": list(range(1, last)), "LayerNorm": [last]}  # the last norm ends the last state
     resnet = load("timm/resnet18", 0)
-    stages, _ = layers_of(resnet, example_for(resnet, "timm/resnet18", 0, 32))
+    stages, _ = layers_of(resnet, example_for(resnet, "timm/resnet18", 32))
     assert {group.glob: group.states for group in stages if group.states} == {
         "timm_model.act1": [0],
         "timm_model.layer*": [1, 2, 3, 4],
@@ -63,6 +63,17 @@ def test_a_network_without_hidden_states_lists_its_modules() -> None:
     assert "2 Linear (blocks.0 … blocks.1)  (batch, 4, 3)  blocks.*" in text
 
 
+def test_an_encoder_decoder_is_listed_and_a_module_without_rows_has_no_shape() -> None:
+    network = t5()
+    groups, states = layers_of(network, example_for(network, "t5"))
+    assert next(group for group in groups if group.kind == "T5Block").shape == (2, 8, 8)
+    assert states
+    positions = next(
+        group for group in layers_of(gpt2(), example_for(gpt2(), "gpt2"))[0] if group.names[0].endswith("wpe")
+    )
+    assert positions.shape is None  # its output is of one row, for all
+
+
 def test_the_command_prints_layers_and_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = [str(tmp_path / name) for name in ("a", "b")]
     gpt2().save_pretrained(places[0])
@@ -73,9 +84,9 @@ def test_the_command_prints_layers_and_pairs(tmp_path: Path, capsys: pytest.Capt
     assert "select: hidden_states" in printed
     assert main(["layers", places[0], "--pairs", places[1], "--layer_mapping", "last_1"]) == 0
     printed = capsys.readouterr().out
-    ours, theirs = (
-        names_of(load(p, None), example_for(load(p, None), p, None), ["hidden_states"], "target") for p in places
-    )
+    ours, theirs = (names_of(load(p, None), example_for(load(p, None), p), ["hidden_states"], "target") for p in places)
     assert printed.splitlines()[1:] == [f"  {ours[-1]}~{theirs[-1]}"]
+    assert main(["layers", places[0], "--layers", "h.0"]) == 1
+    assert "--layers says what to pair: name the other network with --pairs" in capsys.readouterr().err
     assert main(["layers", places[0], "--pairs", places[1], "--layer_mapping", "odd"]) == 1
     assert "odd" in capsys.readouterr().err

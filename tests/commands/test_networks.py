@@ -25,7 +25,7 @@ def test_a_network_is_loaded_with_its_weights_or_with_those_of_a_seed(tmp_path: 
 @pytest.mark.parametrize("name", ["text", "encoder-decoder", "timm/resnet18"])
 def test_a_network_runs_on_its_example(name: str) -> None:
     network = {"text": gpt2, "encoder-decoder": t5}.get(name, lambda: load(name, 0))()
-    example = example_for(network, name, 0, 32)
+    example = example_for(network, name, 32)
     assert kind_of(network, name) == ("images" if "timm" in name else "text")
     assert all(len(value) == 2 for value in example.values())
     forward(network, example)

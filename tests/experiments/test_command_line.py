@@ -52,6 +52,10 @@ def test_refused_and_impossible_flags_are_named(monkeypatch):
     [
         (["--siz", "3"], r"^unknown flags: --siz\. Did you mean --size\? --help lists all\.$"),
         (["--weight=3", "--zzz"], r"^unknown flags: --weight=3, --zzz\. Did you mean --"),
+        (
+            ["--learning_rate", "1", "2"],
+            r"^--learning_rate takes one value, and 2 is left over: only flags of guidance",
+        ),
         (["stray"], r"^unknown flags: stray\. --help lists all\.$"),
         (["--size", "x"], r"^argument --size: invalid int value: 'x'\. --help lists all flags\.$"),
         (["--max_steps", "x"], r"^argument --max_steps/--max-steps: invalid int value: 'x'\. --help"),
@@ -103,6 +107,10 @@ def test_a_file_that_is_none_of_flags_and_a_flag_given_twice_are_errors(tmp_path
     for text, said in (("- size", "holds list; expected names of flags"), ("a: [", "cannot be read: while parsing")):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
+            with_flags_of_the_file(["--config", str(path)])
+    for text, name in (("config: a.yaml", "config"), ("use-cpu: true\nuse_cpu: false", "use_cpu")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"settings.yaml names '{name}', which a file may not, or does so twice"):
             with_flags_of_the_file(["--config", str(path)])
     path.write_text("mesure: ridge")
     with pytest.raises(ValueError, match=r"unknown flags: --mesure.* Did you mean --measure\?"):

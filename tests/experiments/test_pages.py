@@ -93,11 +93,11 @@ def test_whatever_was_tried_beside_a_claim_is_one_table_and_one_figure(tmp_path)
         "deep_fcn": report_of(gains, "trained_guide"),
     }
     found = controls_of(reports)
-    assert [list(runs) for runs in found.values()] == [["noise guide", "linear cka"], ["noise guide"]]
+    assert [list(runs) for runs in found.values()] == [["noise guide", "by linear_cka"], ["noise guide"]]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in controls_table(reports).splitlines()]
     assert lines[2:] == [
         ["noise guide", "+10.0 [+7.5, +12.5]", "+4.0"],
-        ["linear cka", "-2.0 [-4.5, +0.5]", "–"],
+        ["by linear_cka", "-2.0 [-4.5, +0.5]", "–"],
     ]
     plot_controls(reports, tmp_path / "c.png")
     assert drawn(tmp_path / "c.png")
