@@ -57,7 +57,7 @@ results-small: install shakespeare ## run every claim on two CPU cores (hours; r
 	$(MAKE) results cards
 
 results: install ## write the tables of the READMEs from recipes/results
-	$(BIN)/python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md
+	$(BIN)/python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md recipes/LOG.md
 
 cards: install ## write model_cards/ from recipes/results/
 	$(BIN)/python -m hf_guidance.experiments.cards recipes/results model_cards

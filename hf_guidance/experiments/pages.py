@@ -1,6 +1,6 @@
 """Tables on the pages of the recipes, made of the results that are committed.
 
-    python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md
+    python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md recipes/LOG.md
 
 The command above (`make results`) writes every block between `<!-- NAME -->` and `<!-- end -->` anew: `claims` is the
 table of the paper's claims, `controls` that of controls and measures beside two of them, any other name is that of a
