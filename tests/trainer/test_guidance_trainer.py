@@ -323,7 +323,7 @@ def test_log_keys_name_each_measure_and_pair(tmp_path: Path) -> None:
     (log,) = trained(trainer)[1]
     pairs = ["hidden_states.1~hidden_states.1", "hidden_states.2~hidden_states.2", "hidden_states.2~hidden_states.3"]
     expected = {f"guidance/{group}/{pair}" for group in ("similarity", "rsa") for pair in pairs}
-    expected |= {"guidance/loss", "guidance/weight", "task/loss"}
+    expected |= {"guidance/loss", "guidance/similarity", "guidance/weight", "task/loss"}
     assert {key for key in log if "/" in key} == expected
 
 
@@ -353,7 +353,8 @@ def test_the_progress_bar_leaves_out_the_single_pairs(tmp_path: Path, capsys: py
     make_trainer(tmp_path, gpt2(), llama(), disable_tqdm=False).train()
     printed = capsys.readouterr().out
     assert "guidance/loss" in printed
-    assert "guidance/similarity" not in printed
+    assert "guidance/similarity':" in printed
+    assert "guidance/similarity/" not in printed
 
 
 # ------------------------------------------------------------------------------------------- invariant 6: resumption
