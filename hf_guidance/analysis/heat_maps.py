@@ -101,17 +101,14 @@ def draw_map(
 def _draw(panel: Axes, content: SimilarityMap) -> Any:
     """Draw the map of a guided run, with its pairs framed."""
     rows, columns = content["target_layers"], content["guide_layers"]
-    image = draw_map(panel, content["similarity"], rows, columns, small=max(len(rows), len(columns)) <= NUMBERED)
+    numbered = max(len(rows), len(columns)) <= NUMBERED
+    image = draw_map(panel, content["similarity"], rows, columns, small=numbered)
     places = [pair.split("~") for pair in content["pairs"]]
-    panel.scatter(
-        [columns.index(g) for _, g in places],
-        [rows.index(t) for t, _ in places],
-        s=9 if max(len(rows), len(columns)) > NUMBERED else 240,
-        facecolors="none" if max(len(rows), len(columns)) <= NUMBERED else "white",
-        edgecolors="red" if max(len(rows), len(columns)) <= NUMBERED else "black",
-        linewidths=0.8,
-        marker="s",
+    own = (
+        {"s": 240, "facecolors": "none", "edgecolors": "red"} if numbered else {"s": 9, "c": "white", "edgecolors": "k"}
     )
+    x, y = [columns.index(g) for _, g in places], [rows.index(t) for t, _ in places]
+    panel.scatter(x, y, linewidths=0.8, marker="s", **own)  # type: ignore[arg-type]
     return image
 
 

@@ -45,12 +45,12 @@ MOST = 1024  # rows at once for a measure that needs all samples together
 MAX_TOKENS = 1024  # of a batch
 # of messages about guidance, and what they mean here
 WORDS = (
-    (r"\bthe target\b", "network a"),
-    (r"\bthe guide\b", "network b"),
     (r"\btarget_layers\b", "layers_a"),
     (r"\bguide_layers\b", "layers_b"),
     (r"\btarget layer\b", "layer of a"),
     (r"\bguide layer\b", "layer of b"),
+    (r"\bthe target\b", "network a"),
+    (r"\bthe guide\b", "network b"),
 )
 
 

@@ -3,9 +3,9 @@
     python -m hf_guidance.experiments.pages recipes/results README.md recipes/README.md recipes/LOG.md
 
 The command above (`make results`) writes every block between `<!-- NAME -->` and `<!-- end -->` anew: `claims` is the
-table of the paper's claims, `controls` that of controls and measures beside two of them, any other name is that of a
-results file. The second table is drawn too, as controls.png beside the results. Of runs beside a claim only the values
-are kept, without curves, maps and cards:
+table of the paper's claims, `controls` that of controls and measures beside two of them, `which_prior` that of targets
+by guides, any other name is that of a results file. The table of controls is drawn too, as controls.png beside the
+results. Of runs beside a claim only the values are kept, without curves, maps and cards:
 
     python -m hf_guidance.experiments.pages --only_values outputs/claims/NAME/results.json recipes/results/NAME.json
 """
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.history import run_in_words
 from hf_guidance.experiments.files import read_json, write_json
+from hf_guidance.experiments.matrix import matrix_table
 from hf_guidance.experiments.report import Report, aligned, comparison_rows, markdown_table
 from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, holm, in_words
 
@@ -40,6 +41,7 @@ VALUES = {
     "test",
     "seconds",
 }
+CELLS = Path("recipes/results/matrix/which_prior.json")
 BESIDE = {  # claims beside which others were tried, and the titles of these
     "copy_paste": "copy-paste, untrained Transformer",
     "deep_fcn": "deep FCN, trained ResNet",
@@ -154,7 +156,11 @@ def written_anew(page: str, reports: Mapping[str, Report]) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        tables = {"claims": claims_table, "controls": controls_table}
+        tables = {
+            "claims": claims_table,
+            "controls": controls_table,
+            "which_prior": lambda _: matrix_table(read_json(CELLS)),
+        }
         if name not in tables and name not in reports:
             raise ValueError(
                 f"the page has a block {name!r}, but the results are {', '.join(reports)}: add {name}.json."

@@ -171,7 +171,10 @@ class Random(nn.Module):
         ({"data": DataLoader([(1, 2)], batch_size=1)}, "the DataLoader gives a list; expected batches as dicts"),
         ({"a": broken()}, r"layer 'hidden_states\.1' of network a has features that are not finite"),
         ({"a": t5()}, r"^Network a \(T5ForConditionalGeneration\) does not run on input_ids"),
-        ({"data": of_two_lengths(), "sample_axis": "token"}, r"other|both layers need the same positions"),
+        (
+            {"data": of_two_lengths(), "sample_axis": "token"},
+            r"the layer of a gives 192 samples \(6 positions a row\) and the layer of b 128 \(4\)",
+        ),
         ({"data": of_two_lengths(), "sample_axis": "within"}, r"both layers need the same positions"),
         ({"measure": "linear_cka", "sample_axis": "within"}, "use debiased_cka"),
     ],

@@ -26,7 +26,8 @@ PAGES = [RECIPES / "README.md", RECIPES.parent / "README.md", RECIPES / "LOG.md"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=["recipes", "first", "log"])
-def test_a_page_is_as_the_results_make_it(path):
+def test_a_page_is_as_the_results_make_it(path, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
     page = path.read_text(encoding="utf-8")
     assert ("<!-- deep_fcn_controls -->" if path.stem == "LOG" else "<!-- claims -->") in page
     assert written_anew(page, RESULTS) == page

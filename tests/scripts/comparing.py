@@ -1,4 +1,4 @@
-"""What it costs to compare two networks: two untrained ResNet-50, 16 blocks each, beside their two forwards.
+"""Cost of comparing two networks: two untrained ResNet-50, 16 blocks each, beside their two forwards.
 
     python tests/scripts/comparing.py [--images 2000] [--size 64] [--rounds 3]
 
