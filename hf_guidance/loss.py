@@ -239,9 +239,8 @@ class GuidanceLoss:
         with self.target_reader.reading(not_recomputed(samples.layers)) as layers:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):  # others may not be in doubt
-            self.target_reader.settle_batch_first()
-            self.guide_reader.settle_batch_first()
+        self.target_reader.settle_batch_first()
+        self.guide_reader.settle_batch_first()
 
     def rows_to_compare(self, batch: Batch, *, step: int, micro_step: int, rank: int = 0) -> int:
         """Count the rows of a batch that `watch` will compare by themselves with `sample_axis="within"`."""

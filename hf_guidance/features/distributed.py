@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -126,3 +127,12 @@ def _pad(x: Tensor, axis: int, length: int) -> Tensor:
     shape = list(x.shape)
     shape[axis] = missing
     return torch.cat([x, x.new_zeros(shape)], axis)
+
+
+def runs_alone(network: nn.Module) -> bool:
+    """Tell whether a network can run on one process while the others do not run it: none of its weights is sharded."""
+    if not _is_group():
+        return True
+    # DeepSpeed ZeRO-3 marks the weights, FSDP 1 the modules; FSDP 2 and tensor parallelism keep DTensors
+    sharded = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in network.parameters())
+    return not sharded and not any(hasattr(module, "_is_fsdp_managed_module") for module in network.modules())

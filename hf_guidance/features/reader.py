@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_guidance.features.distributed import runs_alone
 from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
 from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.modules import describe_modules, find_modules
@@ -197,7 +198,9 @@ class LayerReader:
     def settle_batch_first(self) -> None:
         """Tell modules with the batch on their first axis from sequence-first ones, if a square output left it open.
 
-        The network runs on the first row of what it was called with, in evaluation mode and without gradients.
+        The network runs on the first row of what it was called with, in evaluation mode and without gradients. Of
+        several processes each decides by its own batch. A sharded network cannot run on one of them alone: there a
+        warning says that the batch is taken to be on the first axis.
 
         Raises:
             ValueError: If a module is sequence-first.
@@ -206,19 +209,17 @@ class LayerReader:
         if not self._unclear or called is None:
             return
         unclear, self._unclear = self._unclear, set()
+        if not runs_alone(self.model):
+            self._batch_first |= unclear
+            self._say_unsettled("is sharded", unclear)
+            return
         kept, modes = (self._seen, self._counted), [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad(), self.reading(lambda _, features: tuple(features.shape)) as shapes, suppress(AllRead):
                 self.model(*_first_row(called[0]), **_first_row(called[1]))
         except Exception as error:  # of a network that takes no single row
-            logger.warning(
-                "The %s does not run on one row (%s), so that it cannot be told whether the batch is on the first axis "
-                "of %s: this is taken for granted.",
-                self.role,
-                error,
-                ", ".join(sorted(unclear)),
-            )
+            self._say_unsettled(f"does not run on one row ({error})", unclear)
             shapes = {}
         finally:
             for module, mode in modes:
@@ -232,6 +233,15 @@ class LayerReader:
                     "batch_first=True, or name another layer."
                 )
         self._batch_first |= unclear
+
+    def _say_unsettled(self, why: str, unclear: Collection[str]) -> None:
+        logger.warning(
+            "The %s %s, so that it cannot be told whether the batch is on the first axis of %s: this is taken for "
+            "granted.",
+            self.role,
+            why,
+            ", ".join(sorted(unclear)),
+        )
 
     def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._store(name, output)

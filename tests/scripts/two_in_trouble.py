@@ -6,8 +6,10 @@ torchrun --standalone --nproc_per_node 2 tests/scripts/two_in_trouble.py <folder
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import get_rank
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from trainers import make_trainer, weights
-from transformers import TrainerState
+from transformers import TrainerState, XLNetConfig, XLNetModel
 
-from hf_guidance import GuidanceLoss
+from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance.features.distributed import runs_alone
 from hf_guidance.guide.identity import fingerprint
 
 GLOO = {"ddp_find_unused_parameters": False}
@@ -34,6 +37,8 @@ def main(folder: Path) -> None:
     seen["late"] = late(folder / "late")
     seen["sharded"] = sharded()
     seen["sharded guide"] = {kind: sharded_guide(folder / kind, kind) for kind in ("whole", "shared")}
+    seen["sequence-first"] = {kind: sequence_first(kind) for kind in ("whole", "sharded")}
+    seen["FSDP 1 runs alone"] = runs_alone(FullyShardedDataParallel(gpt2(), device_id=torch.device("cpu")).module)
     rank = get_rank()
     torch.save(seen, folder / f"rank{rank}.pt.part")
     (folder / f"rank{rank}.pt.part").rename(folder / f"rank{rank}.pt")
@@ -128,6 +133,27 @@ def sharded_guide(folder: Path, kind: str) -> dict[str, Any]:
         "fingerprint": fingerprint(trainer.guide),
         "identity": trainer.guide_identity["fingerprint"],
     }
+
+
+def sequence_first(kind: str) -> dict[str, Any]:
+    """A guide with the positions on its first axis, which are as many as the rows on the second rank alone."""
+    guide = XLNetModel(XLNetConfig(vocab_size=17, d_model=8, n_layer=2, n_head=2, d_inner=16))
+    if kind == "sharded":
+        for block in guide.layer:
+            fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    rows = 6 if kind == "sharded" else 5 + get_rank()
+    ids = torch.randint(17, (rows, 6), generator=torch.Generator().manual_seed(0))
+    target, warned, error = gpt2(), StringIO(), ""
+    handler = logging.StreamHandler(warned)
+    logging.getLogger("hf_guidance").addHandler(handler)
+    loss = GuidanceLoss(target, guide, GuidanceConfig(guide_layers=["layer.*"], guide_shares_tokenizer=True))
+    try:
+        with loss.watch({"input_ids": ids}) as watched:
+            target(**watched.inputs)
+    except ValueError as caught:
+        error = str(caught)
+    logging.getLogger("hf_guidance").removeHandler(handler)
+    return {"error": error, "warned": warned.getvalue(), "alone": runs_alone(guide)}
 
 
 if __name__ == "__main__":

@@ -114,3 +114,18 @@ def test_ten_launches_of_each_recipe_end_with_exit_code_0(tmp_path: Path) -> Non
 def test_runs_that_are_stopped_at_random_moments_end_with_the_bits_of_unbroken_ones(tmp_path: Path) -> None:
     _, printed = run(str(SCRIPTS / "stops.py"), str(tmp_path), "--kills", "3", timeout=600)
     assert "3 of 3 resumed and bit-identical" in printed, printed[-3000:]
+
+
+def test_a_rank_whose_batch_is_as_long_as_its_rows_tells_a_sequence_first_guide(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["sequence-first"]["whole"] for rank in ranks)
+    assert "5" in first["error"], "the other rank's rows differ from its positions, which says so by itself"
+    assert re.match(r"guide layer 'layer\.\d' \(XLNetLayer\) is sequence-first: of one row", second["error"])
+    for rank in ranks:
+        sharded = rank["sequence-first"]["sharded"]
+        assert not sharded["error"]
+        assert (
+            "The guide is sharded, so that it cannot be told whether the batch is on the first axis"
+            in sharded["warned"]
+        )
+        assert [rank["sequence-first"][kind]["alone"] for kind in ("whole", "sharded")] == [True, False]
+        assert not rank["FSDP 1 runs alone"]
