@@ -6,9 +6,9 @@
     accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim convnet_without_skips
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
-convnet_without_skips, wide_fcn or deep_fcn; deep_fcn_controls and deep_fcn_measures put what else the deep FCN may be
-guided by beside it, on three seeds. --config is a file with flags. A guidance flag with several values (--measure ridge
-linear_cka) trains each guided run at each of them.
+convnet_without_skips, wide_fcn or deep_fcn. deep_fcn_controls and deep_fcn_measures put what else the deep FCN may be
+guided by beside it, on three seeds; each claim's name with _cached has the guide kept in a cache. --config is a file
+with flags. A guidance flag with several values (--measure ridge linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
@@ -18,6 +18,7 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     trained_guide            guided by a trained guide: from the Hub, from a folder, or trained here (--train_guide)
     untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
     trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
+    trained_guide_cached     as trained_guide, by debiased CKA of 1024 numbers a layer, kept in a cache
     shuffled_guide           control: the untrained guide sees the images of other rows
     noise_guide              control: the untrained guide sees noise
     reversed_layers          control: the trained guide's layers in reverse order
@@ -67,11 +68,15 @@ from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_forma
 
 RUNS = (
     *("alone", "alone_shifted", "guide_itself", "untrained_guide", "untrained_guide_stopped"),
-    *("trained_guide", "trained_guide_stopped"),
+    *("trained_guide", "trained_guide_stopped", "trained_guide_cached"),
     *("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture"),
     *("distillation", "untrained_distillation"),
 )
-FROM_ITS_WEIGHTS = ("trained_guide", "trained_guide_stopped", "reversed_layers", "distillation")
+FROM_ITS_WEIGHTS = (
+    *("trained_guide", "trained_guide_stopped", "trained_guide_cached"),
+    *("reversed_layers", "distillation"),
+)
+CACHED = {"measure": "debiased_cka", "sketch": 1024, "sample_id_column": "id"}
 IMAGENET = "ILSVRC/imagenet-1k"
 OTHER_SEED = 10_000  # of a guide that has the target's architecture, and must not have its weights
 # flags that are options of the task of the same name
@@ -91,25 +96,42 @@ DEEP_FCN = f"""{FAIR}
     --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
 """
 BESIDE_DEEP_FCN = f"{DEEP_FCN} --seeds 20 21 22 --learning_rate 5e-4 --equal_time_baseline false"
+CONVNET = f"""{FAIR}
+    --target resnet50_without_skips --width 16 --guide resnet50 --guide_width 16
+    --guide_layers ResNetBottleNeckLayer --train_size 5000 --per_device_train_batch_size 64 --max_steps 400
+    --guide_learning_rate 1e-3
+"""
+WIDE_FCN = f"""{FAIR}
+    --target wide_fcn --width 512 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
+    --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --eval_steps 50
+    --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
+"""
+WITH_CACHE = """
+    --seeds 20 21 22 --runs alone guide_itself trained_guide trained_guide_cached --measure debiased_cka
+    --equal_time_to trained_guide_cached
+"""
 CLAIMS = {
-    "convnet_without_skips": f"""{FAIR}
-        --target resnet50_without_skips --width 16 --guide resnet50 --guide_width 16
-        --guide_layers ResNetBottleNeckLayer --train_size 5000 --per_device_train_batch_size 64 --max_steps 400
-        --learning_rates 1e-3 2e-3 3e-3 6e-3 --guide_learning_rate 1e-3
-        --output_dir outputs/claims/convnet_without_skips
+    "convnet_without_skips": f"""{CONVNET}
+        --learning_rates 1e-3 2e-3 3e-3 6e-3 --output_dir outputs/claims/convnet_without_skips
     """,
-    "wide_fcn": f"""{FAIR}
-        --target wide_fcn --width 512 --guide resnet18 --guide_width 16 --image_size 40 --object_size 28
-        --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --eval_steps 50
+    "convnet_without_skips_cached": f"""{CONVNET} {WITH_CACHE}
+        --learning_rate 2e-3 --output_dir outputs/claims/convnet_without_skips_cached
+    """,
+    "wide_fcn": f"""{WIDE_FCN}
         --learning_rates 3e-5 1e-4 3e-4 1e-3
-        --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
         --seeds 10 11 12 13 14 --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped
         --output_dir outputs/claims/wide_fcn
+    """,
+    "wide_fcn_cached": f"""{WIDE_FCN} {WITH_CACHE}
+        --learning_rate 1e-4 --output_dir outputs/claims/wide_fcn_cached
     """,
     "deep_fcn": f"""{DEEP_FCN}
         --learning_rates 5e-4 1e-3 2e-3 4e-3 --seeds 10 11 12 13 14
         --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped untrained_guide
         --output_dir outputs/claims/deep_fcn
+    """,
+    "deep_fcn_cached": f"""{DEEP_FCN} {WITH_CACHE}
+        --learning_rate 5e-4 --output_dir outputs/claims/deep_fcn_cached
     """,
     "deep_fcn_controls": f"""{BESIDE_DEEP_FCN}
         --runs alone guide_itself trained_guide untrained_guide own_architecture shuffled_guide noise_guide
@@ -328,6 +350,7 @@ def matched_runs(
     target = partial(target_of, recipe, tasks["alone"])
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
     stop = recipe.stopped(recipe.runs or (), args.max_steps)
+    cached = CACHED | {"cache_guide": str(Path(str(args.output_dir)) / "cache")}
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)
     given: Callable[..., Any] = partial(load_guide, trained if recipe.train_guide else source)
 
@@ -353,6 +376,7 @@ def matched_runs(
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
         Run("trained_guide", seed, target, guide=given, needs=needs, like=untrained),
         Run("trained_guide_stopped", seed, target, guide=given, needs=needs, like=untrained, guidance=stop),
+        Run("trained_guide_cached", seed, target, guide=given, needs=needs, like=untrained, guidance=cached),
         Run("shuffled_guide", seed, target, guide=untrained, guidance={"guide_input": "shuffled"}),
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
         Run(

@@ -6,9 +6,10 @@
     accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim copy_paste
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
-copy_paste, parity or language_modeling (its text: make shakespeare). copy_paste_controls and copy_paste_measures put
-what else may guide the RNN beside it, on three seeds. --config is a file with flags. A guidance flag with several
-values (--measure ridge linear_cka) trains each guided run at each of them.
+copy_paste, parity or language_modeling (its text: make shakespeare). copy_paste_controls, copy_paste_measures and
+copy_paste_variants put what else may guide the RNN beside it, on three seeds, language_modeling_early_layer another
+pair of layers. --config is a file with flags. A guidance flag with several values (--measure ridge linear_cka) trains
+each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
@@ -17,6 +18,9 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     trained_guide            guided by the network that guide_itself trained
     untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
     trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
+    noncausal_guide          guided by an untrained Transformer that sees the whole row, as in the paper's code
+    within_rows              as untrained_guide, but the positions of each row are compared, by debiased CKA
+    last_to_early_layer      as trained_guide, but its last layer guides the second one, with a weight that decays
     shuffled_guide           control: the untrained guide sees other rows
     noise_guide              control: the untrained guide sees random tokens
     reversed_layers          control: the untrained guide's layers in reverse order
@@ -59,11 +63,17 @@ from hf_guidance.tasks.parity import length_curriculum
 TEXT_TASKS = ("copy_paste", "parity", "language_modeling")
 RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")  # by default
 STOPPED = ("untrained_guide_stopped", "trained_guide_stopped")
+VARIANTS = ("noncausal_guide", "within_rows", "last_to_early_layer")
 CONTROLS = ("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture")
+LAYERS = 4  # of the RNNs and the Transformers
 OTHER_SEED = 10_000  # of a guide that has the target's architecture, and must not have its weights
 
 FAIR = "--seeds 10 11 12 13 14 --equal_time_baseline --disable_tqdm true"
 BESIDE_COPY_PASTE = "--disable_tqdm true --task copy_paste --learning_rate 3e-3 --seeds 20 21 22"
+LANGUAGE = """
+    --disable_tqdm true --task language_modeling --text_files outputs/shakespeare.txt --lr_scheduler_type linear
+    --guide_learning_rate 2e-3 --guide_max_steps 1000 --guide_rows 16
+"""
 CLAIMS = {
     "copy_paste": f"""{FAIR}
         --task copy_paste --learning_rates 1e-3 2e-3 3e-3 5e-3 --runs alone untrained_guide untrained_guide_stopped
@@ -77,15 +87,20 @@ CLAIMS = {
         --runs alone untrained_guide --measure linear_cka debiased_cka ridge ridge_loo procrustes
         --output_dir outputs/claims/copy_paste_measures
     """,
+    "copy_paste_variants": f"""{BESIDE_COPY_PASTE}
+        --runs alone untrained_guide noncausal_guide within_rows --output_dir outputs/claims/copy_paste_variants
+    """,
     "parity": f"""{FAIR}
         --task parity --learning_rates 3e-4 1e-3 2e-3 3e-3 --runs alone guide_itself trained_guide --guide_rows 24
         --output_dir outputs/claims/parity
     """,
-    "language_modeling": f"""{FAIR}
-        --task language_modeling --text_files outputs/shakespeare.txt --learning_rates 1e-3 2e-3 3e-3 4e-3
-        --lr_scheduler_type linear --runs alone guide_itself trained_guide trained_guide_stopped untrained_guide
-        --guide_learning_rate 2e-3 --guide_max_steps 1000 --guide_rows 16 --seeds 30 31 32 33 34
-        --output_dir outputs/claims/language_modeling
+    "language_modeling": f"""{LANGUAGE} --equal_time_baseline --learning_rates 1e-3 2e-3 3e-3 4e-3
+        --runs alone guide_itself trained_guide trained_guide_stopped untrained_guide
+        --seeds 30 31 32 33 34 --output_dir outputs/claims/language_modeling
+    """,
+    "language_modeling_early_layer": f"""{LANGUAGE} --learning_rate 2e-3
+        --runs alone guide_itself trained_guide last_to_early_layer
+        --seeds 40 41 42 --output_dir outputs/claims/language_modeling_early_layer
     """,
 }
 
@@ -96,7 +111,8 @@ class Arguments(RecipeArguments):
 
     task: str = field(default="copy_paste", metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
     runs: list[str] = field(
-        default_factory=lambda: list(RUNS), metadata={"help": f"Some of {', '.join(RUNS + STOPPED + CONTROLS)}."}
+        default_factory=lambda: list(RUNS),
+        metadata={"help": f"Some of {', '.join(RUNS + STOPPED + VARIANTS + CONTROLS)}."},
     )
     text_files: Optional[list[str]] = field(default=None, metadata={"help": "UTF-8 text files for language_modeling."})
     dataset: str = field(
@@ -159,8 +175,8 @@ def preset(task: str, size: str) -> Preset:
         data = {"min_length": 8, "max_length": 15, "eval_size": 2000, "test_size": 5000} if small else {}
         return Preset(
             task=data,
-            target=partial(recurrent, num_hidden_layers=4, **rnn),
-            guide=partial(decoder, length=32 if small else 96, n_layer=4, **transformer),
+            target=partial(recurrent, num_hidden_layers=LAYERS, **rnn),
+            guide=partial(decoder, length=32 if small else 96, n_layer=LAYERS, **transformer),
             training=training_defaults(*((400, 128, 3e-3) if small else (31_300, 256, 1e-3))),
             guidance={"sample_axis": "token", "max_tokens": 256, "measure": "ridge"}
             if small
@@ -189,8 +205,8 @@ def preset(task: str, size: str) -> Preset:
     transformer = {"n_embd": 128, "n_head": 4} if small else {"n_embd": 512, "n_head": 16}
     return Preset(
         task={"block_size": 32, "max_eval_blocks": 512} if small else {"block_size": 50, "vocab_size": 32_000},
-        target=partial(recurrent, num_hidden_layers=4, **rnn),
-        guide=partial(decoder, length=64, n_layer=4, **transformer),
+        target=partial(recurrent, num_hidden_layers=LAYERS, **rnn),
+        guide=partial(decoder, length=64, n_layer=LAYERS, **transformer),
         training=training_defaults(*((300, 64, 2e-3) if small else (60_000, 256, 1e-3))) | {"max_grad_norm": 0.25},
         guidance={"sample_axis": "token", "max_tokens": 512, "measure": "ridge" if small else of_paper},
         guide_training={"max_steps": 1000} if small else {},
@@ -201,7 +217,9 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     """Return the defaults of the other flags."""
     check_choice("task", recipe.task, TEXT_TASKS)
     for run in recipe.runs:
-        check_choice("runs", run, RUNS + STOPPED + CONTROLS)
+        check_choice("runs", run, RUNS + STOPPED + VARIANTS + CONTROLS)
+    if recipe.task == "parity" and (wrong := [run for run in recipe.runs if run in VARIANTS]):
+        raise ValueError(f"--runs {wrong[0]} compares the layers of a Transformer guide, but parity's guide is an RNN.")
     chosen = preset(recipe.task, recipe.preset)
     folder = f"outputs/rnn_vs_transformer/{recipe.task}-{recipe.preset}"
     return {"output_dir": folder, **chosen.training, **chosen.guidance}
@@ -254,7 +272,16 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
     def own_architecture() -> Any:
         return load_guide(target().config, seed=OTHER_SEED + seed)
 
+    def noncausal() -> Any:
+        own = guide().config  # a GPT-2's
+        sizes = {"hidden_size": own.n_embd, "intermediate_size": own.n_inner or 4 * own.n_embd}
+        return load_guide(
+            encoder(task, num_hidden_layers=own.n_layer, num_attention_heads=own.n_head, **sizes).config, seed=seed
+        )
+
     given: Callable[[], Any] = partial(load_guide, trained)
+    last, within = f"hidden_states.1~hidden_states.{LAYERS - 1}", {"sample_axis": "within", "measure": "debiased_cka"}
+    early = {"layer_pairs": [last], "guidance_schedule": "linear"}
     stop = recipe.stopped(recipe.runs, args.max_steps)
     runs = [
         Run("alone", seed, target),
@@ -263,6 +290,9 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
         Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
         Run("trained_guide", seed, target, guide=given, needs="guide_itself", like=untrained),
         Run("trained_guide_stopped", seed, target, guide=given, needs="guide_itself", like=untrained, guidance=stop),
+        Run("noncausal_guide", seed, target, guide=noncausal),
+        Run("within_rows", seed, target, guide=untrained, guidance=within),
+        Run("last_to_early_layer", seed, target, guide=given, needs="guide_itself", like=untrained, guidance=early),
         Run("shuffled_guide", seed, target, guide=untrained, guidance={"guide_input": "shuffled"}),
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
         Run("reversed_layers", seed, target, guide=untrained, guidance={"layer_mapping": "reversed"}),

@@ -36,6 +36,9 @@ class RecipeArguments:
         default=False,
         metadata={"help": "Also train the target alone for 1.1 times the training time of the slowest guided run."},
     )
+    equal_time_to: Optional[str] = field(
+        default=None, metadata={"help": "The guided run that --equal_time_baseline goes by; default the slowest."}
+    )
     longer_baseline: bool = field(
         default=False,
         metadata={"help": "Also train the target alone for longer: twice the steps, and equal training time."},

@@ -22,10 +22,17 @@ def say_edge(best: float, rates: Sequence[float]) -> None:
         print(f"The best learning rate, {best:g}, is at the edge of {sorted(set(rates))}: try more on that side.")
 
 
-def equal_time(run: Run, steps: int, results: list[Record]) -> Run:
-    """Return the unguided run, trained for 1.1 times the time of the slowest guided run of its seed."""
+def equal_time(run: Run, steps: int, results: list[Record], of: str | None = None) -> Run:
+    """Return the unguided run, trained for 1.1 times the time of a guided run of its seed.
+
+    Args:
+        run: The unguided run.
+        steps: Its optimizer steps.
+        results: Records of the finished runs.
+        of: Name of the guided run; the slowest if None.
+    """
     own = [r for r in results if r["seed"] == run.seed]
-    guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
+    guided = max((r["seconds"] for r in own if r["guide"] and of in (None, r["run"])), default=0.0)
     more = math.ceil(max(1.0, MARGIN * guided / next(r["seconds"] for r in own if r["run"] == "alone")) * steps)
     return replace(run, name=f"{EQUAL_TIME}-{more}", training={"max_steps": more})
 

@@ -225,6 +225,8 @@ def compare(
             "--longer_baseline and --equal_time_baseline train the run 'alone' for longer, but --runs does not name "
             "it: add alone to --runs."
         )
+    if recipe.equal_time_to is not None and recipe.equal_time_to not in named:
+        raise ValueError(f"--equal_time_to {recipe.equal_time_to} is none of the runs: {', '.join(sorted(named))}.")
     if recipe.dimension_rows is not None and recipe.dimension_rows < FEWEST:
         raise ValueError(f"--dimension_rows is {recipe.dimension_rows}; a dimension needs at least {FEWEST} rows.")
     if recipe.learning_rates and (both := set(recipe.seeds) & set(recipe.search_seeds)):
@@ -263,7 +265,9 @@ def compare(
         say_edge(args.learning_rate, recipe.learning_rates)
     results = [carry(run) for seed in recipe.seeds for run in comparison.runs(seed) if run.name not in left_out]
     if recipe.equal_time_baseline:
-        results += [carry(equal_time(run, args.max_steps, results)) | {"run": EQUAL_TIME} for run in alone]
+        results += [
+            carry(equal_time(run, args.max_steps, results, recipe.equal_time_to)) | {"run": EQUAL_TIME} for run in alone
+        ]
     if recipe.longer_baseline:
         results += [carry(longer(run, args.max_steps, results)) | {"run": LONGER} for run in alone]
     made: Any = {
