@@ -1,14 +1,15 @@
 """Analysis of runs: a look at their first batch, curves of their logs, and maps of the similarity of all layers.
 
 `first_batch` describes the first batch, and `first_warnings` finds what will spoil the run. `history` reads a Trainer's
-log, and `similarity_map` compares all layers on one batch. `curves` and `heat_maps` draw both, and `figures` writes the
-files. `network_comparison` compares any two networks over a dataset, by the sums of `hsic_sums`. `errors` tells whether
-two networks err alike, and `dimensions` the dimension of a layer's features.
+log, and `similarity_map` compares all layers on one batch. `curves`, `heat_maps` and `film` draw them, and `figures`
+writes the files. `network_comparison` compares any two networks over a dataset, by the sums of `hsic_sums`. `errors`
+tells whether two networks err alike, and `dimensions` the dimension of a layer's features.
 """
 
 from hf_guidance.analysis.curves import plot_comparison, plot_curves, plot_run
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.errors import error_consistency, error_consistency_matrix, plot_error_consistency
+from hf_guidance.analysis.film import plot_film
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.analysis.history import (
@@ -36,6 +37,7 @@ __all__ = [
     "plot_comparison",
     "plot_curves",
     "plot_error_consistency",
+    "plot_film",
     "plot_run",
     "plot_similarity_maps",
     "similarity_curves",

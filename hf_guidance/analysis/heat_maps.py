@@ -42,7 +42,7 @@ def plot_similarity_maps(results: Sequence[Curves], path: str | os.PathLike[str]
         name = run_in_words(run["run"])
         titles = run.get("when") or [f"{name}, {when} training" for when in ("before", "after")]
         for panel, when, title in zip(line, ("before", "after"), titles, strict=True):
-            image = _draw(panel, run["similarity_maps"][when])
+            image = draw_similarity_map(panel, run["similarity_maps"][when])
             panel.set_title(title, fontsize=9)
         measure = run["similarity_maps"]["after"]["measure"].replace("_", " ").replace("cka", "CKA")
         figure.colorbar(image, ax=list(line), label=measure, shrink=0.9)
@@ -98,8 +98,8 @@ def draw_map(
     return image
 
 
-def _draw(panel: Axes, content: SimilarityMap) -> Any:
-    """Draw the map of a guided run, with its pairs framed."""
+def draw_similarity_map(panel: Axes, content: SimilarityMap) -> Any:
+    """Draw the map of a guided run with its pairs framed, and return the image, for a colour bar."""
     rows, columns = content["target_layers"], content["guide_layers"]
     numbered = max(len(rows), len(columns)) <= NUMBERED
     image = draw_map(panel, content["similarity"], rows, columns, small=numbered)

@@ -48,6 +48,10 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Measure the intrinsic dimension of the target's layers on so many validation rows."},
     )
+    film_steps: Optional[int] = field(
+        default=None,
+        metadata={"help": "Map the similarity of all layers every so many steps, and draw a film of each guided run."},
+    )
     stop_step: Optional[int] = field(
         default=None, metadata={"help": "Step at which the *_stopped runs stop guidance; default a third of the steps."}
     )

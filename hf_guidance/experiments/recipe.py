@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,12 +31,13 @@ from hf_guidance.experiments.run import SETTINGS, Run, first_rows
 from hf_guidance.experiments.sweeps import settings_of_sweeps, swept, take_sweeps
 from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.experiments.verdicts import EQUAL_TIME, gains, in_words
-from hf_guidance.experiments.watching import WatchedDimensions, plot_dimensions
+from hf_guidance.experiments.watching import WatchedDimensions, plot_dimensions, plot_films
 from hf_guidance.tasks import Task
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_writable
 from hf_guidance.trainer.environment import environment, usable_cpus
 from hf_guidance.trainer.run_facts import command_facts
+from hf_guidance.trainer.similarity_film import SimilarityFilm
 
 PRESETS = ("small", "paper")
 FEWEST = 3  # rows, of which an intrinsic dimension is measured
@@ -229,6 +231,8 @@ def compare(
         raise ValueError(f"--equal_time_to {recipe.equal_time_to} is none of the runs: {', '.join(sorted(named))}.")
     if recipe.dimension_rows is not None and recipe.dimension_rows < FEWEST:
         raise ValueError(f"--dimension_rows is {recipe.dimension_rows}; a dimension needs at least {FEWEST} rows.")
+    if recipe.film_steps is not None and recipe.film_steps < 1:
+        raise ValueError(f"--film_steps is {recipe.film_steps}; a film needs a map every 1 or more steps.")
     if recipe.learning_rates and (both := set(recipe.seeds) & set(recipe.search_seeds)):
         raise ValueError(
             f"--seeds and --search_seeds both name {', '.join(map(str, sorted(both)))}: a seed that chose the learning "
@@ -250,10 +254,12 @@ def compare(
 
     def carry(run: Run) -> Record:
         own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
-        return carry_out(run, own, args, guidance, folder, comparison.data, facts, callbacks)
+        return carry_out(run, own, args, guidance, folder, comparison.data, facts, partial(callbacks, run))
 
-    def callbacks(own: Task) -> list[TrainerCallback]:
+    def callbacks(run: Run, own: Task) -> list[TrainerCallback]:
         found = comparison.callbacks(own)
+        if recipe.film_steps is not None and run.guide is not None:
+            found.append(SimilarityFilm(recipe.film_steps, batch=first_rows(own, args.per_device_train_batch_size)))
         if recipe.dimension_rows is not None:
             found.append(WatchedDimensions(first_rows(own, recipe.dimension_rows)))
         return found
@@ -306,6 +312,7 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
         written.append(f"{folder}/dimensions.png")
     if plot_errors(report["runs"], folder, folder / "errors.png"):
         written.append(f"{folder}/errors.png")
+    written += plot_films(report["runs"], folder)
     cards = write_cards(report, folder)
     print(", ".join([*written, *(f"{place}/README.md" for place in cards)]))
     if args.push_to_hub:

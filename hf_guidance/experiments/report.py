@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from hf_guidance.analysis.history import Curves, run_in_words
+from hf_guidance.analysis.history import Curves, SimilarityMap, run_in_words
 from hf_guidance.card.contents import RunFacts
 
 
@@ -23,6 +23,7 @@ class Record(Curves, total=False):
     test: dict[str, float]
     seconds: float
     card: RunFacts
+    film: dict[str, SimilarityMap]  # optimizer step → map
 
 
 class Report(TypedDict, total=False):

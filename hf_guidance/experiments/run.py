@@ -26,6 +26,7 @@ from hf_guidance.experiments.report import Record
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import environment
 from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.similarity_film import SimilarityFilm
 
 if TYPE_CHECKING:
     from hf_guidance.tasks import Task
@@ -143,7 +144,9 @@ def record_of(
     history = trainer.state.log_history
     _, points = validation_curve(history, metric)
     curve = [point | {"seconds": seconds.get(point["step"])} for point in points]
-    return {
+    film = next((cb for cb in trainer.callback_handler.callbacks if isinstance(cb, SimilarityFilm)), None)
+    frames: Record = {} if film is None else {"film": {str(step): found for step, found in film.frames.items()}}
+    return frames | {
         "run": run.name,
         "seed": run.seed,
         "steps": trainer.state.global_step,

@@ -1,4 +1,4 @@
-"""The intrinsic dimension of a target's layers over training, as a recipe measures and draws it."""
+"""The intrinsic dimension and the similarity of layers over training, as a recipe measures and draws them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.figures import save
+from hf_guidance.analysis.film import plot_film
 from hf_guidance.analysis.history import DIMENSION, run_in_words
 from hf_guidance.experiments.report import Record
 from hf_guidance.features.reader import LayerReader
@@ -89,3 +91,12 @@ def plot_dimensions(runs: Sequence[Record], path: str | os.PathLike[str]) -> boo
     panel.spines[["top", "right"]].set_visible(False)
     save(figure, path)
     return True
+
+
+def plot_films(runs: Sequence[Record], folder: Path) -> list[str]:
+    """Draw the film of each guided run that has one, for its first seed, as `film-RUN.gif`; return the files."""
+    written = []
+    for name, run in {run["run"]: run for run in reversed(runs) if run.get("film")}.items():
+        written.append(f"{folder}/film-{name}.gif")
+        plot_film({int(step): found for step, found in run["film"].items()}, written[-1], run_in_words(name))
+    return written[::-1]

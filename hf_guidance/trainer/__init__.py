@@ -1,8 +1,8 @@
 """The Trainer with a guidance loss, and what a run needs around it.
 
 Read `guidance_mixin` first. The other files hold checkpoints, checks before training, logs, steps that are not finite
-or not guided, the end of guidance at a similarity, similarities on validation data, the model card, and pushes to the
-Hub.
+or not guided, the end of guidance at a similarity, similarities on validation data, a film of them, the model card, and
+pushes to the Hub.
 """
 
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
@@ -15,6 +15,7 @@ from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
 from hf_guidance.trainer.layer_maps import LayerMaps, can_map
 from hf_guidance.trainer.protocol import GuidedTrainer
 from hf_guidance.trainer.run_facts import command_facts
+from hf_guidance.trainer.similarity_film import SimilarityFilm
 from hf_guidance.trainer.staging import CARD, CURVES, STAGING, complete, files_in, make_empty, put, without_links
 from hf_guidance.trainer.uploads import check_hub, push_staged, upload_command
 
@@ -28,6 +29,7 @@ __all__ = [
     "GuidanceTrainer",
     "GuidedTrainer",
     "LayerMaps",
+    "SimilarityFilm",
     "TrainingClock",
     "can_map",
     "check_hub",

@@ -61,6 +61,7 @@ class TrainingClock(TrainerCallback, ExportableState):
         self._events: list[tuple[Moment, Moment]] = []  # of steps that are not yet in `seconds`
         self._pauses: list[tuple[Moment, Moment]] = []
         self._clock = Clock(torch.device("cpu"))
+        self._is_in_step = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._clock = Clock(args.device)
@@ -73,22 +74,24 @@ class TrainingClock(TrainerCallback, ExportableState):
             self.steps = kept.get("steps", state.global_step)
 
     def on_step_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
-        self._began = self._clock.now()
+        self._began, self._is_in_step = self._clock.now(), True
 
     def on_step_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         self._events.append((self._began, self._clock.now()))
+        self._is_in_step = False
         self.steps += 1
         if len(self._events) >= MAX_EVENTS:
             self._settle()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside this context out, although it is part of a step."""
-        began = self._clock.now()
+        """Leave the time inside this context out, if it is part of a step."""
+        began, counts = self._clock.now(), self._is_in_step
         try:
             yield
         finally:
-            self._pauses.append((began, self._clock.now()))
+            if counts:
+                self._pauses.append((began, self._clock.now()))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._settle()

@@ -35,6 +35,7 @@ from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
 from hf_guidance.trainer.micro_batches import MicroBatchesMixin
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
+from hf_guidance.trainer.similarity_film import SimilarityFilm
 from hf_guidance.trainer.similarity_stop import SimilarityStop, StoppingMixin
 from hf_guidance.trainer.streams import StreamsMixin, pass_of, warn_of_stream
 
@@ -258,6 +259,9 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
 
     def _begin_training(self) -> None:
         check_trainer(self)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SimilarityFilm):
+                callback.begin(self)
         if self.model_init is not None:
             self._prepare_guide()
         if self.guidance.guidance_weight:

@@ -8,6 +8,7 @@ from builders import gpt2, hidden_states, token_batch
 
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.history import dimension_curves
+from hf_guidance.experiments import watching
 from hf_guidance.experiments.watching import WatchedDimensions, plot_dimensions
 
 
@@ -45,3 +46,16 @@ def test_the_mean_of_the_layers_is_drawn_for_each_run(tmp_path, monkeypatch):
     assert drawn == [("alone", [2, 4], [2.0, 5.0])]
     assert not plot_dimensions(runs[1:], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_film_of_each_guided_run_is_drawn_for_its_first_seed(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(watching, "plot_film", lambda frames, path, title: drawn.append((frames, path, title)))
+    runs = [
+        {"run": "alone", "seed": 0},
+        {"run": "trained_guide", "seed": 0, "film": {"0": "first", "10": "second"}},
+        {"run": "trained_guide", "seed": 1, "film": {"0": "other"}},
+    ]
+    path = f"{tmp_path}/film-trained_guide.gif"
+    assert watching.plot_films(runs, tmp_path) == [path]
+    assert drawn == [({0: "first", 10: "second"}, path, "trained guide")]
