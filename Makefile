@@ -42,18 +42,20 @@ test-trainers: install ## install TRL, PEFT and sentence-transformers, and run t
 	$(BIN)/python -m pip install --quiet $(TRAINERS)
 	$(BIN)/python -m pytest -m trainers
 
+# claims, and what stands beside them, of which only the values are kept
+TEXT = copy_paste parity language_modeling
+TEXT_BESIDE = copy_paste_controls copy_paste_measures copy_paste_variants language_modeling_early_layer
+IMAGES = convnet_without_skips wide_fcn deep_fcn
+IMAGES_BESIDE = deep_fcn_controls deep_fcn_measures deep_fcn_cached wide_fcn_cached convnet_without_skips_cached
+
 results-small: install shakespeare ## run every claim on two CPU cores (hours; resumes), and write tables and cards
-	for claim in copy_paste parity language_modeling; do \
-		$(BIN)/accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim $$claim || exit 1; \
-		cp outputs/claims/$$claim/results.json recipes/results/$$claim.json; done
-	for claim in convnet_without_skips wide_fcn deep_fcn; do \
-		$(BIN)/accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim $$claim || exit 1; \
-		cp outputs/claims/$$claim/results.json recipes/results/$$claim.json; done
-	for beside in controls measures; do \
-		$(BIN)/accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim copy_paste_$$beside || exit 1; \
-		$(BIN)/accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim deep_fcn_$$beside || exit 1; \
-		for claim in copy_paste deep_fcn; do $(BIN)/python -m hf_guidance.experiments.pages --only_values \
-			outputs/claims/$${claim}_$$beside/results.json recipes/results/$${claim}_$$beside.json; done; done
+	for claim in $(TEXT) $(TEXT_BESIDE); do \
+		$(BIN)/accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim $$claim || exit 1; done
+	for claim in $(IMAGES) $(IMAGES_BESIDE); do \
+		$(BIN)/accelerate launch recipes/fcn_vs_resnet.py --use_cpu --claim $$claim || exit 1; done
+	for claim in $(TEXT) $(IMAGES); do cp outputs/claims/$$claim/results.json recipes/results/$$claim.json || exit 1; done
+	for claim in $(TEXT_BESIDE) $(IMAGES_BESIDE); do $(BIN)/python -m hf_guidance.experiments.pages --only_values \
+		outputs/claims/$$claim/results.json recipes/results/$$claim.json || exit 1; done
 	$(MAKE) results cards
 
 results: install ## write the tables of the READMEs from recipes/results

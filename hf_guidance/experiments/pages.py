@@ -42,6 +42,7 @@ VALUES = {
     "seconds",
 }
 CELLS = Path("recipes/results/matrix/which_prior.json")
+OF_CONTROLS = ("controls", "variants", "measures")  # results files beside a claim
 BESIDE = {  # claims beside which others were tried, and the titles of these
     "copy_paste": "copy-paste, untrained Transformer",
     "deep_fcn": "deep FCN, trained ResNet",
@@ -183,7 +184,7 @@ def controls_of(reports: Mapping[str, Report]) -> dict[str, dict[str, Difference
     """
     found: dict[str, dict[str, Difference]] = {}
     for results, title in BESIDE.items():
-        for name in (f"{results}_controls", f"{results}_measures"):
+        for name in (f"{results}_{kind}" for kind in OF_CONTROLS):
             for gain in reports[name]["differences"] if name in reports else []:
                 if gain["baseline"] == "alone":
                     measure = gain["run"].partition("-measure_")[2]
