@@ -23,7 +23,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     Two PNG files with the same digest show the same figure.
     """
     metadata = {DIGEST: digest(figure)} if Path(path).suffix == ".png" else None
-    figure.savefig(path, dpi=150, metadata=metadata)
+    figure.savefig(path, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
 
 
 def digest(figure: Figure) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_guidance.analysis.figures import save
-from hf_guidance.analysis.history import Curves, SimilarityMap, run_in_words
+from hf_guidance.analysis.history import Curves, SimilarityMap
+from hf_guidance.analysis.runs import label_of
 from hf_guidance.analysis.similarity_map import similarity_map as similarity_map  # earlier code has it from here
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def plot_similarity_maps(results: Sequence[Curves], path: str | os.PathLike[str]
     figure = Figure(figsize=(7.2, 3.1 * len(runs)), layout="constrained")
     panels = figure.subplots(len(runs), 2, squeeze=False)
     for line, run in zip(panels, runs, strict=True):
-        name = run_in_words(run["run"])
+        name = label_of(run)
         titles = run.get("when") or [f"{name}, {when} training" for when in ("before", "after")]
         for panel, when, title in zip(line, ("before", "after"), titles, strict=True):
             image = draw_similarity_map(panel, run["similarity_maps"][when])

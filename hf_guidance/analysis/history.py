@@ -26,6 +26,8 @@ class Curves(TypedDict, total=False):
     curve: list[dict[str, Any]]
     training: list[dict[str, Any]]
     similarity: list[dict[str, Any]]
+    debiased: list[dict[str, Any]]
+    guide: Any  # its identity; None without guidance
     gradients: list[dict[str, Any]]
     dimensions: list[dict[str, Any]]
     similarity_maps: dict[str, SimilarityMap]
@@ -35,6 +37,7 @@ class Curves(TypedDict, total=False):
 
 GUIDANCE = "guidance/"  # in the names of what is measured of guidance, in training and on validation data
 SIMILARITY = "guidance/similarity/"
+DEBIASED = "guidance/debiased_cka/"
 DIMENSION = "dimension/"  # in the names of intrinsic dimensions of layers
 # what Trainer logs for an evaluation beside the metrics
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -60,6 +63,18 @@ def training_curve(history: History) -> list[dict[str, Any]]:
 def similarity_curves(history: History) -> History:
     """Return points with `step` and the similarity of every pair, under the name of the pair."""
     return _points(history, SIMILARITY)
+
+
+def debiased_curves(history: History) -> History:
+    """Return points with `step` and the debiased CKA of every pair, where it was logged beside another measure."""
+    return _points(history, DEBIASED)
+
+
+def debiased_curve(history: History) -> list[dict[str, Any]]:
+    """Return points with `step` and `value`, the mean debiased CKA of the pairs, where it was logged beside another."""
+    points = debiased_curves(history)
+    means = [[value for name, value in point.items() if name != "step"] for point in points]
+    return [{"step": point["step"], "value": sum(own) / len(own)} for point, own in zip(points, means, strict=True)]
 
 
 def dimension_curves(history: History) -> History:

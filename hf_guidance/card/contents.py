@@ -34,12 +34,16 @@ class Results(TypedDict, total=False):
 
 
 class PairRow(TypedDict):
-    """Similarity of one pair in the first and the last log; None where LayerDrop skipped its target layer."""
+    """Similarity of one pair in the first and the last log, and its debiased CKA in the last one.
+
+    None where LayerDrop skipped its target layer, or where debiased CKA was not logged beside the measure.
+    """
 
     target: str
     guide: str
     first: float | None
     last: float | None
+    debiased: float | None
 
 
 class Pairs(TypedDict):
@@ -95,6 +99,7 @@ class RunFacts(TypedDict, total=False):
     emissions: float
     data: Values
     example: Example
+    dashboard: str
     command: str
     command_is_cut: bool
     versions: dict[str, str]

@@ -135,10 +135,14 @@ def pairs(facts: RunFacts) -> str:
         return ""
     first, last = _span(0, found["first"]), _span(found["before_last"], found["last"])
     header = ["target layer", "guide layer", f"similarity in training, {first}", last]
-    rows = [
-        [p["target"], p["guide"], *("–" if value is None else shown(value, 3) for value in (p["first"], p["last"]))]
-        for p in sorted(found["rows"], key=_in_order)
-    ]
+    columns = ["first", "last"]
+    if any(row.get("debiased") is not None for row in found["rows"]):
+        header.append("debiased CKA then")
+        columns.append("debiased")
+    rows = []
+    for pair in sorted(found["rows"], key=_in_order):
+        values: list[Any] = [pair.get(name) for name in columns]
+        rows.append([pair["target"], pair["guide"], *("–" if v is None else shown(v, 3) for v in values)])
     return table(header, rows)
 
 

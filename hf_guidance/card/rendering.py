@@ -9,6 +9,7 @@ import shlex
 from importlib.resources import files
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
@@ -18,6 +19,8 @@ from hf_guidance.card.facts import HUB_ID
 from hf_guidance.card.markdown import code, count, escape
 from hf_guidance.card.redaction import scrub
 
+IMAGE_SIZE = 224  # of an example, where the network's own is not known
+PAPER = "arxiv:2410.20035"  # the tag by which the Hub links a paper
 # class of the target → (Auto class, the Hub's name of the task)
 USES = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -79,7 +82,7 @@ def _use(facts: RunFacts) -> tuple[str, str] | None:
 
 def _metadata(facts: RunFacts) -> str:
     guide, use, data = facts.get("guide"), _use(facts), facts.get("data", {})
-    tags = ["hf_guidance", *(["guidance"] if guide else []), *([use[1]] if use else []), *facts.get("tags", [])]
+    tags = ["hf_guidance", *(["guidance", PAPER] if guide else []), *([use[1]] if use else []), *facts.get("tags", [])]
     results = [
         EvalResult(
             task_type=use[1] if use else "other",
@@ -116,20 +119,29 @@ def _metadata(facts: RunFacts) -> str:
 
 
 def _usage(facts: RunFacts, page: Environment) -> str:
-    """Format the code that runs the network once; empty if its class, place or an example for it is not known."""
+    """Format the code that loads the network and runs it once; empty if it is in no place."""
     use, place = _use(facts), facts.get("repository") or facts.get("folder")
     example = facts.get("example") or {}
-    if use is None or not place or not (use[1] == "image-classification" or example):
+    if not place:
         return ""
+    known_class = facts["target"]["architecture"] if hasattr(transformers, facts["target"]["architecture"]) else None
     lines = page.get_template("usage.md.jinja").render(
-        auto_class=use[0],
-        task=use[1],
+        auto_class=use[0] if use else known_class,
+        architecture=facts["target"]["architecture"],
+        task=use[1] if use else None,
+        on_hub="repository" in facts,
+        has_processor=bool(example) if not use or use[1] != "image-classification" else _has_images(facts),
+        size=facts["target"].get("sizes", {}).get("image size") or IMAGE_SIZE,
         place=json.dumps(place, ensure_ascii=False),
         trust=", trust_remote_code=True" if facts["target"].get("own_code") else "",
         text=json.dumps(example.get("text"), ensure_ascii=False),
         each_position=example.get("copies", False),
     )
     return code("python", lines.strip())
+
+
+def _has_images(facts: RunFacts) -> bool:
+    return "normalised by" in facts.get("data", {})
 
 
 def _tables(facts: RunFacts) -> dict[str, str]:

@@ -20,7 +20,8 @@ from hf_guidance.analysis.heat_maps import plot_similarity_maps
 from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import known
 from hf_guidance.card.rendering import render
-from hf_guidance.experiments.report import Record, Report, comparison_rows, differences, markdown_table
+from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
+from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, gains
 from hf_guidance.trainer.staging import (
     CARD,
     CURVES,
@@ -36,6 +37,7 @@ from hf_guidance.trainer.uploads import push_staged, upload_command
 logger = logging.getLogger(__name__)
 
 LICENSE = "apache-2.0"
+AT = {"alone": "at equal steps", EQUAL_TIME: "at equal time"}
 FIGURES = {
     CURVES: "This run: task loss, validation, and similarity of every pair over time",
     "comparison.png": "Validation curves, losses, and similarities of all pairs over time",
@@ -123,7 +125,9 @@ def draw(run: Record, report: Report, place: Path) -> None:
     """Draw the figures of a committed result into a folder."""
     metric, percent = report["task"]["metric"], report["task"]["percent"]
     runs = [r for r in report["runs"] if _belongs(r["run"], run) and r["run"] != "alone_longer"]
-    plot_comparison(runs, metric, place / "comparison.png", percent=percent, log=not percent)
+    plot_comparison(
+        runs, metric, place / "comparison.png", percent=percent, log=not percent, chance=report["task"].get("chance")
+    )
     plot_similarity_maps([run], place / "similarity.png")
 
 
@@ -165,19 +169,20 @@ def _in_words(run: Record, report: Report) -> str:
     text += "; the learning rate is the best one without guidance." if report["learning_rate_search"] else "."
     several = len({other["seed"] for other in report["runs"]}) > 1
     text += " Mean ± standard deviation over the seeds, at the last step." if several else " Figures of the last step."
-    gains = differences(report["runs"], run["run"])
-    if not gains:
-        return text
-    metric, unit = report["task"]["metric"], " points" if report["task"]["percent"] else ""
-    factor = 100 if report["task"]["percent"] else 1
-    each = ", ".join(_signed(gain * factor) for gain in gains.values())
-    text += f" This run minus the one alone, validation {metric}: {each}{unit} on seed"
-    text += f"{'s' if len(gains) > 1 else ''} {', '.join(map(str, gains))}"
-    return text + (f"; on average {_signed(statistics.fmean(gains.values()) * factor)}." if len(gains) > 1 else ".")
+    chance = report["task"].get("chance")
+    text += "" if chance is None else f" By chance {report['task']['metric']} is {100 * chance:.3g} %."
+    for found in gains(report["runs"], report["task"]):
+        if found["run"] == run["run"]:
+            text += f" Gain over the target alone {AT[found['baseline']]}, test: {_gain(found)}."
+    return text
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+def _gain(found: Difference) -> str:
+    """Write a gain with its interval, or with the value of each seed where seeds are too few for one."""
+    mean, interval = found["mean"], found["interval"]
+    spread = f"95 % interval {interval[0]:+.1f} to {interval[1]:+.1f}, " if interval else ""
+    seeds = len(found["values"])
+    return f"{mean:+.1f} {found['unit']} ({spread}{seeds} seed{'s' if seeds > 1 else ''})".replace("-", "−")
 
 
 def _belongs(row: str, run: Record) -> bool:

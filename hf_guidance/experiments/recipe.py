@@ -286,6 +286,7 @@ def compare(
             "metric": task.metric,
             "percent": task.percent,
             "higher_is_better": task.higher_is_better,
+            "chance": task.chance,
         },
         "learning_rate_search": [{k: r[k] for k in ("run", "seed", "validation")} for r in search],
         "runs": results,
@@ -304,7 +305,14 @@ def publish(report: Report, folder: Path, args: TrainingArguments) -> None:
     print("\n" + markdown_table(report["table"], metric, percent) + "\n")
     for found in report["differences"]:
         print(in_words(found))
-    plot_comparison(report["runs"], metric, folder / "comparison.png", percent=percent, log=not percent)
+    plot_comparison(
+        report["runs"],
+        metric,
+        folder / "comparison.png",
+        percent=percent,
+        log=not percent,
+        chance=report["task"].get("chance"),
+    )
     written = [f"{folder}/results.json", f"{folder}/comparison.png"]
     if plot_similarity_maps(report["runs"], folder / "similarity.png"):
         written.append(f"{folder}/similarity.png")

@@ -17,7 +17,6 @@ class Record(Curves, total=False):
     steps: int
     parameters: int
     target: str
-    guide: Any  # its identity; None without guidance
     environment: dict[str, Any]
     validation: Any  # a number; None where the loss did not stay finite
     test: dict[str, float]
@@ -115,12 +114,6 @@ def _row(name: str, runs: Sequence[Record], validation: Sequence[Any], test: Seq
         "validation": None if None in validation else mean_std(validation),
         "test": None if None in test else mean_std(test),
     }
-
-
-def differences(results: Sequence[Record], name: str, baseline: str = "alone") -> dict[int, float]:
-    """Return seed → validation value of the runs called `name` minus that of the baseline with the same seed."""
-    base = {r["seed"]: r["validation"] for r in results if r["run"] == baseline}
-    return {r["seed"]: r["validation"] - base[r["seed"]] for r in results if r["run"] == name and r["seed"] in base}
 
 
 def markdown_table(rows: Sequence[Row], metric: str, percent: bool) -> str:

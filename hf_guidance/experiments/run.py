@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_guidance.analysis.history import (
+    debiased_curve,
     dimension_curves,
     gradient_curve,
     similarity_curves,
@@ -160,6 +161,7 @@ def record_of(
         "curve": curve,
         "training": training_curve(history),
         "similarity": similarity_curves(history),
+        "debiased": debiased_curve(history),
         "gradients": gradient_curve(history),
         "dimensions": dimension_curves(history),
         "seconds": clock.seconds,

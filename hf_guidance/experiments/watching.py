@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.film import plot_film
-from hf_guidance.analysis.history import DIMENSION, run_in_words
+from hf_guidance.analysis.history import DIMENSION
+from hf_guidance.analysis.runs import colours_of, label_of
 from hf_guidance.experiments.report import Record
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.features.rows import Batch
@@ -78,16 +79,18 @@ def plot_dimensions(runs: Sequence[Record], path: str | os.PathLike[str]) -> boo
         return False
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
     panel = figure.subplots()
-    for number, name in enumerate(names):
+    colours = colours_of(names)
+    for name in names:
+        first = next(run for run in runs if run["run"] == name)
         by_step: dict[int, list[float]] = {}
         for run in runs:
             for point in run.get("dimensions", []) if run["run"] == name else []:
                 by_step.setdefault(int(point["step"]), []).extend(v for k, v in point.items() if k != "step")
         if by_step:
             values = [statistics.fmean(by_step[step]) for step in sorted(by_step)]
-            panel.plot(sorted(by_step), values, color=f"C{number}", marker=".", label=run_in_words(name))
+            panel.plot(sorted(by_step), values, color=colours[name], marker=".", label=label_of(first))
     panel.set(xlabel="optimizer step", ylabel="intrinsic dimension, mean of layers")
-    panel.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     panel.spines[["top", "right"]].set_visible(False)
     save(figure, path)
     return True
@@ -98,5 +101,5 @@ def plot_films(runs: Sequence[Record], folder: Path) -> list[str]:
     written = []
     for name, run in {run["run"]: run for run in reversed(runs) if run.get("film")}.items():
         written.append(f"{folder}/film-{name}.gif")
-        plot_film({int(step): found for step, found in run["film"].items()}, written[-1], run_in_words(name))
+        plot_film({int(step): found for step, found in run["film"].items()}, written[-1], label_of(run))
     return written[::-1]

@@ -31,6 +31,7 @@ class Task:
         higher_is_better: Whether a higher value of the metric is better.
         percent: Whether the metric is a fraction that is shown in percent.
         labels: Names of the classes, if there are classes.
+        chance: Value of the metric by guessing, if that is known.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task:
     higher_is_better: bool
     percent: bool = True
     labels: tuple[str, ...] = ()
+    chance: float | None = None
 
 
 def main_logits(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:

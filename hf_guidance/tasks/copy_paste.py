@@ -66,6 +66,7 @@ def copy_paste(
         preprocess_logits_for_metrics=argmax_predictions,
         metric="accuracy",
         higher_is_better=True,
+        chance=1 / num_symbols,
     )
 
 

@@ -152,6 +152,7 @@ def image_classification(
         metric="accuracy",
         higher_is_better=True,
         labels=tuple(names),
+        chance=1 / len(names),
     )
 
 

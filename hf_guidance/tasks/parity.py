@@ -60,6 +60,7 @@ def parity(
         preprocess_logits_for_metrics=argmax_predictions,
         metric="accuracy",
         higher_is_better=True,
+        chance=0.5,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_guidance.analysis.history import History, metrics_of, similarity_curves
+from hf_guidance.analysis.history import History, debiased_curves, metrics_of, similarity_curves
 from hf_guidance.card.command import published_command
 from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import HUB_ID, example_of, known, processing_facts, rows_facts
@@ -58,13 +58,14 @@ def run_facts(trainer: GuidedTrainer, **given: Any) -> RunFacts:
         "guide": _guide(trainer) if guided else None,
         "guidance": trainer.guidance.without_paths() if guided else None,
         "stopped_at": stopped_at(trainer) if guided else None,
-        "pairs": pairs_facts(similarity_curves(history)) if guided else None,
+        "pairs": pairs_facts(similarity_curves(history), debiased_curves(history)) if guided else None,
         "results": _results(history, best_step(trainer)),
         "training": training_facts(
             args.to_dict() | {"world_size": args.world_size}, trainer.state.global_step, args.seed
         ),
         "cost": _cost(trainer),
         "emissions": _emissions(trainer),
+        "dashboard": _dashboard(args),
         "data": rows_facts(trainer.train_dataset) | processing_facts(trainer.processing_class),
         "example": example_of(trainer.processing_class),
         **({} if "command" in given else command_facts(command_line(), TrainingArguments, GuidanceConfig)),
@@ -140,18 +141,29 @@ def sizes_of(config: Mapping[str, Json]) -> dict[str, Json]:
     return {name.replace("_", " "): config[name] for name in SIZES if config.get(name) is not None}
 
 
-def pairs_facts(points: list[dict[str, float]]) -> Facts | None:
-    """Return the similarity of every pair in the first and the last log.
+def pairs_facts(points: list[dict[str, float]], debiased: list[dict[str, float]] | None = None) -> Facts | None:
+    """Return the similarity of every pair in the first and the last log, and its debiased CKA in the last one.
 
     Each is a mean over the steps since the previous log. It is None if LayerDrop skipped the target layer in all of
     these steps.
+
+    Args:
+        points: Result of `similarity_curves`.
+        debiased: Result of `debiased_curves`.
     """
     if not points:
         return None
     first, last = points[0], points[-1]
     before = max((point["step"] for point in points if point["step"] < last["step"]), default=0)
+    beside = debiased[-1] if debiased else {}
     rows = [
-        {"target": t, "guide": g, "first": first.get(f"{t}~{g}"), "last": last.get(f"{t}~{g}")}
+        {
+            "target": t,
+            "guide": g,
+            "first": first.get(f"{t}~{g}"),
+            "last": last.get(f"{t}~{g}"),
+            "debiased": beside.get(f"{t}~{g}"),
+        }
         for t, g in (name.split("~") for name in dict.fromkeys(n for point in points for n in point) if name != "step")
     ]
     return {"first": first["step"], "before_last": before, "last": last["step"], "rows": rows}
@@ -222,6 +234,12 @@ def _cost(trainer: GuidedTrainer) -> Facts:
     if emissions := _emissions(trainer):
         cost["emissions, by codecarbon"] = f"{emissions:.3g} g CO₂eq"
     return cost
+
+
+def _dashboard(args: TrainingArguments) -> str | None:
+    """Return the address of the Space to which trackio sent the curves."""
+    space = getattr(args, "trackio_space_id", None)
+    return f"https://huggingface.co/spaces/{space}" if "trackio" in (args.report_to or ()) and space else None
 
 
 def _always(trainer: GuidedTrainer) -> bool | None:

@@ -46,13 +46,17 @@ def drawn(monkeypatch, tmp_path):
 
 def test_one_panel_of_curves_and_one_of_similarities_per_guided_run(drawn):
     results = [run("alone", 0), run("alone", 1), run("untrained_guide", 0, pairs=4), run("trained_guide", 0, pairs=20)]
+    results[2]["guide"] = {"architecture": "GPT2Model", "untrained": True}
     curves, losses, few, many, *spare = drawn(results)
     assert [bar.get_yticklabels()[0].get_text() for bar in spare] == ["first of\n20 pairs"]
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == [
+    legend = curves.figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [
         "alone",
-        "untrained guide",
+        "guided by an untrained GPT-2",
         "trained guide",
     ]
+    assert curves.get_legend() is None  # which would cover lines
+    assert [line.get_color() for line in curves.lines] == ["0.3", "tab:blue", "tab:red"]
     assert list(curves.lines[0].get_ydata()) == pytest.approx([10.5, 20.5, 30.5])  # percent, mean over the seeds
     assert list(curves.lines[0].get_xdata()) == [1, 2, 3]  # where both have a value
     assert [list(line.get_ydata()) for line in losses.lines[:2]] == [pytest.approx([2, 1, 2 / 3]), [0.5, 0.25]]
@@ -75,8 +79,34 @@ def test_a_last_panel_has_the_angle_of_the_gradients_where_it_was_logged(drawn):
     assert "cosine" in last.get_ylabel()
     _, line = last.lines
     assert line.get_xydata().tolist() == [[2, pytest.approx(0.4)], [4, pytest.approx(-0.2)]]
-    assert line.get_color() == "C1"  # that of the run in the other panels
+    assert line.get_color() == "tab:purple"  # that of the run in the other panels
     assert len(drawn([run("alone", 0), run("guided", 0, pairs=1)])) == 3
+
+
+def test_similarities_share_their_limits_and_what_lies_below_is_marked_with_its_value(drawn):
+    guided = run("guided", 0, pairs=1) | {"similarity": [{"step": s, "a~b": v} for s, v in ((1, -0.75), (2, 0.5))]}
+    guided["debiased"] = [{"step": 1, "value": 0.25}, {"step": 2, "value": 0.5}]
+    *_, pairs = drawn([run("alone", 0), guided])
+    assert pairs.get_ylim() == pytest.approx((-0.23, 1.03))
+    _, mark, debiased = pairs.lines
+    assert mark.get_xydata().tolist() == [[1, -0.2]]
+    assert [text.get_text() for text in pairs.texts] == ["-0.75"]
+    assert list(debiased.get_ydata()) == [0.25, 0.5]
+    assert [text.get_text() for text in pairs.get_legend().get_texts()] == ["a ~ b", "debiased CKA, mean"]
+
+
+def test_chance_is_named_and_a_far_one_does_not_flatten_the_curves(drawn):
+    curves, _ = drawn([run("alone", 0)], chance=0.001)
+    assert [text.get_text() for text in curves.figure.legends[0].get_texts()] == ["alone", "chance, 0.1 %"]
+    assert curves.get_ylim()[0] > 5
+
+
+def test_a_logarithmic_axis_has_plain_numbers_and_steps_are_whole(drawn):
+    curves, losses = drawn([run("alone", 0)])
+    curves.figure.canvas.draw()
+    words = [label.get_text() for label in losses.get_yticklabels()]
+    assert {"0.5", "1", "2"} <= set(words)
+    assert all(tick == int(tick) for tick in curves.get_xticks())
 
 
 def test_a_curve_of_one_point_is_a_dot(drawn):

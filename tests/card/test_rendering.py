@@ -88,7 +88,7 @@ def test_a_guide_that_can_be_had_again_comes_with_the_call_that_loads_it():
 @pytest.mark.parametrize(
     ("architecture", "example", "words"),
     [
-        (IMAGES, None, "AutoImageProcessor.from_pretrained(name)\nmodel = AutoModelForImageClassification."),
+        (IMAGES, "image", "AutoImageProcessor.from_pretrained(name)\nmodel = AutoModelForImageClassification."),
         ("RNNForCausalLM", {"text": 'say "a"'}, 'text = "say \\"a\\""\n'),
         ("RNNForCausalLM", {"text": "a"}, "model.generate(**inputs, max_new_tokens=20)"),
         (
@@ -100,13 +100,42 @@ def test_a_guide_that_can_be_had_again_comes_with_the_call_that_loads_it():
     ],
 )
 def test_the_code_that_uses_the_network_is_python_for_its_kind(architecture, example, words):
-    facts = {"example": example} if example else {}
+    facts = {"example": example} if example != "image" else {"data": {"normalised by": "mean 0, std 1"}}
     body = card({"architecture": architecture}, repository="me/net", **facts)[1]
     code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
     compile(code, "card", "exec")
     assert 'name = "me/net"\n' in code
     assert words in code
     assert "trust_remote_code" not in body
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        (IMAGES, 'inputs = {"pixel_values": torch.rand(1, 3, 224, 224)}'),
+        ("RNNForCausalLM", 'inputs = {"input_ids": torch.tensor([[1, 2, 3, 4]])}'),
+        ("T5ForConditionalGeneration", 'model = T5ForConditionalGeneration.from_pretrained("me/net").eval()'),
+        ("OwnNetwork", 'weights = load_file(f"{folder}/model.safetensors")'),
+    ],
+)
+def test_a_network_without_tokenizer_or_processor_or_auto_class_has_code_too(architecture, words):
+    body = card({"architecture": architecture}, repository="me/net")[1]
+    code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
+    compile(code, "card", "exec")
+    assert words in code
+    assert "Tokenizer" not in code
+    assert "Processor" not in code
+
+
+def test_debiased_cka_stands_beside_the_measure_and_the_curves_are_linked():
+    rows = [{"target": "a", "guide": "b", "first": 0.5, "last": 0.75, "debiased": 0.125}]
+    pairs = {"first": 1, "before_last": 1, "last": 2, "rows": rows}
+    place = "https://huggingface.co/spaces/me/curves"
+    metadata, body = card(**GUIDED, pairs=pairs, dashboard=place)
+    assert re.search(r"\| similarity in training, step 1 +\| step 2 +\| debiased CKA then +\|", body)
+    assert re.search(r"^\| a +\| b +\| 0\.5(00)? +\| 0\.75(0)? +\| 0\.125 +\|$", body, re.MULTILINE)
+    assert f"[Its curves on trackio]({place})" in body
+    assert "arxiv:2410.20035" in metadata["tags"]
 
 
 def test_code_of_the_networks_own_is_trusted_by_a_flag_and_a_network_in_no_repository_says_so():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_guidance.experiments.report import comparison_rows, differences, markdown_table, value_at
+from hf_guidance.experiments.report import comparison_rows, markdown_table, value_at
 
 
 def result(run, seed, values, seconds, guided=False):
@@ -60,10 +60,6 @@ def test_value_at_is_the_first_one_not_before_the_limit():
     assert value_at(run, seconds=4.5) == 0.35
     assert value_at(run, seconds=6.3) == 0.36  # measured times differ a little
     assert value_at(run, seconds=6.4) is None
-
-
-def test_differences_are_seed_by_seed():
-    assert differences(RESULTS, "untrained_guide") == pytest.approx({0: 0.3, 1: 0.3})
 
 
 def test_the_table_lines_up_and_shows_what_is_missing_as_a_dash():

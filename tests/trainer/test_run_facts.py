@@ -47,7 +47,7 @@ def test_emissions_are_those_that_codecarbon_measured_in_this_run(tmp_path):
     assert re.search(r"^\| emissions, by codecarbon +\| 1\.25 g CO₂eq +\|$", body, re.MULTILINE)
     assert "Elsewhere" not in body
     assert metadata["datasets"] == ["me/rows"]
-    assert metadata["tags"] == ["hf_guidance", "guidance", "text-generation", "a", "b"]
+    assert metadata["tags"] == ["hf_guidance", "guidance", "arxiv:2410.20035", "text-generation", "a", "b"]
     assert r"steps on My \`rows\` and [guided](" in body
     loss = own.state.log_history[-1]["eval_loss"]
     assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": loss, "name": "loss"}]
@@ -125,7 +125,12 @@ def test_a_pair_has_its_first_and_last_similarity_and_none_where_a_log_has_none(
     points = [{"step": 1, "a~b": 0.25}, {"step": 2, "a~b": 0.5, "c~d": 0.625}, {"step": 3, "c~d": 0.75}]
     facts = pairs_facts(points)
     assert (facts["first"], facts["before_last"], facts["last"]) == (1, 2, 3)
-    assert [tuple(row.values()) for row in facts["rows"]] == [("a", "b", 0.25, None), ("c", "d", None, 0.75)]
+    assert [tuple(row.values()) for row in facts["rows"]] == [
+        ("a", "b", 0.25, None, None),
+        ("c", "d", None, 0.75, None),
+    ]
+    beside = pairs_facts(points, [{"step": 1, "a~b": 0.1}, {"step": 3, "a~b": 0.2}])
+    assert [row["debiased"] for row in beside["rows"]] == [0.2, None]
     assert pairs_facts([]) is None
 
 
