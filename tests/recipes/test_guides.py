@@ -7,10 +7,13 @@ comment such as `# measures.py` is a file, too.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib.util
 import io
 import json
 import re
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -33,8 +37,11 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     TimmWrapperConfig,
+    TrainingArguments,
 )
 
+from hf_guidance import GuidanceConfig
+from hf_guidance.commands import comparing, listing
 from hf_guidance.similarity import registry
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +62,7 @@ def tokenizer(size: int) -> PreTrainedTokenizerFast:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False))
     names = dict(zip(("pad_token", "unk_token", "mask_token", "cls_token", "sep_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, eos_token="[SEP]", **names)
 
 
 def gpt2(size: int) -> PreTrainedModel:
@@ -82,6 +89,7 @@ TEXT_MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], int]] = {
     "gpt2": (gpt2, 60),
     "distilgpt2": (gpt2, 60),
     "google-bert/bert-base-uncased": (encoder(BertConfig, BertForMaskedLM), 60),
+    "sentence-transformers/all-MiniLM-L6-v2": (encoder(BertConfig, BertForMaskedLM), 60),
     "FacebookAI/roberta-base": (encoder(RobertaConfig, RobertaForMaskedLM), 44),
 }
 IMAGE_MODELS = {"timm/resnet18.a1_in1k": save_resnet}
@@ -156,3 +164,107 @@ def test_the_python_blocks_run_as_printed_one_after_another(path: Path, place: P
         with redirect_stdout(io.StringIO()) as output:
             exec(compile("\n" * line + code, str(path), "exec"), names)  # lines of errors are those of the page
         printed = output.getvalue()
+
+
+# ------------------------------------------------------------------------------------- commands, links, the index
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Return the words of each line of the shell blocks, comments and variables in front left out."""
+    lines = (line for language, _, code, _ in blocks_of(text) if language == "sh" for line in code.splitlines())
+    split = (shlex.split(line, comments=True) for line in lines)
+    return [words[next(i for i, word in enumerate(words) if "=" not in word) :] for words in split if words]
+
+
+def flags_of(words: list[str]) -> set[str]:
+    return {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+
+
+def fields_of(*kinds: Any) -> set[str]:
+    return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+
+
+def check_launch(words: list[str]) -> None:
+    """Check `accelerate launch … recipes/x.py …`: the files exist, and each flag is one of accelerate's or of these."""
+    recipe = next(word for word in words if word.endswith(".py"))
+    assert all((ROOT / word).is_file() for word in words if re.fullmatch(r"recipes/\S+\.(py|yaml)", word))
+    place = words.index(recipe)
+    launched = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    assert {f"--{flag}" for flag in flags_of(words[:place])} <= launched
+    spec = importlib.util.spec_from_file_location(Path(recipe).stem, ROOT / recipe)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for types
+    spec.loader.exec_module(module)
+    assert flags_of(words[place + 1 :]) <= fields_of(module.Arguments, TrainingArguments, GuidanceConfig)
+
+
+def check_own_command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    comparing.add_command(commands)
+    listing.add_command(commands)
+    parser.parse_args(words)  # exits if it does not know them
+
+
+def check_script(words: list[str]) -> None:
+    script = ROOT / words[0]
+    assert all(f'"--{flag}"' in script.read_text(encoding="utf-8") for flag in flags_of(words[1:]))
+
+
+def check_command(words: list[str]) -> None:
+    if words[:2] == ["accelerate", "launch"]:
+        check_launch(words[2:])
+    elif words[0] == "hf-guidance":
+        check_own_command(words[1:])
+    elif words[0] == "python":
+        check_script(words[1:])
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    else:
+        raise AssertionError(f"no check knows {words[0]!r}")
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_commands_name_files_and_flags_that_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    for words in commands_of(PAGES[path]):
+        check_command(words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "accelerate launch recipes/which_prior.py --no_such_flag",
+        "accelerate launch --no_such_flag recipes/which_prior.py",
+        "accelerate launch recipes/no_such.py",
+        "hf-guidance compare a b --no_such_flag",
+        "python tests/scripts/stops.py --no_such_flag",
+        "make no-such-target",
+        "rm -r outputs",
+    ],
+)
+def test_a_wrong_command_would_be_found(command: str) -> None:
+    with pytest.raises((AssertionError, SystemExit, OSError)):
+        check_command(shlex.split(command))
+
+
+def anchors_of(page: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_links_lead_to_files_and_headings_that_exist(path: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[path]):
+        file, _, anchor = link.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), link
+        assert not anchor or anchor in anchors_of(page.read_text(encoding="utf-8")), link
+
+
+def test_the_index_names_every_guide_once() -> None:
+    index = PAGES[ROOT / "recipes" / "guides" / "README.md"]
+    lines = re.findall(r"^\| \[[^\]]+\]\(([\w.]+)\)", index, re.MULTILINE)
+    there = [path.name for path in (ROOT / "recipes" / "guides").iterdir() if path.suffix in (".md", ".ipynb")]
+    assert sorted(lines) == sorted(name for name in there if name != "README.md")
