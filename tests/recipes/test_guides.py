@@ -192,7 +192,8 @@ def check_launch(words: list[str]) -> None:
     launched = {option for action in launch_command_parser()._actions for option in action.option_strings}
     assert {f"--{flag}" for flag in flags_of(words[:place])} <= launched
     spec = importlib.util.spec_from_file_location(Path(recipe).stem, ROOT / recipe)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for types
     spec.loader.exec_module(module)
