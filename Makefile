@@ -6,8 +6,11 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Trainers of others, and what the tests of them need
 TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1 lomo-optim==0.1.1 galore-torch==1.0
 
+# What builds the documentation
+DOCS ?= pdoc==16.0.0
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo shakespeare test test-slow test-trainers results results-small cards check format clean
+.PHONY: help install demo shakespeare test test-slow test-trainers docs results results-small cards check format clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +50,10 @@ TEXT = copy_paste parity language_modeling
 TEXT_BESIDE = copy_paste_controls copy_paste_measures copy_paste_variants language_modeling_early_layer
 IMAGES = convnet_without_skips wide_fcn deep_fcn
 IMAGES_BESIDE = deep_fcn_controls deep_fcn_measures deep_fcn_cached wide_fcn_cached convnet_without_skips_cached
+
+docs: install ## build the guides and the API reference as pages in outputs/docs
+	$(BIN)/python -m pip install --quiet $(DOCS)
+	$(BIN)/python tests/scripts/docs.py outputs/docs
 
 results-small: install shakespeare ## run every claim on two CPU cores (hours; resumes), and write tables and cards
 	for claim in $(TEXT) $(TEXT_BESIDE); do \
