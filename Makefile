@@ -39,7 +39,7 @@ test: install ## run the tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
-	$(BIN)/python -m pytest -m "not gpu and not network and not trainers"
+	$(BIN)/python -m pytest -m "not gpu and not network and not trainers and not notebook"
 
 test-trainers: install ## install TRL, PEFT and sentence-transformers, and run the tests of their Trainers
 	$(BIN)/python -m pip install --quiet $(TRAINERS)
