@@ -164,6 +164,7 @@ def test_the_python_blocks_run_as_printed_one_after_another(path: Path, place: P
         with redirect_stdout(io.StringIO()) as output:
             exec(compile("\n" * line + code, str(path), "exec"), names)  # lines of errors are those of the page
         printed = output.getvalue()
+    assert bool(uploads) == (path.stem == "publish")
 
 
 # ------------------------------------------------------------------------------------- commands, links, the index
