@@ -81,6 +81,8 @@ html, main { scroll-behavior: auto; }
     :root { --sidebar-width: clamp(12.5rem, 25vw, 20.5rem); }
     main.pdoc { width: calc(64rem + var(--sidebar-width)); }
 }
+@media (max-width: 769px) { main.pdoc h1 { padding-right: 4rem; } }
+nav.pdoc > div { padding-right: .8rem; }
 main.pdoc { overflow-wrap: break-word; }
 main.pdoc .docstring { max-width: 100%; }
 main.pdoc table { display: block; max-width: 100%; overflow-x: auto; font-size: .9em; border-collapse: collapse; }
