@@ -11,7 +11,8 @@ from hf_guidance.config import GuidanceConfig
 FULL, FAR = 0.9, 0.3  # a similarity above the first is full if debiased CKA is lower by the second
 NEVER_FULL = {DEBIASED, "ridge_loo"}  # near 0 for unrelated features, whatever their number
 MOST = 0.5  # share of a layer's energy
-LARGE, SMALL = 30.0, 0.01  # ratios of the gradients; runs that guidance helps start at 0.06 to 11
+LARGE, SMALL = 30.0, 0.01  # ratios of the gradients that are warned of
+HELPED = (0.06, 11.0)  # ratios at which runs that guidance helps have started
 MAX_NAMED = 5
 
 

@@ -87,7 +87,7 @@ def check_trainer(trainer: GuidedTrainer) -> None:
     """Raise ValueError if guidance would not do what its settings say in this trainer."""
     deepspeed, config = trainer.is_deepspeed_enabled, trainer.guidance
     check_not_wrapped(trainer.model, "target")
-    is_default, made = _is_default(trainer.data_collator), _makes_batches(trainer)
+    is_default, made = _is_default(trainer.data_collator), makes_batches(trainer)
     if made:
         check_takes_batches(type(trainer).__name__, config)
     sharded = deepspeed or trainer.is_fsdp_enabled
@@ -229,7 +229,7 @@ def splits_batches(args: TrainingArguments) -> bool:
     return bool(getattr(args.accelerator_config, "split_batches", False)) and args.world_size > 1
 
 
-def _makes_batches(trainer: Any) -> bool:
+def makes_batches(trainer: Any) -> bool:
     """Tell whether a Trainer makes its batches in the step, of the rows that its collator returns."""
     return type(trainer)._prepare_inputs is not Trainer._prepare_inputs
 
