@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from hf_guidance.analysis.network_comparison import Comparison, compare
-from hf_guidance.commands.data import Data, images, texts
-from hf_guidance.commands.networks import kind_of, load, pixels_of
+from hf_guidance.commands.data import add_flags, check_flags, read
+from hf_guidance.commands.networks import check_colours, check_same_kind, kind_of, load
 from hf_guidance.guide.inputs import accepted_columns
 from hf_guidance.similarity.registry import MEASURES
 from hf_guidance.trainer.checks import check_writable
@@ -23,10 +23,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("compare", help="similarity of all layers of two networks over a dataset")
     parser.add_argument("a", help="Hub id, folder, or timm/<architecture>")
     parser.add_argument("b", help="the other one")
-    parser.add_argument("--data", required=True, help="Hub id or folder of a dataset; for text also a text file")
-    parser.add_argument("--dataset_config", help="configuration of the dataset")
-    parser.add_argument("--split", help="split of a dataset of texts; by default validation, test or train")
-    parser.add_argument("--column", help="column with texts or images; found by default")
+    add_flags(parser)
     parser.add_argument("--untrained_a", type=int, metavar="SEED", help="random weights for a, drawn with this seed")
     parser.add_argument("--untrained_b", type=int, metavar="SEED", help="random weights for b")
     parser.add_argument("--measure", default="debiased_cka", help=f"one of {', '.join(MEASURES)}")
@@ -34,9 +31,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--layers_b", nargs="+", help="layers of b")
     parser.add_argument("--sample_axis", default="sequence", help="sequence, token or within")
     parser.add_argument("--samples", type=int, help="most rows to compare; by default all")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch (default 32)")
-    parser.add_argument("--max_length", type=int, default=128, help="most tokens of a text (default 128)")
-    parser.add_argument("--image_size", type=int, help="size of the images of both networks, in pixels")
     parser.add_argument("--feature_layout", default="auto", help="channels_first or channels_last, for maps of images")
     parser.add_argument("--device", help="such as cuda; by default the CPU")
     parser.add_argument("--output", default="comparison", help="path without suffix of the JSON file and the figure")
@@ -47,26 +41,16 @@ def run(given: argparse.Namespace) -> None:
     """Compare two networks; write the numbers before the figure."""
     place = Path(given.output)
     check_writable(place.parent, "--output")
-    if given.max_length < 1:
-        raise ValueError(f"--max_length is {given.max_length}; it must be at least 1.")
+    check_flags(given)
     seeds = given.untrained_a, given.untrained_b
     names = given.a, given.b
     networks = [load(name, seed) for name, seed in zip(names, seeds, strict=True)]
     kinds = [kind_of(network, name) for network, name in zip(networks, names, strict=True)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{names[0]} takes {kinds[0]} and {names[1]} {kinds[1]}: two networks need the same data.")
-    data: Data
-    if kinds[0] == "images":
-        for name, network in zip(names, networks, strict=True):
-            if (channels := getattr(getattr(network, "config", None), "num_channels", 3)) != 3:
-                raise ValueError(f"{name} takes images of {channels} channels, and the command makes those of 3.")
-        formats = [pixels_of(name, seed, given.image_size) for name, seed in zip(names, seeds, strict=True)]
-        data = images(given.data, given.dataset_config, formats[0], formats[1], given.samples, given.column)
-    else:
-        decodes = any("decoder_input_ids" in accepted_columns(network) for network in networks)
-        data = texts(
-            given.data, given.dataset_config, given.a, given.b, given.max_length, given.column, given.split, decodes
-        )
+    check_same_kind(names, kinds)
+    for name, network in zip(names, networks, strict=True) if kinds[0] == "images" else ():
+        check_colours(network, name)
+    decodes = any("decoder_input_ids" in accepted_columns(network) for network in networks)
+    data = read(given, kinds[0], names, seeds, rows=given.samples, decodes=decodes)
     found = compare(
         networks[0],
         networks[1],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from hf_guidance.commands.networks import pixels_of
 from hf_guidance.tasks import image_classification
 from hf_guidance.tasks.image_decoding import PixelFormat
 from hf_guidance.tasks.splits import read_splits
@@ -19,14 +21,68 @@ SPLITS = ("validation", "test", "train")  # the first of these that there is
 
 
 class Data(NamedTuple):
-    """Rows, and what makes a batch of them."""
+    """Rows, what makes a batch of them, and how many classes they have; 0 if none."""
 
     rows: Sequence[Any]
     collator: Collator
+    classes: int = 0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name data for two networks."""
+    parser.add_argument("--data", required=True, help="Hub id or folder of a dataset; for text also a text file")
+    parser.add_argument("--dataset_config", help="configuration of the dataset")
+    parser.add_argument("--split", help="split of a dataset of texts; found by default")
+    parser.add_argument("--column", help="column with texts or images; found by default")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch (default 32)")
+    parser.add_argument("--max_length", type=int, default=128, help="most tokens of a text (default 128)")
+    parser.add_argument("--image_size", type=int, help="size of the images of both networks, in pixels")
+
+
+def check_flags(given: argparse.Namespace) -> None:
+    """Raise ValueError for numbers among the flags of data that make no batch."""
+    for name in ("batch_size", "max_length"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name} is {getattr(given, name)}; it must be at least 1.")
+
+
+def read(
+    given: argparse.Namespace,
+    kind: str,
+    names: Sequence[str],
+    seeds: Sequence[int | None],
+    *,
+    rows: int | None = None,
+    decodes: bool = False,
+    training: bool = False,
+) -> Data:
+    """Read the data that the flags name, for two networks.
+
+    Args:
+        given: The flags of `add_flags`.
+        kind: `images` or `text`.
+        names: Where both networks are.
+        seeds: Seeds of their random weights; None for a trained one.
+        rows: Most images.
+        decodes: As of `texts`.
+        training: Read the rows to train on; images with their classes.
+    """
+    if kind == "images":
+        formats = [pixels_of(name, seed, given.image_size) for name, seed in zip(names, seeds, strict=True)]
+        return images(given.data, given.dataset_config, formats[0], formats[1], rows, given.column, training)
+    splits = SPLITS[::-1] if training else SPLITS
+    own = (given.column, given.split, decodes, splits)
+    return texts(given.data, given.dataset_config, names[0], names[1], given.max_length, *own)
 
 
 def images(
-    dataset: str, config: str | None, a: PixelFormat, b: PixelFormat, rows: int | None, column: str | None
+    dataset: str,
+    config: str | None,
+    a: PixelFormat,
+    b: PixelFormat,
+    rows: int | None,
+    column: str | None,
+    training: bool = False,
 ) -> Data:
     """Read the images of a dataset.
 
@@ -37,10 +93,13 @@ def images(
         b: That of network b, which gets images of its own if it differs.
         rows: Most rows.
         column: Name of the column with images; None finds it.
+        training: Whether to return the rows to train on, with their classes; else those to validate with.
     """
     task = image_classification(
         dataset, dataset_config=config, target=a, guide=None if a == b else b, eval_size=rows, image_column=column
     )
+    if training:
+        return Data(task.train_dataset, task.data_collator, len(task.labels))
     return Data(task.eval_dataset, lambda found: {k: v for k, v in task.data_collator(found).items() if k != "labels"})
 
 
@@ -53,6 +112,7 @@ def texts(
     column: str | None,
     split: str | None = None,
     decodes: bool = False,
+    splits: Sequence[str] = SPLITS,
 ) -> Data:
     """Read the texts of a dataset, or the lines of a file.
 
@@ -63,15 +123,16 @@ def texts(
         b: Where that of network b is. If its tokens are others, the network gets columns of its own.
         length: Most tokens of a row.
         column: Name of the column with texts; None takes `text`, or the first one of strings.
-        split: Name of the split; None takes validation, test or train.
+        split: Name of the split; None takes the first of `splits` that there is.
         decodes: Whether a network has a decoder, which then sees the same tokens as its encoder.
+        splits: Names of splits, best first.
 
     Raises:
         ValueError: If there is no text, or a network has no tokenizer.
     """
     ours, theirs = tokenizer_of(a), tokenizer_of(b)
     same = ours.get_vocab() == theirs.get_vocab()
-    found = lines_of(dataset) if dataset.endswith(TEXT_FILES) else _column(dataset, config, column, split)
+    found = lines_of(dataset) if dataset.endswith(TEXT_FILES) else _column(dataset, config, column, split, splits)
 
     def collate(rows: list[str]) -> dict[str, Tensor]:
         batch = _tokens(ours, rows, length, decodes)
@@ -118,11 +179,11 @@ def _tokens(tokenizer: Any, rows: list[str], length: int, decodes: bool) -> dict
     return found | {f"decoder_{name}": found[name] for name in ("input_ids", "attention_mask") if decodes}
 
 
-def _column(dataset: str, config: str | None, column: str | None, split: str | None) -> list[str]:
+def _column(dataset: str, config: str | None, column: str | None, split: str | None, best: Sequence[str]) -> list[str]:
     if os.path.isfile(dataset):
         raise ValueError(f"{dataset} is a file; expected a dataset, or a text file ({', '.join(TEXT_FILES)}).")
     splits = read_splits(dataset, config, streaming=False)
-    chosen = split or next((name for name in SPLITS if name in splits), next(iter(splits)))
+    chosen = split or next((name for name in best if name in splits), next(iter(splits)))
     if chosen not in splits:
         raise ValueError(f"{dataset} has no split {chosen!r}; it has {', '.join(splits)}.")
     rows = splits[chosen]

@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_guidance.commands import comparing, listing
+from hf_guidance.commands import comparing, inspecting, listing
 
 DESCRIPTION = """\
 compare A B --data D    similarity of all layers of two networks over a dataset
+inspect TARGET GUIDE --data D
+                        guidance measured over some batches, and a setting proposed
 layers MODEL            what of a network can be compared, with shapes
 
 A network is a Hub id, a folder, or timm/<architecture>.
@@ -31,6 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     comparing.add_command(commands)
+    inspecting.add_command(commands)
     listing.add_command(commands)
     given = parser.parse_args(words)
     try:

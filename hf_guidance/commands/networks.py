@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_guidance.guide.configs import config_of
 from hf_guidance.guide.inputs import accepted_columns, vocabulary_size
-from hf_guidance.guide.loading import load_guide
+from hf_guidance.guide.loading import AutoClass, load_guide, untrained_network
 from hf_guidance.tasks.image_decoding import PixelFormat
 from hf_guidance.tasks.pixel_formats import pixel_format_of
 
@@ -34,6 +36,63 @@ def kind_of(network: nn.Module, name: str) -> str:
     raise ValueError(f"{name} takes {', '.join(columns)}; expected pixel_values or input_ids, of images or text.")
 
 
+def check_same_kind(names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Raise ValueError if two networks do not take data of the same kind."""
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{names[0]} takes {kinds[0]} and {names[1]} {kinds[1]}: two networks need the same data.")
+
+
+def check_colours(network: nn.Module, name: str) -> None:
+    """Raise ValueError if a network takes images of other than three channels."""
+    if (channels := getattr(getattr(network, "config", None), "num_channels", 3)) != 3:
+        raise ValueError(f"{name} takes images of {channels} channels, and the command makes those of 3.")
+
+
+def head_for(name: str) -> AutoClass:
+    """Return the Auto class that gives a network the head of its task, by which its loss is computed.
+
+    Raises:
+        ValueError: If there is none for texts or images.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+    )
+
+    config = config_of(name, trust_remote_code=False)
+    possible: list[Any] = [AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForCausalLM]
+    if getattr(config, "is_encoder_decoder", False):
+        possible = [AutoModelForSeq2SeqLM]
+    found = next((auto for auto in possible if type(config) in auto._model_mapping), None)
+    if found is None:
+        raise ValueError(
+            f"{name} ({config.model_type}) has no head for language modelling or the classification of images, so that "
+            "there is no task loss: inspect it in Python, by hf_guidance.experiments.inspect."
+        )
+    return found
+
+
+def load_target(name: str, seed: int | None, head: AutoClass, classes: int = 0) -> nn.Module:
+    """Load a network to be trained, with the head of its task.
+
+    Args:
+        name: Hub id, folder or `timm/<architecture>`.
+        seed: Seed of random weights; None loads its own.
+        head: Result of `head_for`.
+        classes: Number of classes of images.
+    """
+    changes: dict[str, Any] = {"num_labels": classes} if classes else {}
+    if seed is None:
+        changes |= {"ignore_mismatched_sizes": True} if classes else {}
+        return load_guide(name, auto_class=head, **changes).requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: nn.Module = untrained_network(name, head, **changes)
+        return network
+
+
 def pixels_of(name: str, seed: int | None, size: int | None) -> PixelFormat:
     """Return the size and normalisation of the images of a network."""
     try:
@@ -43,7 +102,7 @@ def pixels_of(name: str, seed: int | None, size: int | None) -> PixelFormat:
             raise
         raise ValueError(
             f"{name} comes without an image processor, so that the size and normalisation of its images are unknown: "
-            "save the processor beside its weights, or take random weights (--untrained_a, --untrained_b)."
+            "save the processor beside its weights, or take random weights (the flags --untrained_…)."
         ) from error
 
 

@@ -30,7 +30,9 @@ def as_yaml(proposal: GuidanceConfig, reasons: Mapping[str, str]) -> str:
         if value is None or (name not in reasons and value == defaults[name]):
             continue
         if name in reasons:
-            lines.append(textwrap.fill(reasons[name], WIDTH, initial_indent="# ", subsequent_indent="# "))
+            lines.append(
+                textwrap.fill(reasons[name], WIDTH, break_on_hyphens=False, initial_indent="# ", subsequent_indent="# ")
+            )
         flow = None if isinstance(value, list) else False  # lists stand on the line of their name
         lines.append(yaml.safe_dump({name: value}, default_flow_style=flow, allow_unicode=True, width=10**6).strip())
     return "\n".join(lines) + "\n"
@@ -72,7 +74,7 @@ def as_text(
     values = proposal.to_dict()
     for name, reason in reasons.items():
         text = f"{name} = {_value(values[name])}: {reason}"
-        lines.append(textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="    "))
+        lines.append(textwrap.fill(text, WIDTH, break_on_hyphens=False, initial_indent="  ", subsequent_indent="    "))
     if proposal.ridge_penalty is not None:
         lines.append(f"  with ridge_penalty = {proposal.ridge_penalty:g}")
     return "\n".join(lines)

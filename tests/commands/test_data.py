@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from hf_guidance.commands.data import images, lines_of, texts, tokenizer_of
+from hf_guidance.commands.data import add_flags, check_flags, images, lines_of, read, texts, tokenizer_of
 from hf_guidance.tasks.image_decoding import PixelFormat
 
 WORDS = ["[PAD]", "[UNK]", "the", "cat", "sat", "on", "mat"]
@@ -76,3 +77,28 @@ def test_images_come_in_the_format_of_each_network() -> None:
         "guide_pixel_values": (3, 3, 16, 16),
     }
     assert "guide_pixel_values" not in images("digits", None, small, small, 6, None).collator([data.rows[0]])
+
+
+def test_rows_to_train_on_have_classes_and_come_first_from_the_training_split(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    small = PixelFormat(8)
+    data = images("digits", None, small, small, 6, None, training=True)
+    assert data.classes == 10
+    assert len(data.rows) > 1000
+    assert data.collator([data.rows[0]])["labels"].shape == (1,)
+    own = tokenizer(tmp_path / "a")
+    (tmp_path / "d").mkdir()
+    for split, word in (("train", "cat"), ("validation", "mat")):
+        datasets.Dataset.from_dict({"text": [word]}).to_parquet(tmp_path / "d" / f"{split}.parquet")
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    given = parser.parse_args(["--data", str(tmp_path / "d")])
+    for training, word in ((True, "cat"), (False, "mat")):
+        assert list(read(given, "text", (own, own), (None, None), training=training).rows) == [word]
+
+
+def test_numbers_that_make_no_batch_are_named() -> None:
+    for name in ("batch_size", "max_length"):
+        given = argparse.Namespace(**{"batch_size": 2, "max_length": 2, name: 0})
+        with pytest.raises(ValueError, match=f"--{name} is 0; it must be at least 1"):
+            check_flags(given)

@@ -8,8 +8,18 @@ import pytest
 import torch
 from builders import gpt2, t5
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetModel, ViTMAEConfig
 
-from hf_guidance.commands.networks import example_for, kind_of, load, pixels_of
+from hf_guidance.commands.networks import (
+    check_colours,
+    check_same_kind,
+    example_for,
+    head_for,
+    kind_of,
+    load,
+    load_target,
+    pixels_of,
+)
 from hf_guidance.guide.calling import forward
 
 
@@ -44,3 +54,27 @@ def test_what_takes_neither_images_nor_text_is_named() -> None:
 
     with pytest.raises(ValueError, match="ear takes input_values; expected pixel_values or input_ids"):
         kind_of(Sound(), "ear")
+
+
+def test_a_target_has_the_head_of_its_task_and_is_trained(tmp_path: Path) -> None:
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    t5().save_pretrained(tmp_path / "t5")
+    names = [head_for(name).__name__ for name in (str(tmp_path / "gpt2"), str(tmp_path / "t5"), "timm/resnet10t")]
+    assert names == ["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageClassification"]
+    found = load_target(str(tmp_path / "gpt2"), None, head_for(str(tmp_path / "gpt2")))
+    assert all(parameter.requires_grad for parameter in found.parameters())
+    one, other = (load_target("timm/resnet10t", 3, head_for("timm/resnet10t"), classes=7) for _ in range(2))
+    assert one.timm_model.num_classes == 7
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    ViTMAEConfig().save_pretrained(tmp_path / "mae")
+    with pytest.raises(ValueError, match="has no head for language modelling or the classification of images"):
+        head_for(str(tmp_path / "mae"))
+
+
+def test_networks_of_other_data_or_colours_are_refused() -> None:
+    check_same_kind(("a", "b"), ("text", "text"))
+    with pytest.raises(ValueError, match="a takes text and b images: two networks need the same data"):
+        check_same_kind(("a", "b"), ("text", "images"))
+    check_colours(gpt2(), "a")
+    with pytest.raises(ValueError, match="a takes images of 1 channels"):
+        check_colours(ResNetModel(ResNetConfig(num_channels=1, depths=[1], hidden_sizes=[8], embedding_size=8)), "a")
