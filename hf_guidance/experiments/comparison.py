@@ -24,14 +24,13 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hf_guidance.card.contents import RunFacts
 from hf_guidance.config import GuidanceConfig, Json
-from hf_guidance.experiments.files import read_json, write_json
+from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.report import Record
-from hf_guidance.experiments.run import SETTINGS, Run, check_same_settings, first_rows, record_of, settings_of
-from hf_guidance.guide.identity import check_same_guide, identity
+from hf_guidance.experiments.run import Run, first_rows, settings_of
+from hf_guidance.experiments.run_training import RESULT, result_of, train_and_record
 from hf_guidance.guide.sharding import built_whole
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.registry import min_samples
-from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_settings
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULT = "result.json"
 PREDICTIONS = "predictions.npz"
 FEW = 8  # number of rows for checking settings
 
@@ -122,9 +120,8 @@ def carry_out(
         guidance = dataclasses.replace(guidance, cache_guide=os.path.join(guidance.cache_guide, *place.parts[-2:]))
         task = dataclasses.replace(task, train_dataset=_numbered(task.train_dataset, str(guidance.sample_id_column)))
     settings = settings_of(model, args, guidance if run.guide else None, data)
-    check_same_settings(place, settings)
-    if (place / RESULT).is_file():
-        return _read(place / RESULT, run)
+    if (finished := result_of(run, place, settings)) is not None:
+        return finished
     unguided = GuidanceConfig(guidance_weight=0.0, on_non_finite=guidance.on_non_finite)
     make = run.trainer or partial(
         GuidanceTrainer, guide=run.guide() if run.guide else None, guidance=guidance if run.guide else unguided
@@ -142,25 +139,8 @@ def carry_out(
     )
     if run.guide:
         trainer.card_facts = {**(facts or {}), "target": {"untrained": True, "seed": run.seed}}
-    if trainer.is_world_process_zero():
-        write_json(place / SETTINGS, settings)
-        print(f"{'/'.join(place.parts[-2:])}: {args.max_steps} steps", flush=True)
-    maps = _maps(trainer, task) if run.guide else None
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(place))
-    last = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
-    if not any("eval_loss" in log for log in last):
-        trainer.evaluate()  # every run needs a value at its last step
-    test = _tested(trainer, task, place)
-    if trainer.args.push_to_hub:
-        trainer.stage_push()  # pushed with its card, when there are all runs that the card compares it with
-    else:
-        trainer.save_model(str(place), _internal_call=True)
-    result = record_of(run, trainer, settings, test, task.metric)
-    if trainer.is_world_process_zero():
-        write_json(place / RESULT, result)  # written before anything that could fail
-    if maps:
-        maps.compute(trainer, "after")
-        result["similarity_maps"] = maps.maps
+    test, maps = partial(_tested, task=task, place=place), partial(_maps, task=task)
+    result = train_and_record(run, trainer, place, settings, task.metric, test, maps)
     if trainer.is_world_process_zero() and run.guide:
         result["card"] = run_facts(trainer, **trainer.card_facts)
         write_json(place / RESULT, result)
@@ -197,13 +177,6 @@ def _numbered(rows: Any, column: str) -> Any:
     if not hasattr(rows, "add_column"):
         raise ValueError("cache_guide needs numbered rows, but these data are a stream: leave cache_guide out.")
     return rows.add_column(column, list(range(len(rows))))
-
-
-def _read(path: Path, run: Run) -> Record:
-    result: Record = read_json(path)
-    if run.guide is not None:
-        check_same_guide(identity(run.guide()), result["guide"], str(path.parent))
-    return result
 
 
 def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArguments:

@@ -22,12 +22,13 @@ from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.baselines import LONGER, equal_time, longer, say_edge
 from hf_guidance.experiments.cards import LICENSE, push_runs, write_cards
 from hf_guidance.experiments.command_line import check_choice, parse, with_flags_of_the_claim, with_flags_of_the_file
-from hf_guidance.experiments.comparison import RESULT, best_learning_rate, carry_out, check
+from hf_guidance.experiments.comparison import best_learning_rate, carry_out, check
 from hf_guidance.experiments.consistency import plot_errors
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.matrix import Cells, cells_of, matrix_table, plot_gains
 from hf_guidance.experiments.report import Record, Report, comparison_rows, markdown_table
 from hf_guidance.experiments.run import SETTINGS, Run, first_rows
+from hf_guidance.experiments.run_training import RESULT
 from hf_guidance.experiments.sweeps import settings_of_sweeps, swept, take_sweeps
 from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.experiments.verdicts import EQUAL_TIME, gains, in_words

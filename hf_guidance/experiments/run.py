@@ -72,18 +72,22 @@ class Run:
 
 
 def settings_of(
-    model: PreTrainedModel, args: TrainingArguments, guidance: GuidanceConfig | None, data: Mapping[str, Json]
+    model: nn.Module, args: TrainingArguments, guidance: GuidanceConfig | None, data: Mapping[str, Json]
 ) -> dict[str, Any]:
     """Return everything that the weights and curves of a run depend on, as JSON values.
 
     Args:
-        model: The target.
+        model: The target. One without a config is known by its class and its number of parameters.
         args: Training arguments of the run.
         guidance: Guidance settings; None for a run without a guide.
         data: Description of the data.
     """
-    network = json.loads(model.config.to_json_string(use_diff=True))
-    network.pop("transformers_version", None)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        network = json.loads(config.to_json_string(use_diff=True))
+        network.pop("transformers_version", None)
+    else:
+        network = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
     training = {name: value for name, value in args.to_dict().items() if not HARMLESS.fullmatch(name)}
     training |= {"world_size": args.world_size}
     settings = training | {

@@ -48,7 +48,7 @@ def test_an_unguided_run_stops_at_a_loss_that_is_not_finite(tmp_path):
 
     rows = {name: token_rows(8) for name in ("train_dataset", "eval_dataset", "test_dataset")}
     nothing = dict.fromkeys(("processing_class", "compute_metrics", "preprocess_logits_for_metrics"))
-    task = SimpleNamespace(**rows, **nothing, data_collator=default_data_collator)
+    task = SimpleNamespace(**rows, **nothing, data_collator=default_data_collator, metric="loss")
     run = Run("alone", 0, model=broken)
     with pytest.raises(FloatingPointError, match="Optimizer step 1 is not finite: the task loss is nan"):
         carry_out(run, task, arguments(tmp_path), linear(), tmp_path, {})

@@ -1,0 +1,185 @@
+"""Matched runs of a user's own trainer: does guidance help it, at equal steps and at equal time?"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from transformers import Trainer, set_seed
+
+from hf_guidance.analysis.curves import plot_comparison
+from hf_guidance.analysis.history import metrics_of
+from hf_guidance.experiments.baselines import equal_time as longer_run
+from hf_guidance.experiments.controls import ALONE, CONTROLS, GUIDED, MatchedRun, check_follows
+from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.report import Record, Row, comparison_rows, markdown_table
+from hf_guidance.experiments.run import Run, settings_of
+from hf_guidance.experiments.run_training import result_of, train_and_record
+from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, gains, in_words
+from hf_guidance.trainer.checks import check_writable
+from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.environment import environment
+
+MakeTrainer: TypeAlias = Callable[[MatchedRun], Trainer]
+
+
+@dataclass
+class MatchedRuns:
+    """The result of `compare_runs`; as a string its table, and the gains in words.
+
+    Attributes:
+        task: Name of the metric, and whether it is a fraction and better if higher.
+        runs: Records of all runs.
+        table: One row for each kind of run, over its seeds.
+        differences: Gains of the guided run, and of each control, over the target alone: paired over seeds, with an
+            interval from three seeds on.
+    """
+
+    task: dict[str, Any]
+    runs: list[Record]
+    table: list[Row] = field(init=False)
+    differences: list[Difference] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = comparison_rows(self.runs, metric=self.task["metric"])
+        self.differences = gains(self.runs, self.task)
+
+    def __str__(self) -> str:
+        table = markdown_table(self.table, self.task["metric"], self.task["percent"])
+        return "\n".join([table, "", *(f"- {in_words(found)}" for found in self.differences)])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write results.json, results.md and comparison.png, the numbers first."""
+        place, metric, percent = Path(folder), self.task["metric"], self.task["percent"]
+        content: Any = {"environment": environment(), "task": self.task, "runs": self.runs}
+        content |= {"table": self.table, "differences": self.differences}
+        write_json(place / "results.json", content)
+        (place / "results.md").write_text(f"{self}\n", encoding="utf-8")
+        plot_comparison(self.runs, metric, place / "comparison.png", percent=percent)
+
+
+def compare_runs(
+    make_trainer: MakeTrainer,
+    seeds: Sequence[int],
+    controls: Sequence[str] = (),
+    folder: str | os.PathLike[str] = "compare_runs",
+    equal_time: bool = True,
+    *,
+    metric: str = "loss",
+    percent: bool = False,
+    higher_is_better: bool | None = None,
+) -> MatchedRuns:
+    """Train a target alone and guided on the same seeds, and tell whether guidance helps.
+
+    A run that is finished is read again, and one that was stopped resumes from its checkpoint: call this again with the
+    same arguments. Runs are compared by their last evaluation on `eval_dataset`, which should be data that chose no
+    setting.
+
+    Args:
+        make_trainer: Makes the trainer of a run. It passes `seed`, `output_dir` and, where it is set, `max_steps` of
+            the run to `TrainingArguments`, a guide if the run is `guided`, and `run.guidance(config)` as its setting.
+        seeds: Seeds; an interval needs three.
+        controls: Guided runs beside it that should help less: `shuffled_guide`, `reversed_layers`, `noise`.
+        folder: Folder for results.json, results.md, comparison.png, and `seed-<seed>/<run>` of every run.
+        equal_time: Also train the target alone for 1.1 times the time of the guided run of its seed.
+        metric: Metric of the evaluation, without `eval_`.
+        percent: Whether it is a fraction, whose gain is in points; else the gain is in percent.
+        higher_is_better: Whether a higher value is better; by default so for all but the loss.
+
+    Returns:
+        Records, table and paired gains, written to the folder too.
+
+    Raises:
+        ValueError: If a seed or control is wrong, a trainer does not follow its run, or the folder holds other runs.
+
+    Example:
+        >>> def make_trainer(run):  # doctest: +SKIP
+        ...     args = TrainingArguments(run.output_dir, seed=run.seed, max_steps=run.max_steps or 500)
+        ...     own = {"guide": load_guide("gpt2") if run.guided else None, "guidance": run.guidance(config)}
+        ...     return GuidanceTrainer(Target(), args, train_dataset=rows, eval_dataset=others, **own)
+        >>> print(compare_runs(make_trainer, seeds=[0, 1, 2]))  # doctest: +SKIP
+    """
+    place = Path(folder)
+    _check(seeds, controls, place)
+    higher = metric != "loss" if higher_is_better is None else higher_is_better
+    task = {"metric": metric, "percent": percent, "higher_is_better": higher}
+    results: list[Record] = []
+    for seed in seeds:
+        own: list[Record] = []
+        for name in (ALONE, GUIDED, *controls):
+            control = name if name in CONTROLS else None
+            run = MatchedRun(name, seed, name != ALONE, str(place / f"seed-{seed}" / name), control=control)
+            own.append(_carry_out(run, make_trainer, metric))
+        if equal_time:
+            longer = longer_run(Run(ALONE, seed, _no_network), own[0]["steps"], own[:2])
+            steps = longer.training["max_steps"]
+            run = MatchedRun(EQUAL_TIME, seed, False, str(place / f"seed-{seed}" / longer.name), max_steps=steps)
+            own.append(_carry_out(run, make_trainer, metric))
+        results += own
+    _check_positive(results, metric, percent)
+    found = MatchedRuns(task, results)
+    found.save(place)
+    return found
+
+
+def _check(seeds: Sequence[int], controls: Sequence[str], folder: Path) -> None:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; expected at least one, and each once.")
+    if wrong := [name for name in controls if name not in CONTROLS]:
+        raise ValueError(f"controls name {wrong[0]!r}; possible are {', '.join(CONTROLS)}.")
+    if len(set(controls)) < len(controls):
+        raise ValueError(f"controls are {list(controls)}; name each once.")
+    needed = ["matplotlib", *(["scipy"] if len(seeds) > 1 else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"compare_runs needs {' and '.join(missing)}: pip install 'hf_guidance[recipes]'.")
+    check_writable(folder, "folder")
+
+
+def _no_network() -> Any:
+    raise AssertionError("the network of this run is built by its trainer")
+
+
+def _carry_out(run: MatchedRun, make_trainer: MakeTrainer, metric: str) -> Record:
+    """Train a run, or read its record if it is finished."""
+    set_seed(run.seed)
+    trainer: Any = make_trainer(run)
+    check_follows(trainer, run)
+    if not any(isinstance(callback, TrainingClock) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(TrainingClock())
+    named = Run(run.name, run.seed, lambda: trainer.model, (lambda: trainer.guide) if run.guided else None)
+    data: Mapping[str, Any] = {"rows": _count(trainer.train_dataset), "eval_rows": _count(trainer.eval_dataset)}
+    guidance = trainer.guidance if run.guided else None
+    place = Path(run.output_dir)
+    settings = settings_of(trainer.model, trainer.args, guidance, data)
+    record = result_of(named, place, settings)
+    if record is None:
+        record = train_and_record(named, trainer, place, settings, metric, partial(_last_evaluation, metric=metric))
+    trainer.accelerator.wait_for_everyone()
+    return record
+
+
+def _count(rows: Any) -> int | None:
+    return len(rows) if hasattr(rows, "__len__") else None
+
+
+def _last_evaluation(trainer: Trainer, metric: str) -> dict[str, float]:
+    """Return the metrics of the last evaluation as those of a test."""
+    last = next(log for log in reversed(trainer.state.log_history) if "eval_loss" in log)
+    found = metrics_of(last, "eval")
+    if metric not in found:
+        raise ValueError(f"metric is {metric!r}, but the evaluation gives {', '.join(found)}: name one of these.")
+    return {f"test_{name}": value for name, value in found.items()}
+
+
+def _check_positive(results: Sequence[Record], metric: str, percent: bool) -> None:
+    values = [run["test"][metric] for run in results]
+    if not percent and min(values) <= 0:
+        raise ValueError(
+            f"{metric} is {min(values):g} in a run, and a gain in percent needs values above 0: for a fraction pass "
+            "percent=True. The runs are kept, so that calling again is quick."
+        )
