@@ -52,7 +52,8 @@ def measure_guidance(trainer: GuidanceMixin, config: GuidanceConfig, batches: Se
     target, guide = trainer.guidance_loss.target, trainer.guide
     with unchanged(target, guide), _norms_as_they_are(guide):
         options: dict[str, Any] = {"seed": trainer.args.seed, "autocast": trainer.accelerator.autocast}
-        loss = GuidanceLoss(target, guide, replace(config, guidance_weight=1.0).alone(), **options)
+        alone = replace(config, guidance_weight=1.0, log_measures=[]).alone()  # logging is no part of a step's cost
+        loss = GuidanceLoss(target, guide, alone, **options)
         try:
             if config.guide_batch_norm == "calibrated":
                 calibrate_batch_norm(

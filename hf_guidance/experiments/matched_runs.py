@@ -156,7 +156,10 @@ def _carry_out(run: MatchedRun, make_trainer: MakeTrainer, metric: str) -> Recor
     guidance = trainer.guidance if run.guided else None
     place = Path(run.output_dir)
     settings = settings_of(trainer.model, trainer.args, guidance, data)
-    record = result_of(named, place, settings)
+    try:
+        record = result_of(named, place, settings)
+    except ValueError as error:
+        raise ValueError(str(error).replace("another output_dir", "another folder")) from error
     if record is None:
         record = train_and_record(named, trainer, place, settings, metric, partial(_last_evaluation, metric=metric))
     trainer.accelerator.wait_for_everyone()

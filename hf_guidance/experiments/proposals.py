@@ -125,17 +125,17 @@ class Proposal:
             few = f"{100 * TOP:.0f} % of its samples"
             self.reasons["skip_first_positions"] = f"No layer has more than half of its energy in {few}."
             return
-        told = f"{100 * TOP:.0f} % of the samples hold {100 * max(massive):.0f} % of a layer's energy"
+        told = f"{100 * TOP:.0f} % of the samples hold up to {100 * max(massive):.0f} % of the energy"
         for count in range(now + 1, now + 1 + MOST_SKIPPED):
             if self._try(skip_first_positions=count):
                 break
             if 2 * len(left := _massive(self.measured)) <= len(massive):
                 first = "position" if count == 1 else f"{count} positions"
-                gone = f"{len(massive) - len(left)} of {len(massive)} such layers are none"
-                self.reasons["skip_first_positions"] = f"{told}; without the first {first} of each row {gone}."
+                rest = f"without the first {first} of each row in {len(left)}"
+                self.reasons["skip_first_positions"] = f"{told} in {len(massive)} layers, {rest}."
                 return
         self.config, self.measured = before
-        self.reasons["skip_first_positions"] = f"{told}, but not at the start of the rows: look for outliers there."
+        self.reasons["skip_first_positions"] = f"{told}, but not at the start of rows: look for outliers."
 
     def _measure(self) -> None:
         config, found = self.config, self.measured
@@ -171,29 +171,23 @@ class Proposal:
     def _cost(self) -> None:
         config, cost, data = self.config, self.measured.cost, self.data
         share = f"The guide's forward is {100 * cost.guide_share():.0f} % of a guided step"
-        if cost.guide_share() <= DOMINATES or config.guide_rows or config.cache_guide or config.guidance_every > 1:
-            self.reasons["guidance_every"] = f"{share}, so that it may run at every step."
+        cheaper = config.guide_rows or config.cache_guide or config.guidance_every > 1
+        if cheaper or cost.guide_share() <= DOMINATES:
+            end = "and the trainer makes it cheaper already" if cheaper else "so that it may run at every step"
+            self.reasons["guidance_every"] = f"{share}, {end}."
             return
         fewer = data.rows // 4
         as_many = config.sample_axis == "token" and fewer * data.positions >= self.measured.samples()
         if as_many and not self._try(guide_rows=fewer):
             self.reasons["guide_rows"] = f"{share}, and a quarter of the rows has as many tokens as are compared."
             return
-        if (
-            data.ids is not None
-            and (data.epochs or 0) >= 2
-            and config.sample_axis == "sequence"
-            and self._cache(data.ids)
-        ):
+        of_rows = config.sample_axis == "sequence"
+        if of_rows and data.ids is not None and (data.epochs or 0) >= 2 and self._cache(data.ids):
             self.reasons["cache_guide"] = f"{share}, and over {data.epochs:.1f} epochs it then runs once a row."
             return
         every = min(SPARSEST, max(2, math.ceil((cost.guide + cost.guidance) / max(cost.target, 1e-12))))
         self.config = replace(config, guidance_every=every)
-        more = (
-            ""
-            if config.sample_axis != "sequence"
-            else (" (with a column of ids and a sketch, cache_guide would run it once a row)")
-        )
+        more = " (with a column of ids and a sketch, cache_guide would run it once a row)" if of_rows else ""
         self.reasons["guidance_every"] = f"{share}, so that it runs at one of {every} steps{more}."
 
     def _cache(self, ids: str) -> bool:
@@ -240,7 +234,8 @@ def best_measure(found: Measurements) -> tuple[str, str]:
         beside = f"leave-one-out is {_number(loo)}, debiased CKA {_number(debiased)}"
         return "ridge_loo", f"In-sample ridge starts full ({ridge:.2f}) with {of}, where {beside}"
     if found.config.sample_axis == "token" and 2 * width <= samples and ridge is not None:
-        return "ridge", f"With {of} in-sample ridge is not full ({ridge:.2f}), and has served best for so many tokens"
+        beside = "best for copy-paste in the grid of measures, and near leave-one-out for language"
+        return "ridge", f"With {of} in-sample ridge is not full ({ridge:.2f}); it was {beside}"
     return "ridge_loo", f"With {of} leave-one-out ridge has served best in the grid of measures ({_number(loo)} here)"
 
 

@@ -112,7 +112,9 @@ def test_finished_runs_are_read_again_and_a_stopped_one_resumes(tmp_path: Path) 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     compare_runs(maker([]), [0], folder=tmp_path, equal_time=False)
-    with pytest.raises(ValueError, match=r"holds a run with other settings: learning_rate was 5e-05, is 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"holds a run with other settings: learning_rate was 5e-05, is 0\.1\. Give another folder"
+    ):
         compare_runs(maker([], learning_rate=0.1), [0], folder=tmp_path, equal_time=False)
 
 

@@ -138,7 +138,7 @@ def test_massive_samples_that_are_not_first_are_not_skipped() -> None:
     start = measurements(TOKENS, share=0.8)
     found = propose(start)
     assert found.config.skip_first_positions == 0
-    assert "80 % of a layer's energy, but not at the start" in found.reasons["skip_first_positions"]
+    assert "hold up to 80 % of the energy, but not at the start of rows" in found.reasons["skip_first_positions"]
     assert propose(start, guides=measurements(share=0.1).guides).config.skip_first_positions == 1
 
 
