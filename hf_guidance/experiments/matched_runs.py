@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch.utils.data import Dataset
 from transformers import Trainer, set_seed
 
 from hf_guidance.analysis.curves import plot_comparison
@@ -21,6 +22,7 @@ from hf_guidance.experiments.report import Record, Row, comparison_rows, markdow
 from hf_guidance.experiments.run import Run, settings_of
 from hf_guidance.experiments.run_training import result_of, train_and_record
 from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, gains, in_words
+from hf_guidance.features.rows import Batch
 from hf_guidance.trainer.checks import check_writable
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import environment
@@ -33,7 +35,7 @@ class MatchedRuns:
     """The result of `compare_runs`; as a string its table, and the gains in words.
 
     Attributes:
-        task: Name of the metric, and whether it is a fraction and better if higher.
+        task: Name of the metric, whether it is a fraction and better if higher, and `data`: `test` or `validation`.
         runs: Records of all runs.
         table: One row for each kind of run, over its seeds.
         differences: Gains of the guided run, and of each control, over the target alone: paired over seeds, with an
@@ -50,8 +52,9 @@ class MatchedRuns:
         self.differences = gains(self.runs, self.task)
 
     def __str__(self) -> str:
-        table = markdown_table(self.table, self.task["metric"], self.task["percent"])
-        return "\n".join([table, "", *(f"- {in_words(found)}" for found in self.differences)])
+        data = self.task["data"]
+        table = markdown_table(self.table, self.task["metric"], self.task["percent"], with_test=data == "test")
+        return "\n".join([table, "", *(f"- {in_words(found, data)}" for found in self.differences)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write results.json, results.md and comparison.png, the numbers first."""
@@ -73,12 +76,12 @@ def compare_runs(
     metric: str = "loss",
     percent: bool = False,
     higher_is_better: bool | None = None,
+    test_dataset: Dataset[Any] | Sequence[Batch] | None = None,
 ) -> MatchedRuns:
     """Train a target alone and guided on the same seeds, and tell whether guidance helps.
 
     A run that is finished is read again, and one that was stopped resumes from its checkpoint: call this again with the
-    same arguments. Runs are compared by their last evaluation on `eval_dataset`, which should be data that chose no
-    setting.
+    same arguments.
 
     Args:
         make_trainer: Makes the trainer of a run. It passes `seed`, `output_dir` and, where it is set, `max_steps` of
@@ -90,6 +93,8 @@ def compare_runs(
         metric: Metric of the evaluation, without `eval_`.
         percent: Whether it is a fraction, whose gain is in points; else the gain is in percent.
         higher_is_better: Whether a higher value is better; by default so for all but the loss.
+        test_dataset: Rows that runs are compared by, after training. None takes the last evaluation on `eval_dataset`,
+            which is fair if these rows chose no setting.
 
     Returns:
         Records, table and paired gains, written to the folder too.
@@ -107,19 +112,21 @@ def compare_runs(
     place = Path(folder)
     _check(seeds, controls, place)
     higher = metric != "loss" if higher_is_better is None else higher_is_better
-    task = {"metric": metric, "percent": percent, "higher_is_better": higher}
+    data = "validation" if test_dataset is None else "test"
+    task = {"metric": metric, "percent": percent, "higher_is_better": higher, "data": data}
+    carry_out = partial(_carry_out, make_trainer=make_trainer, metric=metric, test_dataset=test_dataset)
     results: list[Record] = []
     for seed in seeds:
         own: list[Record] = []
         for name in (ALONE, GUIDED, *controls):
             control = name if name in CONTROLS else None
             run = MatchedRun(name, seed, name != ALONE, str(place / f"seed-{seed}" / name), control=control)
-            own.append(_carry_out(run, make_trainer, metric))
+            own.append(carry_out(run))
         if equal_time:
             longer = longer_run(Run(ALONE, seed, _no_network), own[0]["steps"], own[:2])
             steps = longer.training["max_steps"]
             run = MatchedRun(EQUAL_TIME, seed, False, str(place / f"seed-{seed}" / longer.name), max_steps=steps)
-            own.append(_carry_out(run, make_trainer, metric))
+            own.append(carry_out(run))
         results += own
     _check_positive(results, metric, percent)
     found = MatchedRuns(task, results)
@@ -144,7 +151,7 @@ def _no_network() -> Any:
     raise AssertionError("the network of this run is built by its trainer")
 
 
-def _carry_out(run: MatchedRun, make_trainer: MakeTrainer, metric: str) -> Record:
+def _carry_out(run: MatchedRun, make_trainer: MakeTrainer, metric: str, test_dataset: Any) -> Record:
     """Train a run, or read its record if it is finished."""
     set_seed(run.seed)
     trainer: Any = make_trainer(run)
@@ -152,7 +159,8 @@ def _carry_out(run: MatchedRun, make_trainer: MakeTrainer, metric: str) -> Recor
     if not any(isinstance(callback, TrainingClock) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(TrainingClock())
     named = Run(run.name, run.seed, lambda: trainer.model, (lambda: trainer.guide) if run.guided else None)
-    data: Mapping[str, Any] = {"rows": _count(trainer.train_dataset), "eval_rows": _count(trainer.eval_dataset)}
+    data: dict[str, Any] = {"rows": _count(trainer.train_dataset), "eval_rows": _count(trainer.eval_dataset)}
+    data |= {} if test_dataset is None else {"test_rows": _count(test_dataset)}
     guidance = trainer.guidance if run.guided else None
     place = Path(run.output_dir)
     settings = settings_of(trainer.model, trainer.args, guidance, data)
@@ -161,7 +169,9 @@ def _carry_out(run: MatchedRun, make_trainer: MakeTrainer, metric: str) -> Recor
     except ValueError as error:
         raise ValueError(str(error).replace("another output_dir", "another folder")) from error
     if record is None:
-        record = train_and_record(named, trainer, place, settings, metric, partial(_last_evaluation, metric=metric))
+        record = train_and_record(
+            named, trainer, place, settings, metric, partial(_tested, metric=metric, rows=test_dataset)
+        )
     trainer.accelerator.wait_for_everyone()
     return record
 
@@ -170,10 +180,13 @@ def _count(rows: Any) -> int | None:
     return len(rows) if hasattr(rows, "__len__") else None
 
 
-def _last_evaluation(trainer: Trainer, metric: str) -> dict[str, float]:
-    """Return the metrics of the last evaluation as those of a test."""
-    last = next(log for log in reversed(trainer.state.log_history) if "eval_loss" in log)
-    found = metrics_of(last, "eval")
+def _tested(trainer: Trainer, metric: str, rows: Any) -> dict[str, float]:
+    """Return the metrics on test data or, without such, those of the last evaluation, with the prefix `test_`."""
+    if rows is not None:
+        trainer.evaluate(rows, metric_key_prefix="test")
+    split = "eval" if rows is None else "test"
+    last = next(log for log in reversed(trainer.state.log_history) if f"{split}_loss" in log)
+    found = metrics_of(last, split)
     if metric not in found:
         raise ValueError(f"metric is {metric!r}, but the evaluation gives {', '.join(found)}: name one of these.")
     return {f"test_{name}": value for name, value in found.items()}

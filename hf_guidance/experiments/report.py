@@ -116,8 +116,15 @@ def _row(name: str, runs: Sequence[Record], validation: Sequence[Any], test: Seq
     }
 
 
-def markdown_table(rows: Sequence[Row], metric: str, percent: bool) -> str:
-    """Format rows as a Markdown table with aligned columns."""
+def markdown_table(rows: Sequence[Row], metric: str, percent: bool, with_test: bool = True) -> str:
+    """Format rows as a Markdown table with aligned columns.
+
+    Args:
+        rows: The rows.
+        metric: Name of the metric.
+        percent: Whether it is a fraction that is shown in percent.
+        with_test: Whether there is a column with values on test data.
+    """
     header = ["run", "seeds", "steps", "training time", f"validation {metric}", f"test {metric}"]
     cells = [header] + [
         [
@@ -130,7 +137,7 @@ def markdown_table(rows: Sequence[Row], metric: str, percent: bool) -> str:
         ]
         for row in rows
     ]
-    return aligned(cells)
+    return aligned(cells if with_test else [line[:-1] for line in cells])
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:

@@ -109,14 +109,19 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def in_words(found: Difference) -> str:
-    """Write a difference as one line, such as `+12.3 points [9.1, 15.5] (seeds 0 1 2)`."""
+def in_words(found: Difference, data: str = "test") -> str:
+    """Write a difference as one line, such as `+12.3 points [9.1, 15.5] (seeds 0 1 2)`.
+
+    Args:
+        found: The difference.
+        data: Name of the data that it was measured on.
+    """
     values, unit = found["values"], found["unit"]
     interval = found["interval"]
     shown = "" if interval is None else f" [{interval[0]:+.1f}, {interval[1]:+.1f}]"
     each = ", ".join(f"{value:+.1f}" for value in values.values())
     against = {"alone": "alone, equal steps", EQUAL_TIME: "alone, equal time"}.get(found["baseline"], found["baseline"])
     return (
-        f"{run_in_words(found['run'])} − {against}, test: {found['mean']:+.1f} {unit}{shown} "
+        f"{run_in_words(found['run'])} − {against}, {data}: {found['mean']:+.1f} {unit}{shown} "
         f"(seeds {' '.join(map(str, values))}: {each})"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import gpt2, llama, token_rows
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer, load_guide
 from hf_guidance.experiments import MatchedRun, compare_runs
@@ -51,7 +51,7 @@ def test_ten_lines_of_a_user_tell_whether_guidance_helps(tmp_path: Path, capsys:
     found = compare_runs(make_trainer, seeds=[0, 1, 2], folder=tmp_path / "out")
     print(found)
 
-    assert "guided − alone, equal steps, test: " in capsys.readouterr().out
+    assert "guided − alone, equal steps, validation: " in capsys.readouterr().out
     assert [row["run"] for row in found.table] == ["alone", "guided", "alone_equal_time"]
     equal_steps, equal_time = found.differences
     assert (equal_steps["unit"], list(equal_steps["values"])) == ("%", [0, 1, 2])
@@ -62,6 +62,7 @@ def test_ten_lines_of_a_user_tell_whether_guidance_helps(tmp_path: Path, capsys:
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["run"] for run in saved["runs"]] == 3 * ["alone", "guided", "alone_equal_time"]
     assert (tmp_path / "out" / "results.md").read_text() == f"{found}\n"
+    assert "test" not in str(found)
     assert (tmp_path / "out" / "comparison.png").is_file()
 
 
@@ -128,6 +129,20 @@ def test_gains_are_points_of_a_fraction(tmp_path: Path) -> None:
     found = compare_runs(make_trainer, [0, 1], folder=tmp_path, percent=True, **words)
     assert found.differences[0]["values"] == {0: 25.0, 1: 25.0}
     assert "+25.0 points" in str(found)
+
+
+def test_test_data_of_its_own_decide_if_there_are_any(tmp_path: Path) -> None:
+    rows = token_rows(8, seed=2)
+    found = compare_runs(maker([]), [0], folder=tmp_path, equal_time=False, test_dataset=rows)
+    alone = found.runs[0]
+    assert alone["test"]["loss"] != alone["validation"]
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    trained = GPT2LMHeadModel.from_pretrained(tmp_path / "seed-0" / "alone")
+    assert alone["test"]["loss"] == pytest.approx(trained(**batch).loss.item(), abs=1e-5)
+    assert "| test loss" in str(found)
+    assert "guided − alone, equal steps, test: " in str(found)
+    with pytest.raises(ValueError, match=r"data\.test_rows was 8, is None"):
+        compare_runs(maker([]), [0], folder=tmp_path, equal_time=False)
 
 
 def test_what_cannot_be_compared_is_told_before_or_with_its_remedy(tmp_path: Path) -> None:
