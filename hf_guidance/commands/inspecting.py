@@ -60,8 +60,8 @@ def run(given: argparse.Namespace) -> None:
     else:
         collator = for_training(data.collator, target, guide, labels_of(head.__name__, given.target))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(given, target, guide, data._replace(collator=collator), folder)
         try:
+            trainer = _trainer(given, target, guide, data._replace(collator=collator), folder)
             found = inspect(trainer, batches=given.batches)
         except ValueError as error:
             raise ValueError(str(error).replace("per_device_train_batch_size", "--batch_size")) from error

@@ -60,7 +60,7 @@ def as_text(
     measure, axis = config.resolved_measure(), config.sample_axis
     lines = [
         f"{networks[0]} guided by {networks[1]}, over {measured.batches} {batches} of {rows} rows",
-        f"measured with the trainer's setting: {measure}, sample axis {axis}, {measured.samples()} samples a batch",
+        f"measured with the trainer's setting: {measure}, sample axis {axis}, {measured.samples_in_words()}",
         "",
         *_table(measured, measure),
         "",

@@ -106,6 +106,10 @@ class Measurements:
         """Return the fewest samples of a target layer."""
         return min(look.samples for look in self.targets.values())
 
+    def samples_in_words(self) -> str:
+        """Write how many samples are compared at once."""
+        return f"{self.samples()} samples a {'row' if self.config.sample_axis == 'within' else 'batch'}"
+
     def width(self) -> int:
         """Return the number of features of the widest target layer."""
         return max(look.features for look in self.targets.values())

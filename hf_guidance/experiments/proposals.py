@@ -88,9 +88,11 @@ class Proposal:
     def _sample_axis(self) -> None:
         axis, data = self.config.sample_axis, self.data
         if axis != "sequence":
-            self.reasons["sample_axis"] = f"{axis}, as the trainer has it: {self.measured.samples()} samples a batch."
+            self.reasons["sample_axis"] = f"The trainer has it, with {self.measured.samples_in_words()}."
         elif data.positions == 1:
-            self.reasons["sample_axis"] = f"Rows are the samples, {data.rows} a batch, as both networks see whole ones."
+            self.reasons["sample_axis"] = (
+                f"Rows are the samples, {data.rows} a batch: the networks have no tokens in common."
+            )
         elif why := self._try(sample_axis="token", ridge_penalty=None):
             self.reasons["sample_axis"] = f"Rows are the samples, as tokens cannot be: {why.rstrip('.')}."
         else:
@@ -207,11 +209,11 @@ class Proposal:
             self.reasons["guidance_weight"] = f"The gradients of both losses could not be compared ({why})."
         elif HELPED[0] <= weight * ratio.mean <= HELPED[1]:
             self.reasons["guidance_weight"] = (
-                f"Guidance's gradient is then {weight * ratio.mean:.2g} times the task's, as where guidance has helped "
-                f"({HELPED[0]:g} to {HELPED[1]:g})."
+                f"Guidance's gradient is then {_digits(weight * ratio.mean)} times the task's, as where guidance has "
+                f"helped ({HELPED[0]:g} to {HELPED[1]:g})."
             )
         else:
-            now = f"At weight {weight:g} guidance's gradient is {weight * ratio.mean:.2g} times the task's"
+            now = f"At weight {weight:g} guidance's gradient is {_digits(weight * ratio.mean)} times the task's"
             weight = float(f"{1 / ratio.mean:.1g}")
             self.reasons["guidance_weight"] = f"{now}; here both are about equal."
         self.config = replace(self.config, guidance_weight=weight)
@@ -252,3 +254,7 @@ def _massive(found: Measurements) -> list[float]:
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f}"
+
+
+def _digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"  # 150 rather than 1.5e+02

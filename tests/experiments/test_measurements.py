@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from test_proposals import measurements
 
+from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.measurements import PairMeasurement, Spread, StepCost, spread_of
 
 
@@ -32,3 +33,5 @@ def test_the_mean_leaves_dead_pairs_out_while_others_live() -> None:
     assert measurements(dead=True).mean("ridge") == pytest.approx(0.5)
     assert measurements(dead=True).dead() == ["g"]
     assert (found.samples(), found.width()) == (32, 100)
+    assert found.samples_in_words() == "32 samples a batch"
+    assert measurements(GuidanceConfig(sample_axis="within")).samples_in_words() == "32 samples a row"
