@@ -16,24 +16,26 @@ CHECKS = """
 assert trainer.state.global_step == 60
 assert all(log["guidance/weight"] == 1 for log in trainer.state.log_history if "guidance/loss" in log)
 assert trainer.state.log_history[0]["guidance/loss"] > 0
-assert loss.requires_grad
 assert found.values.shape == (4, 4)
 assert found.samples == 500
 assert found.errors.max() < 0.2
 assert (args.output_dir, guidance.measure) == ("out", "rsa")
-order = [base.__name__ for base in GuidedSeq2SeqTrainer.__mro__]
-assert order.index("GuidanceMixin") < order.index("Seq2SeqTrainer")
 print("RESULT")
 """
 
 
 def test_the_blocks_run_as_printed_one_after_another_from_an_empty_folder_without_a_hub(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 3
     (tmp_path / "train.py").write_text("\n\n".join([*BLOCKS, CHECKS]))
     command = [sys.executable, "train.py", "--output_dir", "out", "--measure", "rsa"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "RESULT" in done.stdout, done.stderr[-3000:]
+
+
+def test_it_is_one_page() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    assert all(len(block.splitlines()) < 25 for block in BLOCKS)
 
 
 def test_the_first_example_costs_few_tokens() -> None:
