@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from hf_guidance import GuidanceConfig
-from hf_guidance.commands import comparing, listing
+from hf_guidance.commands import comparing, inspecting, listing
 from hf_guidance.similarity import registry
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +205,7 @@ def check_own_command(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
     comparing.add_command(commands)
+    inspecting.add_command(commands)
     listing.add_command(commands)
     parser.parse_args(words)  # exits if it does not know them
 
