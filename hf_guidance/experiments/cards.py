@@ -108,8 +108,10 @@ def facts_of(run: Record, report: Report) -> RunFacts:
 
 
 def _folder(run: Record, report: Report) -> str | None:
-    """Return the folder of the network, if the command names its output folder."""
+    """Return the folder of the network, if the command names its output folder or a claim, which has one."""
     words = shlex.split(report["command"])
+    if "--output_dir" not in words and report.get("claim"):
+        return f"outputs/claims/{report['claim']}/seed-{run['seed']}/{run['run']}"
     if "--output_dir" not in words[:-1] or Path(words[words.index("--output_dir") + 1]).is_absolute():
         return None
     return f"{words[words.index('--output_dir') + 1]}/seed-{run['seed']}/{run['run']}"

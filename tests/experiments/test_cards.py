@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import socket
 import subprocess
@@ -23,7 +24,15 @@ from transformers import TrainingArguments
 from hf_guidance import GuidanceConfig
 from hf_guidance.analysis.figures import DIGEST
 from hf_guidance.card.command import published_command
-from hf_guidance.experiments.cards import draw, facts_of, first_guided, model_card_of, push_runs, write_model_cards
+from hf_guidance.experiments.cards import (
+    _folder,
+    draw,
+    facts_of,
+    first_guided,
+    model_card_of,
+    push_runs,
+    write_model_cards,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 CARDS = REPOSITORY / "model_cards"
@@ -199,3 +208,11 @@ def test_a_model_that_waits_for_its_push_goes_with_its_card_in_one_commit(tmp_pa
         ("End of training", ["README.md", "comparison.png", "model.safetensors"]),
         ("Card with the runs it is compared with", ["README.md", "comparison.png"]),
     ]
+
+
+def test_the_folder_of_a_claim_is_that_of_its_flags():
+    for recipe in ("rnn_vs_transformer", "fcn_vs_resnet"):
+        for name, flags in runpy.run_path(str(REPOSITORY / "recipes" / f"{recipe}.py"))["CLAIMS"].items():
+            assert f"--output_dir outputs/claims/{name}" in " ".join(flags.split())
+    report = {"command": "accelerate launch recipes/a.py --claim parity", "claim": "parity"}
+    assert _folder({"seed": 3, "run": "trained_guide"}, report) == "outputs/claims/parity/seed-3/trained_guide"
