@@ -214,7 +214,7 @@ def _similarities(panel: Axes, runs: Sequence[Curves], title: str) -> None:
     for number, pair in enumerate(pairs):
         by_step = _by_step(runs, "similarity", pair)
         color = colormaps["viridis"](number / max(1, len(pairs) - 1))
-        label = pair.replace("hidden_states.", "h").replace("~", " ~ ")
+        label = pair.replace("~", " ~ ")
         _similarity(panel, by_step, color=color, label=label, linewidth=1.2)
     if debiased := _by_step(runs, "debiased", "value"):
         _similarity(panel, debiased, color="k", linestyle="--", label="debiased CKA, mean", linewidth=1.2)

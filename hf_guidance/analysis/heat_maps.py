@@ -87,11 +87,11 @@ def draw_map(
     axes: Any = (panel.set_yticks, panel.set_ylabel, rows), (panel.set_xticks, panel.set_xlabel, columns)
     for (set_ticks, set_label, layers), title in zip(axes, titles, strict=True):
         every = -(-len(layers) // FEW_LAYERS)
-        short = [layer.replace("hidden_states.", "h").replace("timm_model.", "") for layer in layers]
-        if max(map(len, short)) > LONGEST_NAME and len(layers) > 1:
-            title += f"\n1: {short[0]}\n{len(short)}: {short[-1]}"
-            short = [str(number) for number in range(1, len(layers) + 1)]
-        set_ticks(range(0, len(layers), every), short[::every], fontsize=6)
+        names = list(layers)
+        if max(map(len, names)) > LONGEST_NAME and len(names) > 1:
+            title += f"\n1: {names[0]}\n{len(names)}: {names[-1]}"
+            names = [str(number) for number in range(1, len(names) + 1)]
+        set_ticks(range(0, len(layers), every), names[::every], fontsize=6)
         set_label(title, fontsize=8 if "\n" not in title else 6)
     for label in panel.get_xticklabels():
         if not label.get_text().isdigit():

@@ -15,7 +15,7 @@ from hf_guidance.guide.inputs import accepted_columns
 from hf_guidance.similarity.registry import MEASURES
 from hf_guidance.trainer.checks import check_writable
 
-MOST_COLUMNS = 12  # of the printed table
+MOST_COLUMNS = 8  # of the printed table
 
 
 def add_command(commands: Any) -> None:
@@ -79,7 +79,7 @@ def table_of(found: Comparison) -> str:
     if found.errors is not None:
         said += f", standard error at most {np.nanmax(found.errors):.3f}"
     if len(found.layers_b) <= MOST_COLUMNS:
-        heads = [name.replace("hidden_states.", "h") for name in found.layers_b]
+        heads = found.layers_b
         width = max(6, *map(len, heads))
         left = max(map(len, found.layers_a))
         lines = [" " * left + "  " + " ".join(head.rjust(width) for head in heads)]

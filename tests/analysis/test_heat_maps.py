@@ -54,11 +54,11 @@ def test_a_map_shows_its_values_and_marks_its_pairs(tmp_path, saved):
     assert panel.get_title() == "at step 3"
     assert panel.images[0].get_array().tolist() == [[0.25, 0.25], [0.5, 0.5]]
     assert panel.collections[0].get_offsets().tolist() == [[0, 0], [1, 1]]
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["h1", "h2"]
-    assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "1"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["hidden_states.1", "hidden_states.2"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["timm_model.0", "timm_model.1"]
 
 
 def test_of_many_layers_only_some_are_named(tmp_path, saved):
     plot_similarity_maps([run("guided", 0, a_map(2 * FEW_LAYERS))], tmp_path / "map.png")
     names = [label.get_text() for label in saved[0].axes[0].get_xticklabels()]
-    assert names == [str(i) for i in range(0, 2 * FEW_LAYERS, 2)]
+    assert names == [f"timm_model.{i}" for i in range(0, 2 * FEW_LAYERS, 2)]
