@@ -55,7 +55,8 @@ from hf_guidance.experiments.batch_norm import ReestimatedBatchNorm
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.distillation import DistillationTrainer, check_classes
 from hf_guidance.experiments.files import identify_folder
-from hf_guidance.experiments.recipe import Comparison, launch, training_defaults
+from hf_guidance.experiments.recipe import launch, training_defaults
+from hf_guidance.experiments.recipe_runs import Comparison
 from hf_guidance.experiments.run import Run
 from hf_guidance.guide.configs import is_resnet
 from hf_guidance.guide.loading import untrained_network

@@ -53,7 +53,8 @@ from hf_guidance import load_guide
 from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.files import identify_files
-from hf_guidance.experiments.recipe import Comparison, launch, training_defaults
+from hf_guidance.experiments.recipe import launch, training_defaults
+from hf_guidance.experiments.recipe_runs import Comparison
 from hf_guidance.experiments.run import Run
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import Task, build_task

@@ -34,7 +34,8 @@ from hf_guidance import load_guide
 from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.files import identify_folder
-from hf_guidance.experiments.recipe import Comparison, Matrix, launch, training_defaults
+from hf_guidance.experiments.recipe import launch, training_defaults
+from hf_guidance.experiments.recipe_runs import Comparison, Matrix
 from hf_guidance.experiments.run import Run
 from hf_guidance.targets import FCNConfig
 from hf_guidance.targets.vision import VISION_TARGETS, small_resnet, vision_target

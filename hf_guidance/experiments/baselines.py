@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from accelerate import PartialState
@@ -11,6 +13,8 @@ from accelerate import PartialState
 from hf_guidance.experiments.report import Record
 from hf_guidance.experiments.run import Run
 from hf_guidance.experiments.verdicts import EQUAL_TIME
+
+logger = logging.getLogger(__name__)
 
 LONGER = "alone_longer"
 MARGIN = 1.1  # of the time that the baseline gets, beyond that of the slowest guided run
@@ -48,3 +52,50 @@ def longer(run: Run, steps: int, results: list[Record]) -> Run:
     times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
     more = int(steps * max(2.0, 1.25 * times) + 1)
     return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
+
+
+def best_learning_rate(
+    runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], Record], higher_is_better: bool
+) -> tuple[float, list[Record]]:
+    """Train the unguided runs at each learning rate and choose the best on validation data, averaged over seeds.
+
+    A rate at which the loss of a run stops being finite counts as the worst.
+
+    Args:
+        runs: The unguided run of each seed.
+        rates: Learning rates to try.
+        carry: Trains a run and returns its result.
+        higher_is_better: Whether a higher validation value is better.
+
+    Returns:
+        The best rate, and the results of all runs.
+
+    Raises:
+        FloatingPointError: If the loss stays finite at none of the rates.
+    """
+    worst = -math.inf if higher_is_better else math.inf
+    means: dict[float, float] = {}
+    results: list[Record] = []
+    for rate in dict.fromkeys(rates):
+        found = [_tried(run, rate, carry) for run in runs]
+        values = [math.nan if result["validation"] is None else result["validation"] for result in found]
+        means[rate] = mean if math.isfinite(mean := statistics.fmean(values)) else worst
+        results += found
+    best = (max if higher_is_better else min)(means, key=means.__getitem__)
+    if means[best] == worst:
+        raise FloatingPointError(f"the loss does not stay finite at any of the rates {list(means)}: try lower ones.")
+    return best, results
+
+
+def rate_name(name: str, rate: float) -> str:
+    """Return the name of the run that tries a learning rate."""
+    return f"{name}-lr{rate:g}"
+
+
+def _tried(run: Run, rate: float, carry: Callable[[Run], Record]) -> Record:
+    name = rate_name(run.name, rate)
+    try:
+        return carry(replace(run, name=name, training={**run.training, "learning_rate": rate}))
+    except FloatingPointError as error:
+        logger.warning("%s counts as the worst: %s", name, error)
+        return {"run": name, "seed": run.seed, "settings": {"learning_rate": rate}, "validation": None}

@@ -48,8 +48,8 @@ def with_flags_of_the_file(words: Sequence[str]) -> list[str]:
         ValueError: If a flag is given twice, or the file cannot be read.
     """
     given = [word.split("=")[0].replace("-", "_").lstrip("_") for word in words if word.startswith("--")]
-    if twice := [flag for flag, times in Counter(given).items() if times > 1]:
-        raise ValueError(f"--{twice[0]} is given twice: which value is meant?")
+    if twice := _first_twice(given):
+        raise ValueError(f"--{twice} is given twice: which value is meant?")
     own = list(words)
     file = _taken(own, "--config")
     if file is None:
@@ -95,20 +95,36 @@ def flags_of_the_file(path: str) -> dict[str, list[str]]:
         ValueError: If the file cannot be read or holds no such mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # of which JSON is a part
+        text = Path(path).read_text(encoding="utf-8")
+        if twice := _twice(yaml.compose(text, yaml.SafeLoader)):
+            raise ValueError(f"--config {path} names {twice!r} twice: which value is meant?")
+        values = yaml.safe_load(text)  # of which JSON is a part
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict) or any(not isinstance(name, str) for name in values):
         raise ValueError(f"--config {path} holds {type(values).__name__}; expected names of flags with their values.")
     names = [name.replace("-", "_") for name in values]
-    if wrong := [name for name, times in Counter(names).items() if times > 1 or name == "config"]:
-        raise ValueError(f"--config {path} names {wrong[0]!r}, which a file may not, or does so twice.")
+    if twice := _first_twice(names):
+        raise ValueError(f"--config {path} names {twice!r} twice: which value is meant?")
+    if "config" in names:
+        raise ValueError(f"--config {path} names 'config': a file may not name another one.")
     values = dict(zip(names, values.values(), strict=True))
     return {
         name: [f"--{name}", *(_word(v) for v in (value if isinstance(value, list) else [value]))]
         for name, value in values.items()
         if value is not None
     }
+
+
+def _twice(node: yaml.Node | None) -> str | None:
+    """Find a key that a mapping of the file, or one within it, holds twice; None if there is none."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+    return _first_twice(keys) or next((name for _, value in pairs if (name := _twice(value))), None)
+
+
+def _first_twice(names: Iterable[str]) -> str | None:
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def _word(value: Any) -> str:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
-import math
 import os
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +23,7 @@ from hf_guidance.card.contents import RunFacts
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.report import Record
-from hf_guidance.experiments.run import Run, first_rows, settings_of
+from hf_guidance.experiments.run import Run, check_same_settings, first_rows, settings_of
 from hf_guidance.experiments.run_training import RESULT, result_of, train_and_record
 from hf_guidance.guide.sharding import built_whole
 from hf_guidance.loss import GuidanceLoss
@@ -41,8 +38,6 @@ from hf_guidance.trainer.uploads import check_hub
 if TYPE_CHECKING:
     from hf_guidance.tasks import Task
 
-logger = logging.getLogger(__name__)
-
 PREDICTIONS = "predictions.npz"
 FEW = 8  # number of rows for checking settings
 
@@ -55,13 +50,35 @@ def check(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfi
         PermissionError, ConnectionError: If the run is to be pushed and the Hub refuses.
     """
     _check_guidance(run, task, args, guidance)
-    place = _place(run, folder)
+    place = run_folder(run, folder)
     own = _arguments(run, args, place)
     if own.push_to_hub and PartialState().is_main_process and not (place / RESULT).is_file():
         check_hub(own)
 
 
-def _place(run: Run, folder: Path) -> Path:
+def check_folder(
+    run: Run, args: TrainingArguments, guidance: GuidanceConfig, folder: Path, data: Mapping[str, Json], searched: bool
+) -> None:
+    """Find before any training whether the folder of a run holds one with other settings.
+
+    Args:
+        run: The run. Its network is not compared here, but by `carry_out`, which builds it.
+        args: Training arguments that all runs share.
+        guidance: Guidance settings that all runs share.
+        folder: Output folder of the recipe.
+        data: Description of the data.
+        searched: Whether the learning rate is still to be chosen.
+
+    Raises:
+        ValueError: If it does.
+    """
+    place, own = run_folder(run, folder), dataclasses.replace(guidance, **run.guidance).resolved()
+    now = settings_of(torch.nn.Identity(), _arguments(run, args, place), own if run.guide else None, data)
+    check_same_settings(place, now, ("network", *(["learning_rate"] if searched else [])))
+
+
+def run_folder(run: Run, folder: Path) -> Path:
+    """Return the folder of a run in the output folder of its recipe."""
     return folder / f"seed-{run.seed}" / run.name
 
 
@@ -111,7 +128,7 @@ def carry_out(
     Raises:
         ValueError: If the folder holds a run with other settings, finished or not, or with another guide.
     """
-    place = _place(run, folder)
+    place = run_folder(run, folder)
     args = _arguments(run, args, place)
     guidance = dataclasses.replace(guidance, **run.guidance).resolved()
     set_seed(run.seed)
@@ -190,45 +207,3 @@ def _arguments(run: Run, args: TrainingArguments, place: Path) -> TrainingArgume
     for name, value in run.training.items():
         setattr(args, name, value)
     return args
-
-
-def best_learning_rate(
-    runs: Sequence[Run], rates: Sequence[float], carry: Callable[[Run], Record], higher_is_better: bool
-) -> tuple[float, list[Record]]:
-    """Train the unguided runs at each learning rate and choose the best on validation data, averaged over seeds.
-
-    A rate at which the loss of a run stops being finite counts as the worst.
-
-    Args:
-        runs: The unguided run of each seed.
-        rates: Learning rates to try.
-        carry: Trains a run and returns its result.
-        higher_is_better: Whether a higher validation value is better.
-
-    Returns:
-        The best rate, and the results of all runs.
-
-    Raises:
-        FloatingPointError: If the loss stays finite at none of the rates.
-    """
-    worst = -math.inf if higher_is_better else math.inf
-    means: dict[float, float] = {}
-    results: list[Record] = []
-    for rate in dict.fromkeys(rates):
-        found = [_tried(run, rate, carry) for run in runs]
-        values = [math.nan if result["validation"] is None else result["validation"] for result in found]
-        means[rate] = mean if math.isfinite(mean := statistics.fmean(values)) else worst
-        results += found
-    best = (max if higher_is_better else min)(means, key=means.__getitem__)
-    if means[best] == worst:
-        raise FloatingPointError(f"the loss does not stay finite at any of the rates {list(means)}: try lower ones.")
-    return best, results
-
-
-def _tried(run: Run, rate: float, carry: Callable[[Run], Record]) -> Record:
-    name = f"{run.name}-lr{rate:g}"
-    try:
-        return carry(dataclasses.replace(run, name=name, training={**run.training, "learning_rate": rate}))
-    except FloatingPointError as error:
-        logger.warning("%s counts as the worst: %s", name, error)
-        return {"run": name, "seed": run.seed, "settings": {"learning_rate": rate}, "validation": None}

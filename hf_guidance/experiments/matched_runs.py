@@ -18,10 +18,11 @@ from hf_guidance.analysis.history import metrics_of
 from hf_guidance.experiments.baselines import equal_time as longer_run
 from hf_guidance.experiments.controls import ALONE, CONTROLS, GUIDED, MatchedRun, check_follows
 from hf_guidance.experiments.files import write_json
-from hf_guidance.experiments.report import Record, Row, comparison_rows, markdown_table
+from hf_guidance.experiments.report import Record, Row, comparison_rows
+from hf_guidance.experiments.results_page import table_and_gains
 from hf_guidance.experiments.run import Run, settings_of
 from hf_guidance.experiments.run_training import result_of, train_and_record
-from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, gains, in_words
+from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, gains
 from hf_guidance.features.rows import Batch
 from hf_guidance.trainer.checks import check_writable
 from hf_guidance.trainer.clock import TrainingClock
@@ -52,9 +53,7 @@ class MatchedRuns:
         self.differences = gains(self.runs, self.task)
 
     def __str__(self) -> str:
-        data = self.task["data"]
-        table = markdown_table(self.table, self.task["metric"], self.task["percent"], with_test=data == "test")
-        return "\n".join([table, "", *(f"- {in_words(found, data)}" for found in self.differences)])
+        return table_and_gains(self.table, self.differences, self.task)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write results.json, results.md and comparison.png, the numbers first."""

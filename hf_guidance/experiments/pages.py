@@ -23,8 +23,9 @@ from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.history import run_in_words
 from hf_guidance.experiments.files import read_json, write_json
 from hf_guidance.experiments.matrix import matrix_table
-from hf_guidance.experiments.report import Report, aligned, comparison_rows, markdown_table
-from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, holm, in_words
+from hf_guidance.experiments.report import Report, aligned, comparison_rows
+from hf_guidance.experiments.results_page import block_of
+from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, holm
 
 BLOCK = re.compile(r"(<!-- (\w[\w-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 LARGEST_P = 0.05
@@ -126,26 +127,6 @@ def _means(report: Report, run: str) -> str:
     rows = {row["run"]: row["test"] for row in comparison_rows(report["runs"], metric=metric)}
     values = [(rows[name] or (float("nan"), None))[0] for name in ("alone", run)]
     return " → ".join(f"{100 * value:.1f} %" if report["task"]["percent"] else f"{value:.1f}" for value in values)
-
-
-def block_of(report: Report) -> str:
-    """Format one results file: its command, its table, its differences, and what it ran on."""
-    task, environment = report["task"], report["environment"]
-    table = markdown_table(comparison_rows(report["runs"], metric=task["metric"]), task["metric"], task["percent"])
-    differences = "\n".join(f"- {in_words(found)}" for found in report.get("differences", []))
-    search: dict[float, list[float]] = {}
-    for tried in report.get("learning_rate_search", []):
-        rate = float(tried["run"].rpartition("-lr")[2])
-        search.setdefault(rate, []).append(float("nan") if tried["validation"] is None else tried["validation"])
-    factor, unit = (100, " %") if task["percent"] else (1, "")
-    tried_words = ", ".join(f"{rate:g}: {factor * sum(v) / len(v):.1f}{unit}" for rate, v in search.items())
-    said = f"Rates tried alone, validation {task['metric']}: {tried_words}. " if search else ""
-    device, threads = environment["device"], environment.get("threads", 1)
-    return (
-        f"```sh\n{report['command']}\n```\n\n{table}\n\n{differences}\n\n{said}{device}, {threads} thread"
-        f"{'s' if threads > 1 else ''}; Python {environment['python']}, torch {environment['torch']}, transformers "
-        f"{environment['transformers']}, accelerate {environment['accelerate']}.\n"
-    )
 
 
 def written_anew(page: str, reports: Mapping[str, Report]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hf_guidance.tasks import Task
 
 SETTINGS = "settings.json"
+NAMED = 6  # settings that differ, of a message
 # TrainingArguments that do not change weights and curves, such as paths, logging and data loading
 HARMLESS = re.compile(
     r"output_dir|run_name|seed|report_to|disable_tqdm|(log|logging|save|hub|push|ddp|trackio|_n_gpu).*|project"
@@ -98,18 +99,30 @@ def settings_of(
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_same_settings(place: Path, now: Mapping[str, Json]) -> None:
-    """Raise ValueError if a folder holds a run with other settings, naming each that differs."""
+def check_same_settings(place: Path, now: Mapping[str, Json], unknown: Collection[str] = ()) -> None:
+    """Raise ValueError if a folder holds a run with other settings, naming those that differ.
+
+    Args:
+        place: Folder of the run.
+        now: Result of `settings_of`.
+        unknown: Names of settings that are not compared.
+    """
     if not (place / SETTINGS).is_file():
         return
     then = read_json(place / SETTINGS)
     if then.get("guidance"):  # settings that did not exist then had their defaults
         then["guidance"] = GuidanceConfig().to_dict() | then["guidance"]
-    if changed := _changed(then, now):
-        raise ValueError(
-            f"{place} holds a run with other settings: {', '.join(changed)}. Give another output_dir. To "
-            "run it again, remove that folder and those of runs that used its network as their guide."
-        )
+    then, now = ({k: v for k, v in settings.items() if k not in unknown} for settings in (then, now))
+    if not (changed := _changed(then, now)):
+        return
+    more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+    other = (
+        "another version of transformers" if then.keys() ^ now.keys() else "other settings"
+    )  # or fields came or went
+    raise ValueError(
+        f"{place} holds a run with {other}: {', '.join(changed[:NAMED])}{more}. Give another output_dir. To "
+        "run it again, remove that folder and those of runs that used its network as their guide."
+    )
 
 
 def _changed(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:

@@ -1,8 +1,10 @@
 """The baseline's learning rate and training time."""
 
+import math
+
 import pytest
 
-from hf_guidance.experiments.baselines import equal_time, longer, say_edge
+from hf_guidance.experiments.baselines import best_learning_rate, equal_time, longer, rate_name, say_edge
 from hf_guidance.experiments.run import Run
 
 RESULTS = [
@@ -32,3 +34,36 @@ def test_the_longer_baseline_has_twice_the_steps_or_a_quarter_more_time():
 def test_a_best_rate_at_the_edge_is_said(best, rates, said, capsys):
     say_edge(best, rates)
     assert ("is at the edge of" in capsys.readouterr().out) == said
+
+
+RUNS = [Run("alone", seed, model=lambda: None) for seed in (0, 1)]
+
+
+def carry(values):
+    """Stand in for training by its results for each learning rate and seed; None: the loss does not stay finite."""
+
+    def train(run):
+        rate = run.training["learning_rate"]
+        if (value := values[rate][run.seed]) is None:
+            raise FloatingPointError("Optimizer step 7 is not finite: the task loss is nan.")
+        return {"run": run.name, "seed": run.seed, "settings": {"learning_rate": rate}, "validation": value}
+
+    return train
+
+
+@pytest.mark.parametrize(("higher_is_better", "best"), [(True, 1e-3), (False, 1e-4)])
+def test_a_rate_at_which_one_run_diverges_is_the_worst(higher_is_better, best, caplog):
+    values = {1e-4: (0.2, 0.3), 1e-3: (0.5, 0.1), 1e-2: (0.9, None), 1e-1: (0.01, math.nan)}
+    rate, results = best_learning_rate(RUNS, list(values), carry(values), higher_is_better)
+    assert rate == best
+    assert [result["validation"] for result in results[:6]] == [0.2, 0.3, 0.5, 0.1, 0.9, None]
+    assert "alone-lr0.01 counts as the worst: Optimizer step 7 is not finite" in caplog.text
+
+
+def test_rates_that_all_diverge_are_an_error():
+    with pytest.raises(FloatingPointError, match=r"at any of the rates \[0\.1, 1\.0\]: try lower ones"):
+        best_learning_rate(RUNS, [0.1, 1.0], carry({0.1: (None, None), 1.0: (1, None)}), True)
+
+
+def test_a_run_that_tries_a_rate_is_named_by_it():
+    assert rate_name("alone", 0.001) == "alone-lr0.001"

@@ -108,15 +108,30 @@ def test_a_file_that_is_none_of_flags_and_a_flag_given_twice_are_errors(tmp_path
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
             with_flags_of_the_file(["--config", str(path)])
-    for text, name in (("config: a.yaml", "config"), ("use-cpu: true\nuse_cpu: false", "use_cpu")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=f"settings.yaml names '{name}', which a file may not, or does so twice"):
-            with_flags_of_the_file(["--config", str(path)])
+    path.write_text("config: a.yaml")
+    with pytest.raises(ValueError, match=r"settings.yaml names 'config': a file may not name another one\.$"):
+        with_flags_of_the_file(["--config", str(path)])
     path.write_text("mesure: ridge")
     with pytest.raises(ValueError, match=r"unknown flags: --mesure.* Did you mean --measure\?"):
         parsed(monkeypatch, *with_flags_of_the_file(["--config", str(path)]))
     with pytest.raises(ValueError, match=r"^--size is given twice: which value is meant\?$"):
         with_flags_of_the_file(["--size", "1", "--fast", "--size=2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("measure: ridge\nmax_steps: 3\nmeasure: rsa\n", "measure"),
+        ('{"measure": "ridge",\n "max_steps": 3, "measure": "ridge"}', "measure"),
+        ("use-cpu: true\nuse_cpu: false", "use_cpu"),
+        ("optim_args: {a: 1, b: 2, a: 3}", "a"),
+    ],
+)
+def test_a_name_that_a_file_holds_twice_is_an_error_of_one_line(text, name, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^--config \S+ names '{name}' twice: which value is meant\?$"):
+        with_flags_of_the_file(["--config", str(path)])
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help", "--help_guidance", "--help_training"])

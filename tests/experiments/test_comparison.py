@@ -1,5 +1,6 @@
-"""The learning rate of a baseline is the best of those tried, and one that diverges is none."""
+"""A run of a recipe is checked, and trained in the folder of its name."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,36 +9,8 @@ import torch
 from builders import arguments, gpt2, linear, token_rows
 from transformers import default_data_collator
 
-from hf_guidance.experiments.comparison import best_learning_rate, carry_out
-from hf_guidance.experiments.run import Run
-
-RUNS = [Run("alone", seed, model=lambda: None) for seed in (0, 1)]
-
-
-def carry(values):
-    """Stand in for training by its results for each learning rate and seed; None: the loss does not stay finite."""
-
-    def train(run):
-        rate = run.training["learning_rate"]
-        if (value := values[rate][run.seed]) is None:
-            raise FloatingPointError("Optimizer step 7 is not finite: the task loss is nan.")
-        return {"run": run.name, "seed": run.seed, "settings": {"learning_rate": rate}, "validation": value}
-
-    return train
-
-
-@pytest.mark.parametrize(("higher_is_better", "best"), [(True, 1e-3), (False, 1e-4)])
-def test_a_rate_at_which_one_run_diverges_is_the_worst(higher_is_better, best, caplog):
-    values = {1e-4: (0.2, 0.3), 1e-3: (0.5, 0.1), 1e-2: (0.9, None), 1e-1: (0.01, math.nan)}
-    rate, results = best_learning_rate(RUNS, list(values), carry(values), higher_is_better)
-    assert rate == best
-    assert [result["validation"] for result in results[:6]] == [0.2, 0.3, 0.5, 0.1, 0.9, None]
-    assert "alone-lr0.01 counts as the worst: Optimizer step 7 is not finite" in caplog.text
-
-
-def test_rates_that_all_diverge_are_an_error():
-    with pytest.raises(FloatingPointError, match=r"at any of the rates \[0\.1, 1\.0\]: try lower ones"):
-        best_learning_rate(RUNS, [0.1, 1.0], carry({0.1: (None, None), 1.0: (1, None)}), True)
+from hf_guidance.experiments.comparison import carry_out, check_folder, run_folder
+from hf_guidance.experiments.run import SETTINGS, Run, settings_of
 
 
 def test_an_unguided_run_stops_at_a_loss_that_is_not_finite(tmp_path):
@@ -52,3 +25,20 @@ def test_an_unguided_run_stops_at_a_loss_that_is_not_finite(tmp_path):
     run = Run("alone", 0, model=broken)
     with pytest.raises(FloatingPointError, match="Optimizer step 1 is not finite: the task loss is nan"):
         carry_out(run, task, arguments(tmp_path), linear(), tmp_path, {})
+
+
+def test_a_folder_with_other_settings_is_found_before_anything_is_built(tmp_path):
+    run = Run("guided", 3, model=lambda: pytest.fail("built"), guide=lambda: pytest.fail("built"))
+    place = run_folder(run, tmp_path)
+    assert place == tmp_path / "seed-3" / "guided"
+    args, data = arguments(tmp_path, learning_rate=0.5), {"rows": 2}
+    check_folder(run, args, linear(), tmp_path, data, searched=False)  # there is none yet
+    place.mkdir(parents=True)
+    (place / SETTINGS).write_text(json.dumps(settings_of(gpt2(), args, linear().resolved(), data)))
+    check_folder(run, args, linear(), tmp_path, data, searched=False)
+    with pytest.raises(ValueError, match=r"holds a run with other settings: data\.rows was 2, is 3\. Give another"):
+        check_folder(run, args, linear(), tmp_path, {"rows": 3}, searched=False)
+    args.learning_rate = 0.25
+    check_folder(run, args, linear(), tmp_path, data, searched=True)  # the rate is chosen later
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.5, is 0\.25"):
+        check_folder(run, args, linear(), tmp_path, data, searched=False)

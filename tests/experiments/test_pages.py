@@ -8,7 +8,6 @@ from hf_guidance.analysis.figures import DIGEST
 from hf_guidance.experiments import pages
 from hf_guidance.experiments.pages import (
     Claim,
-    block_of,
     claims_table,
     controls_of,
     controls_table,
@@ -117,12 +116,6 @@ def drawn(path):
     from PIL import Image
 
     return Image.open(path).text[DIGEST]
-
-
-def test_a_block_has_command_table_rates_and_machine():
-    block = block_of(report_of({0: 1.0}))
-    assert block.startswith("```sh\naccelerate launch x.py\n```\n")
-    assert "Rates tried alone, validation accuracy: 0.1: 50.0 %. cpu: C, 2 threads; Python 3, torch 2" in block
 
 
 def test_a_block_without_results_is_an_error():

@@ -49,6 +49,17 @@ def test_the_main_job_prints_a_table_and_leaves_results_figure_and_models(copy_p
         assert (folder / "seed-0" / name / "model.safetensors").is_file()
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert {"torch", "transformers", "device", "threads"} <= set(report["environment"])
+    begin, plan, end = (
+        printed.index("4 runs × 1 seed (0) × 4 steps: alone,"),
+        "none of these 4 runs is done",
+        "4 of 4 runs",
+    )
+    assert begin < printed.index(plan) < printed.index("1 of 4 runs done, about ") < printed.index(end)
+    page = (folder / "results.md").read_text()
+    assert page.startswith(
+        "# copy_paste: rnn_vs_transformer\n\n```sh\naccelerate launch recipes/rnn_vs_transformer.py "
+    )
+    assert "- untrained guide − alone, equal steps, test: " in page
 
 
 CLEAN = """
@@ -131,12 +142,15 @@ def test_the_trained_guide_is_the_network_of_the_reference_run(copy_paste):
     assert load_file(folder / "seed-0" / "guide_itself" / "model.safetensors")
 
 
-def test_a_finished_job_is_read_not_run_again_and_other_settings_are_refused(copy_paste, monkeypatch):
+def test_a_finished_job_is_read_not_run_again_and_other_settings_are_refused(copy_paste, monkeypatch, capsys):
     folder, _, before, _ = copy_paste
     result = folder / "seed-0" / "alone" / "result.json"
     written = result.stat().st_mtime_ns
     assert run_here(monkeypatch, folder)["runs"] == before["runs"]
     assert result.stat().st_mtime_ns == written
+    printed = capsys.readouterr().out
+    assert "all of these 4 runs are done already" in printed
+    assert "runs done" not in printed
     with pytest.raises(ValueError, match=r"a run with other settings: learning_rate was .*, is 0\.5\. Give another"):
         run_here(monkeypatch, folder, learning_rate=0.5)
 

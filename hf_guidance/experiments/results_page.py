@@ -1,0 +1,50 @@
+"""Results as Markdown: table, gains in words, command and machine, for results.md and for the pages of the recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_guidance.experiments.report import Report, Row, comparison_rows, markdown_table
+from hf_guidance.experiments.verdicts import Difference, in_words
+
+
+def table_and_gains(rows: Sequence[Row], differences: Sequence[Difference], task: Mapping[str, Any]) -> str:
+    """Format rows as a table, and below it each gain as a list item.
+
+    Args:
+        rows: Result of `comparison_rows`.
+        differences: Result of `gains`.
+        task: `metric` and `percent` of a report and, if runs are compared on validation data, `data`.
+    """
+    data = task.get("data", "test")
+    table = markdown_table(rows, task["metric"], task["percent"], with_test=data == "test")
+    return "\n".join([table, "", *(f"- {in_words(found, data)}" for found in differences)])
+
+
+def block_of(report: Report) -> str:
+    """Format one results file: its command, its table, its gains, and what it ran on."""
+    task, environment = report["task"], report["environment"]
+    results = table_and_gains(
+        comparison_rows(report["runs"], metric=task["metric"]), report.get("differences", []), task
+    ).rstrip()
+    search: dict[float, list[float]] = {}
+    for tried in report.get("learning_rate_search", []):
+        rate = float(tried["run"].rpartition("-lr")[2])
+        search.setdefault(rate, []).append(float("nan") if tried["validation"] is None else tried["validation"])
+    factor, unit = (100, " %") if task["percent"] else (1, "")
+    tried_words = ", ".join(f"{rate:g}: {factor * sum(v) / len(v):.1f}{unit}" for rate, v in search.items())
+    said = f"Rates tried alone, validation {task['metric']}: {tried_words}. " if search else ""
+    device, threads = environment["device"], environment.get("threads", 1)
+    command = f"```sh\n{report['command']}\n```\n\n" if report.get("command") else ""
+    return (
+        f"{command}{results}\n\n{said}{device}, {threads} thread"
+        f"{'s' if threads > 1 else ''}; Python {environment['python']}, torch {environment['torch']}, transformers "
+        f"{environment['transformers']}, accelerate {environment['accelerate']}.\n"
+    )
+
+
+def page_of(report: Report) -> str:
+    """Format the results of a recipe as a page: results.md."""
+    cut = "\nThe command is shown without what belongs to this machine alone.\n" if report.get("command_is_cut") else ""
+    return f"# {report['task']['name']}: {report['recipe']}\n\n{block_of(report)}{cut}"

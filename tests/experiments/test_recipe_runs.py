@@ -1,0 +1,39 @@
+"""The runs of a recipe are checked before the first is trained."""
+
+from types import SimpleNamespace
+
+import pytest
+from builders import arguments, linear
+
+from hf_guidance.experiments.arguments import RecipeArguments
+from hf_guidance.experiments.recipe_runs import Comparison, check_plan
+from hf_guidance.experiments.run import SETTINGS, Run
+
+
+def comparison_of(*names):
+    task = SimpleNamespace(name="numbers")
+    return Comparison(task, {}, lambda: None, lambda seed: [Run(name, seed, lambda: None) for name in names])
+
+
+@pytest.mark.parametrize(
+    ("names", "flags", "words"),
+    [
+        (["guided"], {"equal_time_baseline": True}, "but --runs does not name it: add alone to --runs"),
+        (["alone", "guided"], {"equal_time_to": "other"}, "--equal_time_to other is none of the runs: alone, guided"),
+        (["alone"], {"dimension_rows": 2}, "--dimension_rows is 2; a dimension needs at least 3 rows"),
+        (["alone"], {"film_steps": 0}, "--film_steps is 0; a film needs"),
+        (["alone"], {"learning_rates": [1.0], "seeds": [3, 100]}, "--seeds and --search_seeds both name 100"),
+    ],
+)
+def test_flags_that_do_not_go_with_the_runs_are_named(names, flags, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        check_plan(RecipeArguments(**flags), arguments(tmp_path), linear(), comparison_of(*names))
+
+
+def test_other_settings_of_any_seed_are_found_first(tmp_path):
+    place = tmp_path / "seed-1" / "alone"
+    place.mkdir(parents=True)
+    (place / SETTINGS).write_text("{}")
+    check_plan(RecipeArguments(seeds=[0]), arguments(tmp_path), linear(), comparison_of("alone"))
+    with pytest.raises(ValueError, match=f"{place} holds a run with another version of transformers"):
+        check_plan(RecipeArguments(seeds=[0, 1]), arguments(tmp_path), linear(), comparison_of("alone"))

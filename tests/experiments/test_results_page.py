@@ -1,0 +1,37 @@
+"""Results as Markdown."""
+
+from test_pages import report_of
+
+from hf_guidance.experiments.report import comparison_rows
+from hf_guidance.experiments.results_page import block_of, page_of, table_and_gains
+
+
+def test_a_block_has_command_table_rates_and_machine():
+    block = block_of(report_of({0: 1.0}))
+    assert block.startswith("```sh\naccelerate launch x.py\n```\n")
+    assert "Rates tried alone, validation accuracy: 0.1: 50.0 %. cpu: C, 2 threads; Python 3, torch 2" in block
+    assert "\n\n- guided − alone, equal steps, test: +1.0 points (seeds 0: +1.0)\n" in block
+
+
+def test_without_gains_nothing_stands_between_table_and_machine():
+    report = report_of({0: 1.0}) | {"differences": [], "learning_rate_search": []}
+    assert " |\n\ncpu: C, 2 threads" in block_of(report)
+
+
+def test_runs_that_are_compared_on_validation_data_have_no_column_of_the_test():
+    report = report_of({0: 1.0})
+    rows, task = comparison_rows(report["runs"]), report["task"]
+    assert "test accuracy" in table_and_gains(rows, [], task)
+    found = table_and_gains(rows, report["differences"], task | {"data": "validation"})
+    assert "test" not in found
+    assert "- guided − alone, equal steps, validation: +1.0 points" in found
+
+
+def test_a_page_names_task_and_recipe_and_says_what_was_cut():
+    report = report_of({0: 1.0}) | {"recipe": "which_prior"}
+    report["task"]["name"] = "images"
+    page = page_of(report)
+    assert page == f"# images: which_prior\n\n{block_of(report)}"
+    assert page_of(report | {"command_is_cut": True}).startswith(page)
+    assert "without what belongs to this machine" in page_of(report | {"command_is_cut": True})
+    assert "```sh" not in page_of(report | {"command": ""})
