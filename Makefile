@@ -6,11 +6,14 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Trainers of others, and what the tests of them need
 TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1 lomo-optim==0.1.1 galore-torch==1.0
 
+# What builds and checks a release; uv also makes the environments of the lowest and the newest versions
+DIST ?= build==1.6.1 twine==7.0.0 uv==0.13.9
+
 # What builds the documentation
 DOCS ?= pdoc==16.0.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo shakespeare test test-slow test-trainers docs results results-small cards check format clean
+.PHONY: help install demo shakespeare test test-slow test-trainers test-lowest test-newest dist docs results results-small cards check format clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,11 +42,31 @@ test: install ## run the tests that need no GPU and no network
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
-	$(BIN)/python -m pytest -m "not gpu and not network and not trainers and not notebook"
+	$(BIN)/python -m pytest -m "not gpu and not network and not trainers and not notebook and not uv and not dist"
 
 test-trainers: install ## install TRL, PEFT and sentence-transformers, and run the tests of their Trainers
 	$(BIN)/python -m pip install --quiet $(TRAINERS)
 	$(BIN)/python -m pytest -m trainers
+
+test-lowest: install ## run the tests at the lowest versions that pyproject.toml allows, in outputs/lowest
+	$(call test-at,lowest,lowest-direct)
+
+test-newest: install ## run the tests at the newest versions of everything, in outputs/newest
+	$(call test-at,newest,highest)
+
+define test-at  # folder, resolution of uv
+	$(BIN)/python -m pip install --quiet $(DIST)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python outputs/$(1)
+	$(BIN)/uv pip install --quiet --python outputs/$(1)/bin/python --resolution $(2) --editable '.[dev]'
+	outputs/$(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+endef
+
+dist: install ## build sdist and wheel in dist/, check them, and run README's first example from the installed wheel
+	$(BIN)/python -m pip install --quiet $(DIST)
+	rm -rf dist
+	$(BIN)/python -m build  # the wheel is built from the sdist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -m dist
 
 docs: install ## build the guides and the API reference as pages in outputs/docs
 	$(BIN)/python -m pip install --quiet $(DOCS)
@@ -81,4 +104,4 @@ format: install ## rewrite the code in the house's format
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment, caches and outputs of the recipes
-	rm -rf $(VENV) outputs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs dist .mypy_cache .pytest_cache .ruff_cache

@@ -33,6 +33,14 @@ prealign_noise; --guide_batch_norm batch. --output_dir contains a table, results
 run. Rerun the same command to resume. Results and their commands: recipes/README.md.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_guidance[recipes]"]
+#
+# [tool.uv.sources]
+# hf_guidance = { path = "..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import os

@@ -20,6 +20,14 @@ with command, seed, versions and hardware. Measured figures and their commands:
 recipes/guides/cost_and_caching.md.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_guidance[recipes]"]
+#
+# [tool.uv.sources]
+# hf_guidance = { path = "..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import dataclasses

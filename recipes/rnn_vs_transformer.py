@@ -32,6 +32,14 @@ and --max_steps instead of --num_train_epochs. --output_dir contains a table, re
 each run. Rerun the same command to resume. Results, full commands and hardware: recipes/README.md.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_guidance[recipes]"]
+#
+# [tool.uv.sources]
+# hf_guidance = { path = "..", editable = true }
+# ///
+
 from __future__ import annotations
 
 from collections.abc import Callable

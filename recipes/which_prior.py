@@ -18,6 +18,14 @@ matrix.png, and a folder for each target with its table, results.json, figures a
 resume.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_guidance[recipes]"]
+#
+# [tool.uv.sources]
+# hf_guidance = { path = "..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import os
