@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -34,6 +34,7 @@ REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
 INSTEAD = "use --seeds and --max_steps instead; rerun the same command to resume"
 
 A = TypeVar("A", bound=RecipeArguments)
+Plan: TypeAlias = dict[str, tuple[Comparison, TrainingArguments]]  # name of a target, or "" → its own
 
 
 def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
@@ -89,28 +90,10 @@ def launch(
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
     folder = Path(str(args.output_dir))
     check_writable(folder, "--output_dir")
-    reports: dict[str, Report] = {}
-    not_pushed = None
     try:
         built = build(recipe, args)
-        if isinstance(built, Matrix) and sweeps:
-            raise ValueError(f"--{next(iter(sweeps))}: this recipe crosses targets with guides; give one value.")
-        plan = {
-            name: (replace(comparison, runs=swept(comparison.runs, settings)), _in_folder(args, name))
-            for name, comparison in (built.comparisons if isinstance(built, Matrix) else {"": built}).items()
-        }
-        for comparison, own in plan.values():
-            check_plan(recipe, own, guidance, comparison)
-        progress = _begin(recipe, plan, folder)
-        for name, (comparison, own) in plan.items():
-            reports[name] = compare(recipe, own, guidance, comparison, command, progress)
-            summary = comparison.summary()
-            if PartialState().is_main_process:
-                try:
-                    publish(reports[name], folder / name, own)
-                except ConnectionError as error:
-                    not_pushed = error
-                print(summary, end="")
+        plan = _plan(built, args, settings)
+        reports, not_pushed = _carry_out(recipe, guidance, plan, folder, command)
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             print(f"\nStopped. Results so far are in {folder}. Rerun the same command to resume.", file=sys.stderr)
@@ -124,6 +107,38 @@ def launch(
     PartialState().destroy_process_group()
     if not_pushed is not None:
         raise not_pushed
+
+
+def _plan(built: Comparison | Matrix, args: TrainingArguments, settings: dict[str, dict[str, Any]]) -> Plan:
+    """Return the comparisons, with a run at each of the settings that are swept."""
+    if isinstance(built, Matrix) and settings:
+        swept_flag = next(iter(next(iter(settings.values()))))
+        raise ValueError(f"--{swept_flag}: this recipe crosses targets with guides; give one value.")
+    return {
+        name: (replace(comparison, runs=swept(comparison.runs, settings)), _in_folder(args, name))
+        for name, comparison in (built.comparisons if isinstance(built, Matrix) else {"": built}).items()
+    }
+
+
+def _carry_out(
+    recipe: RecipeArguments, guidance: GuidanceConfig, plan: Plan, folder: Path, command: list[str]
+) -> tuple[dict[str, Report], ConnectionError | None]:
+    """Run and publish each comparison; return their reports, and the error of a push that failed."""
+    reports: dict[str, Report] = {}
+    not_pushed = None
+    for comparison, own in plan.values():
+        check_plan(recipe, own, guidance, comparison)
+    progress = _begin(recipe, plan, folder)
+    for name, (comparison, own) in plan.items():
+        reports[name] = compare(recipe, own, guidance, comparison, command, progress)
+        summary = comparison.summary()
+        if PartialState().is_main_process:
+            try:
+                publish(reports[name], folder / name, own)
+            except ConnectionError as error:
+                not_pushed = error
+            print(summary, end="")
+    return reports, not_pushed
 
 
 def _in_folder(args: TrainingArguments, name: str) -> TrainingArguments:
