@@ -1,4 +1,4 @@
-"""What a recipe leaves in its folder: numbers, tables, figures and cards."""
+"""Publishing of what a recipe found: numbers, tables, figures and cards in its folder."""
 
 from __future__ import annotations
 
