@@ -2,10 +2,12 @@
 
 `first_batch` describes the first batch, and `first_warnings` finds what will spoil the run. `history` reads a Trainer's
 log, and `similarity_map` compares all layers on one batch. `curves`, `heat_maps` and `film` draw them, and `figures`
-writes the files. `network_comparison` compares any two networks over a dataset, by the sums of `hsic_sums`. `errors`
-tells whether two networks err alike, and `dimensions` the dimension of a layer's features.
+writes the files. `network_comparison` compares any two networks over a dataset, whose layers `both_networks` reads, by
+the sums of `hsic_sums`; `comparison` is the result. `errors` tells whether two networks err alike, and `dimensions` the
+dimension of a layer's features.
 """
 
+from hf_guidance.analysis.comparison import Comparison
 from hf_guidance.analysis.curves import plot_comparison, plot_curves, plot_run
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.errors import error_consistency, error_consistency_matrix, plot_error_consistency
@@ -21,7 +23,7 @@ from hf_guidance.analysis.history import (
     training_curve,
     validation_curve,
 )
-from hf_guidance.analysis.network_comparison import Comparison, compare
+from hf_guidance.analysis.network_comparison import compare
 
 __all__ = [
     "Comparison",
