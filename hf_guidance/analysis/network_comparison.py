@@ -97,15 +97,15 @@ def compare(
             stack.callback(readers[-1].remove)
         both = BothNetworks(a, b, readers, sample_axis, limits, least, feature_layout)
         batches = _batches(data, samples, batch_size, collator or default_data_collator)
-        of_batches = (layers for batch in batches if (layers := both.layers(batch)) is not None)
-        found = _streamed(of_batches, measure) if streams else _at_once(of_batches, chosen)
-        if found is None:
+        of_batches = (found for batch in batches if (found := both.layers(batch)) is not None)
+        values = _streamed(of_batches, measure) if streams else _at_once(of_batches, chosen)
+        if values is None:
             raise ValueError(
                 f"no batch of the data has the {least} samples that {measure} needs ({both.rows} rows were read, "
                 f"with samples={samples} and batch_size={batch_size}): raise what is too small."
             )
         names = [reader.names() for reader in readers]
-    return Comparison(layers_a=names[0], layers_b=names[1], measure=measure, sample_axis=sample_axis, **found)
+    return Comparison(layers_a=names[0], layers_b=names[1], measure=measure, sample_axis=sample_axis, **values)
 
 
 def _checked(measure: str, sample_axis: str, samples: int | None, batch_size: int) -> Measure:
@@ -139,7 +139,7 @@ def _at_once(batches: Iterable[OfBoth], measure: Measure) -> dict[str, Any] | No
     layers = next(iter(batches), None)
     if layers is None:
         return None
-    pairs = list(product(*layers))
+    pairs = list(product(layers[0], layers[1]))
     values = guidance_loss_of_groups(pairs, measure, *layers)[1]
     count = sum(layer.samples * layer.rows for layer in next(iter(layers[0].values())))
     found = np.array(list(map(float, values.values()))).reshape(len(layers[0]), len(layers[1]))
