@@ -3,8 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch and torchvision come together: timm needs torchvision, and the two must match
 TORCH ?= torch==2.14.1 torchvision==0.29.1
-# Trainers of others, and what the tests of them need
-TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1 lomo-optim==0.1.1 galore-torch==1.0
+# Trainers of others, and what the tests of them need; trackers, and what shows a run in a notebook; a library of CKA
+TRAINERS ?= trl==1.16.0 peft==0.21.2 sentence-transformers==6.2.0 optuna==5.0.0 schedulefree==1.4.1 lomo-optim==0.1.1 galore-torch==1.0 \
+	tensorboard==2.21.0 ipython==8.37.0 torch-cka==0.21
 
 # What builds and checks a release; uv also makes the environments of the lowest and the newest versions
 DIST ?= build==1.6.1 twine==7.0.0 uv==0.13.9
@@ -44,7 +45,7 @@ test: install ## run the tests that need no GPU and no network
 test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
 	$(BIN)/python -m pytest -m "not gpu and not network and not trainers and not notebook and not uv and not dist"
 
-test-trainers: install ## install TRL, PEFT and sentence-transformers, and run the tests of their Trainers
+test-trainers: install ## install TRL, sentence-transformers, tensorboard and others, and run the tests that need them
 	$(BIN)/python -m pip install --quiet $(TRAINERS)
 	$(BIN)/python -m pytest -m trainers
 

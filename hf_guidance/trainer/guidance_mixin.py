@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
@@ -32,7 +31,7 @@ from hf_guidance.trainer.first_look import take_first_look
 from hf_guidance.trainer.gradient_angle import note_gradients
 from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
-from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback
+from hf_guidance.trainer.logs import RunningMeans, short_form_of
 from hf_guidance.trainer.micro_batches import MicroBatchesMixin
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
 from hf_guidance.trainer.similarity_film import SimilarityFilm
@@ -106,8 +105,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self.guide_identity = identity(guide)
         if self.guidance.guidance_weight:
             _ = self.guidance_loss  # resolves the layers now, so that a wrong name raises here
-        for full, short in ((ProgressCallback, ShortProgressCallback), (PrinterCallback, ShortPrinterCallback)):
-            for callback in [cb for cb in self.callback_handler.callbacks if type(cb) is full]:
+        for callback in list(self.callback_handler.callbacks):
+            if short := short_form_of(callback):
                 self.remove_callback(callback)
                 self.add_callback(short)
 

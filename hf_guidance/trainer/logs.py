@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_guidance.trainer.protocol import GuidedTrainer
@@ -75,6 +78,58 @@ class ShortProgressCallback(_Short, ProgressCallback):
 
 class ShortPrinterCallback(_Short, PrinterCallback):
     """Trainer's printed logs, used without a progress bar, without the similarities of single pairs."""
+
+
+class _TaskLoss:
+    """A mixin for the table in a notebook: the task's training loss, as the validation loss is the task's."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_log(args, state, control, logs=_of_task(logs or {}), **kwargs)  # type: ignore[misc]
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        seen = copy.copy(state)
+        seen.log_history = [_of_task(log) for log in state.log_history]
+        short = {name: value for name, value in (metrics or {}).items() if "guidance/" not in name}
+        super().on_evaluate(args, seen, control, metrics=short, **kwargs)  # type: ignore[misc]
+
+
+def _of_task(logs: dict[str, float]) -> dict[str, float]:
+    return {**logs, "loss": logs["task/loss"]} if "task/loss" in logs and "loss" in logs else logs
+
+
+def short_form_of(callback: TrainerCallback) -> TrainerCallback | None:
+    """Return what shows a Trainer's progress instead of its own callback; None for any other callback.
+
+    Args:
+        callback: A callback of a Trainer.
+    """
+    kind = type(callback)
+    notebook = sys.modules.get("transformers.utils.notebook")  # imported in a notebook alone, as it needs IPython
+    if notebook is not None and kind is notebook.NotebookProgressCallback:
+        return _in_notebook(kind)()
+    return {ProgressCallback: ShortProgressCallback, PrinterCallback: ShortPrinterCallback}.get(kind, lambda: None)()
+
+
+@cache
+def _in_notebook(kind: type[TrainerCallback]) -> type[TrainerCallback]:
+    class TaskLossNotebookCallback(_TaskLoss, kind):  # type: ignore[misc, valid-type]
+        """Trainer's table in a notebook, with the task's losses and without similarities."""
+
+    return TaskLossNotebookCallback
 
 
 def is_last_before_log(trainer: GuidedTrainer, step: int) -> bool:
