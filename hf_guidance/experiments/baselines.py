@@ -35,9 +35,7 @@ def equal_time(run: Run, steps: int, results: list[Record], of: str | None = Non
         results: Records of the finished runs.
         of: Name of the guided run; the slowest if None.
     """
-    own = [r for r in results if r["seed"] == run.seed]
-    guided = max((r["seconds"] for r in own if r["guide"] and of in (None, r["run"])), default=0.0)
-    more = math.ceil(max(1.0, MARGIN * guided / next(r["seconds"] for r in own if r["run"] == "alone")) * steps)
+    more = math.ceil(max(1.0, MARGIN * _times(run.seed, results, of)) * steps)
     return replace(run, name=f"{EQUAL_TIME}-{more}", training={"max_steps": more})
 
 
@@ -47,11 +45,21 @@ def longer(run: Run, steps: int, results: list[Record]) -> Run:
 
     It takes whichever is longer.
     """
-    own = [r for r in results if r["seed"] == run.seed]
-    guided = max((r["seconds"] for r in own if r["guide"]), default=0.0)
-    times = guided / next(r["seconds"] for r in own if r["run"] == "alone")
-    more = int(steps * max(2.0, 1.25 * times) + 1)
+    more = int(steps * max(2.0, 1.25 * _times(run.seed, results)) + 1)
     return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
+
+
+def _times(seed: int, results: Sequence[Record], of: str | None = None) -> float:
+    """Divide the time of a guided run, or of the slowest, by that of the target alone.
+
+    The first steps of a process are slower. A run alone is the first one, so that with their time it would look slow,
+    and get too few steps.
+    """
+    own = [r for r in results if r["seed"] == seed]
+    is_known = all("steady_seconds" in r for r in own)  # not in older records
+    times = {r["run"]: r["steady_seconds"] if is_known else r["seconds"] for r in own}
+    guided = max((times[r["run"]] for r in own if r["guide"] and of in (None, r["run"])), default=0.0)
+    return guided / times["alone"]
 
 
 def best_learning_rate(

@@ -21,6 +21,7 @@ class Record(Curves, total=False):
     validation: Any  # a number; None where the loss did not stay finite
     test: dict[str, float]
     seconds: float
+    steady_seconds: float  # without the warming up of a process
     card: RunFacts
     film: dict[str, SimilarityMap]  # optimizer step → map
 

@@ -181,4 +181,5 @@ def record_of(
         "gradients": gradient_curve(history),
         "dimensions": dimension_curves(history),
         "seconds": clock.seconds,
+        "steady_seconds": clock.steady_seconds(),
     }

@@ -23,6 +23,15 @@ def test_the_baseline_of_equal_time_has_a_tenth_more_time_than_the_slowest_guide
     assert equal_time(ALONE, 100, cheap).training == {"max_steps": 100}
 
 
+def test_the_warming_up_of_a_process_is_no_part_of_either_time():
+    steady = [result | {"steady_seconds": result["seconds"]} for result in RESULTS]
+    steady[0]["steady_seconds"] = 5.0  # ten seconds, of which five were for the start
+    assert equal_time(ALONE, 100, steady).training == {"max_steps": 660}
+    assert longer(ALONE, 100, steady).training == {"max_steps": 751}
+    assert equal_time(ALONE, 100, [*steady[:3], RESULTS[3]]).training == {"max_steps": 660}  # of its own seed
+    assert equal_time(ALONE, 100, [RESULTS[0], *steady[1:]]).training == {"max_steps": 330}, "never of two kinds"
+
+
 def test_the_longer_baseline_has_twice_the_steps_or_a_quarter_more_time():
     assert longer(ALONE, 100, RESULTS).training == {"max_steps": 376}
     assert longer(ALONE, 100, RESULTS[:1]).training == {"max_steps": 201}

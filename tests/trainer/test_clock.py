@@ -56,6 +56,32 @@ def test_what_is_paused_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) ->
     assert own.state()["attributes"]["seconds"] == 5
 
 
+def test_the_first_steps_of_each_process_count_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))
+    args = SimpleNamespace(device=torch.device("cpu"))
+
+    def steps(own: TrainingClock, times: list[float]) -> None:
+        for time_of_step in times:
+            own.on_step_begin(args)  # type: ignore[arg-type]
+            now[0] += time_of_step
+            with own.paused():
+                now[0] += 50
+            own.on_step_end(args)  # type: ignore[arg-type]
+
+    first = TrainingClock()
+    first.on_train_begin(args, TrainerState())  # type: ignore[arg-type]
+    steps(first, [9, 3, 1, 1, 1, 1, 1, 1, 1])
+    assert (first.steady_seconds(), first.seconds) == (19, 19), "too few others"
+    steps(first, [1])
+    assert (first.steady_seconds(), first.seconds, first.cold) == (10, 20, (5, 15))
+    second = TrainingClock()
+    state = TrainerState(global_step=10, stateful_callbacks={"TrainingClock": first.state()})  # type: ignore[arg-type]
+    second.on_train_begin(args, state)  # type: ignore[arg-type]
+    steps(second, [7, 1, 1, 1, 1, *10 * [1]])
+    assert (second.steady_seconds(), second.seconds, second.cold) == (25, 41, (10, 26))
+
+
 def test_steps_are_timed_and_evaluation_and_fetching_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))
