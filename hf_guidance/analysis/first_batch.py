@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_guidance.mapping import parse_pair
 from hf_guidance.similarity.layers import Form, Layer
@@ -17,6 +17,7 @@ from hf_guidance.similarity.registry import get_measure
 DEBIASED = "debiased_cka"
 TOP = 0.02  # share of the samples that may hold most of a layer's energy
 FEWEST = 50  # samples, below which this share is less than one
+COPY = 1e-5  # squared distance of two samples over their squared norms, below which they are the same
 MAX_ROWS = 12  # pairs in the printed table
 
 
@@ -31,6 +32,7 @@ class LayerLook:
         form: `primal` if the layer is compared as features, `dual` if as a Gram matrix.
         is_dead: Whether its samples are equal up to rounding, so that its similarities are 0.
         top_share: Share of the energy, tr K, in the 2 % of the samples that hold most of it. None below 50 samples.
+        repeated: Share of the energy in samples that occur more than once.
     """
 
     rows: int
@@ -39,6 +41,7 @@ class LayerLook:
     form: Form
     is_dead: bool
     top_share: float | None
+    repeated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,18 +128,43 @@ def look_at_layer(groups: Sequence[Layer]) -> LayerLook:
         largest.form,
         not any(bool(layer.values.any()) for layer in groups),
         float(shares.mean()) if len(shares) else None,
+        float(torch.cat([_repeated_shares(layer) for layer in groups]).mean()),
     )
+
+
+def _energy(layer: Layer) -> Tensor:
+    """Compute the squared norm of each sample, `(…, n)`."""
+    if layer.form == "primal":
+        return layer.values.square().sum(-1)
+    energy = layer.values.diagonal(dim1=-2, dim2=-1)
+    return energy if layer.parts == 1 else energy.mean(0)
 
 
 def _top_shares(layer: Layer) -> Tensor:
     """Compute the share of the energy in the samples that hold most of it, for each row that is compared by itself."""
-    if layer.form == "primal":
-        energy = layer.values.square().sum(-1)
-    else:
-        energy = layer.values.diagonal(dim1=-2, dim2=-1)
-        energy = energy if layer.parts == 1 else energy.mean(0)
+    energy = _energy(layer)
     top = energy.topk(int(TOP * layer.samples)).values.sum(-1)
     return (top / energy.sum(-1).clamp(min=TINY)).reshape(-1)
+
+
+def _repeated_shares(layer: Layer) -> Tensor:
+    """Compute the share of the energy in samples with a copy, for each row that is compared by itself.
+
+    Copies are neighbours in the order of a random projection, so that n distances suffice.
+    """
+    values = layer.values if layer.parts == 1 else layer.values.mean(0)
+    direction = torch.randn(values.shape[-1], generator=torch.Generator().manual_seed(0)).to(values)
+    order = (values @ direction).argsort(-1)
+    energy = _energy(layer).gather(-1, order)
+    both = energy[..., 1:] + energy[..., :-1]
+    if layer.form == "primal":
+        distances = values.gather(-2, order[..., None].expand_as(values)).diff(dim=-2).square().sum(-1)
+    else:
+        rows = values.gather(-2, order[..., :-1, None].expand(*order.shape[:-1], -1, values.shape[-1]))
+        distances = both - 2 * rows.gather(-1, order[..., 1:, None]).squeeze(-1)
+    same = distances <= COPY * both
+    copies = nn.functional.pad(same, (0, 1)) | nn.functional.pad(same, (1, 0))
+    return ((energy * copies).sum(-1) / energy.sum(-1).clamp(min=TINY)).reshape(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------- text

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from hf_guidance.analysis.first_batch import DEBIASED, TOP, FirstLook
+from hf_guidance.analysis.first_batch import DEBIASED, TOP, FirstLook, PairLook
 from hf_guidance.config import GuidanceConfig
 
 FULL, FAR = 0.9, 0.3  # a similarity above the first is full if debiased CKA is lower by the second
-NEVER_FULL = {DEBIASED, "ridge_loo"}  # near 0 for unrelated features, whatever their number
+NEVER_FULL = {DEBIASED, "ridge_loo"}  # near 0 for unrelated features, whatever their number, if no sample has a copy
+HIGH = 0.6  # a similarity by these that copies of samples explain, where there are many
 MOST = 0.5  # share of a layer's energy
 LARGE, SMALL = 30.0, 0.01  # ratios of the gradients that are warned of
 HELPED = (0.06, 11.0)  # ratios at which runs that guidance helps have started
@@ -28,7 +29,7 @@ def warnings_of(
         accumulation: Micro-batches in an optimizer step.
     """
     found = (
-        _full(look),
+        _full(look, config),
         _dead(look, config, has_batch_norm),
         _massive(look, config),
         _gradients(look, config),
@@ -37,20 +38,47 @@ def warnings_of(
     return [words for words in found if words]
 
 
-def _full(look: FirstLook) -> str:
-    """Warn of a measure that is full from the start in at least half of the pairs."""
-    pairs = [pair for pair in look.pairs if pair.debiased_cka is not None and pair.similarity > FULL]
-    pairs = [pair for pair in pairs if pair.debiased_cka is not None and pair.similarity - pair.debiased_cka > FAR]
+def _full(look: FirstLook, config: GuidanceConfig) -> str:
+    """Warn of a measure that is full from the start in at least half of the pairs, because of copies or few samples."""
+    pairs = [pair for pair in look.pairs if _is_full(pair, look.measure)]
+    copied = [pair for pair in pairs if look.guides[pair.guide].repeated > MOST and look.targets[pair.target].repeated]
+    if copied and 2 * len(copied) >= len(look.pairs):
+        return _copied(look, copied, config)
     if look.measure in NEVER_FULL or not pairs or 2 * len(pairs) < len(look.pairs):
         return ""
     more = {"token": "raise max_tokens", "within": "longer rows"}.get(look.sample_axis, "a larger batch")
-    mean = fmean(pair.similarity for pair in pairs)
     debiased = fmean(pair.debiased_cka or 0.0 for pair in pairs)
     return (
-        f"{look.measure} starts at {mean:.2f} in {_of(len(pairs), len(look.pairs), 'pair')}, where {DEBIASED} is "
-        f"{debiased:.2f}: it is full because samples are few, and leaves little to learn. Set measure='{DEBIASED}' or "
-        f"'ridge_loo', or compare more samples ({more})."
+        f"{_starts(look, pairs)}, where {DEBIASED} is {debiased:.2f}: it is full because samples are few, and leaves "
+        f"little to learn. Set measure='{DEBIASED}' or 'ridge_loo', or compare more samples ({more})."
     )
+
+
+def _is_full(pair: PairLook, measure: str) -> bool:
+    if measure in NEVER_FULL:
+        return pair.similarity > HIGH
+    return pair.debiased_cka is not None and pair.similarity > FULL and pair.similarity - pair.debiased_cka > FAR
+
+
+def _copied(look: FirstLook, pairs: Sequence[PairLook], config: GuidanceConfig) -> str:
+    """Warn of pairs whose similarity is that of copies, of which each tells the other."""
+    share = fmean(look.guides[pair.guide].repeated for pair in pairs)
+    advice = "Leave copies of rows out of the data."
+    if look.sample_axis != "sequence":
+        more = config.skip_first_positions + 1
+        advice = (
+            f"If all rows begin with the same tokens, leave these out with skip_first_positions={more} or more; if "
+            "rows are copies, leave them out of the data."
+        )
+    return (
+        f"{_starts(look, pairs)}, because samples that occur more than once hold {100 * share:.0f} % of the energy of "
+        f"the guide's layers: copies are alike in any two networks, so that little is left to learn. {advice}"
+    )
+
+
+def _starts(look: FirstLook, pairs: Sequence[PairLook]) -> str:
+    mean = fmean(pair.similarity for pair in pairs)
+    return f"{look.measure} starts at {mean:.2f} in {_of(len(pairs), len(look.pairs), 'pair')}"
 
 
 def _dead(look: FirstLook, config: GuidanceConfig, has_batch_norm: bool) -> str:
@@ -85,7 +113,7 @@ def _massive(look: FirstLook, config: GuidanceConfig) -> str:
 
 def _gradients(look: FirstLook, config: GuidanceConfig) -> str:
     ratio = look.gradient_ratio
-    if not ratio or SMALL <= ratio <= LARGE or (ratio < SMALL and _full(look)):  # a full measure has no slope
+    if not ratio or SMALL <= ratio <= LARGE or (ratio < SMALL and _full(look, config)):  # a full measure has no slope
         return ""
     drowns, change = ("drowns the task", "Lower") if ratio > LARGE else ("has no effect beside the task", "Raise")
     equal, now = _digits(config.guidance_weight / ratio, 1), f"{config.guidance_weight:g}"

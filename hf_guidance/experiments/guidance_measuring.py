@@ -211,13 +211,15 @@ def _summary(config: GuidanceConfig, found: Sequence[_OfBatch], device: torch.de
 
 
 def _of_layers(found: Sequence[dict[str, LayerLook]]) -> dict[str, LayerLook]:
-    """Join the looks at each layer: dead where it is dead in every batch, and the mean of the top share."""
+    """Join the looks at each layer: dead where it is dead in every batch, and the means of its shares of the energy."""
     joined = {}
     for name, first in found[0].items():
         looks = [layers[name] for layers in found if name in layers]
         shares = [look.top_share for look in looks if look.top_share is not None]
         share = statistics.fmean(shares) if shares else None
-        joined[name] = replace(first, is_dead=all(look.is_dead for look in looks), top_share=share)
+        repeated = statistics.fmean(look.repeated for look in looks)
+        is_dead = all(look.is_dead for look in looks)
+        joined[name] = replace(first, is_dead=is_dead, top_share=share, repeated=repeated)
     return joined
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from hf_guidance.analysis.first_batch import TOP
 from hf_guidance.analysis.first_warnings import FULL, HELPED, MOST
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.experiments.best_measure import OF_SKETCHES, best_measure
 from hf_guidance.experiments.guidance_measuring import TOKEN_PENALTY
 from hf_guidance.experiments.measurements import Measurements
 from hf_guidance.mapping import parse_pair
@@ -21,7 +22,6 @@ from hf_guidance.similarity.registry import MEASURES, min_samples
 Trial: TypeAlias = Callable[[GuidanceConfig], "Measurements | str"]
 DOMINATES = 0.5  # share of the guide's forward in a guided step above which it is made cheaper
 MOST_SKIPPED = 4  # first positions that are tried
-OF_SKETCHES = "of the measures that take one it alone is near 0 for unrelated layers"
 CACHE, SKETCH, SPARSEST = "guide_cache", 1024, 4
 
 
@@ -119,25 +119,36 @@ class Proposal:
         self.reasons["guide_batch_norm"] = said
 
     def _skip_first_positions(self) -> None:
-        now, massive = self.config.skip_first_positions, _massive(self.measured)
-        before = self.config, self.measured
+        now, before = self.config.skip_first_positions, (self.config, self.measured)
         if self.config.sample_axis == "sequence":
             return
-        if not massive:
-            few = f"{100 * TOP:.0f} % of its samples"
-            self.reasons["skip_first_positions"] = f"No layer has more than half of its energy in {few}."
+        few = f"{100 * TOP:.0f} % of"
+        shares_of, which = next(
+            (
+                found
+                for found in ((_massive, f"{few} the samples"), (_repeated, "samples with a copy"))
+                if found[0](self.measured)
+            ),
+            (None, ""),
+        )
+        if shares_of is None:
+            self.reasons["skip_first_positions"] = f"No layer has more than half of its energy in {few} its samples."
             return
-        told = f"{100 * TOP:.0f} % of the samples hold up to {100 * max(massive):.0f} % of the energy"
+        shares = shares_of(self.measured)
+        told = f"{which[0].upper()}{which[1:]} hold up to {100 * max(shares):.0f} % of the energy"
         for count in range(now + 1, now + 1 + MOST_SKIPPED):
             if self._try(skip_first_positions=count):
                 break
-            if 2 * len(left := _massive(self.measured)) <= len(massive):
+            if 2 * len(left := shares_of(self.measured)) <= len(shares):
                 first = "position" if count == 1 else f"{count} positions"
                 rest = f"without the first {first} of each row in {len(left)}"
-                self.reasons["skip_first_positions"] = f"{told} in {len(massive)} layers, {rest}."
+                self.reasons["skip_first_positions"] = (
+                    f"{told} in {len(shares)} layer{'s' if len(shares) > 1 else ''}, {rest}."
+                )
                 return
         self.config, self.measured = before
-        self.reasons["skip_first_positions"] = f"{told}, but not at the start of rows: look for outliers."
+        look = "outliers" if shares_of is _massive else "rows that are copies"
+        self.reasons["skip_first_positions"] = f"{told}, but not at the start of rows: look for {look}."
 
     def _measure(self) -> None:
         config, found = self.config, self.measured
@@ -219,28 +230,6 @@ class Proposal:
         self.config = replace(self.config, guidance_weight=weight)
 
 
-def best_measure(found: Measurements) -> tuple[str, str]:
-    """Choose a measure by sample axis, numbers of samples and features, and what in-sample ridge starts at.
-
-    Returns:
-        Name of the measure, and why, in words without a full stop.
-
-    Source: the grid of measures in recipes/LOG.md.
-    """
-    if found.config.sketch is not None:
-        return "debiased_cka", f"There is a sketch, and {OF_SKETCHES}"
-    samples, width = found.samples(), found.width()
-    ridge, loo, debiased = (found.mean(name) for name in ("ridge", "ridge_loo", "debiased_cka"))
-    of = f"{samples} samples of at most {width} features"
-    if ridge is not None and ridge >= FULL:
-        beside = f"leave-one-out is {_number(loo)}, debiased CKA {_number(debiased)}"
-        return "ridge_loo", f"In-sample ridge starts full ({ridge:.2f}) with {of}, where {beside}"
-    if found.config.sample_axis == "token" and 2 * width <= samples and ridge is not None:
-        beside = "best for copy-paste in the grid of measures, and near leave-one-out for language"
-        return "ridge", f"With {of} in-sample ridge is not full ({ridge:.2f}); it was {beside}"
-    return "ridge_loo", f"With {of} leave-one-out ridge has served best in the grid of measures ({_number(loo)} here)"
-
-
 def ordered(reasons: Mapping[str, str]) -> dict[str, str]:
     """Return the reasons in the order of the fields of `GuidanceConfig`."""
     return {name: reasons[name] for name in GuidanceConfig.__dataclass_fields__ if name in reasons}
@@ -252,8 +241,9 @@ def _massive(found: Measurements) -> list[float]:
     return [share for share in shares if share > MOST]
 
 
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f}"
+def _repeated(found: Measurements) -> list[float]:
+    """Return the share of the energy in samples with a copy, for each layer of the guide where it is more than half."""
+    return [look.repeated for look in found.guides.values() if look.repeated > MOST]
 
 
 def _digits(value: float) -> str:

@@ -48,6 +48,21 @@ def test_the_top_samples_share_is_that_of_their_squared_norms(d: int, form: str)
     assert look.top_share == pytest.approx(float(energy[:2].sum() / energy.sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("d", [8, 400])
+def test_the_energy_of_samples_with_a_copy_is_found_in_either_form(d: int) -> None:
+    x = noise(96, d)
+    assert look_at_layer([layer_of(x)]).repeated == 0
+    x[::6] = 3 * noise(1, d, seed=1)  # as a first token that all rows of six share
+    x[50], x[51] = x[1], x[2] * (1 + 2e-2)  # a copy, and a sample that only resembles another
+    energy = (x - x.mean(0)).double().square().sum(1)
+    expected = (energy[::6].sum() + energy[[1, 50]].sum()) / energy.sum()
+    look = look_at_layer([layer_of(x + 10)])
+    assert look.repeated == pytest.approx(float(expected), rel=1e-3)
+    assert look_at_layer([layer_of(noise(32, d).repeat(3, 1))]).repeated == pytest.approx(1, rel=1e-5)
+    assert look_at_layer([layer_of(noise(32, d).repeat(3, 1), parts=2, primal_below=0)]).repeated == pytest.approx(1)
+    assert look_at_layer([layer_of(torch.ones(64, d))]).repeated == 0
+
+
 def test_few_samples_have_no_share_and_equal_samples_are_dead() -> None:
     assert look_at_layer([layer_of(noise(49, 8))]).top_share is None
     dead = look_at_layer([layer_of(torch.ones(64, 8))])

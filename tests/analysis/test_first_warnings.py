@@ -55,6 +55,35 @@ def test_a_measure_is_full_if_half_of_the_pairs_are_far_above_debiased_cka(
         assert len(warned(replace(look, gradient_ratio=1e-4))) == 1, "the weight is not what is wrong"
 
 
+COPIED = "in 4 of 4 pairs, because samples that occur more than once hold 80 % of the energy of the guide's layers"
+
+
+@pytest.mark.parametrize("measure", ["ridge_loo", "debiased_cka"])
+def test_copies_of_samples_are_said_to_make_a_measure_full_that_is_never_full_otherwise(measure: str) -> None:
+    look = look_of(measure=measure)
+    look.pairs[:] = [replace(pair, similarity=0.84, debiased_cka=0.84) for pair in look.pairs]
+    assert warned(look) == [], "similar networks are no fault"
+    sides = [{n: replace(layer, repeated=0.8) for n, layer in side.items()} for side in (look.targets, look.guides)]
+    assert warned(replace(look, guides=sides[1])) == [], "the target tells the copies apart"
+    look = replace(look, targets=sides[0], guides=sides[1])
+    assert warned(look)[0].startswith(f"{measure} starts at 0.84 {COPIED}")
+    assert warned(look)[0].endswith("Leave copies of rows out of the data.")
+    tokens = warned(replace(look, sample_axis="token"), skip_first_positions=1)[0]
+    assert "leave these out with skip_first_positions=2 or more; if rows are copies" in tokens
+    look.pairs[:] = [replace(pair, similarity=0.59) for pair in look.pairs]
+    assert warned(look) == []
+
+
+def test_of_a_measure_that_is_full_by_copies_the_remedy_is_not_another_measure() -> None:
+    look = look_of(measure="ridge")
+    look.pairs[:] = [replace(pair, similarity=0.95, debiased_cka=0.3) for pair in look.pairs]
+    for side in (look.targets, look.guides):
+        side |= {name: replace(layer, repeated=0.8) for name, layer in side.items()}
+    (words,) = warned(look)
+    assert words.startswith(f"ridge starts at 0.95 {COPIED}")
+    assert "Set measure" not in words
+
+
 def dead(*names: str, look: FirstLook | None = None) -> FirstLook:
     look = look or look_of()
     return replace(look, guides=look.guides | {n: replace(look.guides[n], is_dead=True) for n in names})

@@ -143,6 +143,38 @@ def test_a_massive_first_token_is_skipped(tmp_path: Path) -> None:
     assert any("skip_first_positions=1" in text for text in found.warnings)
 
 
+class Sink(nn.Module):
+    """A guide whose causal first position is large and the same for rows that begin with the same token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = llama(), nn.Identity()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = self.body(input_ids).last_hidden_state
+        return self.out(states * torch.where(torch.arange(states.shape[1]) == 0, 100.0, 1.0)[:, None])
+
+
+def test_a_first_token_that_all_rows_share_is_skipped(tmp_path: Path) -> None:
+    rows = [{**row, "input_ids": torch.cat([torch.zeros(1).long(), row["input_ids"]])[:-1]} for row in token_rows(64)]
+    layers = {"target_layers": ["transformer.h.1.mlp.c_fc"], "guide_layers": ["out"], "sample_axis": "token"}
+    settings = {**layers, **ROWS, "measure": "ridge_loo", "train_dataset": rows}
+    found = inspect(make_trainer(tmp_path, gpt2(), Sink(), **settings))
+    assert found.measured.guides["out"].repeated > 0.5
+    assert any("samples that occur more than once" in text for text in found.warnings)
+    assert found.proposal.skip_first_positions == 1
+    assert "Samples with a copy hold up to" in found.reasons["skip_first_positions"]
+    assert found.proposed.guides["out"].repeated < 0.5
+
+
+def test_rows_that_are_copies_are_told(tmp_path: Path) -> None:
+    rows = {**ROWS, "train_dataset": 16 * token_rows(4), "measure": "ridge_loo"}
+    found = inspect(make_trainer(tmp_path, gpt2(), llama(), **rows), batches=2)
+    assert found.measured.guides["hidden_states.1"].repeated > 0.9
+    assert any(text.endswith("Leave copies of rows out of the data.") for text in found.warnings)
+    assert "not at the start of rows: look for rows that are copies" in found.reasons["skip_first_positions"]
+
+
 def test_everything_is_bit_identical_afterwards(tmp_path: Path) -> None:
     def make(folder: str) -> Any:
         layers = {"target_layers": ["body.1", "body.4"], "guide_layers": ["out"], "guide_batch_norm": "batch"}

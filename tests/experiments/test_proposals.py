@@ -6,35 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from measured import measurements
 
 from hf_guidance import GuidanceConfig
-from hf_guidance.analysis.first_batch import LayerLook
-from hf_guidance.experiments.measurements import Measurements, PairMeasurement, Spread, StepCost
-from hf_guidance.experiments.proposals import Data, Proposal, best_measure, ordered
+from hf_guidance.experiments.measurements import Measurements, Spread, StepCost
+from hf_guidance.experiments.proposals import Data, Proposal, ordered
 
 ROWS = Data(32)
-CHEAP, DEAR = StepCost(1.0, 0.5, 0.1, None, "cpu"), StepCost(1.0, 2.5, 0.2, None, "cpu")
-
-
-def measurements(
-    config: GuidanceConfig | None = None,
-    *,
-    samples: int = 32,
-    width: int = 100,
-    ridge: float = 0.5,
-    ratio: float | None = 1.0,
-    cost: StepCost = CHEAP,
-    dead: bool = False,
-    share: float | None = None,
-) -> Measurements:
-    """Measurements of one pair."""
-    values = {"ridge": ridge, "ridge_loo": 0.1, "debiased_cka": 0.02, "linear_cka": 0.5}
-    pair = PairMeasurement("t", "g", {name: Spread(value) for name, value in values.items()})
-    target = LayerLook(1, samples, width, "dual", False, None)
-    guide = LayerLook(1, samples, 50, "dual", dead, share)
-    gradient = None if ratio is None else Spread(ratio)
-    own = (config or GuidanceConfig()).resolved()
-    return Measurements(own, [pair], {"t": target}, {"g": guide}, gradient, gradient, "no graph", cost, 2)
+DEAR = StepCost(1.0, 2.5, 0.2, None, "cpu")
 
 
 def propose(start: Measurements, data: Data = ROWS, **of_trials: Any) -> Proposal:
@@ -56,23 +35,6 @@ def test_without_anything_special_the_defaults_stay_and_each_choice_has_a_senten
 
 
 TOKENS = GuidanceConfig(sample_axis="token")
-
-
-@pytest.mark.parametrize(
-    ("found", "measure", "words"),
-    [
-        (measurements(ridge=0.97), "ridge_loo", "In-sample ridge starts full (0.97) with 32 samples of at most 100"),
-        (measurements(samples=400), "ridge_loo", "leave-one-out ridge has served best"),
-        (measurements(TOKENS, samples=200), "ridge", "in-sample ridge is not full (0.50)"),
-        (measurements(TOKENS, samples=199), "ridge_loo", "has served best in the grid"),
-        (measurements(TOKENS, samples=200, ridge=0.95), "ridge_loo", "starts full"),
-        (measurements(GuidanceConfig(sketch=64)), "debiased_cka", "There is a sketch"),
-    ],
-)
-def test_the_measure_follows_samples_features_and_what_is_full(found: Measurements, measure: str, words: str) -> None:
-    chosen, why = best_measure(found)
-    assert chosen == measure
-    assert words in why
 
 
 def test_a_pair_that_is_alike_is_told() -> None:
