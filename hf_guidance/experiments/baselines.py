@@ -27,7 +27,7 @@ def say_edge(best: float, rates: Sequence[float]) -> None:
 
 
 def equal_time(run: Run, steps: int, results: list[Record], of: str | None = None) -> Run:
-    """Return the unguided run, trained for 1.1 times the time of a guided run of its seed.
+    """Return the unguided run, trained for 1.1 times the time of a guided run, on average over the seeds.
 
     Args:
         run: The unguided run.
@@ -35,31 +35,31 @@ def equal_time(run: Run, steps: int, results: list[Record], of: str | None = Non
         results: Records of the finished runs.
         of: Name of the guided run; the slowest if None.
     """
-    more = math.ceil(max(1.0, MARGIN * _times(run.seed, results, of)) * steps)
+    more = math.ceil(max(1.0, MARGIN * _times(results, of)) * steps)
     return replace(run, name=f"{EQUAL_TIME}-{more}", training={"max_steps": more})
 
 
 def longer(run: Run, steps: int, results: list[Record]) -> Run:
-    """Return the unguided run, trained for twice the steps or 1.25 times the time of the slowest guided run of its
-    seed.
+    """Return the unguided run, trained for twice the steps or 1.25 times the time of the slowest guided run.
 
     It takes whichever is longer.
     """
-    more = int(steps * max(2.0, 1.25 * _times(run.seed, results)) + 1)
+    more = int(steps * max(2.0, 1.25 * _times(results)) + 1)
     return replace(run, name=f"{LONGER}-{more}", training={"max_steps": more})
 
 
-def _times(seed: int, results: Sequence[Record], of: str | None = None) -> float:
-    """Divide the time of a guided run, or of the slowest, by that of the target alone.
+def _times(results: Sequence[Record], of: str | None = None) -> float:
+    """Divide the time of a guided run, or of the slowest, by that of the target alone, both as means over the seeds.
 
-    The first steps of a process are slower. A run alone is the first one, so that with their time it would look slow,
-    and get too few steps.
+    A single run may be slow by chance, where a processor is shared. The first steps of a process are slower. A run
+    alone is the first one, so that with their time it would look slow, and get too few steps.
     """
-    own = [r for r in results if r["seed"] == seed]
-    is_known = all("steady_seconds" in r for r in own)  # not in older records
-    times = {r["run"]: r["steady_seconds"] if is_known else r["seconds"] for r in own}
-    guided = max((times[r["run"]] for r in own if r["guide"] and of in (None, r["run"])), default=0.0)
-    return guided / times["alone"]
+    is_known = all("steady_seconds" in r for r in results)  # not in older records
+    times: dict[str, list[float]] = {}
+    for record in results:
+        times.setdefault(record["run"], []).append(record["steady_seconds"] if is_known else record["seconds"])
+    guided = {record["run"] for record in results if record["guide"] and of in (None, record["run"])}
+    return max((statistics.fmean(times[name]) for name in guided), default=0.0) / statistics.fmean(times["alone"])
 
 
 def best_learning_rate(

@@ -88,7 +88,7 @@ def compare_runs(
         seeds: Seeds; an interval needs three.
         controls: Guided runs beside it that should help less: `shuffled_guide`, `reversed_layers`, `noise`.
         folder: Folder for results.json, results.md, comparison.png, and `seed-<seed>/<run>` of every run.
-        equal_time: Also train the target alone for 1.1 times the time of the guided run of its seed.
+        equal_time: Also train the target alone for 1.1 times the time of the guided run, on average over the seeds.
         metric: Metric of the evaluation, without `eval_`.
         percent: Whether it is a fraction, whose gain is in points; else the gain is in percent.
         higher_is_better: Whether a higher value is better; by default so for all but the loss.
@@ -116,17 +116,15 @@ def compare_runs(
     carry_out = partial(_carry_out, make_trainer=make_trainer, metric=metric, test_dataset=test_dataset)
     results: list[Record] = []
     for seed in seeds:
-        own: list[Record] = []
         for name in (ALONE, GUIDED, *controls):
             control = name if name in CONTROLS else None
             run = MatchedRun(name, seed, name != ALONE, str(place / f"seed-{seed}" / name), control=control)
-            own.append(carry_out(run))
-        if equal_time:
-            longer = longer_run(Run(ALONE, seed, _no_network), own[0]["steps"], own[:2])
-            steps = longer.training["max_steps"]
-            run = MatchedRun(EQUAL_TIME, seed, False, str(place / f"seed-{seed}" / longer.name), max_steps=steps)
-            own.append(carry_out(run))
-        results += own
+            results.append(carry_out(run))
+    for seed in seeds if equal_time else ():
+        longer = longer_run(Run(ALONE, seed, _no_network), results[0]["steps"], results, GUIDED)
+        steps = longer.training["max_steps"]
+        run = MatchedRun(EQUAL_TIME, seed, False, str(place / f"seed-{seed}" / longer.name), max_steps=steps)
+        results.append(carry_out(run))
     _check_positive(results, metric, percent)
     found = MatchedRuns(task, results)
     found.save(place)

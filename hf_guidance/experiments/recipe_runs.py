@@ -80,8 +80,20 @@ def check_plan(
             "--longer_baseline and --equal_time_baseline train the run 'alone' for longer, but --runs does not name "
             "it: add alone to --runs."
         )
-    if recipe.equal_time_to is not None and recipe.equal_time_to not in named:
-        raise ValueError(f"--equal_time_to {recipe.equal_time_to} is none of the runs: {', '.join(sorted(named))}.")
+    guided = sorted(run.name for run in comparison.runs(recipe.seeds[0]) if run.guide is not None)
+    if recipe.equal_time_to is not None and recipe.equal_time_to not in guided:
+        raise ValueError(
+            f"--equal_time_to {recipe.equal_time_to} is none of the guided runs ({', '.join(guided) or 'none'})."
+        )
+    if recipe.equal_time_to is not None and not recipe.equal_time_baseline:
+        raise ValueError(
+            "--equal_time_to chooses the run that --equal_time_baseline goes by: add --equal_time_baseline."
+        )
+    if recipe.equal_time_baseline and not guided:
+        raise ValueError("--equal_time_baseline needs a guided run, whose time it takes: add one to --runs.")
+    for flag, seeds in (("seeds", recipe.seeds), ("search_seeds", recipe.search_seeds)):
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"--{flag} {' '.join(map(str, seeds))} names a seed twice: name each once.")
     if recipe.dimension_rows is not None and recipe.dimension_rows < FEWEST:
         raise ValueError(f"--dimension_rows is {recipe.dimension_rows}; a dimension needs at least {FEWEST} rows.")
     if recipe.film_steps is not None and recipe.film_steps < 1:

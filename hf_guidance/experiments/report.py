@@ -42,11 +42,15 @@ class Report(TypedDict, total=False):
 
 
 class Row(TypedDict):
-    """The runs of one name, over their seeds: means, and (mean, standard deviation)."""
+    """The runs of one name, over their seeds: means, and (mean, standard deviation).
+
+    `steps_between` is the least and the most steps of a run.
+    """
 
     run: str
     seeds: list[int]
     steps: int
+    steps_between: tuple[int, int]
     seconds: float
     validation: tuple[float, float | None] | None
     test: tuple[float, float | None] | None
@@ -95,13 +99,14 @@ def comparison_rows(
         row = _row(f"{baseline}, equal time", list(at.values()), equal, [None])
         row["seconds"] = statistics.fmean(guided.values())
         row["steps"] = round(statistics.fmean(at[s]["steps"] * guided[s] / at[s]["seconds"] for s in at))
+        row["steps_between"] = (row["steps"], row["steps"])
         rows.insert(place, row)
     if at:
         steps = 2 * next(iter(alone.values()))["steps"]
         double = [value_at(at[s], step=steps) for s in at]
         row = _row(f"{baseline}, twice the steps", list(at.values()), double, [None])
         row["seconds"] = statistics.fmean(r["seconds"] * steps / r["steps"] for r in at.values())
-        row["steps"] = steps
+        row["steps"], row["steps_between"] = steps, (steps, steps)
         rows.insert(place, row)
     return rows
 
@@ -110,7 +115,8 @@ def _row(name: str, runs: Sequence[Record], validation: Sequence[Any], test: Seq
     return {
         "run": name,
         "seeds": [r["seed"] for r in runs],
-        "steps": runs[0]["steps"],
+        "steps": round(statistics.fmean(r["steps"] for r in runs)),
+        "steps_between": (min(r["steps"] for r in runs), max(r["steps"] for r in runs)),
         "seconds": statistics.fmean(r["seconds"] for r in runs),
         "validation": None if None in validation else mean_std(validation),
         "test": None if None in test else mean_std(test),
@@ -131,7 +137,7 @@ def markdown_table(rows: Sequence[Row], metric: str, percent: bool, with_test: b
         [
             run_in_words(row["run"]),
             " ".join(map(str, row["seeds"])),
-            str(row["steps"]),
+            _steps(row),
             f"{row['seconds']:.0f} s",
             _plus_minus(row["validation"], percent),
             _plus_minus(row["test"], percent),
@@ -139,6 +145,11 @@ def markdown_table(rows: Sequence[Row], metric: str, percent: bool, with_test: b
         for row in rows
     ]
     return aligned(cells if with_test else [line[:-1] for line in cells])
+
+
+def _steps(row: Row) -> str:
+    least, most = row["steps_between"]
+    return str(row["steps"]) if least == most else f"{least} to {most}"
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:

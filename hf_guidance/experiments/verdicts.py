@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -60,7 +59,7 @@ def gains(results: Sequence[Record], task: Mapping[str, Any]) -> list[Difference
 def _gain(guided: Record, baseline: Record, task: Mapping[str, Any]) -> float:
     one, other = (run["test"][task["metric"]] for run in (guided, baseline))
     sign = 1 if task.get("higher_is_better", True) else -1
-    return 100 * sign * ((one - other) if task["percent"] else math.log(one / other))
+    return 100 * sign * ((one - other) if task["percent"] else (one - other) / other)
 
 
 def difference(run: str, baseline: str, values: Mapping[int, float], unit: str) -> Difference:

@@ -12,14 +12,19 @@ from hf_guidance.experiments.run import SETTINGS, Run
 
 def comparison_of(*names):
     task = SimpleNamespace(name="numbers")
-    return Comparison(task, {}, lambda: None, lambda seed: [Run(name, seed, lambda: None) for name in names])
+    guides = {name: (lambda: None) if name == "guided" else None for name in names}
+    return Comparison(task, {}, lambda: None, lambda seed: [Run(n, seed, lambda: None, g) for n, g in guides.items()])
 
 
 @pytest.mark.parametrize(
     ("names", "flags", "words"),
     [
         (["guided"], {"equal_time_baseline": True}, "but --runs does not name it: add alone to --runs"),
-        (["alone", "guided"], {"equal_time_to": "other"}, "--equal_time_to other is none of the runs: alone, guided"),
+        (["alone", "guided"], {"equal_time_to": "alone"}, r"alone is none of the guided runs \(guided\)"),
+        (["alone", "guided"], {"equal_time_to": "guided"}, "add --equal_time_baseline"),
+        (["alone"], {"equal_time_baseline": True}, "needs a guided run, whose time it takes"),
+        (["alone"], {"seeds": [0, 0]}, "--seeds 0 0 names a seed twice"),
+        (["alone"], {"search_seeds": [7, 8, 7]}, "--search_seeds 7 8 7 names a seed twice"),
         (["alone"], {"dimension_rows": 2}, "--dimension_rows is 2; a dimension needs at least 3 rows"),
         (["alone"], {"film_steps": 0}, "--film_steps is 0; a film needs"),
         (["alone"], {"learning_rates": [1.0], "seeds": [3, 100]}, "--seeds and --search_seeds both name 100"),

@@ -3,7 +3,7 @@
 from test_pages import report_of
 
 from hf_guidance.experiments.report import comparison_rows
-from hf_guidance.experiments.results_page import block_of, page_of, table_and_gains
+from hf_guidance.experiments.results_page import block_of, losses_in_words, page_of, table_and_gains, times_in_words
 
 
 def test_a_block_has_command_table_rates_and_machine():
@@ -35,3 +35,18 @@ def test_a_page_names_task_and_recipe_and_says_what_was_cut():
     assert page_of(report | {"command_is_cut": True}).startswith(page)
     assert "without what belongs to this machine" in page_of(report | {"command_is_cut": True})
     assert "```sh" not in page_of(report | {"command": ""})
+
+
+def test_times_and_losses_at_the_end_are_said_where_they_are_known():
+    guided = {"guide": {"architecture": "G"}, "training": [{"loss": 2.0}, {"loss": 0.25}], "curve": [{"loss": 0.5}]}
+    runs = [
+        {"run": "guided", "seed": 0, "seconds": 10.0, **guided},
+        {"run": "guided", "seed": 1, "seconds": 20.0, **guided},
+        {"run": "alone_equal_time", "seed": 0, "seconds": 9.0, "guide": None},
+        {"run": "alone_equal_time", "seed": 1, "seconds": 22.0, "guide": None},
+    ]
+    assert times_in_words(runs) == (
+        "The longer baseline had 1.00 times the time of the slowest guided run, 0.90 to 1.10. "
+    )
+    assert losses_in_words(runs) == "Task loss at the end, training and validation: guided 0.25, 0.5. "
+    assert times_in_words(runs[:2]) == losses_in_words(runs[2:]) == ""
