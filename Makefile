@@ -75,9 +75,10 @@ docs: install ## build the guides and the API reference as pages in outputs/docs
 
 # claims, and what stands beside them, of which only the values are kept
 TEXT = copy_paste parity language_modeling
-TEXT_BESIDE = copy_paste_controls copy_paste_measures copy_paste_variants language_modeling_early_layer
+TEXT_BESIDE = copy_paste_controls copy_paste_measures copy_paste_variants copy_paste_initialisation language_modeling_early_layer
 IMAGES = convnet_without_skips wide_fcn deep_fcn
-IMAGES_BESIDE = deep_fcn_controls deep_fcn_measures deep_fcn_cached wide_fcn_cached convnet_without_skips_cached
+IMAGES_BESIDE = deep_fcn_controls deep_fcn_measures deep_fcn_initialisation wide_fcn_initialisation \
+	deep_fcn_cached wide_fcn_cached convnet_without_skips_cached
 
 results-small: install shakespeare ## run every claim on two CPU cores (hours; resumes), and write tables and cards
 	for claim in $(TEXT) $(TEXT_BESIDE); do \

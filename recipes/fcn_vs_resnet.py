@@ -7,7 +7,8 @@
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
 convnet_without_skips, wide_fcn or deep_fcn. deep_fcn_controls and deep_fcn_measures put what else the deep FCN may be
-guided by beside it, on three seeds; each claim's name with _cached has the guide kept in a cache. --config is a file
+guided by beside it, on three seeds; a claim's name with _cached has the guide kept in a cache, that of an FCN with
+_initialisation guides it at the start only. --config is a file
 with flags. A guidance flag with several values (--measure ridge linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
@@ -16,8 +17,9 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     alone_shifted            the same, with its images at random places (needs --object_size)
     untrained_guide          guided by a guide with random weights
     trained_guide            guided by a trained guide: from the Hub, from a folder, or trained here (--train_guide)
-    untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
-    trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
+    *_stopped, *_decayed     as untrained_guide or trained_guide, but guidance stops at --stop_step, or decays until it
+    *_until_similar          the same, but guidance stops at --stop_similarity
+    *_prealigned, *_prealigned_on_noise    the same, but a tenth of the steps is guidance alone, on data or noise
     trained_guide_cached     as trained_guide, by debiased CKA of 1024 numbers a layer, kept in a cache
     shuffled_guide           control: the untrained guide sees the images of other rows
     noise_guide              control: the untrained guide sees noise
@@ -58,7 +60,7 @@ from transformers import (
 )
 
 from hf_guidance import load_guide
-from hf_guidance.experiments.arguments import RecipeArguments
+from hf_guidance.experiments.arguments import INITIALISED, RecipeArguments
 from hf_guidance.experiments.batch_norm import ReestimatedBatchNorm
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.distillation import DistillationTrainer, check_classes
@@ -76,13 +78,13 @@ from hf_guidance.tasks.images import check_last_batch, count_skipped
 from hf_guidance.tasks.pixel_formats import check_sees, check_takes, pixel_format_of
 
 RUNS = (
-    *("alone", "alone_shifted", "guide_itself", "untrained_guide", "untrained_guide_stopped"),
-    *("trained_guide", "trained_guide_stopped", "trained_guide_cached"),
+    *("alone", "alone_shifted", "guide_itself", "untrained_guide", "trained_guide", "trained_guide_cached"),
+    *(f"{guide}_{end}" for guide in ("untrained_guide", "trained_guide") for end in INITIALISED),
     *("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture"),
     *("distillation", "untrained_distillation"),
 )
 FROM_ITS_WEIGHTS = (
-    *("trained_guide", "trained_guide_stopped", "trained_guide_cached"),
+    *("trained_guide", "trained_guide_cached", *(f"trained_guide_{end}" for end in INITIALISED)),
     *("reversed_layers", "distillation"),
 )
 CACHED = {"measure": "debiased_cka", "sketch": 1024, "sample_id_column": "id"}
@@ -115,6 +117,11 @@ WIDE_FCN = f"""{FAIR}
     --train_size 2000 --per_device_train_batch_size 128 --max_steps 250 --eval_steps 50
     --guide_learning_rate 1e-3 --guide_max_steps 400 --guidance_weight 3 --batch_norm_rows 1000
 """
+AT_THE_START = """
+    --seeds 20 21 22 --equal_time_baseline false --stop_similarity 0.4
+    --runs alone guide_itself trained_guide trained_guide_stopped trained_guide_decayed trained_guide_until_similar
+    trained_guide_prealigned trained_guide_prealigned_on_noise
+"""
 WITH_CACHE = """
     --seeds 20 21 22 --runs alone guide_itself trained_guide trained_guide_cached --measure debiased_cka
     --equal_time_to trained_guide_cached
@@ -138,6 +145,12 @@ CLAIMS = {
         --learning_rates 5e-4 1e-3 2e-3 4e-3 --seeds 10 11 12 13 14
         --runs alone alone_shifted guide_itself trained_guide trained_guide_stopped untrained_guide
         --output_dir outputs/claims/deep_fcn
+    """,
+    "deep_fcn_initialisation": f"""{DEEP_FCN} {AT_THE_START}
+        --learning_rate 5e-4 --output_dir outputs/claims/deep_fcn_initialisation
+    """,
+    "wide_fcn_initialisation": f"""{WIDE_FCN} {AT_THE_START} --stop_similarity 0.5
+        --learning_rate 1e-4 --output_dir outputs/claims/wide_fcn_initialisation
     """,
     "deep_fcn_cached": f"""{DEEP_FCN} {WITH_CACHE}
         --learning_rate 5e-4 --output_dir outputs/claims/deep_fcn_cached
@@ -358,7 +371,6 @@ def matched_runs(
     labels = len(tasks["alone"].labels)
     target = partial(target_of, recipe, tasks["alone"])
     trained = Path(str(args.output_dir)) / f"seed-{seed}" / "guide_itself"
-    stop = recipe.stopped(recipe.runs or (), args.max_steps)
     cached = CACHED | {"cache_guide": str(Path(str(args.output_dir)) / "cache")}
     untrained: Callable[[], Any] = partial(load_guide, source, untrained=True, seed=seed)
     given: Callable[..., Any] = partial(load_guide, trained if recipe.train_guide else source)
@@ -382,9 +394,7 @@ def matched_runs(
         Run("alone_shifted", seed, target, task=others.get("shifted")),
         Run("guide_itself", seed, itself, training=recipe.guide_training(), task=own_task),
         Run("untrained_guide", seed, target, guide=untrained),
-        Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
         Run("trained_guide", seed, target, guide=given, needs=needs, like=untrained),
-        Run("trained_guide_stopped", seed, target, guide=given, needs=needs, like=untrained, guidance=stop),
         Run("trained_guide_cached", seed, target, guide=given, needs=needs, like=untrained, guidance=cached),
         Run("shuffled_guide", seed, target, guide=untrained, guidance={"guide_input": "shuffled"}),
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
@@ -412,6 +422,12 @@ def matched_runs(
             trainer=partial(distil, partial(given, auto_class=AutoModelForImageClassification)),
         ),
         Run("untrained_distillation", seed, target, trainer=partial(distil, itself)),
+    ]
+    by_name = {run.name: run for run in runs}
+    runs += [
+        replace(by_name[name], name=f"{name}{end}", guidance=fields)
+        for name in ("untrained_guide", "trained_guide")
+        for end, fields in recipe.initialisations(recipe.runs or (), args.max_steps).items()
     ]
     chosen = set(recipe.runs or ())
     if recipe.train_guide and chosen & {*FROM_ITS_WEIGHTS}:

@@ -6,18 +6,19 @@
     accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim copy_paste
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
-copy_paste, parity or language_modeling (its text: make shakespeare). copy_paste_controls, copy_paste_measures and
-copy_paste_variants put what else may guide the RNN beside it, on three seeds, language_modeling_early_layer another
-pair of layers. --config is a file with flags. A guidance flag with several values (--measure ridge linear_cka) trains
-each guided run at each of them.
+copy_paste, parity or language_modeling (its text: make shakespeare). Beside them stand, on three seeds, what else may
+guide the RNN (copy_paste_controls, copy_paste_measures, copy_paste_variants), guidance at the start only
+(copy_paste_initialisation), and another pair of layers (language_modeling_early_layer). --config is a file with flags.
+A guidance flag with several values (--measure ridge linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
     alone                    the target without guidance
     untrained_guide          guided by a guide with random weights
     trained_guide            guided by the network that guide_itself trained
-    untrained_guide_stopped  as untrained_guide, but guidance stops at --stop_step (guidance as initialisation)
-    trained_guide_stopped    as trained_guide, but guidance stops at --stop_step
+    *_stopped, *_decayed     as untrained_guide or trained_guide, but guidance stops at --stop_step, or decays until it
+    *_until_similar          the same, but guidance stops at --stop_similarity
+    *_prealigned, *_prealigned_on_noise    the same, but a tenth of the steps is guidance alone, on data or noise
     noncausal_guide          guided by an untrained Transformer that sees the whole row, as in the paper's code
     within_rows              as untrained_guide, but the positions of each row are compared, by debiased CKA
     last_to_early_layer      as trained_guide, but its last layer guides the second one, with a weight that decays
@@ -58,7 +59,7 @@ from transformers import (
 )
 
 from hf_guidance import load_guide
-from hf_guidance.experiments.arguments import RecipeArguments
+from hf_guidance.experiments.arguments import INITIALISED, RecipeArguments
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.files import identify_files
 from hf_guidance.experiments.recipe import launch, training_defaults
@@ -71,7 +72,7 @@ from hf_guidance.tasks.parity import length_curriculum
 
 TEXT_TASKS = ("copy_paste", "parity", "language_modeling")
 RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")  # by default
-STOPPED = ("untrained_guide_stopped", "trained_guide_stopped")
+STOPPED = tuple(f"{guide}_{end}" for guide in ("untrained_guide", "trained_guide") for end in INITIALISED)
 VARIANTS = ("noncausal_guide", "within_rows", "last_to_early_layer")
 CONTROLS = ("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture")
 LAYERS = 4  # of the RNNs and the Transformers
@@ -98,6 +99,11 @@ CLAIMS = {
     """,
     "copy_paste_variants": f"""{BESIDE_COPY_PASTE}
         --runs alone untrained_guide noncausal_guide within_rows --output_dir outputs/claims/copy_paste_variants
+    """,
+    "copy_paste_initialisation": f"""{BESIDE_COPY_PASTE} --stop_similarity 0.95
+        --runs alone untrained_guide untrained_guide_stopped untrained_guide_decayed untrained_guide_until_similar
+        untrained_guide_prealigned untrained_guide_prealigned_on_noise
+        --output_dir outputs/claims/copy_paste_initialisation
     """,
     "parity": f"""{FAIR}
         --task parity --learning_rates 3e-4 1e-3 2e-3 3e-3 --runs alone guide_itself trained_guide --guide_rows 24
@@ -291,14 +297,11 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
     given: Callable[[], Any] = partial(load_guide, trained)
     last, within = f"hidden_states.1~hidden_states.{LAYERS - 1}", {"sample_axis": "within", "measure": "debiased_cka"}
     early = {"layer_pairs": [last], "guidance_schedule": "linear"}
-    stop = recipe.stopped(recipe.runs, args.max_steps)
     runs = [
         Run("alone", seed, target),
         Run("guide_itself", seed, guide, training=own, task=own_task),
         Run("untrained_guide", seed, target, guide=untrained),
-        Run("untrained_guide_stopped", seed, target, guide=untrained, guidance=stop),
         Run("trained_guide", seed, target, guide=given, needs="guide_itself", like=untrained),
-        Run("trained_guide_stopped", seed, target, guide=given, needs="guide_itself", like=untrained, guidance=stop),
         Run("noncausal_guide", seed, target, guide=noncausal),
         Run("within_rows", seed, target, guide=untrained, guidance=within),
         Run("last_to_early_layer", seed, target, guide=given, needs="guide_itself", like=untrained, guidance=early),
@@ -306,6 +309,12 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
         Run("reversed_layers", seed, target, guide=untrained, guidance={"layer_mapping": "reversed"}),
         Run("own_architecture", seed, target, guide=own_architecture),
+    ]
+    by_name = {run.name: run for run in runs}
+    runs += [
+        replace(by_name[name], name=f"{name}{end}", guidance=fields)
+        for name in ("untrained_guide", "trained_guide")
+        for end, fields in recipe.initialisations(recipe.runs, args.max_steps).items()
     ]
     needed = {*recipe.runs, *(run.needs for run in runs if run.name in recipe.runs)}
     return [run for run in runs if run.name in needed]

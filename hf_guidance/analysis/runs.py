@@ -28,6 +28,10 @@ AFTER_THE_GUIDE = {  # end of a run's name → words
 }
 AFTER_A_COMMA = {
     "_stopped": "stopped early",
+    "_decayed": "decaying",
+    "_until_similar": "until similar",
+    "_prealigned": "first alone",
+    "_on_noise": "first alone on noise",
     "_cached": "in a cache",
     "reversed_layers": "layers reversed",
     "within_rows": "within rows",

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+INITIALISED = ("stopped", "decayed", "until_similar", "prealigned", "prealigned_on_noise")  # ends of runs' names
+
 
 @dataclass
 class RecipeArguments:
@@ -53,7 +55,10 @@ class RecipeArguments:
         metadata={"help": "Map the similarity of all layers every so many steps, and draw a film of each guided run."},
     )
     stop_step: Optional[int] = field(
-        default=None, metadata={"help": "Step at which the *_stopped runs stop guidance; default a third of the steps."}
+        default=None, metadata={"help": "Step at which *_stopped and *_decayed runs end guidance; default a third."}
+    )
+    stop_similarity: float = field(
+        default=0.9, metadata={"help": "Mean similarity at which the *_until_similar runs stop guidance."}
     )
     guide_learning_rate: Optional[float] = field(
         default=None, metadata={"help": "Learning rate for training the guide itself."}
@@ -65,8 +70,8 @@ class RecipeArguments:
         own = {"learning_rate": self.guide_learning_rate, "max_steps": self.guide_max_steps}
         return {name: value for name, value in own.items() if value is not None}
 
-    def stopped(self, runs: Iterable[str], steps: int) -> dict[str, Any]:
-        """Return the `GuidanceConfig` fields of the runs that stop guidance.
+    def initialisations(self, runs: Iterable[str], steps: int) -> dict[str, dict[str, Any]]:
+        """Return the ways to guide at the start only: end of a run's name → its `GuidanceConfig` fields.
 
         Args:
             runs: Names of all runs.
@@ -75,10 +80,18 @@ class RecipeArguments:
         Raises:
             ValueError: If one of the runs is to stop, and `stop_step` is not within its steps.
         """
-        stopping = [run for run in runs if run.endswith("_stopped")]
+        stopping = [run for run in runs if run.endswith(("_stopped", "_decayed"))]
         if stopping and self.stop_step is not None and not 0 < self.stop_step < steps:
             raise ValueError(
                 f"--stop_step is {self.stop_step}; {stopping[0]} stops guidance within its {steps} steps: "
                 f"choose from 1 to {steps - 1}."
             )
-        return {"guidance_stop_step": max(1, steps // 3) if self.stop_step is None else self.stop_step}
+        stop = max(1, steps // 3) if self.stop_step is None else self.stop_step
+        before = {"prealign_steps": max(1, steps // 10), "guidance_stop_step": max(1, steps // 10)}
+        return {
+            "_stopped": {"guidance_stop_step": stop},
+            "_decayed": {"guidance_schedule": "linear", "guidance_stop_step": stop},
+            "_until_similar": {"guidance_stop_similarity": self.stop_similarity},
+            "_prealigned": before,
+            "_prealigned_on_noise": before | {"guide_input": "prealign_noise"},
+        }
