@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,6 +107,7 @@ def _measure(trainer: GuidanceMixin, loss: GuidanceLoss, batch: Batch, number: i
     if watched.loss is None or watched.layers is None:
         raise ValueError(f"batch {number} cannot be guided: {watched.why_unguided}.")
     similarities, targets, guides = _layers(loss, watched)
+    _check_finite(task_loss, similarities, number)
     model: Any = trainer.model
     gradients = gradients_of(trainer, model, task_loss, watched, 1.0)
     before_backward = clock.now()
@@ -118,6 +119,16 @@ def _measure(trainer: GuidanceMixin, loss: GuidanceLoss, batch: Batch, number: i
         clock.between(after_plain, after_forward) + clock.between(before_backward, ended),
     )
     return _OfBatch(similarities, targets, guides, gradients, seconds)
+
+
+def _check_finite(task_loss: Tensor, similarities: Mapping[str, Mapping[str, float]], number: int) -> None:
+    values = {f"{measure} of {pair}": found for measure, of in similarities.items() for pair, found in of.items()}
+    for name, value in {"the task loss": float(task_loss), **values}.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name} is {value} on batch {number}: look for values that are not finite in the weights of both "
+                "networks and in the data."
+            )
 
 
 def _for_guide(batch: Batch, loss: GuidanceLoss) -> Batch:

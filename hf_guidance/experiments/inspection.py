@@ -139,8 +139,10 @@ def _check(trainer: GuidanceMixin, batches: int) -> None:
         raise ValueError(f"inspect got a {type(trainer).__name__}; expected a GuidanceTrainer with a guide.")
     if trainer.guide is None:
         raise ValueError("the trainer has no guide, so that there is nothing to inspect: pass guide=load_guide(...).")
-    if batches < 1:
-        raise ValueError(f"batches is {batches}; it must be at least 1.")
+    if not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"batches is {batches!r}; it must be a whole number, at least 1.")
+    if trainer.model is not None and not any(weight.requires_grad for weight in trainer.model.parameters()):
+        raise ValueError("no weight of the target is trained: set requires_grad of those that should be.")
     if trainer.args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("inspect measures on one process, without FSDP or DeepSpeed: start it with plain python.")
     if makes_batches(trainer):
@@ -151,6 +153,11 @@ def _check(trainer: GuidanceMixin, batches: int) -> None:
     rows = trainer.train_dataset
     if rows is None:
         raise ValueError("the trainer has no training data to inspect: pass train_dataset.")
+    if isinstance(rows, Mapping):
+        raise ValueError(
+            f"the training data are a {type(rows).__name__} with {', '.join(map(str, rows))}; expected rows: choose a "
+            "split."
+        )
     if hasattr(rows, "__next__"):
         raise ValueError(
             f"the training data ({type(rows).__name__}) can be read only once, and training would miss what inspect "
@@ -166,9 +173,18 @@ def _batches(trainer: GuidanceMixin, count: int) -> list[dict[str, Any]]:
         random = torch.Generator().manual_seed(trainer.args.seed)
         order = torch.randperm(len(rows), generator=random).tolist()[: count * size]
         rows = rows.select(order) if hasattr(rows, "select") else Subset(rows, order)
-    found = [trainer._prepare_inputs(batch) for batch in islice(first_batches(trainer, rows), count)]
+    try:
+        read = list(islice(first_batches(trainer, rows), count))
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"the training data do not make a batch ({type(error).__name__}: {said[:200]}): pass a data_collator, such "
+            "as DataCollatorWithPadding(tokenizer) for texts of several lengths."
+        ) from error
+    found = [trainer._prepare_inputs(batch) for batch in read]
     if not found:
-        there = f"have {len(rows)} rows" if hasattr(rows, "__len__") else "end early"
+        count = len(rows) if hasattr(rows, "__len__") else 0
+        there = f"have {count} row{'' if count == 1 else 's'}" if hasattr(rows, "__len__") else "end early"
         raise ValueError(
             f"the training data {there}, fewer than one batch of {size}: lower per_device_train_batch_size, or give "
             "more rows."

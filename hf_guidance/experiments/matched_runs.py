@@ -18,6 +18,7 @@ from hf_guidance.analysis.history import metrics_of
 from hf_guidance.experiments.baselines import equal_time as longer_run
 from hf_guidance.experiments.controls import ALONE, CONTROLS, GUIDED, MatchedRun, check_follows
 from hf_guidance.experiments.files import write_json
+from hf_guidance.experiments.rehearsal import check_rows, checked_seeds, rehearse
 from hf_guidance.experiments.report import Record, Row, comparison_rows
 from hf_guidance.experiments.results_page import table_and_gains
 from hf_guidance.experiments.run import Run, settings_of
@@ -99,7 +100,8 @@ def compare_runs(
         Records, table and paired gains, written to the folder too.
 
     Raises:
-        ValueError: If a seed or control is wrong, a trainer does not follow its run, or the folder holds other runs.
+        ValueError: If a seed or control is wrong, a trainer does not follow its run or differs in more than guidance,
+            or the folder holds other runs. Each trainer is made once before any training to find this out.
 
     Example:
         >>> def make_trainer(run):  # doctest: +SKIP
@@ -109,17 +111,18 @@ def compare_runs(
         >>> print(compare_runs(make_trainer, seeds=[0, 1, 2]))  # doctest: +SKIP
     """
     place = Path(folder)
-    _check(seeds, controls, place)
+    seeds = checked_seeds(seeds)
+    _check(make_trainer, controls, place, len(seeds), metric)
+    if test_dataset is not None:
+        check_rows(test_dataset, "test_dataset")
+    rehearse(make_trainer, _runs(seeds[0], controls, place, equal_time))
     higher = metric != "loss" if higher_is_better is None else higher_is_better
     data = "validation" if test_dataset is None else "test"
     task = {"metric": metric, "percent": percent, "higher_is_better": higher, "data": data}
     carry_out = partial(_carry_out, make_trainer=make_trainer, metric=metric, test_dataset=test_dataset)
     results: list[Record] = []
     for seed in seeds:
-        for name in (ALONE, GUIDED, *controls):
-            control = name if name in CONTROLS else None
-            run = MatchedRun(name, seed, name != ALONE, str(place / f"seed-{seed}" / name), control=control)
-            results.append(carry_out(run))
+        results += [carry_out(run) for run in _runs(seed, controls, place)]
     for seed in seeds if equal_time else ():
         longer = longer_run(Run(ALONE, seed, _no_network), results[0]["steps"], results, GUIDED)
         steps = longer.training["max_steps"]
@@ -131,14 +134,30 @@ def compare_runs(
     return found
 
 
-def _check(seeds: Sequence[int], controls: Sequence[str], folder: Path) -> None:
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; expected at least one, and each once.")
+def _runs(seed: int, controls: Sequence[str], place: Path, longer: bool = False) -> list[MatchedRun]:
+    """Return the runs of a seed: alone, guided and controls, and one that stands for the longer run, if it is asked."""
+    runs = [
+        MatchedRun(
+            name, seed, name != ALONE, str(place / f"seed-{seed}" / name), control=name if name in CONTROLS else None
+        )
+        for name in (ALONE, GUIDED, *controls)
+    ]
+    example = MatchedRun(EQUAL_TIME, seed, False, str(place / f"seed-{seed}" / EQUAL_TIME), max_steps=1)
+    return [*runs, example] if longer else runs
+
+
+def _check(make_trainer: MakeTrainer, controls: Sequence[str], folder: Path, seeds: int, metric: str) -> None:
+    if not callable(make_trainer):
+        raise ValueError(f"make_trainer is a {type(make_trainer).__name__}; expected a function of a run.")
+    if metric.startswith("eval_"):
+        raise ValueError(f"metric is {metric!r}; expected its name without eval_: {metric.removeprefix('eval_')!r}.")
+    if isinstance(controls, str):
+        raise ValueError(f"controls is the string {controls!r}; expected a list of names.")
     if wrong := [name for name in controls if name not in CONTROLS]:
         raise ValueError(f"controls name {wrong[0]!r}; possible are {', '.join(CONTROLS)}.")
     if len(set(controls)) < len(controls):
         raise ValueError(f"controls are {list(controls)}; name each once.")
-    needed = ["matplotlib", *(["scipy"] if len(seeds) > 1 else [])]
+    needed = ["matplotlib", *(["scipy"] if seeds > 1 else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ImportError(f"compare_runs needs {' and '.join(missing)}: pip install 'hf_guidance[recipes]'.")
     check_writable(folder, "folder")

@@ -161,7 +161,7 @@ def _gradients(loss: Tensor, weights: Sequence[Parameter], scale: float) -> list
 
 def _norm(slope: Tensor) -> float:
     values = slope.coalesce().values() if slope.is_sparse else slope
-    return float(gathered(torch.linalg.vector_norm(values, dtype=torch.float32)))
+    return float(gathered(torch.linalg.vector_norm(values.to(torch.float32))))
 
 
 def _product(one: Tensor, other: Tensor) -> float:

@@ -233,13 +233,35 @@ def test_a_stream_is_read_from_its_beginning_and_one_that_ends_for_good_is_refus
 def test_what_cannot_be_inspected_is_told(tmp_path: Path) -> None:
     for trainer, batches, said in (
         (make_trainer(tmp_path, gpt2()), 1, "the trainer has no guide"),
-        (make_trainer(tmp_path, gpt2(), llama()), 0, "batches is 0; it must be at least 1"),
+        (make_trainer(tmp_path, gpt2(), llama()), 0, "batches is 0; it must be a whole number, at least 1"),
+        (make_trainer(tmp_path, gpt2(), llama()), "4", "batches is '4'; it must be a whole number"),
+        (make_trainer(tmp_path, gpt2().requires_grad_(False), llama()), 1, "no weight of the target is trained"),
+        (make_trainer(tmp_path, gpt2(), llama(), train_dataset={"train": token_rows()}), 1, "are a dict with train"),
+        (make_trainer(tmp_path, gpt2(), llama(), train_dataset=["text"] * 8), 1, "do not make a batch .*data_collator"),
+        (
+            make_trainer(tmp_path, gpt2(), llama(), train_dataset=[row for n in (5, 6) for row in token_rows(4, n)]),
+            1,
+            r"do not make a batch \(RuntimeError: stack expects.*data_collator",
+        ),
         (make_trainer(tmp_path, gpt2(), llama(), train_dataset=token_rows(3)), 1, "have 3 rows, fewer than one batch"),
     ):
         with pytest.raises(ValueError, match=said):
-            inspect(trainer, batches=batches)
+            inspect(trainer, batches=batches)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got a GPT2LMHeadModel; expected a GuidanceTrainer"):
         inspect(gpt2())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("broken", ["target", "guide"])
+def test_values_that_are_not_finite_are_told(tmp_path: Path, broken: str) -> None:
+    networks = {"target": gpt2(), "guide": llama()}
+    next(networks[broken].parameters()).data[:] = torch.nan
+    with pytest.raises(ValueError, match=r" is nan on batch 0: look for values that are not finite"):
+        inspect(make_trainer(tmp_path, *networks.values(), **ROWS), batches=2)
+
+
+def test_networks_in_double_precision_are_inspected(tmp_path: Path) -> None:
+    found = inspect(make_trainer(tmp_path, gpt2().double(), llama().double(), **ROWS), batches=2)
+    assert found.measured.gradient_ratio is not None
 
 
 def test_facts_about_the_data_are_those_of_the_trainer(tmp_path: Path) -> None:
