@@ -138,7 +138,8 @@ class GuidanceConfig:
     target_layers: list[str] = _knob(
         [HIDDEN_STATES],
         "Layers of the target to compare: hidden_states (all that output_hidden_states returns, except the "
-        "embeddings), hidden_states.<i>, or modules by name, glob (h.*.mlp) or type (Conv2d).",
+        "embeddings), hidden_states.<i>, or modules by name, glob (h.*.mlp) or type (Conv2d). A module must keep the "
+        "order of the batch's rows.",
     )
     guide_layers: list[str] = _knob([HIDDEN_STATES], "Layers of the guide to compare, named like target_layers.")
     layer_mapping: str = _knob(

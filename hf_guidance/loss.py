@@ -17,14 +17,15 @@ from hf_guidance.features.choices import choose_rows
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import ranks_of
 from hf_guidance.features.gradients import not_recomputed, reaches_weights
-from hf_guidance.features.inside import transformer_in
+from hf_guidance.features.inside import check_is_network, holds_transformer, transformer_in
 from hf_guidance.features.layer_stacks import in_words
+from hf_guidance.features.masks import warn_if_added
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.features.rows import Batch, is_packed, side_of
+from hf_guidance.features.rows import Batch, is_packed, side_of, tensors_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.forward import GuideRunning
-from hf_guidance.guide.freezing import check_apart, check_is_network, check_types, freeze
+from hf_guidance.guide.freezing import check_apart, check_types, freeze
 from hf_guidance.guide.inputs import (
     generator_for,
     noise_like,
@@ -283,6 +284,8 @@ class GuidanceLoss:
         Raises:
             ValueError: All that `Samples` raises.
         """
+        if like is None and self.pairs is None and holds_transformer(self.target):  # on the first batch
+            warn_if_added(tensors_of(batch))
         place = (self.seed, step, micro_step, 0 if self.ranks else rank)  # all ranks choose their tokens together
         options: dict[str, Any] = {"like": like, "seed": generator_for(*place).initial_seed(), "ranks": self.ranks}
         options["sketch"] = self.sketch if like is None else self.running.sketch

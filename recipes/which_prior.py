@@ -36,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments, ViTConfig
 
 from hf_guidance import load_guide
@@ -45,6 +46,7 @@ from hf_guidance.experiments.files import identify_folder
 from hf_guidance.experiments.recipe import launch, training_defaults
 from hf_guidance.experiments.recipe_runs import Comparison, Matrix
 from hf_guidance.experiments.run import Run
+from hf_guidance.guide.hub_errors import hub_fault, one_line
 from hf_guidance.targets import FCNConfig
 from hf_guidance.targets.vision import VISION_TARGETS, small_resnet, vision_target
 from hf_guidance.tasks import Task, image_classification
@@ -114,7 +116,37 @@ def build(recipe: Arguments, args: TrainingArguments) -> Matrix:
     names = {run_named(guide): Path(guide).name for guide in recipe.guides}
     if len(names) < len(recipe.guides):
         raise ValueError(f"--guides {' '.join(recipe.guides)}: two of them have the same name.")
+    left_out = {guide: why for guide in recipe.guides if (why := why_left_out(guide, int(recipe.image_size or 0)))}
+    said = [f"{run_named(guide)} is left out: {why}" for guide, why in left_out.items()]
+    if len(left_out) == len(recipe.guides):
+        raise ValueError(f"--guides: none can be loaded. {' '.join(said)}")
+    if said and PartialState().is_main_process:
+        print("\n".join(said), flush=True)
+    recipe = replace(recipe, guides=[guide for guide in recipe.guides if guide not in left_out])
     return Matrix({target: comparison_of(recipe, target) for target in recipe.targets}, names)
+
+
+def why_left_out(guide: str, size: int) -> str:
+    """Explain why a guide cannot be loaded, or takes no images of its own size; empty if it can be used."""
+    try:
+        own = format_of(guide, size)
+        if own != PixelFormat(size):
+            check_takes(network_of(guide, 0, size)(), own, guide)
+    except (OSError, ValueError) as error:
+        return (hub_fault(guide, error) or one_line(error)) if isinstance(error, OSError) else str(error)
+    return ""
+
+
+def format_of(guide: str, size: int) -> PixelFormat:
+    """Return size and normalisation of a guide's images."""
+    return PixelFormat(size) if guide in GUIDES else pixel_format_of(guide, size, trained=os.path.isdir(guide))
+
+
+def network_of(guide: str, seed: int, size: int) -> Callable[[], Any]:
+    """Return what loads a guide from its folder, or builds it with random weights."""
+    if os.path.isdir(guide):
+        return partial(load_guide, guide)
+    return partial(load_guide, GUIDES[guide](size) if guide in GUIDES else guide, untrained=True, seed=seed)
 
 
 def run_named(guide: str) -> str:
@@ -156,15 +188,9 @@ def guided(
     guide: str, seed: int, target: Callable[[], PreTrainedModel], pixels: PixelFormat, load: Callable[..., Task]
 ) -> Run:
     """Return the run that a guide guides, on images of the guide's own size too if it needs them."""
-    trained = os.path.isdir(guide)
-    network: Callable[[], Any] = partial(load_guide, guide)
-    if not trained:
-        source = GUIDES[guide](pixels.size) if guide in GUIDES else guide
-        network = partial(load_guide, source, untrained=True, seed=seed)
-    own = pixels if guide in GUIDES else pixel_format_of(guide, pixels.size, trained=trained)
+    network, own = network_of(guide, seed, pixels.size), format_of(guide, pixels.size)
     if own == pixels:
         return Run(run_named(guide), seed, target, guide=network)
-    check_takes(network(), own, guide)
     task = load(guide=own)
     task = replace(task, train_dataset=task.train_dataset.with_seed(seed))
     return Run(run_named(guide), seed, target, guide=network, task=task)

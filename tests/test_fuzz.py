@@ -160,13 +160,18 @@ SPOILT = [
 
 
 def watch(loss: GuidanceLoss, batch: Batch) -> Any:
+    """Watch a forward of the target, which gets the mask as 0 and 1.
+
+    `GuidanceLoss` leaves the target's mask as it is, and gives a warning of one of 0 and -inf. Here it is converted
+    before the target is called, so that only what guidance makes of such a mask is tested.
+    """
     known = {name for name in batch if name in {"input_ids", "attention_mask"}}
     with loss.watch(batch) as watched:
         if watched.why_unguided:
             return watched
         inputs = {name: watched.inputs[name] for name in known}
         mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor):  # transformers reads 0 and 1
+        if isinstance(mask, Tensor):
             inputs["attention_mask"] = (mask == 0 if (mask.float() < 0).any() else mask != 0).long()
         loss.target(**inputs)
     return watched

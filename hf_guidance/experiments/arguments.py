@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 INITIALISED = ("stopped", "decayed", "until_similar", "prealigned", "prealigned_on_noise")  # ends of runs' names
+SEEDS = 2**32  # numpy takes seeds below this
 
 
 @dataclass
@@ -95,3 +97,15 @@ class RecipeArguments:
             "_prealigned": before,
             "_prealigned_on_noise": before | {"guide_input": "prealign_noise"},
         }
+
+
+def check_numbers(recipe: RecipeArguments) -> None:
+    """Raise ValueError for a learning rate or a seed that no run could take. `command_line.parse` calls this."""
+    own = [] if recipe.guide_learning_rate is None else [recipe.guide_learning_rate]
+    rates = {"learning_rates": recipe.learning_rates or [], "guide_learning_rate": own}
+    for flag, values in rates.items():
+        if wrong := [rate for rate in values if not (math.isfinite(rate) and rate > 0)]:
+            raise ValueError(f"--{flag} is {wrong[0]:g}; a learning rate is a finite number above 0.")
+    for flag, seeds in {"seeds": recipe.seeds, "search_seeds": recipe.search_seeds}.items():
+        if outside := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+            raise ValueError(f"--{flag} names {outside[0]}; a seed is an integer from 0 to {SEEDS - 1}.")

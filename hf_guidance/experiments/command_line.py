@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from hf_guidance.config import GuidanceConfig, Json
+from hf_guidance.experiments.arguments import RecipeArguments, check_numbers
 
 A = TypeVar("A")
 HELP: dict[str, type | None] = {  # flag → whose flags it explains; None: the recipe's own
@@ -156,6 +157,8 @@ def parse(
     """
     first = _parser(arguments, add_help=False)
     recipe, left = _parsed(first)
+    if isinstance(recipe, RecipeArguments):
+        check_numbers(recipe)
     values = defaults(recipe)
     if asked := next((flag for flag in left if flag in HELP), None):
         print(help_text(asked, description, arguments, values))

@@ -46,6 +46,11 @@ class Conventions:
         """Tell whether a layer's positions are queries of a decoder, as of DETR, which no input's mask describes."""
         return self.reader is not None and self.reader.of_queries and bool(HIDDEN.fullmatch(name))
 
+    def virtual_tokens(self) -> int:
+        """Return how many tokens PEFT's adapters put in front of each row, as prompt tuning does."""
+        adapters = getattr(getattr(self.reader, "model", None), "peft_config", None) or {}
+        return max((getattr(config, "num_virtual_tokens", None) or 0 for config in adapters.values()), default=0)
+
     def to_frames(self, lengths: Tensor) -> Tensor | None:
         """Compute into how many frames the network joins sounds of these lengths; None if it does not tell."""
         if self._frames is None:

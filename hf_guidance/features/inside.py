@@ -42,3 +42,23 @@ def transformer_in(network: nn.Module, role: str = "target") -> Any:
 def is_sentence_transformer(network: Any) -> bool:
     """Tell whether a network is a model of sentence-transformers."""
     return any(cls.__module__.startswith(PACKAGE) for cls in type(network).__mro__)
+
+
+def holds_transformer(network: nn.Module) -> bool:
+    """Tell whether a network is one of transformers, or holds one."""
+    from transformers import PreTrainedModel
+
+    return any(isinstance(module, PreTrainedModel) for module in network.modules())
+
+
+def check_is_network(network: object, role: str) -> None:
+    """Raise ValueError unless this is a live module, as a class of networks is not."""
+    if isinstance(network, type):
+        raise ValueError(
+            f"{role} is the class {network.__name__}; expected a network: make one of it, such as "
+            f"{network.__name__}(config), or load one with from_pretrained."
+        )
+    if isinstance(network, str):
+        raise ValueError(f"{role} is {network!r}; expected a network: load it with from_pretrained({network!r}).")
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{role} is a {type(network).__name__}; expected a network, which is an nn.Module.")

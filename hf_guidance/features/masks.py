@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 ToFrames: TypeAlias = Callable[[Tensor], "Tensor | None"]  # lengths of inputs → lengths of layers
 KINDS = ("encoder", "decoder", "frames")  # of masks
 ADDED = -1e4  # additive masks hold this or less at padding
+
+logger = logging.getLogger(__name__)
 
 
 def masks_of(tensors: Mapping[str, Tensor], to_frames: ToFrames | None = None) -> dict[str, Tensor]:
@@ -68,6 +72,30 @@ def valid_positions(mask: Tensor, name: str = "attention_mask") -> Tensor:
             "-inf. Pass it as integers or bool."
         )
     return mask == 0 if added else mask.bool()
+
+
+def warn_if_added(tensors: Mapping[str, Tensor]) -> None:
+    """Warn once of a mask `(batch, length)` of 0 and −inf, which networks of transformers read the other way round.
+
+    Args:
+        tensors: Columns of the batch, which the target gets as they are.
+    """
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = tensors.get(name)
+        if mask is None or mask.ndim != 2 or mask.dtype == torch.bool or not mask.numel():
+            continue
+        if (mask < 0).any() or (mask.is_floating_point() and not mask.any()):
+            _say_that_it_is_swapped(name)
+
+
+@cache
+def _say_that_it_is_swapped(name: str) -> None:
+    logger.warning(
+        "%s (batch, length) holds 0 and -inf, which guidance reads as valid and padding. The target gets it as it is, "
+        "and a network of transformers reads a mask of two axes as 1 for valid and 0 for padding: it attends to the "
+        "wrong positions. Pass 0 and 1, or an additive mask of four axes (batch, 1, length, length).",
+        name,
+    )
 
 
 def first_valid(mask: Tensor) -> Tensor:

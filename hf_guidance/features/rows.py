@@ -47,6 +47,15 @@ def content_of(batch: Batch) -> Tensor:
     return (known or list(tensors.values()))[0]
 
 
+def check_is_batch(batch: object) -> None:
+    """Raise ValueError unless a batch maps the names of columns to their values."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"the batch is a {type(batch).__name__}; expected a mapping of the network's arguments, such as input_ids, "
+            "to tensors (batch, …): let the data collator return a dict."
+        )
+
+
 def tensors_of(batch: Batch, axes: int = 2) -> dict[str, Tensor]:
     """Return the columns with at least so many axes, of which the first is that of the samples."""
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= axes}

@@ -13,7 +13,7 @@ from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.masks import KINDS
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import Batch, ComparedRows
+from hf_guidance.features.rows import Batch, ComparedRows, side_of
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, flat, layer_of
 from hf_guidance.similarity.pair_loss import Groups
@@ -167,9 +167,39 @@ class Samples(ComparedRows):
                 raise ValueError(
                     f"pair {pair_name((target, other))}: the target layer gives {ours[1]} samples ({ours[0]} positions "
                     f"a row) and the guide layer {theirs[1]} ({theirs[0]}); with sample_axis={self.axis!r} both layers "
-                    "need the same positions. Use sample_axis='sequence', or skip_first_positions=1 if one of them has "
-                    "a class token."
+                    f"need the same positions. {self._why_unlike(target, guide, other)}"
                 )
+
+    def _why_unlike(self, target: str, guide: Samples, other: str) -> str:
+        """Explain why two layers have other positions, as far as that is known, and what to do about it."""
+        for samples, name, role in ((self, target, "target"), (guide, other, "guide")):
+            decodes = "decoder" in samples.masks and side_of(name) == "decoder"
+            others, their_name = (guide, other) if samples is self else (self, target)
+            if decodes and not ("decoder" in others.masks and side_of(their_name) == "decoder"):
+                return (
+                    f"Those of the {role} are its decoder's, and those of the other network its input's: name the "
+                    f"{role}'s encoder ({role}_layers=['encoder_hidden_states']), or use sample_axis='sequence'."
+                )
+        more, least = self._length_of(target), guide._length_of(other)
+        if (virtual := self.conventions.virtual_tokens() if self.conventions else 0) and more - least == virtual:
+            return (
+                f"The target's adapter puts {virtual} virtual tokens in front of each row, which the guide does not "
+                "have: use sample_axis='sequence', or an adapter without virtual tokens, such as LoRA."
+            )
+        ids = [
+            of.content.shape[1] for of in (self, guide) if of.content.ndim == 2 and not of.content.is_floating_point()
+        ]
+        if len(set(ids)) > 1:
+            return (
+                f"The target gets rows of {ids[0]} token ids and the guide of {ids[1]}, as of two tokenizers: use "
+                "sample_axis='sequence'."
+            )
+        return "Use sample_axis='sequence', or skip_first_positions=1 if one of them has a class token."
+
+    def _length_of(self, name: str) -> int:
+        """Return how many positions a layer has, before any is left out."""
+        found = self.positions[name]
+        return found if isinstance(found, int) else self.lengths[found.removeprefix("the ").removesuffix("'s")]
 
     def why_too_few(self, measure: str, needed: int, count: int, packed: bool = False) -> str:
         """Explain why a batch of `count` samples is not guided, and what to do about it."""

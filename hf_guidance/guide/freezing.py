@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.inside import check_is_network
 from hf_guidance.guide.own_base import BASE, OwnBase, adapters_in
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -90,23 +91,17 @@ def check_apart(target: nn.Module, guide: nn.Module) -> None:
 
 
 def check_not_wrapped(network: nn.Module, role: str) -> None:
-    """Raise ValueError for a network that `torch.compile` returned."""
+    """Raise ValueError for a network that `torch.compile` or TorchScript returned."""
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError(
+            f"the {role} ({type(network).__name__}) is compiled by TorchScript, which does not show its layers: pass "
+            "the module that torch.jit.script or torch.jit.trace was called with."
+        )
     if hasattr(network, "_orig_mod"):
         raise ValueError(
             f"the {role} is the result of torch.compile({role}), which hides its layers and its arguments: call "
             f"{role}.compile() instead, which compiles it in place."
         )
-
-
-def check_is_network(network: object, role: str) -> None:
-    """Raise ValueError unless this is a live module, as a class of networks is not."""
-    if isinstance(network, type):
-        raise ValueError(
-            f"{role} is the class {network.__name__}; expected a network: make one of it, such as "
-            f"{network.__name__}(config), or load one with from_pretrained."
-        )
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{role} is a {type(network).__name__}; expected a network, which is an nn.Module.")
 
 
 def check_types(guide: nn.Module | str | None, guidance: GuidanceConfig | None, or_base: bool = False) -> None:

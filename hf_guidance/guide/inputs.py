@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hf_guidance.features.reader import base_model_of
-from hf_guidance.features.rows import Batch, content_of, is_packed, take_rows
+from hf_guidance.features.rows import Batch, check_is_batch, content_of, is_packed, take_rows
 
 GUIDE_PREFIX = "guide_"
 GUIDE_PIXELS = "guide_pixel_values"
@@ -59,6 +59,7 @@ def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
     An encoder-decoder makes its decoder inputs by shifting the labels. TRL's trainers that generate, GRPO and RLOO,
     join prompts and completions into `input_ids` and `attention_mask`.
     """
+    check_is_batch(batch)
     seen: dict[str, Any] = dict(batch)
     if not seen.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values"}:
         network, labels = base_model_of(target), seen.get("labels")
@@ -146,6 +147,7 @@ def without_guide(batch: Batch, ids: str | None = None) -> dict[str, Any]:
         batch: Columns for both networks.
         ids: Column of sample ids to leave out, too.
     """
+    check_is_batch(batch)
     return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
 
 
@@ -167,6 +169,7 @@ def noise_like(batch: Batch, vocabulary: int | None, generator: torch.Generator)
 
     Source: Subramaniam et al. 2025, released code (`randn + 0.1 randn`, clamped).
     """
+    check_is_batch(batch)
     own = sorted(name for name in batch if name.startswith(GUIDE_PREFIX))
     if own and not (own == [GUIDE_PIXELS] and "pixel_values" in batch):
         raise ValueError(f"both networks cannot see the same noise: the batch has {own} for the guide alone.")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from hf_guidance.features.inside import transformer_in
+from hf_guidance.features.inside import check_is_network, transformer_in
 from hf_guidance.guide.configs import config_if_timm_exported, config_of
-from hf_guidance.guide.freezing import check_is_network, check_not_wrapped, freeze
+from hf_guidance.guide.freezing import check_not_wrapped, freeze
 from hf_guidance.guide.hub_errors import hub_fault, one_line
 from hf_guidance.guide.identity import IDENTITY
 from hf_guidance.guide.sharding import built_whole
@@ -42,6 +42,7 @@ POSSIBLE = (
     "untrained=True."
 )
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+SEEDS = -(2**63), 2**64 - 1  # which torch takes
 NOT_GIVEN = {  # arguments that would make from_pretrained read pickles, or files from another repository
     "use_safetensors": "use_safetensors is always on: pickled weights can run code when they are read.",
     "weights_only": "weights_only is for pickled weights, and those are never read.",
@@ -95,6 +96,11 @@ def load_guide(
         options = {"untrained": untrained, "seed": seed, "revision": revision, "auto_class": auto_class, **kwargs}
         options |= {"trust_remote_code": trust_remote_code}
         return _as_it_is(source, [name for name, value in options.items() if value])
+    for name, value in (("untrained", untrained), ("trust_remote_code", trust_remote_code)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r} ({type(value).__name__}); expected True or False.")
+    if type(seed) is int and not SEEDS[0] <= seed <= SEEDS[1]:
+        raise ValueError(f"seed is {seed}; expected an integer from {SEEDS[0]} to {SEEDS[1]}.")
     if type(seed) is not int or not (auto_class is None or hasattr(auto_class, "from_pretrained")):
         raise ValueError(f"seed is {seed!r} and auto_class {auto_class!r}; expected a number and an Auto class.")
     if isinstance(source, type):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.features.inside import transformer_in
+from hf_guidance.features.inside import check_is_network, transformer_in
 from hf_guidance.features.reader import base_model_of
 
 BASE = "base"  # what a trainer's `guide` may be, beside a network
@@ -117,12 +117,13 @@ def load_guide_of_base(target: nn.Module) -> OwnBase:
         The guide. It has no parameters of its own.
 
     Raises:
-        ValueError: If the target has no adapters, they are merged, or the base is not what it was before the adapters,
-            or would not stay so: a weight of it is trained, or batch norm moves its statistics.
+        ValueError: If the target is no network or has no adapters, they are merged, or the base is not what it was
+            before the adapters, or would not stay so: a weight of it is trained, or batch norm moves its statistics.
 
     Example:
         >>> guidance = GuidanceLoss(target, load_guide_of_base(target), GuidanceConfig())  # doctest: +SKIP
     """
+    check_is_network(target, "target")
     guide = OwnBase(transformer_in(target))
     guide.check()
     return guide.eval()

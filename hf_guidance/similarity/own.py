@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hf_guidance.similarity.layers import Layer
 
+EXPECTED = "expected a function of two tensors (samples, features) that returns their similarity, a scalar tensor"
 OWN_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -25,7 +27,7 @@ def find_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Import the function that `module:function` names.
 
     Raises:
-        ValueError: If there is no such module, or no such function in it.
+        ValueError: If there is no such module, no such function in it, or the function does not take two arguments.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -37,7 +39,20 @@ def find_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         ) from error
     if not callable(function):
         raise ValueError(f"measure {name!r} is {type(function).__name__}; expected a function of two feature matrices.")
+    if not _takes_two(function):
+        raise ValueError(f"measure {name!r} does not take two arguments; {EXPECTED}.")
     return function
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Tell whether a function takes two positional arguments, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # of a builtin without a signature
+        return True
+    return True
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,8 @@ class Own:
         Of layers of batch rows the function gets one row at a time.
 
         Raises:
-            ValueError: If the function returns no scalar, a value that is not finite for finite features, or one
-                without a gradient in the target's features.
+            ValueError: If the function raises an error, returns no scalar, a value that is not finite for finite
+                features, or one without a gradient in the target's features.
         """
         layer, with_slope = target
         if layer.values.ndim > 2:
@@ -73,7 +88,7 @@ class Own:
             return torch.stack([value for value, _ in found]), torch.stack(slopes) if slopes else None
         with torch.set_grad_enabled(with_slope):
             features = layer.values.clone().requires_grad_(with_slope)
-            value = self.function(features, guide.values.clone())  # it may change its arguments
+            value = self._value(features, guide.values.clone())  # it may change its arguments
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"measure {self.name!r} returned {got}; expected a scalar tensor.")
@@ -96,6 +111,17 @@ class Own:
                 "look for a root or a norm at 0, and add a small number inside."
             )
         return value.detach(), layer.tangent(slope.clone(memory_format=torch.contiguous_format))
+
+    def _value(self, target: Tensor, guide: Tensor) -> Any:
+        try:
+            return self.function(target, guide)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the function is the user's
+            raise ValueError(
+                f"measure {self.name!r} does not run on features of shapes {tuple(target.shape)} and "
+                f"{tuple(guide.shape)}: {type(error).__name__}: {error}. It is {EXPECTED.removeprefix('expected ')}."
+            ) from error
 
 
 def _are_finite(*layers: Layer) -> bool:

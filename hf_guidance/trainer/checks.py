@@ -76,6 +76,16 @@ def check_writable(folder: str | os.PathLike[str], name: str = "output_dir") -> 
         raise ValueError(f"{name} {folder} cannot be written ({error.strerror}): name another folder.") from error
 
 
+def check_is_arguments(args: object) -> None:
+    """Raise ValueError unless a Trainer's `args` are `TrainingArguments`, or None."""
+    if args is None or isinstance(args, TrainingArguments):
+        return
+    where = " Settings of guidance belong in guidance=." if isinstance(args, GuidanceConfig) else ""
+    raise ValueError(
+        f"args is a {type(args).__name__}; expected TrainingArguments, such as TrainingArguments('outputs').{where}"
+    )
+
+
 def check_output(args: TrainingArguments) -> None:
     """Raise ValueError if a run could not write what it is to save. One that saves nothing may have such a folder."""
     folder = str(args.output_dir)

@@ -17,11 +17,13 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_guidance.guide.sharding import gathered
+from hf_guidance.similarity.pair_loss import Groups
 from hf_guidance.trainer.logs import RunningMeans
 
 logger = logging.getLogger(__name__)
 
 GRADIENT = "norm of the gradient"
+GUIDE_LAYER = "guide layer"
 MAX_NAMED = 5  # values in an error
 STEPPING_BACKWARD = ("lomo", "adalomo")  # with all names that end in `layerwise`; optimizers of TrainingArguments
 
@@ -141,6 +143,11 @@ class FiniteSteps(TrainerCallback):
     def _error(self, step: int, names: str, done: str) -> FloatingPointError:
         skip = "" if self.steps_backward else ", or leave such steps out with on_non_finite='skip'"
         what = "Lower the learning rate, check the data" if skip else "Lower the learning rate, or check the data"
+        if GUIDE_LAYER in names:
+            what = (
+                "It is the frozen guide that is not finite, whatever the learning rate: check its weights and its "
+                "inputs, and load it in float32 or bfloat16 if it is in float16"
+            )
         return FloatingPointError(f"Optimizer step {step} is not finite: {names}. {done} {what}{skip}.")
 
     def _names(self) -> str:
@@ -177,6 +184,14 @@ class FiniteSteps(TrainerCallback):
                     else:
                         losses.append(f"{words} ({place})" if place else words)
         return losses, gradients
+
+
+def guide_layers_to_check(layers: Groups) -> dict[str, Tensor]:
+    """Return a scalar for each layer of the guide that is NaN unless all of the layer's values are finite."""
+    return {
+        f"{GUIDE_LAYER} {name}": torch.stack([(0 * layer.values.detach()).sum() for layer in groups]).sum()
+        for name, groups in layers.items()
+    }
 
 
 def what_steps_backward(optimizer: str, network: nn.Module | None = None) -> str:

@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.features.inside import transformer_in
+from hf_guidance.features.inside import check_is_network, transformer_in
 from hf_guidance.features.rows import Batch
-from hf_guidance.guide.freezing import calibrate_batch_norm, check_is_network, check_types, freeze
+from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
 from hf_guidance.guide.own_base import OwnBase, load_guide_of_base
@@ -24,9 +24,9 @@ from hf_guidance.guide.sharding import check_whole
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
-from hf_guidance.trainer.checks import check_output, check_trainer
+from hf_guidance.trainer.checks import check_is_arguments, check_output, check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
-from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps
+from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps, guide_layers_to_check
 from hf_guidance.trainer.first_look import take_first_look
 from hf_guidance.trainer.gradient_angle import note_gradients
 from hf_guidance.trainer.guided_steps import GuidedSteps
@@ -72,6 +72,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         given = dict(zip(("model", "args"), args, strict=False)) | kwargs
         if isinstance(given.get("model"), type):
             check_is_network(given["model"], "model")
+        check_is_arguments(kwargs.get("args"))
         if isinstance(given.get("args"), TrainingArguments):
             check_output(given["args"])
         super().__init__(*args, **kwargs)
@@ -172,7 +173,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         task_is_scaled = self._loss_is_scaled(num_items)
         sums, compared = self._finite.sums, watched.similarities.get(self.guidance.measure, {})
-        has_to_be_finite = {"task loss": task_loss.detach()}
+        has_to_be_finite = {} if watched.layers is None else guide_layers_to_check(watched.layers[1])
+        has_to_be_finite |= {"task loss": task_loss.detach()}
         has_to_be_finite |= {f"{self.guidance.measure} of {pair}": value for pair, value in compared.items()}
         self._finite.expect_finite(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
         sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallba
 
 from hf_guidance.card.facts import Processing
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.inside import check_is_network
 from hf_guidance.trainer.guidance_mixin import GuidanceMixin
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class GuidanceTrainer(GuidanceMixin, Trainer):
         guide: nn.Module | Literal["base"] | None = None,
         guidance: GuidanceConfig | None = None,
     ) -> None:
+        if model is not None:
+            check_is_network(model, "model")
         given = {
             "model": model,
             "args": args,

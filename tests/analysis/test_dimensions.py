@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,9 +75,23 @@ def test_equal_samples_have_no_dimension_and_doubles_are_left_out() -> None:
         (noise(2, 5), "two_nn", r"features have 2 samples, shape \(2, 5\); at least 3 are needed"),
         (noise(9, 5), "pca", "method is 'pca'; possible are two_nn, participation_ratio"),
         (noise(9, 5).fill_diagonal_(math.nan), "two_nn", "not finite: leave out these samples"),
+        (noise(9), "two_nn", r"shape \(9,\) and are torch.float32; expected real numbers \(samples, …\) with two or"),
+        (noise(9, 2, 2).to(torch.complex64), "two_nn", "are torch.complex64; expected real numbers"),
+        (noise(9, 5).fill_diagonal_(math.inf), "participation_ratio", "not finite: leave out these samples"),
+        (torch.arange(40.0)[:, None], "two_nn", "two nearest neighbours at the same distance.*participation_ratio"),
+        (torch.linspace(0, 1, 12)[:, None], "two_nn", "most of the 12 samples have two nearest neighbours"),
+        ([[1.0, 2.0], [3.0]], "two_nn", r"features \(list\) are no array of numbers .* equally many numbers"),
+        ([["a"], ["b"], ["c"]], "two_nn", r"features \(list\) are no array of numbers"),
         (torch.cat([noise(9, 5)] * 2), "two_nn", "18 of 18 samples have a double.*participation_ratio"),
     ],
 )
-def test_what_has_no_dimension_is_an_error(points: Tensor, method: str, words: str) -> None:
+def test_what_has_no_dimension_is_an_error(points: Any, method: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         intrinsic_dimension(points, method)
+
+
+def test_arrays_lists_and_tensors_with_a_gradient_are_features_too() -> None:
+    points = noise(60, 3).double()
+    expected = intrinsic_dimension(points)
+    for given in (points.numpy(), points.tolist(), points.clone().requires_grad_()):
+        assert intrinsic_dimension(given) == pytest.approx(expected)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import cohen_kappa_score
 
 from hf_guidance.analysis import error_consistency, error_consistency_matrix, plot_error_consistency
@@ -58,3 +60,43 @@ def test_logits_or_other_samples_are_an_error() -> None:
         error_consistency(LABELS, LABELS[:7], LABELS)
     with pytest.raises(ValueError, match="one class per sample"):
         error_consistency([], [], [])
+
+
+WRONG = [1, 1, 2, 0, 0, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.tensor(WRONG),
+        torch.tensor(WRONG, dtype=torch.bfloat16),
+        torch.tensor(WRONG, dtype=torch.float32, requires_grad=True),
+        np.array(WRONG, dtype=np.uint8),
+    ],
+)
+def test_tensors_and_arrays_are_classes_as_lists_are(given: Any) -> None:
+    other = [0, 1, 0, 1, 1, 2, 0, 1]
+    assert error_consistency(given, other, torch.tensor(LABELS)) == error_consistency(WRONG, other, LABELS)
+
+
+def test_classes_may_be_text() -> None:
+    names = np.array(["cat", "dog", "owl"], dtype=object)
+    texts = [names[classes] for classes in (WRONG, [0, 1, 0, 1, 1, 2, 0, 1], LABELS)]
+    assert error_consistency(*texts) == error_consistency(WRONG, [0, 1, 0, 1, 1, 2, 0, 1], LABELS)
+    assert error_consistency(*(list(text) for text in texts)) == error_consistency(*texts)
+
+
+@pytest.mark.parametrize(
+    ("a", "labels", "words"),
+    [
+        (list("01201201"), LABELS, "classes that are all numbers, or all text; got {'predictions_a': 'text', 'pred"),
+        ([1j] * 8, LABELS, "'predictions_a': 'complex128'"),
+        ([None] * 8, LABELS, "'predictions_a': 'object'"),
+        ([math.nan, *LABELS[1:]], LABELS, "predictions_a holds 1 NaN; expected a class for each sample"),
+        (LABELS, [*LABELS[:6], -100, -100], r"labels hold 2 times -100, .* leave these out .*keep = labels != -100"),
+        ([[0, 1], [2]], LABELS, r"predictions_a is ragged \(.*\); expected one class per sample, \(samples,\)"),
+    ],
+)
+def test_what_are_no_classes_of_samples_is_an_error(a: Any, labels: list[int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        error_consistency(a, LABELS, labels)

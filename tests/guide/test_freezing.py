@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from hf_guidance import load_guide
+from hf_guidance.features.inside import check_is_network
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.guide.freezing import calibrate_batch_norm, check_apart, check_is_network, check_types, freeze
+from hf_guidance.guide.freezing import calibrate_batch_norm, check_apart, check_types, freeze
 
 
 @pytest.fixture

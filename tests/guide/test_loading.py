@@ -240,3 +240,22 @@ def test_options_for_a_module_and_a_source_of_another_type_are_named() -> None:
         load_guide(None)
     with pytest.raises(ValueError, match=r"the guide is the result of torch\.compile\(guide\)"):
         load_guide(torch.compile(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"untrained": "no"}, r"untrained is 'no' \(str\); expected True or False"),
+        ({"untrained": True, "trust_remote_code": "no"}, r"trust_remote_code is 'no' \(str\); expected True or False"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; expected an integer from -9223372036854775808 to 1844"),
+    ],
+)
+def test_options_of_another_type_or_size_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_guide(llama_config(), **options)
+
+
+def test_a_network_that_torchscript_compiled_is_refused() -> None:
+    words = r"the guide \(.*\) is compiled by TorchScript, which does not show its layers: pass the module"
+    with pytest.raises(ValueError, match=words):
+        load_guide(torch.jit.script(nn.Linear(2, 2)))

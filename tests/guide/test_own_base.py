@@ -373,3 +373,10 @@ def test_a_target_with_it_can_be_copied() -> None:
     assert isinstance(guidance.guide, OwnBase)
     check_apart(other, guidance.guide)
     other(**token_batch())
+
+
+def test_what_has_no_base_is_no_target() -> None:
+    with pytest.raises(ValueError, match=r"target is a NoneType; expected a network, which is an nn\.Module"):
+        load_guide_of_base(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"target \(Linear\) has no layers with adapters: add some with peft"):
+        load_guide_of_base(nn.Linear(2, 2))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from launching import Recipe
+from transformers import AutoConfig
 
 TINY = {
     "max_steps": 2,
@@ -59,3 +60,20 @@ def test_a_pair_that_cannot_be_compared_is_said_and_the_others_run(tmp_path, mon
 def test_what_cannot_be_crossed_is_refused(tmp_path, monkeypatch, flags, words):
     with pytest.raises(ValueError, match=words):
         RECIPE.run_here(monkeypatch, tmp_path, **flags)
+
+
+def test_a_guide_that_cannot_be_loaded_is_left_out_and_the_others_run(tmp_path, monkeypatch, capsys):
+    def refuse(source, *args, **kwargs):
+        raise OSError(f"{source} is not a local folder, and the Hub cannot be reached")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    RECIPE.run_here(monkeypatch, tmp_path / "out", guides=["fcn", "timm/unknown"])
+    words = "guided_by_unknown is left out: timm/unknown is not a local folder, and the Hub cannot be reached"
+    assert capsys.readouterr().out.count(words) == 1
+    cells = json.loads((tmp_path / "out" / "matrix.json").read_text())
+    assert cells["wide_fcn"]["unknown"] is None
+    assert cells["wide_fcn"]["fcn"] is not None
+    with pytest.raises(
+        ValueError, match=r"--guides: none can be loaded\. guided_by_unknown is left out: timm/unknown is"
+    ):
+        RECIPE.run_here(monkeypatch, tmp_path / "other", guides=["timm/unknown"])

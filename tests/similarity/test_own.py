@@ -131,3 +131,14 @@ def test_a_gradient_that_is_one_number_in_memory_is_taken_too() -> None:
     x = torch.randn(6, 3, requires_grad=True)
     get_measure("own_measures:total")(x, x.detach()).backward()
     assert x.grad.abs().max() < 1e-6  # the features are centred, so their sum cannot change
+
+
+def test_a_function_of_no_two_tensors_is_said_with_what_a_measure_has_to_be() -> None:
+    words = "expected a function of two tensors \\(samples, features\\) that returns their similarity, a scalar tensor"
+    with pytest.raises(ValueError, match=f"measure 'math:sin' does not take two arguments; {words}"):
+        get_measure("math:sin")
+    layer = layer_of(torch.randn(4, 3), primal_below=float("inf"))
+    with pytest.raises(
+        ValueError, match=r"'math:fmod' does not run on .*\(4, 3\) and \(4, 3\): .*a function of two tensors"
+    ):
+        similarities([("a", "b")], [get_measure("math:fmod")], {"a": layer}, {"b": layer})

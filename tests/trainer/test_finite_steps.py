@@ -491,3 +491,16 @@ def test_the_real_optimizers_that_step_backward_train_and_take_no_step_from_what
     assert not same(weights(bad), before), "the first step was taken"
     with pytest.raises(ValueError, match=r"on_non_finite='skip' cannot leave a step out here: the optimizer"):
         make_trainer(tmp_path / "skip", target(), llama(), on_non_finite="skip", **settings).train()
+
+
+def test_a_guide_that_is_not_finite_itself_is_named_instead_of_the_learning_rate(tmp_path: Path) -> None:
+    guide = llama()
+    with torch.no_grad():
+        guide.layers[1].mlp.down_proj.weight[0, 0] = NAN
+    trainer = make_trainer(tmp_path, gpt2(), guide)
+    words = (
+        r"step 1 is not finite: the guide layer hidden_states\.2 is nan.*It is the frozen guide .*float32 or bfloat16"
+    )
+    with pytest.raises(FloatingPointError, match=words) as raised:
+        trainer.train()
+    assert "Lower the learning rate" not in str(raised.value)

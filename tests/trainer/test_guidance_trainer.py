@@ -846,3 +846,25 @@ def test_what_is_only_looked_at_is_in_every_log_with_a_guided_step(tmp_path: Pat
     for number, log in enumerate(logs):
         guided = any(step % every == 0 for step in range(number * logging, (number + 1) * logging))
         assert ("guidance/debiased_cka/hidden_states.1~hidden_states.1" in log) == guided
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"model": "gpt2"}, r"model is 'gpt2'; expected a network: load it with from_pretrained\('gpt2'\)"),
+        ({"args": {}}, r"args is a dict; expected TrainingArguments, such as TrainingArguments\('outputs'\)\.$"),
+        ({"args": linear()}, r"args is a GuidanceConfig; .* Settings of guidance belong in guidance=\."),
+    ],
+)
+def test_a_model_or_arguments_of_another_type_are_named(tmp_path: Path, given: dict[str, Any], words: str) -> None:
+    options = {"model": gpt2(), "args": arguments(tmp_path), **given}
+    with pytest.raises(ValueError, match=words):
+        GuidanceTrainer(**options, train_dataset=token_rows(), guide=llama())
+
+
+def test_a_collator_that_returns_a_list_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), data_collator=lambda rows: [row["input_ids"] for row in rows])
+    with pytest.raises(
+        ValueError, match=r"the batch is a list; expected a mapping .*let the data collator return a dict"
+    ):
+        trainer.train()
