@@ -461,7 +461,7 @@ def message_of(target: nn.Module, guide: nn.Module, batch: dict[str, Tensor], ax
 @pytest.mark.parametrize("axis", ["token", "within"])
 def test_where_positions_differ_the_cause_that_is_known_is_named(axis: str) -> None:
     ids = torch.randint(17, (8, 6), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :4]}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :4].contiguous()}
     said = message_of(t5(), llama(), batch, axis)
     assert "Those of the target are its decoder's, and those of the other network its input's" in said
     assert "target_layers=['encoder_hidden_states']), or use sample_axis='sequence'" in said

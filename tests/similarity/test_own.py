@@ -141,4 +141,4 @@ def test_a_function_of_no_two_tensors_is_said_with_what_a_measure_has_to_be() ->
     with pytest.raises(
         ValueError, match=r"'math:fmod' does not run on .*\(4, 3\) and \(4, 3\): .*a function of two tensors"
     ):
-        similarities([("a", "b")], [get_measure("math:fmod")], {"a": layer}, {"b": layer})
+        similarities([("a", "b")], get_measure("math:fmod"), {"a": layer}, {"b": layer})
