@@ -63,10 +63,15 @@ def load_guide_of(
         The frozen guide, with bit-identical weights.
 
     Raises:
-        ValueError: If the guidance config cannot be read or is invalid, or the guide cannot be rebuilt, because it was
-            the user's own module or folder, or these library versions draw other weights. A guide that was the target's
-            own base is rebuilt if that base is on the Hub.
+        ValueError: If `target` names no place, the guidance config cannot be read or is invalid, or the guide cannot be
+            rebuilt, because it was the user's own module or folder, or these library versions draw other weights. A
+            guide that was the target's own base is rebuilt if that base is on the Hub.
     """
+    if not isinstance(target, (str, os.PathLike)):
+        raise ValueError(
+            f"load_guide_of got a {type(target).__name__}; expected the Hub id or the folder of a target that a "
+            "GuidanceTrainer saved. load_guide loads a guide by its own name."
+        )
     folder = _fetch(target, revision, token)
     try:
         if (size := (folder / CONFIG_NAME).stat().st_size) > MAX_CONFIG_BYTES:

@@ -114,6 +114,14 @@ def test_a_hostile_config_is_a_clear_error(change, words, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("measured_here")
+@pytest.mark.parametrize("target", [None, 3, SimpleNamespace()])
+def test_what_names_no_place_is_refused(target) -> None:
+    with pytest.raises(
+        ValueError, match=f"load_guide_of got a {type(target).__name__}; expected the Hub id or the folder"
+    ):
+        load_guide_of(target)
+
+
 def test_a_folder_without_a_guidance_config_and_other_versions_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no guidance_config\.json: it is not a target that"):
         load_guide_of(tmp_path)
