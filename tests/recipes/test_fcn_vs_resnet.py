@@ -424,7 +424,7 @@ def test_skipped_images_are_counted_and_reported(tmp_path, monkeypatch, capsys):
         ({"augmentation": "shift"}, "shift moves an object on its canvas, so it needs object_size"),
         ({"object_size": 4, "augmentation": "crop_flip"}, "crop_flip takes none"),
         ({"learning_rates": [1e-3], "seeds": [3, 100]}, "both name 100: a seed that chose the learning rate cannot"),
-        ({"claim": "deep"}, "--claim deep: possible are convnet_without_skips, wide_fcn"),
+        ({"claim": "deep"}, "--claim deep: possible are convnet_without_skips, convnet_without_skips_cached, wide_fcn"),
         ({"per_device_train_batch_size": 52}, "1197 training images in batches of 52 leave one over"),
         ({"sample_axis": "token"}, "has no positions; sample_axis='token' needs"),
         ({"layer_mapping": "last_99"}, "last_99"),
