@@ -1,4 +1,4 @@
-"""What `make dist` builds holds all that an installation needs, and README's first example runs from it."""
+"""The content of what `make dist` builds, and README's first example run from it."""
 
 from __future__ import annotations
 

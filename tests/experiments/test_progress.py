@@ -1,4 +1,4 @@
-"""What a recipe will run, what is done, and how long the rest takes."""
+"""The plan of a recipe: its runs, which of them are done, and how long the rest takes."""
 
 import pytest
 

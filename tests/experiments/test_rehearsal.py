@@ -1,4 +1,4 @@
-"""What keeps matched runs from being compared is told before one of them is trained."""
+"""The rehearsal of matched runs: what cannot be compared is told before one of them is trained."""
 
 from __future__ import annotations
 

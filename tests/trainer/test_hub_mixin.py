@@ -291,7 +291,7 @@ def test_every_pushed_card_is_whole_and_escapes_what_it_is_given(pushed, toured)
 def test_the_card_has_no_gap_and_says_where_it_is_from(pushed):
     hub, _, _ = pushed
     metadata, body = check_card(hub.store.files(KEY)["README.md"].decode())
-    assert metadata["tags"][:3] == ["hf_guidance", "guidance", "text-generation"]
+    assert metadata["tags"][:4] == ["hf_guidance", "guidance", "arxiv:2410.20035", "text-generation"]
     assert (metadata["pipeline_tag"], metadata["license"], metadata["library_name"]) == (
         "text-generation",
         "mit",
