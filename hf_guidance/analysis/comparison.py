@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.heat_maps import draw_map
+from hf_guidance.analysis.history import measure_in_words
 
 if TYPE_CHECKING:
     import pandas
@@ -69,7 +70,7 @@ class Comparison:
         titles = f"layers of {names[0]}", f"layers of {names[1]}"
         image = draw_map(panel, self.values.tolist(), self.layers_a, self.layers_b, titles)
         panel.set_title(f"{self.samples} {SAMPLE_WORDS[self.sample_axis]}", fontsize=8)
-        figure.colorbar(image, label=self.measure.replace("_", " ").replace("cka", "CKA"), shrink=0.9)
+        figure.colorbar(image, label=measure_in_words(self.measure), shrink=0.9)
         if path is not None:
             save(figure, path)
         return figure

@@ -12,6 +12,7 @@ from hf_guidance.analysis.history import (
     Curves,
     History,
     debiased_curve,
+    measure_in_words,
     similarity_curves,
     training_curve,
     validation_curve,
@@ -218,7 +219,7 @@ def _similarities(panel: Axes, runs: Sequence[Curves], title: str) -> None:
         _similarity(panel, by_step, color=color, label=label, linewidth=1.2)
     if debiased := _by_step(runs, "debiased", "value"):
         _similarity(panel, debiased, color="k", linestyle="--", label="debiased CKA, mean", linewidth=1.2)
-    measure = runs[0]["settings"]["guidance"]["measure"].replace("_", " ").replace("cka", "CKA")
+    measure = measure_in_words(runs[0]["settings"]["guidance"]["measure"])
     panel.set(xlabel="optimizer step", ylabel=measure, ylim=(LOWEST - 0.03, HIGHEST + 0.03))
     panel.set_title(title, fontsize=9)
     assert panel.figure is not None

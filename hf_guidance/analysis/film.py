@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_guidance.analysis.figures import save
 from hf_guidance.analysis.heat_maps import draw_similarity_map
-from hf_guidance.analysis.history import SimilarityMap
+from hf_guidance.analysis.history import SimilarityMap, measure_in_words
 
 PANELS = 4  # of a figure that does not move
 PER_SECOND = 4  # frames of a film
@@ -50,7 +50,7 @@ def _save_film(frames: Mapping[int, SimilarityMap], path: str | os.PathLike[str]
             panel = figure.subplots()
             image = draw_similarity_map(panel, frames[step])
             panel.set_title(_words(title, step, frames[step]), fontsize=9)
-            figure.colorbar(image, ax=panel, label=_measure(frames[step]), shrink=0.9)
+            figure.colorbar(image, ax=panel, label=measure_in_words(frames[step]["measure"]), shrink=0.9)
             for _ in range(PAUSE if number == len(frames) - 1 else 1):
                 writer.grab_frame()
 
@@ -66,20 +66,16 @@ def _save_panels(frames: Mapping[int, SimilarityMap], path: str | os.PathLike[st
     for panel, step in zip(panels, chosen, strict=True):
         image = draw_similarity_map(panel, frames[step])
         panel.set_title(_words(title, step, frames[step]), fontsize=8)
-    figure.colorbar(image, ax=list(panels), label=_measure(frames[chosen[0]]), shrink=0.9)
+    figure.colorbar(image, ax=list(panels), label=measure_in_words(frames[chosen[0]]["measure"]), shrink=0.9)
     save(figure, path)
 
 
 def _words(title: str, step: int, found: SimilarityMap) -> str:
     mean = statistics.fmean(_of_pairs(found))
-    return f"{title}\n"[: len(title) + bool(title)] + f"step {step}, mean of the pairs {mean:.2f}"
+    return (f"{title}\n" if title else "") + f"step {step}, mean of the pairs {mean:.2f}"
 
 
 def _of_pairs(found: SimilarityMap) -> list[float]:
     rows, columns = found["target_layers"], found["guide_layers"]
     places = [pair.split("~") for pair in found["pairs"]]
     return [found["similarity"][rows.index(target)][columns.index(guide)] for target, guide in places]
-
-
-def _measure(found: SimilarityMap) -> str:
-    return found["measure"].replace("_", " ").replace("cka", "CKA")

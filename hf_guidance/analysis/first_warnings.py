@@ -90,7 +90,7 @@ def _dead(look: FirstLook, config: GuidanceConfig, has_batch_norm: bool) -> str:
         choice = "Set guide_batch_norm='calibrated' or 'batch', or choose other guide_layers."
     return (
         f"{_of(len(dead), len(look.guides), 'guide layer')} {'is' if len(dead) == 1 else 'are'} dead: "
-        f"{_named(dead)}. The samples are equal there up to rounding, so that the similarity stays 0. {choice}"
+        f"{named(dead)}. The samples are equal there up to rounding, so that the similarity stays 0. {choice}"
     )
 
 
@@ -106,7 +106,7 @@ def _massive(look: FirstLook, config: GuidanceConfig) -> str:
         advice = f"If these are the first positions of each row, leave them out with skip_first_positions={more}."
     return (
         f"Massive activations: {100 * TOP:.0f} % of the samples hold more than half of the energy in "
-        f"{_of(len(massive), len(layers), 'layer')}: {_named(massive)}. Similarities are about these samples alone. "
+        f"{_of(len(massive), len(layers), 'layer')}: {named(massive)}. Similarities are about these samples alone. "
         f"{advice}"
     )
 
@@ -142,6 +142,7 @@ def _of(count: int, total: int, noun: str) -> str:
     return f"{count} of {total} {noun}{'' if total == 1 else 's'}"
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
+    """Join names, the first few of many."""
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_guidance.analysis.figures import save
-from hf_guidance.analysis.history import Curves, SimilarityMap
+from hf_guidance.analysis.history import Curves, SimilarityMap, measure_in_words
 from hf_guidance.analysis.runs import label_of
 from hf_guidance.analysis.similarity_map import similarity_map as similarity_map  # earlier code has it from here
 
@@ -45,7 +45,7 @@ def plot_similarity_maps(results: Sequence[Curves], path: str | os.PathLike[str]
         for panel, when, title in zip(line, ("before", "after"), titles, strict=True):
             image = draw_similarity_map(panel, run["similarity_maps"][when])
             panel.set_title(title, fontsize=9)
-        measure = run["similarity_maps"]["after"]["measure"].replace("_", " ").replace("cka", "CKA")
+        measure = measure_in_words(run["similarity_maps"]["after"]["measure"])
         figure.colorbar(image, ax=list(line), label=measure, shrink=0.9)
     save(figure, path)
     return True

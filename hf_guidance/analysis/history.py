@@ -48,6 +48,11 @@ def run_in_words(name: str) -> str:
     return name.replace("-", ", ").replace("_", " ")
 
 
+def measure_in_words(name: str) -> str:
+    """Write the name of a measure for people: `debiased_cka` becomes `debiased CKA`."""
+    return name.replace("_", " ").replace("cka", "CKA")
+
+
 def metrics_of(log: Log, split: str) -> dict[str, float]:
     """Return name → value of the task's metrics that a log entry holds for the split `eval` or `test`."""
     values = {name.removeprefix(f"{split}_"): value for name, value in log.items() if name.startswith(f"{split}_")}

@@ -109,3 +109,5 @@ def check_numbers(recipe: RecipeArguments) -> None:
     for flag, seeds in {"seeds": recipe.seeds, "search_seeds": recipe.search_seeds}.items():
         if outside := [seed for seed in seeds if not 0 <= seed < SEEDS]:
             raise ValueError(f"--{flag} names {outside[0]}; a seed is an integer from 0 to {SEEDS - 1}.")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"--{flag} {' '.join(map(str, seeds))} names a seed twice: name each once.")

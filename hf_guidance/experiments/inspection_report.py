@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from hf_guidance.analysis.first_batch import MAX_ROWS, LayerLook
-from hf_guidance.analysis.first_warnings import MOST
+from hf_guidance.analysis.first_warnings import MOST, named
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.measurements import Measurements, Spread
 
@@ -116,19 +116,14 @@ def _layers(found: Measurements) -> list[str]:
     largest = max((share for _, _, share in _shares(sides)), default=None)
     most = "not measured below 50 samples" if largest is None else f"at most {100 * largest:.0f} %"
     return [
-        f"dead layers: {_named(dead)}",
-        f"energy of a layer in 2 % of its samples: {_named(massive) if massive else most}",
+        f"dead layers: {named(dead) or 'none'}",
+        f"energy of a layer in 2 % of its samples: {named(massive) or most}",
     ]
 
 
 def _shares(sides: Sequence[tuple[str, Mapping[str, LayerLook]]]) -> list[tuple[str, str, float]]:
     found = [(side, name, look.top_share) for side, layers in sides for name, look in layers.items()]
     return [(side, name, share) for side, name, share in found if share is not None]
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more if names else "none"
 
 
 def _gradients(found: Measurements) -> str:

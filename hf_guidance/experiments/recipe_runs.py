@@ -91,9 +91,6 @@ def check_plan(
         )
     if recipe.equal_time_baseline and not guided:
         raise ValueError("--equal_time_baseline needs a guided run, whose time it takes: add one to --runs.")
-    for flag, seeds in (("seeds", recipe.seeds), ("search_seeds", recipe.search_seeds)):
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"--{flag} {' '.join(map(str, seeds))} names a seed twice: name each once.")
     if recipe.dimension_rows is not None and recipe.dimension_rows < FEWEST:
         raise ValueError(f"--dimension_rows is {recipe.dimension_rows}; a dimension needs at least {FEWEST} rows.")
     if recipe.film_steps is not None and recipe.film_steps < 1:

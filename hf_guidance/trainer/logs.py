@@ -59,17 +59,10 @@ class RunningMeans:
 class _Short:
     """A mixin for callbacks that leaves out the similarities of single pairs."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         given = logs or {}  # another Trainer may have names with as many slashes
         short = {name: value for name, value in given.items() if "guidance/" not in name or name.count("/") < 2}
-        super().on_log(args, state, control, logs=short, **kwargs)  # type: ignore[misc]
+        super().on_log(*args, logs=short, **kwargs)  # type: ignore[misc]
 
 
 class ShortProgressCallback(_Short, ProgressCallback):
@@ -83,15 +76,8 @@ class ShortPrinterCallback(_Short, PrinterCallback):
 class _TaskLoss:
     """A mixin for the table in a notebook: the task's training loss, as the validation loss is the task's."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_log(args, state, control, logs=_of_task(logs or {}), **kwargs)  # type: ignore[misc]
+    def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        super().on_log(*args, logs=_of_task(logs or {}), **kwargs)  # type: ignore[misc]
 
     def on_evaluate(
         self,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import gpt2, llama, t5
-from test_data import WORDS, tokenizer
+from builders import t5
+from test_data import tokenizer, two_networks_and_a_text
 from transformers import ResNetConfig, ResNetModel
 
 from hf_guidance.analysis import Comparison
@@ -18,12 +18,7 @@ from hf_guidance.commands.main import main
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
     """Two networks with tokenizers, and a text."""
-    for name, network in (("a", gpt2()), ("b", llama())):
-        network.save_pretrained(tmp_path / name)
-        tokenizer(tmp_path / name)
-    lines = [" ".join(WORDS[2 + (i * j) % 5] for j in range(1, 5 + i % 3)) for i in range(60)]
-    (tmp_path / "t.txt").write_text("\n".join(lines))
-    return ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--data", str(tmp_path / "t.txt")]
+    return ["compare", *two_networks_and_a_text(tmp_path)]
 
 
 def test_two_language_models_are_compared(texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

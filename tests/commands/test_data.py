@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+from builders import gpt2, llama
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -22,6 +23,16 @@ def tokenizer(folder: Path, words: list[str] = WORDS, pad: str | None = "[PAD]")
     made.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token=pad).save_pretrained(folder)
     return str(folder)
+
+
+def two_networks_and_a_text(folder: Path) -> list[str]:
+    """Save two language models with their tokenizers and a text; return the words that name them on a command line."""
+    for name, network in (("a", gpt2()), ("b", llama())):
+        network.save_pretrained(folder / name)
+        tokenizer(folder / name)
+    lines = [" ".join(WORDS[2 + (i * j) % 5] for j in range(1, 5 + i % 3)) for i in range(60)]
+    (folder / "t.txt").write_text("\n".join(lines))
+    return [str(folder / "a"), str(folder / "b"), "--data", str(folder / "t.txt")]
 
 
 def test_lines_become_padded_tokens_of_both_networks(tmp_path: Path) -> None:

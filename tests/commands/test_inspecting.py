@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import VOCABULARY, gpt2, llama, t5
-from test_data import WORDS, tokenizer
+from builders import VOCABULARY, gpt2, t5
+from test_data import tokenizer, two_networks_and_a_text
 from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, PreTrainedTokenizerFast
 
 from hf_guidance import GuidanceConfig
@@ -23,13 +23,8 @@ Output = pytest.CaptureFixture[str]
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
     """Two networks with tokenizers, a text, and a folder for the results."""
-    for name, network in (("a", gpt2()), ("b", llama())):
-        network.save_pretrained(tmp_path / name)
-        tokenizer(tmp_path / name)
-    lines = [" ".join(WORDS[2 + (i * j) % 5] for j in range(1, 5 + i % 3)) for i in range(60)]
-    (tmp_path / "t.txt").write_text("\n".join(lines))
-    own = ["--data", str(tmp_path / "t.txt"), "--output", str(tmp_path / "found"), "--batch_size", "16"]
-    return ["inspect", str(tmp_path / "a"), str(tmp_path / "b"), *own]
+    own = ["--output", str(tmp_path / "found"), "--batch_size", "16"]
+    return ["inspect", *two_networks_and_a_text(tmp_path), *own]
 
 
 def proposal(tmp_path: Path) -> GuidanceConfig:

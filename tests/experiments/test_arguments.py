@@ -35,6 +35,8 @@ def test_a_stop_outside_the_steps_is_refused(step):
         ({"guide_learning_rate": -0.1}, "^--guide_learning_rate is -0.1;"),
         ({"seeds": [0, -1]}, "^--seeds names -1; a seed is an integer from 0 to 4294967295"),
         ({"search_seeds": [2**32]}, "^--search_seeds names 4294967296;"),
+        ({"seeds": [0, 0]}, "^--seeds 0 0 names a seed twice"),
+        ({"search_seeds": [7, 8, 7]}, "^--search_seeds 7 8 7 names a seed twice"),
     ],
 )
 def test_a_rate_or_a_seed_that_no_run_could_take_is_an_error_of_one_line(flags, words, monkeypatch):

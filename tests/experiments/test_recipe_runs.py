@@ -23,8 +23,6 @@ def comparison_of(*names):
         (["alone", "guided"], {"equal_time_to": "alone"}, r"alone is none of the guided runs \(guided\)"),
         (["alone", "guided"], {"equal_time_to": "guided"}, "add --equal_time_baseline"),
         (["alone"], {"equal_time_baseline": True}, "needs a guided run, whose time it takes"),
-        (["alone"], {"seeds": [0, 0]}, "--seeds 0 0 names a seed twice"),
-        (["alone"], {"search_seeds": [7, 8, 7]}, "--search_seeds 7 8 7 names a seed twice"),
         (["alone"], {"dimension_rows": 2}, "--dimension_rows is 2; a dimension needs at least 3 rows"),
         (["alone"], {"film_steps": 0}, "--film_steps is 0; a film needs"),
         (["alone"], {"learning_rates": [1.0], "seeds": [3, 100]}, "--seeds and --search_seeds both name 100"),
