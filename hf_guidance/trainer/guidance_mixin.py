@@ -89,7 +89,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         skip = self.guidance.on_non_finite == "skip"
         self._finite = FiniteSteps(self.accelerator, self._sums, skip, self._take_similarities)
         self._is_calibrated = False
-        if guide is not None or guidance is not None:
+        self._has_settings = guide is not None or guidance is not None  # else all is as Trainer does it
+        if self._has_settings:
             self.add_callback(self._finite)
         if guide is None:
             return
@@ -156,6 +157,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             if model.training:
                 task_loss = found[0] if isinstance(found, tuple) else found
                 self._finite.expect_finite({"task loss": task_loss.detach()}, "")
+                if self._has_settings:
+                    self._note_task_loss(task_loss, num_items_in_batch)
                 self._finite.check_before_backward(self.state)
             return found
         with self._watch(inputs) as watched:
@@ -171,13 +174,12 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
 
     def _add_guidance(self, task_loss: Tensor, watched: Watched, num_items: Tensor | int | None) -> Tensor:
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
-        task_is_scaled = self._loss_is_scaled(num_items)
+        task_is_scaled = self._note_task_loss(task_loss, num_items)
         sums, compared = self._finite.sums, watched.similarities.get(self.guidance.measure, {})
         has_to_be_finite = {} if watched.layers is None else guide_layers_to_check(watched.layers[1])
         has_to_be_finite |= {"task loss": task_loss.detach()}
         has_to_be_finite |= {f"{self.guidance.measure} of {pair}": value for pair, value in compared.items()}
         self._finite.expect_finite(has_to_be_finite, f"micro-step {self._micro_step[1]}" if steps > 1 else "")
-        sums.add("task/loss", task_loss.detach() / (1 if task_is_scaled else steps), 1 / steps)
         sums.add("guidance/weight", 0.0 if watched.loss is None else watched.weights.guidance)
         self._guided.note(watched, self.state.global_step)
         if watched.skipped_pairs:
@@ -199,6 +201,12 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         if task_is_scaled:  # then Trainer does not divide by the accumulation steps
             watched.loss = watched.loss / steps
         return watched.total(task_loss)
+
+    def _note_task_loss(self, task_loss: Tensor, num_items: Tensor | int | None) -> bool:
+        """Log the task loss of a micro-step by itself, and return whether it is scaled as `_loss_is_scaled` tells."""
+        steps, is_scaled = getattr(self, "current_gradient_accumulation_steps", 1), self._loss_is_scaled(num_items)
+        self._finite.sums.add("task/loss", task_loss.detach() / (1 if is_scaled else steps), 1 / steps)
+        return is_scaled
 
     def _loss_is_scaled(self, num_items: Tensor | int | None) -> bool:
         """Tell whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
@@ -296,7 +304,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # every rank logs at the same steps, so that the reduction is collective
-        if "loss" in logs and (self.guide is not None or self._finite.skip):
+        if "loss" in logs and self._has_settings:
             logs |= self._sums.drain(self.accelerator)
         super().log(logs, start_time)
 

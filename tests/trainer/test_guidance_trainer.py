@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,25 @@ def test_without_guidance_losses_and_weights_are_plain_trainers_bit_for_bit(
         [{k: v for k, v in log.items() if not k.endswith(timing)} for log in trainer.state.log_history]
         for trainer in (plain, guided)
     )
+    of_training = [log for log in got_logs if "loss" in log]
+    assert len(of_training) == 3
+    found = [log.pop("task/loss", None) for log in of_training]
+    losses = [log["loss"] for log in of_training]
+    assert found == (pytest.approx(losses) if make_guide else [None] * 3)
     assert got_logs == expected_logs
+
+
+def test_without_guide_the_task_loss_is_logged_if_there_are_settings_and_else_the_logs_are_plain_trainers(
+    tmp_path: Path,
+) -> None:
+    logs = []
+    for kind in (Trainer, GuidanceTrainer, partial(GuidanceTrainer, guidance=linear(guidance_weight=0.0))):
+        trainer = kind(model=gpt2(dropout=0.2), args=arguments(tmp_path), train_dataset=token_rows())
+        trainer.train()
+        logs.append([{k: v for k, v in log.items() if "loss" in k or k == "step"} for log in trainer.state.log_history])
+    assert logs[0] == logs[1]
+    assert {name for log in logs[1] for name in log} == {"loss", "train_loss", "step"}
+    assert [log["task/loss"] for log in logs[2] if "loss" in log] == [log["loss"] for log in logs[0] if "loss" in log]
 
 
 def test_the_guide_is_not_run_once_the_stop_step_is_reached(tmp_path: Path) -> None:
