@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,9 @@ def test_a_module_has_a_test_file_of_its_own_name(path: Path) -> None:
     there = mirror_of(path)
     assert there.is_file(), f"{there.relative_to(TESTS.parent)} is missing: it tests {', '.join(sorted(public(path)))}"
     assert mirrors(path, there.read_text()), f"{there.relative_to(TESTS.parent)} tests nothing of {path.stem}"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Without packages among the tests, pytest imports only the first of them."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []

@@ -7,7 +7,7 @@ the sums of `hsic_sums`; `comparison` is the result. `errors` tells whether two 
 dimension of a layer's features.
 """
 
-from hf_guidance.analysis.comparison import Comparison
+from hf_guidance.analysis.comparison_values import Comparison
 from hf_guidance.analysis.curves import plot_comparison, plot_curves, plot_run
 from hf_guidance.analysis.dimensions import intrinsic_dimension
 from hf_guidance.analysis.errors import error_consistency, error_consistency_matrix, plot_error_consistency

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from hf_guidance.analysis.both_networks import BothNetworks, OfBoth, as_they_were, in_words
-from hf_guidance.analysis.comparison import SAMPLE_WORDS, Comparison
+from hf_guidance.analysis.comparison_values import SAMPLE_WORDS, Comparison
 from hf_guidance.analysis.hsic_sums import FEWEST, HSICSums
 from hf_guidance.features.inside import check_is_network
 from hf_guidance.features.reader import LayerReader

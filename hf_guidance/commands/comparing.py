@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_guidance.analysis.comparison import Comparison
+from hf_guidance.analysis.comparison_values import Comparison
 from hf_guidance.analysis.network_comparison import compare
 from hf_guidance.commands.data import add_flags, check_flags, read
 from hf_guidance.commands.networks import check_colours, check_same_kind, kind_of, load
