@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -131,9 +132,8 @@ def _captured(base: nn.Module, root: str) -> list[str]:
 
 def _collected(base: nn.Module, root: str) -> list[str]:
     """Find layer lists whose owner may skip layers and collects their outputs itself."""
-    named = [name.rpartition(".") for name in _lists(base, root)]
-    return [
-        f"{owner}{dot}{name}"
-        for owner, dot, name in named
-        if name == "layers" and _own_rate(base.get_submodule(owner)) is not None
-    ]
+    lists = [name for name in _lists(base, root) if name.rpartition(".")[2] == "layers"]
+    owners = {name: base.get_submodule(name.rpartition(".")[0]) for name in lists}
+    asked = {name for name, owner in owners.items() if "output_hidden_states" in signature(owner.forward).parameters}
+    found = [name for name, owner in owners.items() if name in asked and rate_setting(owner) is not None]
+    return found or [name for name, owner in owners.items() if _own_rate(owner) is not None]

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_guidance.features.distributed import runs_alone
+from hf_guidance.features.batch_first import BatchFirst
 from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
 from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.modules import describe_modules, find_modules
-
-logger = logging.getLogger(__name__)
 
 HIDDEN = re.compile(r"((?:encoder_|decoder_)?hidden_states)(?:\.(\d+))?")
 Reduce = Callable[[str, Any], Any]
@@ -74,9 +71,7 @@ class LayerReader:
         self._thread: int | None = None  # the one that reads
         if self._hidden:
             self._check_returns_hidden_states()
-        self._batch_first: set[str] = set()  # modules that are known to be
-        self._unclear: set[str] = set()  # those whose outputs have as many positions as rows
-        self._called: tuple[Any, Any] | None = None  # what the network was called with
+        self._batch_first = BatchFirst(model, self.modules, role)
         self._order = list(self.modules)
         self._handles: list[Any] = []
         self.attach()
@@ -133,7 +128,7 @@ class LayerReader:
             self._seen = list(self._read)
             # keep nothing of a forward, so that the network can be copied and saved
             self._reduce, self._read, self._of_backbone, self._thread = None, {}, None, None
-            self._called = self._called if self._unclear else None
+            self._batch_first.forget_call()
 
     def names(self) -> list[str]:
         """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.
@@ -180,68 +175,27 @@ class LayerReader:
                 "another layer, or use hidden_states. A `compute_loss` that runs the target twice cannot be guided."
             )
         features = first_tensor(output)
-        self._check_batch_first(name, features)
+        self._batch_first.note(name, features)
         self._read[name] = self._reduce(name, features)
         if self.stop_early and self.keep == self._read.keys():
             raise AllRead
 
-    def _check_batch_first(self, name: str, features: Any) -> None:
-        """Note a module whose first axis may be the batch or, as long by chance, the positions."""
-        if name in self._batch_first or name not in self.modules or not isinstance(features, Tensor):
-            return
-        if features.ndim < 3 or features.shape[0] != features.shape[1]:
-            self._batch_first.add(name)  # samples have the batch on their first axis, or raise
-            self._unclear.discard(name)
-        else:
-            self._unclear.add(name)
-
     def settle_batch_first(self) -> None:
         """Tell modules with the batch on their first axis from sequence-first ones, if a square output left it open.
-
-        The network runs on the first row of what it was called with, in evaluation mode and without gradients. Of
-        several processes each decides by its own batch. A sharded network cannot run on one of them alone: there a
-        warning says that the batch is taken to be on the first axis.
 
         Raises:
             ValueError: If a module is sequence-first.
         """
-        called, self._called = self._called, None
-        if not self._unclear or called is None:
-            return
-        unclear, self._unclear = self._unclear, set()
-        if not runs_alone(self.model):
-            self._batch_first |= unclear
-            self._say_unsettled("is sharded", unclear)
-            return
-        kept, modes = (self._seen, self._counted), [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        kept = self._seen, self._counted
         try:
-            with torch.no_grad(), self.reading(lambda _, features: tuple(features.shape)) as shapes, suppress(AllRead):
-                self.model(*_first_row(called[0]), **_first_row(called[1]))
-        except Exception as error:  # of a network that takes no single row
-            self._say_unsettled(f"does not run on one row ({error})", unclear)
-            shapes = {}
+            self._batch_first.settle(self._reading_shapes)
         finally:
-            for module, mode in modes:
-                module.training = mode
             self._seen, self._counted = kept
-        for name in unclear:
-            if shapes.get(name, (1,))[0] != 1:
-                raise ValueError(
-                    f"{self.role} layer {name!r} ({type(self.modules[name]).__name__}) is sequence-first: of one row "
-                    f"it gave shape {shapes[name]}, where the batch is expected on the first axis. Build it with "
-                    "batch_first=True, or name another layer."
-                )
-        self._batch_first |= unclear
 
-    def _say_unsettled(self, why: str, unclear: Collection[str]) -> None:
-        logger.warning(
-            "The %s %s, so that it cannot be told whether the batch is on the first axis of %s: this is taken for "
-            "granted.",
-            self.role,
-            why,
-            ", ".join(sorted(unclear)),
-        )
+    @contextmanager
+    def _reading_shapes(self) -> Iterator[dict[str, Any]]:
+        with suppress(AllRead), self.reading(lambda _, features: tuple(features.shape)) as shapes:
+            yield shapes
 
     def _read_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._store(name, output)
@@ -251,8 +205,8 @@ class LayerReader:
         if self._passes_by():
             return None
         self._ignoring = self._needs_gradients and not torch.is_grad_enabled()
-        if not self._ignoring and self.modules:
-            self._called = args, kwargs
+        if not self._ignoring:
+            self._batch_first.note_call(args, kwargs)
         if self._ignoring or not self._hidden:
             return None
         self._blocks.forget()
@@ -321,17 +275,6 @@ class LayerReader:
                 f"the {self.role} ({type(self.model).__name__}) takes no output_hidden_states; name its layers with "
                 f"{self.role}_layers, by module name, glob or type. It has {describe_modules(self.model)}."
             )
-
-
-def _first_row(arguments: Any) -> Any:
-    """Return the first row of every tensor in the arguments of a forward."""
-    if isinstance(arguments, Tensor):
-        return arguments[:1] if arguments.ndim else arguments
-    if isinstance(arguments, Mapping):
-        return {name: _first_row(value) for name, value in arguments.items()}
-    if type(arguments) in (tuple, list):
-        return type(arguments)(map(_first_row, arguments))
-    return arguments
 
 
 _lock, _readers, _was_fast = threading.Lock(), 0, True

@@ -46,7 +46,8 @@ class PublishingMixin(CardMixin):
             ConnectionError: If the Hub does not answer, or answers with another error.
         """
         try:
-            super().init_hf_repo(token=token, private=private)
+            # earlier Trainers take no `private`, and create the repository by `hub_private_repo`
+            super().init_hf_repo(token=token, **({} if private is None else {"private": private}))
         except NO_HUB as error:
             name = str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
             trained = hasattr(self, "state") and self.state.global_step > 0  # the first call comes before training
