@@ -146,14 +146,15 @@ class GuidanceLoss:
         self.pairs: list[Pair] | None = None  # set on the first batch, which shows how many hidden states there are
         self._reaches_weights = False  # set once a gradient is seen to reach a weight
         self.keeps_layers = False  # in `Watched`, which takes memory
-        self._pair_weights = {parse_pair(text): pair_weight(text) for text in self.config.layer_pairs or []}
-        explicit = list(self._pair_weights)
+        explicit = [parse_pair(text) for text in self.config.layer_pairs or []]
         compared = _layers(explicit, 0) or self.config.target_layers
         self._sides = {side_of(layer) for layer in compared}
         self.target_reader = LayerReader(target, compared, "target")
         self.guide_reader = LayerReader(guide, _layers(explicit, 1) or self.config.guide_layers, "guide")
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
         readers = self.target_reader, self.guide_reader
+        full: list[Pair] = [(readers[0].full_name(ours), readers[1].full_name(theirs)) for ours, theirs in explicit]
+        self._pair_weights = dict(zip(full, map(pair_weight, self.config.layer_pairs or []), strict=True))
         self._conventions = [Conventions(r.model, r.modules, self.config.feature_layout, r) for r in readers]
         self.ranks = ranks_of(self.config.similarity_batch)
         self.running = GuideRunning(self.guide_reader, target, self.config, autocast)

@@ -12,7 +12,7 @@ from hf_guidance.features.masks import first_valid, in_front, masks_of, over
 from hf_guidance.features.rows import Batch, content_of, tensors_of
 
 INT64_MAX = torch.iinfo(torch.int64).max
-MOST_HASHED = 1024  # at least so many numbers of an image are hashed
+MOST_HASHED = 256  # of an image at least so many numbers are hashed, at even distances
 
 
 def choose_rows(batch: Batch, count: int, seed: int, ranks: Ranks | None = None) -> Tensor | None:

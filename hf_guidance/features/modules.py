@@ -11,13 +11,15 @@ from torch import nn
 def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[str, nn.Module]:
     """Find modules by exact name, else by glob, else by type or base type, in the order of registration.
 
+    A name or glob may be that of the network with its head or without it, as `transformer.h.*` and `h.*` of a GPT-2.
+
     Args:
         model: Network to search.
         pattern: Name, glob or name of a type.
         role: `target` or `guide`, for the message.
 
     Returns:
-        Name → module.
+        Name in this network → module.
 
     Raises:
         ValueError: If none matches, or wildcards alone are to name the layers of a network of blocks. The message
@@ -30,13 +32,16 @@ def find_modules(model: nn.Module, pattern: str, role: str = "model") -> dict[st
             f"{role} layer {pattern!r} stands for modules of any name, heads and activations among them: name those "
             f"to compare, as {lists[0] + '.*'!r}, or use hidden_states. The {role} has {describe_modules(model)}."
         )
-    if pattern in modules:
-        return {pattern: modules[pattern]}
-    expression = re.compile(_glob_to_regex(pattern))
-    if found := {name: module for name, module in modules.items() if expression.fullmatch(name)}:
-        return found
-    if found := {n: m for n, m in modules.items() if pattern in (c.__name__ for c in type(m).__mro__)}:
-        return found
+    body = getattr(model, "base_model_prefix", "")  # the network without its head, in transformers
+    with_or_without = [f"{body}.{pattern}", pattern.removeprefix(f"{body}.")] if body else []
+    for name in (pattern, *with_or_without):
+        if name in modules:
+            return {name: modules[name]}
+        expression = re.compile(_glob_to_regex(name))
+        if found := {name: module for name, module in modules.items() if expression.fullmatch(name)}:
+            return found
+        if found := {n: m for n, m in modules.items() if name in (c.__name__ for c in type(m).__mro__)}:
+            return found
     close = difflib.get_close_matches(pattern, [*modules, *{type(m).__name__ for m in modules.values()}], n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"{role} layer {pattern!r} not found; the {role} has {describe_modules(model)}.{hint}")

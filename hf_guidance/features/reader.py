@@ -58,12 +58,16 @@ class LayerReader:
         self._counted: dict[str, None] = {}  # hidden states of a forward, skipped ones included
         self._order: list[str] = []
         self.modules: dict[str, nn.Module] = {}
+        self._full_names: dict[str, str] = {}  # by the name given, of single modules
         base = base_model_of(model)
         for layer in layers:
             if match := HIDDEN.fullmatch(layer):
                 self._hidden.append((match[1], int(match[2]) if match[2] else None))
             else:
-                self.modules.update(find_modules(base, layer, role))
+                found = find_modules(base, layer, role)
+                self.modules |= found
+                if len(found) == 1:
+                    self._full_names[layer] = next(iter(found))
         self.layer_drop = LayerDrop(model, base, [kind for kind, _ in self._hidden], self.modules)
         self._blocks = Blocks(base)
         self._layers_among: dict[str, list[int]] = {}  # indices by kind of hidden states, once a forward has shown them
@@ -129,6 +133,10 @@ class LayerReader:
             # keep nothing of a forward, so that the network can be copied and saved
             self._reduce, self._read, self._of_backbone, self._thread = None, {}, None, None
             self._batch_first.forget_call()
+
+    def full_name(self, layer: str) -> str:
+        """Return a layer's name in this network, which `layers` may give without the head's prefix."""
+        return self._full_names.get(layer, layer)
 
     def names(self) -> list[str]:
         """Return the layers in order: named modules, and the hidden states of the last forward, skipped ones included.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from builders import gpt2
+from builders import gpt2, llama, token_batch
 from torch import nn
 
+from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.features.modules import describe_modules, find_modules
 from hf_guidance.features.reader import base_model_of
 
@@ -33,6 +34,28 @@ def test_modules_are_found_by_name_glob_and_type_in_order(pattern: str, found: l
     modules = find_modules(model, pattern)
     assert list(modules) == found
     assert all(module is model.get_submodule(name) for name, module in modules.items())
+
+
+@pytest.mark.parametrize("name", ["h.1", "h.*", "h.?.mlp", "wte"])
+def test_names_may_be_those_of_the_network_with_its_head_or_without(name: str) -> None:
+    model = gpt2()
+    headed, body = find_modules(model, name), find_modules(model.transformer, f"transformer.{name}")
+    assert list(headed) == [f"transformer.{found}" for found in body]
+    assert list(headed.values()) == list(body.values())
+
+
+def test_pairs_of_such_names_are_those_of_the_networks() -> None:
+    config = GuidanceConfig(measure="linear_cka", layer_pairs=["h.1~model.layers.0@0.5", "transformer.h.0~layers.1"])
+    target, guide = gpt2(), llama()
+    loss = GuidanceLoss(target, guide, config)
+    with loss.watch(token_batch()) as watched:
+        target(**watched.inputs)
+    assert loss.pairs == [("transformer.h.1", "layers.0"), ("transformer.h.0", "layers.1")]
+    values = watched.similarities["linear_cka"]
+    assert list(values) == ["transformer.h.1~layers.0", "transformer.h.0~layers.1"]
+    assert float(watched.loss) == pytest.approx(
+        0.5 * (1 - float(values["transformer.h.1~layers.0"])) + 1 - float(values["transformer.h.0~layers.1"])
+    )
 
 
 def test_a_dot_and_a_bracket_in_a_pattern_are_themselves() -> None:
