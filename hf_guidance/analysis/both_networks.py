@@ -9,7 +9,7 @@ from itertools import product
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.reader import LayerReader
@@ -48,6 +48,7 @@ class BothNetworks:
 
     Attributes:
         rows: Number of rows that were read.
+        row_of: Row of the last batch that each sample comes from, `(n,)`; None if each has its own.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class BothNetworks:
         self.networks, self.readers, self.axis, self.limits, self.least = (a, b), readers, axis, limits, least
         self.conventions = [Conventions(r.model, r.modules, layout, r) for r in readers]
         self.rows, self._draws_nothing = 0, False
+        self.row_of: Tensor | None = None
 
     def layers(self, batch: Batch) -> OfBoth | None:
         """Run both networks on a batch, and return the layers of each; None if it has too few samples.
@@ -84,6 +86,7 @@ class BothNetworks:
         of_b = self._read(inputs[1], 1, theirs)
         ours.check_aligned(list(product(of_a, of_b)), of_a, theirs, of_b)
         self._draws_nothing = True
+        self.row_of = ours.rows_of_tokens() if self.axis == "token" else None
         fewest = max(layer.samples for layer in next(iter(of_a.values())))
         return [of_a, of_b] if fewest >= self.least else None
 

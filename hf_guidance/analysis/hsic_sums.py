@@ -19,7 +19,9 @@ class HSICSums:
     """Sums over batches from which the CKA of every pair of layers follows.
 
     HSIC is estimated on each batch without bias, of features that are not scaled, and weighted by the number of
-    samples; the mean is divided only once. So neither value depends on how the samples are batched, except for noise.
+    samples; the mean is divided only once. Tokens of one row are alike, and a batch has a larger share of them than all
+    data have: only tokens of different rows are taken together. So neither value depends on how the samples are
+    batched, except for noise.
     Linear CKA is that of all samples together: what the biased estimate adds to HSIC is computed from its two other
     parts, the variances and the products of squared norms.
 
@@ -40,21 +42,27 @@ class HSICSums:
         self._weights = torch.zeros(1 + REPLICATES, dtype=torch.float64)
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, layers_a: Sequence[Layer], layers_b: Sequence[Layer]) -> None:
+    def add(self, layers_a: Sequence[Layer], layers_b: Sequence[Layer], row_of: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             layers_a: Layers of one network, in dual form.
             layers_b: Those of the other on the same samples, in dual form.
+            row_of: Row that each sample comes from, `(n,)`, of at least 4 rows; None if each has its own.
         """
         n = layers_a[0].samples
         grams_a, grams_b = (torch.stack([_unscaled(layer) for layer in side]) for side in (layers_a, layers_b))
-        u_a, u_b = (u_center(grams).flatten(2) / (n * (n - 3)) ** 0.5 for grams in (grams_a, grams_b))
+        if row_of is None:
+            u_a, u_b = (u_center(grams).flatten(2) / (n * (n - 3)) ** 0.5 for grams in (grams_a, grams_b))
+            factors = u_a.new_ones(())
+        else:
+            between = Between(row_of.to(grams_a.device))
+            u_a, u_b, factors = between.sums(grams_a), between.sums(grams_b), between.factors
         norms_a, norms_b = (grams.diagonal(dim1=-2, dim2=-1) * (n / (n - 1)) for grams in (grams_a, grams_b))
         of_batch = {
-            "ab": torch.einsum("ark,brk->rab", u_a, u_b),
-            "aa": u_a.square().sum(-1).T,
-            "bb": u_b.square().sum(-1).T,
+            "ab": torch.einsum("ark,brk->rab", u_a * factors, u_b),
+            "aa": (u_a.square() * factors).sum(-1).T,
+            "bb": (u_b.square() * factors).sum(-1).T,
             "norms ab": torch.einsum("ark,brk->rab", norms_a, norms_b) / n,
             "norms aa": norms_a.square().mean(-1).T,
             "norms bb": norms_b.square().mean(-1).T,
@@ -102,6 +110,43 @@ class HSICSums:
         known = (aa > 0)[:, :, None] & (bb > 0)[:, None, :]
         values = torch.where(known, ab / (aa[:, :, None] * bb[:, None, :]).clamp(min=0).sqrt(), torch.nan)
         return values[0], values[1:].std(0) if self.batches >= FEWEST_BATCHES else None
+
+
+class Between:
+    """HSIC without bias of samples that come in rows, from tuples of samples of different rows.
+
+    It is E[k₁₂ l₁₂] + E[k₁₂] E[l₃₄] − 2 E[k₁₂ l₁₃]. Each mean follows from sums of a Gram matrix over samples and rows,
+    less the tuples in which a row comes twice.
+
+    Args:
+        row_of: Row that each sample comes from, `(n,)`.
+
+    Attributes:
+        factors: Factors of the products of two matrices' sums, whose sum is HSIC.
+    """
+
+    def __init__(self, row_of: Tensor) -> None:
+        self.same = row_of[:, None] == row_of
+        self._rows = torch.nn.functional.one_hot(row_of.unique(return_inverse=True)[1]).double()
+        everywhere = torch.ones_like(self.same, dtype=torch.float64)[None, None]
+        tuples = [float(part.square().sum()) for part in self._parts(everywhere)]
+        two, three = tuples[0], tuples[1] - tuples[2]
+        four = tuples[3] - 4 * tuples[4] + 2 * tuples[5]
+        of_parts = [1 / two, -2 / three, 2 / three, 1 / four, -4 / four, 2 / four]
+        sizes = [part.shape[-1] for part in self._parts(everywhere)]
+        factors = [everywhere.new_full((size,), factor) for size, factor in zip(sizes, of_parts, strict=True)]
+        self.factors = torch.cat(factors)
+
+    def sums(self, grams: Tensor) -> Tensor:
+        """Return all sums of Gram matrices `(…, n, n)`, side by side."""
+        return torch.cat(self._parts(grams), -1)
+
+    def _parts(self, grams: Tensor) -> list[Tensor]:
+        grams = grams.masked_fill(self.same, 0)
+        to_rows = grams @ self._rows
+        of_rows = self._rows.T @ to_rows
+        totals = of_rows.sum((-2, -1))[..., None]
+        return [grams.flatten(-2), grams.sum(-1), to_rows.flatten(-2), totals, of_rows.sum(-1), of_rows.flatten(-2)]
 
 
 def _unscaled(layer: Layer) -> Tensor:

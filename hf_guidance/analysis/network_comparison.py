@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator
@@ -48,10 +48,11 @@ def compare(
     """Compute the similarity of every layer of one network with every layer of another over a dataset.
 
     Linear and debiased CKA stream: memory does not grow with the data, and the values do not depend on how these are
-    batched, except for noise, whose size is estimated. (Tokens of one row are more alike than others, so that on the
-    token axis a batch should have many rows.) Any other measure compares up to 1024 rows in one batch, of a DataLoader
-    its first one. Both networks run in evaluation mode and are left as they were. Padding does not count. A batch with
-    fewer samples than the measure needs, as the last one may be, is left out.
+    batched, except for noise, whose size is estimated. On the token axis they compare tokens of different rows with one
+    another: those of one row are alike, and would count for more in small batches. Any other measure compares up to
+    1024 rows in one batch, of a DataLoader its first one. Both networks run in evaluation mode and are left as they
+    were. Padding does not count. A batch with fewer samples than the measure needs, as the last one may be, is left
+    out.
 
     Args:
         a: A network. It sees all columns that it accepts but those that begin with `guide_`.
@@ -97,11 +98,12 @@ def compare(
             stack.callback(readers[-1].remove)
         both = BothNetworks(a, b, readers, sample_axis, limits, least, feature_layout)
         batches = _batches(data, samples, batch_size, collator or default_data_collator)
-        of_batches = (found for batch in batches if (found := both.layers(batch)) is not None)
+        of_batches = ((found, both.row_of) for batch in batches if (found := both.layers(batch)) is not None)
         values = _streamed(of_batches, measure) if streams else _at_once(of_batches, chosen)
         if values is None:
+            kind = "rows" if streams and sample_axis == "token" else "samples"
             raise ValueError(
-                f"no batch of the data has the {least} samples that {measure} needs ({both.rows} rows were read, "
+                f"no batch of the data has the {least} {kind} that {measure} needs ({both.rows} rows were read, "
                 f"with samples={samples} and batch_size={batch_size}): raise what is too small."
             )
         names = [reader.names() for reader in readers]
@@ -119,14 +121,16 @@ def _checked(measure: str, sample_axis: str, samples: int | None, batch_size: in
     return get_measure(measure)
 
 
-def _streamed(batches: Iterable[OfBoth], measure: str) -> dict[str, Any] | None:
+def _streamed(batches: Iterable[tuple[OfBoth, Tensor | None]], measure: str) -> dict[str, Any] | None:
     """Compare all layers over batches by CKA; None if there are no samples."""
     sums = HSICSums()
-    for of_both in batches:
+    for of_both, row_of in batches:
+        if row_of is not None and len(row_of.unique()) < FEWEST:
+            continue
         for group in range(len(next(iter(of_both[0].values())))):
             of_a, of_b = ([side[name][group] for name in side] for side in of_both)
             if of_a[0].samples >= FEWEST:
-                sums.add(of_a, of_b)
+                sums.add(of_a, of_b, row_of)
     if not sums.batches:
         return None
     values, errors = sums.debiased() if measure == "debiased_cka" else sums.linear()
@@ -134,11 +138,12 @@ def _streamed(batches: Iterable[OfBoth], measure: str) -> dict[str, Any] | None:
     return {"values": values.numpy(), "errors": deviations, "samples": sums.samples, "batches": sums.batches}
 
 
-def _at_once(batches: Iterable[OfBoth], measure: Measure) -> dict[str, Any] | None:
+def _at_once(batches: Iterable[tuple[OfBoth, Tensor | None]], measure: Measure) -> dict[str, Any] | None:
     """Compare all layers on the first batch by any measure; None if there is none."""
-    layers = next(iter(batches), None)
-    if layers is None:
+    first = next(iter(batches), None)
+    if first is None:
         return None
+    layers, _ = first
     pairs = list(product(layers[0], layers[1]))
     values = guidance_loss_of_groups(pairs, measure, *layers)[1]
     count = sum(layer.samples * layer.rows for layer in next(iter(layers[0].values())))

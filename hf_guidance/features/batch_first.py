@@ -30,16 +30,16 @@ class BatchFirst:
         self.model, self.modules, self.role = model, modules, role
         self._known: set[str] = set()
         self._unclear: set[str] = set()
-        self._called: tuple[Any, Any] | None = None
+        self._called: tuple[Any, ...] | None = None
 
-    def note_call(self, args: Any, kwargs: Any) -> None:
-        """Keep what the network is called with, until the forward has shown whether it is needed."""
+    def note_call(self, *called: Any) -> None:
+        """Keep the arguments and named arguments of a call, until the forward has shown whether they are needed."""
         if self.modules:
-            self._called = args, kwargs
+            self._called = called
 
-    def note(self, name: str, features: Any) -> None:
+    def note(self, name: str, features: Tensor) -> None:
         """Note what the shape of a module's output says."""
-        if name in self._known or name not in self.modules or not isinstance(features, Tensor):
+        if name in self._known or name not in self.modules:
             return
         if features.ndim < 3 or features.shape[0] != features.shape[1]:
             self._known.add(name)  # samples have the batch on their first axis, or raise

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_guidance.features.batch_first import BatchFirst
 from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
@@ -183,7 +183,8 @@ class LayerReader:
                 "another layer, or use hidden_states. A `compute_loss` that runs the target twice cannot be guided."
             )
         features = first_tensor(output)
-        self._batch_first.note(name, features)
+        if isinstance(features, Tensor):
+            self._batch_first.note(name, features)
         self._read[name] = self._reduce(name, features)
         if self.stop_early and self.keep == self._read.keys():
             raise AllRead

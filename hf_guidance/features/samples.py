@@ -143,6 +143,10 @@ class Samples(ComparedRows):
             in_region=True,
         )
 
+    def rows_of_tokens(self) -> Tensor:
+        """Return the row of the batch that each compared token comes from, `(n,)`, once a layer is made."""
+        return next(iter(self._chosen.values()))[0]
+
     def check_aligned(self, pairs: Sequence[Pair], layers: Groups, guide: Samples, guides: Groups) -> None:
         """Check that both layers of each pair have the same samples.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 from torch import Tensor
 
-from hf_guidance.analysis.hsic_sums import HSICSums
+from hf_guidance.analysis import hsic_sums
+from hf_guidance.analysis.hsic_sums import Between, HSICSums
 from hf_guidance.similarity import debiased_cka, layer_of, linear_cka
 
 N = 1024
@@ -101,3 +104,65 @@ def test_a_constant_layer_has_no_similarity_and_memory_does_not_grow() -> None:
         name: tuple(t.shape) for name, t in summed(a, b, 512)._sums.items()
     }
     assert (sums.samples, sums.batches) == (N, N // 16)
+
+
+def tokens_of_rows(rows: int, of_network: int, seed: int = 0) -> Tensor:
+    """Tokens of rows of 3 to 6, alike within a row: the same of one row, others of each network."""
+    lengths = torch.randint(3, 7, (rows,), generator=torch.Generator().manual_seed(seed))
+    random, weights = torch.Generator().manual_seed(seed + 1), torch.Generator().manual_seed(of_network)
+    of_rows = torch.randn(rows, 8, generator=random).repeat_interleave(lengths, 0)
+    own = torch.randn(int(lengths.sum()), 8, generator=random)
+    return torch.cat([2 * of_rows, own], 1) @ torch.randn(16, 24, generator=weights)
+
+
+def rows_of(rows: int, seed: int = 0) -> Tensor:
+    lengths = torch.randint(3, 7, (rows,), generator=torch.Generator().manual_seed(seed))
+    return torch.arange(rows).repeat_interleave(lengths)
+
+
+def test_hsic_of_tokens_is_the_mean_over_all_tuples_of_different_rows() -> None:
+    row_of, x, y = rows_of(5), *(tokens_of_rows(5, of)[:, :2].double() for of in (1, 2))
+    layers = [layer_of(z, primal_below=0) for z in (x, y)]
+    k, l = ((z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y))  # noqa: E741
+    means = []
+    for size, value in (
+        (2, lambda i, j: k[i, j] * l[i, j]),
+        (4, lambda i, j, g, h: k[i, j] * l[g, h]),
+        (3, lambda i, j, g: k[i, j] * l[i, g]),
+    ):
+        tuples = [t for t in permutations(range(len(row_of)), size) if len(set(row_of[list(t)].tolist())) == size]
+        means.append(torch.stack([value(*t) for t in tuples]).mean())
+    expected = means[0] + means[1] - 2 * means[2]
+    between = Between(row_of)
+    grams = [hsic_sums._unscaled(layer)[None] for layer in layers]
+    found = (between.sums(grams[0]) * between.factors * between.sums(grams[1])).sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_samples_with_a_row_each_have_one_hsic_in_both_ways() -> None:
+    a, b = features()
+    layers = [[layer_of(x[:32], primal_below=0) for x in side] for side in (a, b)]
+    sums, of_rows = HSICSums(), HSICSums()
+    sums.add(*layers)
+    of_rows.add(*layers, torch.randperm(32))
+    torch.testing.assert_close(of_rows.debiased()[0], sums.debiased()[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [4, 16, 64])
+def test_tokens_say_the_same_in_batches_of_few_rows(batch: int) -> None:
+    rows = 512
+    row_of, x, y = rows_of(rows), tokens_of_rows(rows, 1), tokens_of_rows(rows, 2)
+    sums, alike = HSICSums(), HSICSums()
+    for start in range(0, rows, batch):
+        own = (row_of >= start) & (row_of < start + batch)
+        layers = [[layer_of(z[own], primal_below=0)] for z in (x, y)]
+        sums.add(*layers, row_of[own])
+        alike.add(*layers)
+    for name, measure in (("debiased", debiased_cka), ("linear", linear_cka)):
+        values, errors = getattr(sums, name)()
+        whole = float(measure(x.double(), y.double()))
+        assert errors is not None
+        assert abs(float(values) - whole) <= 3 * float(errors)
+        if batch == 4:
+            values, errors = getattr(alike, name)()
+            assert abs(float(values) - whole) > 3 * float(errors), "the test could fail"

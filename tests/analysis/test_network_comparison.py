@@ -107,6 +107,15 @@ def test_named_layers_and_columns_of_its_own_are_compared() -> None:
     assert flipped[0, 0] < 0.99  # with the same input it is 1
 
 
+def test_tokens_of_few_rows_at_once_say_the_same_as_those_of_many() -> None:
+    a, b, data = gpt2(), llama(), rows(256, 12)
+    few, many = (compare(a, b, data, sample_axis="token", batch_size=size) for size in (8, 64))
+    assert few.errors is not None
+    assert (abs(few.values - many.values) <= 4 * few.errors).all()
+    with pytest.raises(ValueError, match="no batch of the data has the 4 rows that debiased_cka needs"):
+        compare(a, b, data, sample_axis="token", batch_size=3)
+
+
 def of_two_lengths() -> list[dict[str, Tensor]]:
     return [{**row, "guide_input_ids": row["input_ids"][:-2]} for row in rows()]
 
