@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> None:
     for name, network in zip(names, networks, strict=True) if kinds[0] == "images" else ():
         check_colours(network, name)
     decodes = any("decoder_input_ids" in accepted_columns(network) for network in networks)
-    data = read(given, kinds[0], names, seeds, rows=given.samples, decodes=decodes)
+    data = read(given, kinds[0], names, seeds, decodes=decodes)
     found = compare(
         networks[0],
         networks[1],

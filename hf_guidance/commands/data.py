@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hf_guidance.commands.networks import pixels_of
 from hf_guidance.tasks import image_classification
-from hf_guidance.tasks.image_decoding import PixelFormat
+from hf_guidance.tasks.image_decoding import ImageCollator, ImageDecoder, PixelFormat
+from hf_guidance.tasks.image_rows import ImageRows
+from hf_guidance.tasks.image_splits import digits, find_image_column
 from hf_guidance.tasks.splits import read_splits
 
 Collator: TypeAlias = Callable[[list[Any]], dict[str, Tensor]]
@@ -32,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name data for two networks."""
     parser.add_argument("--data", required=True, help="Hub id or folder of a dataset; for text also a text file")
     parser.add_argument("--dataset_config", help="configuration of the dataset")
-    parser.add_argument("--split", help="split of a dataset of texts; found by default")
+    parser.add_argument("--split", help="split of the dataset; found by default")
     parser.add_argument("--column", help="column with texts or images; found by default")
     parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch (default 32)")
     parser.add_argument("--max_length", type=int, default=128, help="most tokens of a text (default 128)")
@@ -52,7 +54,6 @@ def read(
     names: Sequence[str],
     seeds: Sequence[int | None],
     *,
-    rows: int | None = None,
     decodes: bool = False,
     training: bool = False,
 ) -> Data:
@@ -63,44 +64,55 @@ def read(
         kind: `images` or `text`.
         names: Where both networks are.
         seeds: Seeds of their random weights; None for a trained one.
-        rows: Most images.
         decodes: As of `texts`.
         training: Read the rows to train on; images with their classes.
     """
-    if kind == "images":
-        formats = [pixels_of(name, seed, given.image_size) for name, seed in zip(names, seeds, strict=True)]
-        return images(given.data, given.dataset_config, formats[0], formats[1], rows, given.column, training)
     splits = SPLITS[::-1] if training else SPLITS
+    if kind == "images":
+        a, b = (pixels_of(name, seed, given.image_size) for name, seed in zip(names, seeds, strict=True))
+        if training:
+            return images_with_classes(given.data, given.dataset_config, a, b, given.column)
+        return images(given.data, given.dataset_config, a, b, given.column, given.split)
     own = (given.column, given.split, decodes, splits)
     return texts(given.data, given.dataset_config, names[0], names[1], given.max_length, *own)
 
 
 def images(
-    dataset: str,
-    config: str | None,
-    a: PixelFormat,
-    b: PixelFormat,
-    rows: int | None,
-    column: str | None,
-    training: bool = False,
+    dataset: str, config: str | None, a: PixelFormat, b: PixelFormat, column: str | None, split: str | None = None
 ) -> Data:
-    """Read the images of a dataset.
+    """Read the images of a split, without their classes.
 
     Args:
         dataset: Hub id or folder.
         config: Name of its configuration.
         a: Format of the images of network a.
         b: That of network b, which gets images of its own if it differs.
-        rows: Most rows.
         column: Name of the column with images; None finds it.
-        training: Whether to return the rows to train on, with their classes; else those to validate with.
+        split: Name of the split; None takes that for validation, else the test's, else any.
+
+    Raises:
+        ValueError: If there is no such split, or the column with images is not clear.
     """
+    from datasets import Image
+
+    splits = digits() if dataset == "digits" else read_splits(dataset, config, streaming=False)
+    rows = _chosen(splits, dataset, split, SPLITS)
+    try:
+        name = find_image_column(rows.features, dataset, column)
+    except ValueError as error:
+        raise ValueError(str(error).replace("set image_column", "name it with --column")) from error
+    encoded = rows.select_columns([name]).cast_column(name, Image(decode=False))
+    sizes = (a.size,) if a.size == b.size else (a.size, b.size)
+    decoded: Any = ImageRows(encoded, ImageDecoder(sizes, (name, None)))
+    return Data(decoded, ImageCollator(a, b))
+
+
+def images_with_classes(dataset: str, config: str | None, a: PixelFormat, b: PixelFormat, column: str | None) -> Data:
+    """Read the images to train on, with their classes; the arguments are those of `images`."""
     task = image_classification(
-        dataset, dataset_config=config, target=a, guide=None if a == b else b, eval_size=rows, image_column=column
+        dataset, dataset_config=config, target=a, guide=None if a == b else b, image_column=column
     )
-    if training:
-        return Data(task.train_dataset, task.data_collator, len(task.labels))
-    return Data(task.eval_dataset, lambda found: {k: v for k, v in task.data_collator(found).items() if k != "labels"})
+    return Data(task.train_dataset, task.data_collator, len(task.labels))
 
 
 def texts(
@@ -182,11 +194,7 @@ def _tokens(tokenizer: Any, rows: list[str], length: int, decodes: bool) -> dict
 def _column(dataset: str, config: str | None, column: str | None, split: str | None, best: Sequence[str]) -> list[str]:
     if os.path.isfile(dataset):
         raise ValueError(f"{dataset} is a file; expected a dataset, or a text file ({', '.join(TEXT_FILES)}).")
-    splits = read_splits(dataset, config, streaming=False)
-    chosen = split or next((name for name in best if name in splits), next(iter(splits)))
-    if chosen not in splits:
-        raise ValueError(f"{dataset} has no split {chosen!r}; it has {', '.join(splits)}.")
-    rows = splits[chosen]
+    rows = _chosen(read_splits(dataset, config, streaming=False), dataset, split, best)
     strings = [
         name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
@@ -200,3 +208,11 @@ def _column(dataset: str, config: str | None, column: str | None, split: str | N
     if not found:
         raise ValueError(f"the column {name!r} of {dataset} has no text.")
     return found
+
+
+def _chosen(splits: Mapping[str, Any], dataset: str, split: str | None, best: Sequence[str]) -> Any:
+    """Return the split of this name, else the first of the best ones that there is."""
+    chosen = split or next((name for name in best if name in splits), next(iter(splits)))
+    if chosen not in splits:
+        raise ValueError(f"{dataset} has no split {chosen!r}; it has {', '.join(splits)}.")
+    return splits[chosen]

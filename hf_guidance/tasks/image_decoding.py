@@ -71,7 +71,7 @@ class ImageDecoder:
 
     Args:
         sizes: Sizes of the images to make, in pixels; the first is that of the target.
-        columns: Names of the columns with image and label.
+        columns: Names of the columns with image and label; without a label, rows have none.
         classes: Number of classes.
         augmentation: `none` (resize, centre crop), `crop_flip` (a random crop of 8 to 100 % of the area, resized, and
             flipped half the time) or `shift` (an object at another place in each epoch).
@@ -86,8 +86,8 @@ class ImageDecoder:
     def __init__(
         self,
         sizes: Sequence[int],
-        columns: tuple[str, str],
-        classes: int,
+        columns: tuple[str, str | None],
+        classes: int = 0,
         augmentation: str = "none",
         crop: float = 1.0,
         seed: int = 0,
@@ -116,9 +116,11 @@ class ImageDecoder:
         Raises:
             ValueError: If the image cannot be decoded, or its label is not one of the classes.
         """
-        encoded, label = (row[column] for column in self.columns)
+        image_column, label_column = self.columns
+        encoded, labels = row[image_column], {} if label_column is None else {"labels": row[label_column]}
         name = (encoded.get("path") if isinstance(encoded, dict) else None) or name
-        check_label(label, self.classes, name)
+        for label in labels.values():
+            check_label(label, self.classes, name)
         try:
             content = _content(encoded)
             image = _decode(content)
@@ -131,7 +133,7 @@ class ImageDecoder:
             self._skipped += 1
             logger.warning("Skipped image %s, which cannot be decoded: %s.", name, error)
             return None
-        return {"pixel_values": self._crop(image, content, epoch), "labels": label}
+        return {"pixel_values": self._crop(image, content, epoch), **labels}
 
     def _crop(self, image: PIL.Image.Image, content: bytes, epoch: int) -> tuple[Tensor, ...]:
         if self.object_size is not None:

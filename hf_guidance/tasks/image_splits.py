@@ -87,20 +87,33 @@ def find_columns(features: Features, dataset: str, image: str | None, label: str
     Raises:
         ValueError: If a column is missing, ambiguous or of another type.
     """
-    from datasets import ClassLabel, Image
+    from datasets import ClassLabel
 
-    images = [image] if image else [name for name, kind in features.items() if isinstance(kind, Image)]
     classes = [label] if label else [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     classes = classes or [name for name in LABELS if name in features]
-    for what, found, flag in (("images", images, "image_column"), ("classes", classes, "label_column")):
-        if not found or found[0] not in features or (len(found) > 1 and what == "images"):
-            raise ValueError(
-                f"{dataset} has the columns {', '.join(features)}, and the one with the {what} is "
-                f"{'not among them' if found and found[0] not in features else 'not clear'}: set {flag}."
-            )
+    of_images = find_image_column(features, dataset, image)
+    if not classes or classes[0] not in features:
+        raise _unclear(features, dataset, "classes", "label_column", classes)
+    return of_images, classes[0]
+
+
+def find_image_column(features: Features, dataset: str, image: str | None) -> str:
+    """Find the column with images, as `find_columns` does."""
+    from datasets import Image
+
+    images = [image] if image else [name for name, kind in features.items() if isinstance(kind, Image)]
+    if len(images) != 1 or images[0] not in features:
+        raise _unclear(features, dataset, "images", "image_column", images)
     if not isinstance(features[images[0]], Image):
         raise ValueError(f"{dataset}: the column {images[0]!r} holds {features[images[0]]}; expected images.")
-    return images[0], classes[0]
+    return images[0]
+
+
+def _unclear(features: Features, dataset: str, what: str, flag: str, found: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{dataset} has the columns {', '.join(features)}, and the one with the {what} is "
+        f"{'not among them' if found and found[0] not in features else 'not clear'}: set {flag}."
+    )
 
 
 def class_names(features: Features, column: str, dataset: str, num_labels: int | None) -> list[str]:

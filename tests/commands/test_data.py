@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from builders import gpt2, llama
 from tokenizers import Tokenizer
@@ -12,7 +13,16 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from hf_guidance.commands.data import add_flags, check_flags, images, lines_of, read, texts, tokenizer_of
+from hf_guidance.commands.data import (
+    add_flags,
+    check_flags,
+    images,
+    images_with_classes,
+    lines_of,
+    read,
+    texts,
+    tokenizer_of,
+)
 from hf_guidance.tasks.image_decoding import PixelFormat
 
 WORDS = ["[PAD]", "[UNK]", "the", "cat", "sat", "on", "mat"]
@@ -81,19 +91,33 @@ def test_a_file_without_text_and_a_network_without_a_tokenizer_are_named(tmp_pat
 
 def test_images_come_in_the_format_of_each_network() -> None:
     small, large = PixelFormat(8), PixelFormat(16)
-    data = images("digits", None, small, large, 6, None)
+    data = images("digits", None, small, large, None)
     batch = data.collator([data.rows[i] for i in range(3)])
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
         "pixel_values": (3, 3, 8, 8),
         "guide_pixel_values": (3, 3, 16, 16),
     }
-    assert "guide_pixel_values" not in images("digits", None, small, small, 6, None).collator([data.rows[0]])
+    assert "guide_pixel_values" not in images("digits", None, small, small, None).collator([data.rows[0]])
+
+
+def test_images_to_compare_need_no_classes_and_are_a_whole_split(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for number in range(6):
+        PIL.Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    small = PixelFormat(8)
+    assert len(images(str(tmp_path), None, small, small, None).rows) == 6
+    of_digits = [len(images("digits", None, small, small, None, split).rows) for split in (None, "train", "test")]
+    assert of_digits == [300, 1197, 300]
+    with pytest.raises(ValueError, match=r"digits has no split 'dev'; it has train, validation, test"):
+        images("digits", None, small, small, None, "dev")
+    with pytest.raises(ValueError, match=r"the one with the images is not among them: name it with --column"):
+        images("digits", None, small, small, "picture")
 
 
 def test_rows_to_train_on_have_classes_and_come_first_from_the_training_split(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     small = PixelFormat(8)
-    data = images("digits", None, small, small, 6, None, training=True)
+    data = images_with_classes("digits", None, small, small, None)
     assert data.classes == 10
     assert len(data.rows) > 1000
     assert data.collator([data.rows[0]])["labels"].shape == (1,)
