@@ -119,11 +119,9 @@ def _metadata(facts: RunFacts) -> str:
 
 
 def _usage(facts: RunFacts, page: Environment) -> str:
-    """Format the code that loads the network and runs it once; empty if it is in no place."""
-    use, place = _use(facts), facts.get("repository") or facts.get("folder")
+    """Format the code that loads the network and runs it once."""
+    use, place = _use(facts), facts.get("repository") or facts.get("folder") or "."
     example = facts.get("example") or {}
-    if not place:
-        return ""
     known_class = facts["target"]["architecture"] if hasattr(transformers, facts["target"]["architecture"]) else None
     lines = page.get_template("usage.md.jinja").render(
         auto_class=use[0] if use else known_class,

@@ -123,7 +123,7 @@ def _measure(trainer: GuidanceMixin, loss: GuidanceLoss, batch: Batch, number: i
 
 def _check_finite(task_loss: Tensor, similarities: Mapping[str, Mapping[str, float]], number: int) -> None:
     values = {f"{measure} of {pair}": found for measure, of in similarities.items() for pair, found in of.items()}
-    for name, value in {"the task loss": float(task_loss), **values}.items():
+    for name, value in {"the task loss": float(task_loss.detach()), **values}.items():
         if not math.isfinite(value):
             raise ValueError(
                 f"{name} is {value} on batch {number}: look for values that are not finite in the weights of both "

@@ -36,7 +36,7 @@ def headings(body):
 
 def test_a_section_without_facts_is_left_out():
     metadata, body = card()
-    assert headings(body) == ["net", "The network", "Training", "Limitations", "Citation"]
+    assert headings(body) == ["net", "How to use it", "The network", "Training", "Limitations", "Citation"]
     assert "An RNNForCausalLM with 5 parameters, trained for 2 steps.\n" in body
     assert metadata == {
         "library_name": "transformers",

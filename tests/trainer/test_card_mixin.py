@@ -21,10 +21,22 @@ def test_curves_are_beside_the_card_where_they_can_be_drawn(matplotlib, tmp_path
     own.create_model_card()
     _, body = check_card((tmp_path / "out" / "README.md").read_text())
     assert (tmp_path / "out" / "curves.png").is_file() == ("(curves.png)" in body) == matplotlib
-    assert not re.search("## (Results|How to use it)|codecarbon|CO₂|similarity.png", body)  # none was measured
+    assert not re.search("## Results|codecarbon|CO₂|similarity.png", body)  # none was measured
     command = "## How to reproduce it\n\n```sh\npython train.py --max_steps 2 --output_dir out\n```\n\n"
     command += "Arguments other than the known training settings are left out.\n"
     assert (command in body) == ("## How to reproduce it" in body) == matplotlib
+
+
+def test_the_code_of_a_card_that_is_in_no_repository_runs_in_its_folder(tmp_path, monkeypatch, capsys):
+    own = make_trainer(tmp_path / "out", gpt2(), llama())
+    own.train()
+    own.save_model()
+    own.create_model_card()
+    _, body = check_card((tmp_path / "out" / "README.md").read_text())
+    assert "the code runs in the folder of this card, beside the weights." in body
+    monkeypatch.chdir(tmp_path / "out")
+    exec(re.search(r"```python\n(.*?)```", body, re.DOTALL)[1], {})
+    assert "\ntensor([" in capsys.readouterr().out
 
 
 def test_a_figure_that_cannot_be_drawn_costs_the_card_nothing_else(tmp_path, monkeypatch, caplog):
