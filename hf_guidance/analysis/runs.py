@@ -13,6 +13,7 @@ BY_MEANING = {  # name of a run → its colour
     "alone_longer": "0.6",
     "alone_shifted": "tab:brown",
     "guide_itself": "tab:green",
+    "guided": "tab:blue",
     "untrained_guide": "tab:blue",
     "untrained_guide_stopped": "tab:cyan",
     "trained_guide": "tab:red",

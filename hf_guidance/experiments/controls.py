@@ -13,7 +13,7 @@ ALONE, GUIDED = "alone", "guided"
 CONTROLS: dict[str, dict[str, str]] = {
     "shuffled_guide": {"guide_input": "shuffled"},
     "reversed_layers": {"layer_mapping": "reversed"},
-    "noise": {"guide_input": "noise"},
+    "noise_guide": {"guide_input": "noise"},
 }
 
 

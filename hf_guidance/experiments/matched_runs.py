@@ -87,7 +87,8 @@ def compare_runs(
         make_trainer: Makes the trainer of a run. It passes `seed`, `output_dir` and, where it is set, `max_steps` of
             the run to `TrainingArguments`, a guide if the run is `guided`, and `run.guidance(config)` as its setting.
         seeds: Seeds; an interval needs three.
-        controls: Guided runs beside it that should help less: `shuffled_guide`, `reversed_layers`, `noise`.
+        controls: Guided runs beside it that should help less: `shuffled_guide`, `reversed_layers`,
+            `noise_guide`.
         folder: Folder for results.json, results.md, comparison.png, and `seed-<seed>/<run>` of every run.
         equal_time: Also train the target alone for 1.1 times the time of the guided run, on average over the seeds.
         metric: Metric of the evaluation, without `eval_`.
@@ -115,7 +116,7 @@ def compare_runs(
     _check(make_trainer, controls, place, len(seeds), metric)
     if test_dataset is not None:
         check_rows(test_dataset, "test_dataset")
-    rehearse(make_trainer, _runs(seeds[0], controls, place, equal_time))
+    rehearse(make_trainer, _runs(seeds[0], controls, place, equal_time), metric)
     higher = metric != "loss" if higher_is_better is None else higher_is_better
     data = "validation" if test_dataset is None else "test"
     task = {"metric": metric, "percent": percent, "higher_is_better": higher, "data": data}

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import Trainer, set_seed
 
+from hf_guidance.analysis.history import metrics_of
 from hf_guidance.experiments.controls import MatchedRun, check_follows
 from hf_guidance.experiments.run_training import RESULT
 from hf_guidance.guide.identity import fingerprint
@@ -44,7 +45,7 @@ def check_rows(rows: Any, name: str) -> None:
         raise ValueError(f"{name} has no rows, by which runs are compared.")
 
 
-def rehearse(make_trainer: Callable[[MatchedRun], Trainer], runs: Sequence[MatchedRun]) -> None:
+def rehearse(make_trainer: Callable[[MatchedRun], Trainer], runs: Sequence[MatchedRun], metric: str = "loss") -> None:
     """Make the trainers of the runs of a seed, the first of which is alone, and check that they can be compared.
 
     Nothing is done if all of them are finished.
@@ -52,10 +53,11 @@ def rehearse(make_trainer: Callable[[MatchedRun], Trainer], runs: Sequence[Match
     Args:
         make_trainer: As of `compare_runs`.
         runs: The runs.
+        metric: Metric by which they are compared.
 
     Raises:
         ValueError: If a trainer does not follow its run, differs from the first one in more than guidance, or cannot
-            give its guide what a control asks for.
+            give its guide what a control asks for, or an evaluation does not give the metric.
     """
     if all((Path(run.output_dir) / RESULT).is_file() for run in runs):
         return
@@ -66,6 +68,8 @@ def rehearse(make_trainer: Callable[[MatchedRun], Trainer], runs: Sequence[Match
         check_follows(trainer, run)
         check_rows(trainer.eval_dataset, "eval_dataset")
         facts = _facts(trainer)
+        if not first:
+            _check_metric(trainer, metric)
         first = first or facts
         _check_matches(run, facts, first)
         _check_noise(trainer)
@@ -76,6 +80,20 @@ def _facts(trainer: Any) -> dict[str, Any]:
     facts = {name: getattr(trainer.args, name) for name in MATCHED}
     facts["rows of train_dataset"] = len(rows) if hasattr(rows, "__len__") else None
     return facts | {"initial weights": fingerprint(trainer.model)}
+
+
+def _check_metric(trainer: Any, metric: str) -> None:
+    """Raise ValueError if an evaluation of the first rows does not give the metric."""
+    rows = trainer.eval_dataset
+    if metric == "loss" or not hasattr(rows, "__len__"):
+        return
+    few = [rows[i] for i in range(min(len(rows), trainer.args.per_device_eval_batch_size))]
+    try:
+        found = metrics_of({"step": 0, **trainer.predict(few, metric_key_prefix="eval").metrics}, "eval")
+    except Exception:  # of a metric that needs more rows
+        return
+    if metric not in found:
+        raise ValueError(f"metric is {metric!r}, but the evaluation gives {', '.join(found)}: name one of these.")
 
 
 def _check_matches(run: MatchedRun, facts: Mapping[str, Any], first: Mapping[str, Any]) -> None:

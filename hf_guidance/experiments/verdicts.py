@@ -120,7 +120,6 @@ def in_words(found: Difference, data: str = "test") -> str:
     shown = "" if interval is None else f" [{interval[0]:+.1f}, {interval[1]:+.1f}]"
     each = ", ".join(f"{value:+.1f}" for value in values.values())
     against = {"alone": "alone, equal steps", EQUAL_TIME: "alone, equal time"}.get(found["baseline"], found["baseline"])
-    return (
-        f"{run_in_words(found['run'])} − {against}, {data}: {found['mean']:+.1f} {unit}{shown} "
-        f"(seeds {' '.join(map(str, values))}: {each})"
-    )
+    run = run_in_words(found["run"])
+    what = f"gain of {run} over {against}" if unit == "%" else f"{run} − {against}"  # a lower loss is a gain
+    return f"{what}, {data}: {found['mean']:+.1f} {unit}{shown} (seeds {' '.join(map(str, values))}: {each})"

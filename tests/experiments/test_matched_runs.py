@@ -51,7 +51,7 @@ def test_ten_lines_of_a_user_tell_whether_guidance_helps(tmp_path: Path, capsys:
     found = compare_runs(make_trainer, seeds=[0, 1, 2], folder=tmp_path / "out")
     print(found)
 
-    assert "guided − alone, equal steps, validation: " in capsys.readouterr().out
+    assert "gain of guided over alone, equal steps, validation: " in capsys.readouterr().out
     assert [row["run"] for row in found.table] == ["alone", "guided", "alone_equal_time"]
     equal_steps, equal_time = found.differences
     assert (equal_steps["unit"], list(equal_steps["values"])) == ("%", [0, 1, 2])
@@ -68,13 +68,13 @@ def test_ten_lines_of_a_user_tell_whether_guidance_helps(tmp_path: Path, capsys:
 
 def test_the_runs_start_from_the_same_weights_and_the_longer_one_has_its_time(tmp_path: Path) -> None:
     seen: list[MatchedRun] = []
-    found = compare_runs(maker(seen), [5], ["noise", "shuffled_guide"], tmp_path)
+    found = compare_runs(maker(seen), [5], ["noise_guide", "shuffled_guide"], tmp_path)
     rehearsed, trained = seen[:5], seen[5:]
     assert [run.name for run in rehearsed] == [run.name for run in trained]
     assert [(run.name, run.guided, run.control) for run in trained] == [
         ("alone", False, None),
         ("guided", True, None),
-        ("noise", True, "noise"),
+        ("noise_guide", True, "noise_guide"),
         ("shuffled_guide", True, "shuffled_guide"),
         ("alone_equal_time", False, None),
     ]
@@ -141,7 +141,7 @@ def test_test_data_of_its_own_decide_if_there_are_any(tmp_path: Path) -> None:
     trained = GPT2LMHeadModel.from_pretrained(tmp_path / "seed-0" / "alone")
     assert alone["test"]["loss"] == pytest.approx(trained(**batch).loss.item(), abs=1e-5)
     assert "| test loss" in str(found)
-    assert "guided − alone, equal steps, test: " in str(found)
+    assert "gain of guided over alone, equal steps, test: " in str(found)
     with pytest.raises(ValueError, match=r"data\.test_rows was 8, is None"):
         compare_runs(maker([]), [0], folder=tmp_path, equal_time=False)
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_compared_is_told_before_or_with_its_remedy(tmp_path: Pat
         (maker([], max_steps=3), {"equal_time": True}, "pass max_steps=run.max_steps"),
         (maker([]), {"seeds": [1, 1]}, "each once"),
         (maker([]), {"controls": ["none"]}, f"names? 'none'; possible are {', '.join(CONTROLS)}"),
-        (maker([]), {"controls": ["noise", "noise"]}, "name each once"),
+        (maker([]), {"controls": ["noise_guide", "noise_guide"]}, "name each once"),
         (maker([], seed=3), {}, "with seed=3; expected 0: pass seed=run.seed to TrainingArguments"),
         (maker([], output_dir=str(tmp_path)), {}, "pass output_dir=run.output_dir"),
         (other(without), {}, "without eval_dataset, by which runs are compared"),

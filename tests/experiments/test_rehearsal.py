@@ -25,7 +25,7 @@ Make = Callable[[MatchedRun], Any]
 def runs(folder: Path) -> list[MatchedRun]:
     return [
         MatchedRun("alone", 0, False, str(folder)),
-        MatchedRun("noise", 0, True, str(folder), control="noise"),
+        MatchedRun("noise_guide", 0, True, str(folder), control="noise_guide"),
         MatchedRun("alone_equal_time", 0, False, str(folder), max_steps=9),
     ]
 
@@ -47,6 +47,21 @@ def test_runs_that_match_are_made_once_and_none_where_all_are_finished(tmp_path:
     assert seen == runs(tmp_path)
     write_json(tmp_path / RESULT, {})
     rehearse(lambda run: pytest.fail("made"), runs(tmp_path))
+
+
+def test_a_metric_that_an_evaluation_does_not_give_is_found_out_before_training(tmp_path: Path) -> None:
+    make = maker(tmp_path)
+
+    def measuring(run: MatchedRun) -> Any:
+        trainer = make(run)
+        trainer.compute_metrics = lambda _: {"accuracy": 0.5}
+        return trainer
+
+    with pytest.raises(ValueError, match="metric is 'accuracy', but the evaluation gives loss: name one of these"):
+        rehearse(make, runs(tmp_path), "accuracy")
+    with pytest.raises(ValueError, match="metric is 'f1', but the evaluation gives loss, accuracy"):
+        rehearse(measuring, runs(tmp_path), "f1")
+    rehearse(measuring, runs(tmp_path), "accuracy")
 
 
 @pytest.mark.parametrize(
