@@ -31,6 +31,7 @@ WORDS = (
     (r"\bguide layer\b", "layer of b"),
     (r"\bthe target\b", "network a"),
     (r"\bthe guide\b", "network b"),
+    (r", or skip_first_positions=1 if one of them has a class token", ""),
 )
 
 

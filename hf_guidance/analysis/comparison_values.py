@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +28,8 @@ class Comparison:
     """Similarities of the layers of two networks.
 
     Attributes:
-        values: Similarity of each layer of a with each of b, `(layers of a, layers of b)`; NaN where one is constant.
+        values: Similarity of each layer of a with each of b, `(layers of a, layers of b)`; CKA is NaN where
+            one is constant, other measures 0.
         layers_a: Names of the layers of a.
         layers_b: Names of the layers of b.
         measure: Name of the measure.
@@ -48,7 +51,8 @@ class Comparison:
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the values as a data frame: a row for each layer of a, a column for each of b."""
-        import pandas
+        with _needs_recipes("to_pandas"):
+            import pandas
 
         return pandas.DataFrame(self.values, index=self.layers_a, columns=self.layers_b)
 
@@ -62,7 +66,8 @@ class Comparison:
         Returns:
             The figure.
         """
-        from matplotlib.figure import Figure
+        with _needs_recipes("plot"):
+            from matplotlib.figure import Figure
 
         high, wide = (min(9.0, 2.0 + 0.28 * len(layers)) for layers in (self.layers_a, self.layers_b))
         figure = Figure(figsize=(wide + 1.2, high), layout="constrained")
@@ -79,6 +84,7 @@ class Comparison:
         """Write everything to a JSON file, from which `load` reads it."""
         content = asdict(self) | {"values": _plain(self.values)}
         content["errors"] = None if self.errors is None else _plain(self.errors)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @classmethod
@@ -88,6 +94,15 @@ class Comparison:
         for name in ("values", "errors"):
             content[name] = None if content[name] is None else np.array(content[name], dtype=np.float64)
         return cls(**content)
+
+
+@contextmanager
+def _needs_recipes(name: str) -> Iterator[None]:
+    """Name the extra that brings what a function imports."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs {error.name}: pip install 'hf_guidance[recipes]'.") from error
 
 
 def _plain(values: np.ndarray) -> list[list[float | None]]:

@@ -114,8 +114,9 @@ def _checked(measure: str, sample_axis: str, samples: int | None, batch_size: in
     """Return the measure, or raise ValueError for settings that compare nothing."""
     if sample_axis not in SAMPLE_WORDS:
         raise ValueError(f"sample_axis is {sample_axis!r}; possible are {', '.join(SAMPLE_WORDS)}.")
-    if batch_size < 1 or (samples is not None and samples < 1):
-        raise ValueError(f"batch_size is {batch_size} and samples {samples}; both must be at least 1.")
+    given = [batch_size, *([] if samples is None else [samples])]
+    if not all(isinstance(number, int) and number >= 1 for number in given):
+        raise ValueError(f"batch_size is {batch_size!r} and samples {samples!r}; expected whole numbers of at least 1.")
     if measure == "linear_cka" and sample_axis == "within":
         raise ValueError("linear_cka within rows depends on how many positions they have: use debiased_cka.")
     return get_measure(measure)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_guidance.analysis.comparison_values import Comparison
+from hf_guidance.analysis.comparison_values import SAMPLE_WORDS, Comparison
 from hf_guidance.analysis.network_comparison import compare
 from hf_guidance.commands.data import add_flags, check_flags, read
 from hf_guidance.commands.networks import check_colours, check_same_kind, kind_of, load
 from hf_guidance.guide.inputs import accepted_columns
-from hf_guidance.similarity.registry import MEASURES
+from hf_guidance.similarity.registry import MEASURES, get_measure
 from hf_guidance.trainer.checks import check_writable
 
 MOST_COLUMNS = 8  # of the printed table
@@ -30,7 +30,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--measure", default="debiased_cka", help=f"one of {', '.join(MEASURES)}")
     parser.add_argument("--layers_a", nargs="+", help="layers of a: hidden_states, names, globs or types")
     parser.add_argument("--layers_b", nargs="+", help="layers of b")
-    parser.add_argument("--sample_axis", default="sequence", help="sequence, token or within")
+    parser.add_argument("--sample_axis", default="sequence", choices=list(SAMPLE_WORDS), help="what a sample is")
     parser.add_argument("--samples", type=int, help="most rows to compare; by default all")
     parser.add_argument("--feature_layout", default="auto", help="channels_first or channels_last, for maps of images")
     parser.add_argument("--device", help="such as cuda; by default the CPU")
@@ -40,7 +40,8 @@ def add_command(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Compare two networks; write the numbers before the figure."""
-    place = Path(given.output)
+    place = Path(given.output.removesuffix(".json").removesuffix(".png"))
+    get_measure(given.measure)
     check_writable(place.parent, "--output")
     check_flags(given)
     seeds = given.untrained_a, given.untrained_b

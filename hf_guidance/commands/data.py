@@ -43,8 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(given: argparse.Namespace) -> None:
     """Raise ValueError for numbers among the flags of data that make no batch."""
-    for name in ("batch_size", "max_length"):
-        if getattr(given, name) < 1:
+    for name in ("batch_size", "max_length", "image_size"):
+        if (number := getattr(given, name)) is not None and number < 1:
             raise ValueError(f"--{name} is {getattr(given, name)}; it must be at least 1.")
 
 
@@ -156,7 +156,10 @@ def texts(
 
 def lines_of(path: str) -> list[str]:
     """Return the lines of a text file that are not empty."""
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it.") from error
     if not lines:
         raise ValueError(f"{path} has no text.")
     return lines

@@ -26,14 +26,14 @@ class Group(NamedTuple):
     Attributes:
         names: Their names, in order.
         kind: Their type.
-        shape: Shape of their output for the example; None if they gave no tensor of floats.
+        shapes: Shapes of the outputs of the first and the last for the example; none if they gave no tensor of floats.
         states: Numbers of the hidden states that they make, in order.
         glob: What selects just them in `target_layers`, `guide_layers` or `layers_a`; empty if nothing short does.
     """
 
     names: list[str]
     kind: str
-    shape: tuple[int, ...] | None
+    shapes: list[tuple[int, ...]]
     states: list[int]
     glob: str
 
@@ -135,9 +135,9 @@ def layers_of(network: nn.Module, example: dict[str, Tensor]) -> tuple[list[Grou
                 makes[state] = key
     found = []
     for key, own in ordered:
-        shape = next((shapes[name] for name in reversed(own) if name in shapes), None)
+        seen = [shapes[name] for name in own if name in shapes]
         made = sorted(state for state, maker in makes.items() if maker == key)
-        found.append(Group(own, key[1], shape, made, _selecting(base, own, key[1])))
+        found.append(Group(own, key[1], [*seen[:1], *seen[-1:]], made, _selecting(base, own, key[1])))
     return found, {name: tuple(tensor.shape) for name, tensor in states.items()}
 
 
@@ -158,7 +158,8 @@ def described(model: str, example: dict[str, Tensor], groups: list[Group], state
     lines = [f"{model}, for {given}", ""]
     if states:
         first, last = next(iter(states)), next(reversed(states))
-        lines.append(f"{len(states)} hidden states ({first} … {last})  {_shape(states[last])}  select: hidden_states")
+        shapes = _shapes([states[first], states[last]])
+        lines.append(f"{len(states)} hidden states ({first} … {last})  {shapes}  select: hidden_states")
     else:
         lines.append("no hidden states: name the layers by a glob or a type")
     rows = [
@@ -166,21 +167,21 @@ def described(model: str, example: dict[str, Tensor], groups: list[Group], state
             f"{len(g.names)} {g.kind} ({g.names[0]} … {g.names[-1]})"
             if len(g.names) > 1
             else f"{g.kind} ({g.names[0]})",
-            _shape(g.shape),
+            _shapes(g.shapes),
             g.glob,
             _states(g.states),
         )
         for g in groups
-        if g.shape is not None
+        if g.shapes
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     lines += ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)]
     return "\n".join(lines)
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    """Write the shape of an output, whose first axis is the batch."""
-    return "" if shape is None else f"(batch, {', '.join(map(str, shape[1:]))})"
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    """Write the shapes of outputs, whose first axis is the batch, each once."""
+    return " … ".join(dict.fromkeys(f"(batch, {', '.join(map(str, shape[1:]))})" for shape in shapes))
 
 
 def _states(numbers: list[int]) -> str:

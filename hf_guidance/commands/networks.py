@@ -10,17 +10,22 @@ from torch import Tensor, nn
 
 from hf_guidance.guide.configs import config_of
 from hf_guidance.guide.inputs import accepted_columns, vocabulary_size
-from hf_guidance.guide.loading import AutoClass, load_guide, untrained_network
+from hf_guidance.guide.loading import POSSIBLE, AutoClass, load_guide, untrained_network
 from hf_guidance.tasks.image_decoding import PixelFormat
 from hf_guidance.tasks.pixel_formats import pixel_format_of
 
+NETWORKS = "A network is a local folder with a config.json, a Hub id, or timm/<architecture>."
 SIDE = 64  # pixels of an image for a network that takes any size
 LENGTH = 8  # tokens of an example
 
 
 def load(name: str, seed: int | None) -> nn.Module:
     """Load a network, with random weights from a seed if one is given."""
-    return load_guide(name, untrained=seed is not None, seed=seed or 0)
+    try:
+        return load_guide(name, untrained=seed is not None, seed=seed or 0)
+    except ValueError as error:
+        said = str(error).replace("Cannot load guide", "Cannot load").replace(POSSIBLE, NETWORKS)
+        raise ValueError(said) from error
 
 
 def kind_of(network: nn.Module, name: str) -> str:

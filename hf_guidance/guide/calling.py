@@ -59,9 +59,10 @@ def forward(guide: nn.Module, inputs: Batch, role: str = "guide") -> Any:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in seen.items() if isinstance(value, Tensor))
         shapes += f" as its {accepted_columns(guide)[0]}" if args else ""
         words = str(error).strip().splitlines()
+        remedy = _remedy(guide, seen, str(error), GUIDE_PREFIX if role == "guide" else "")
         raise ValueError(
             f"the {role} ({type(guide).__name__}) does not run on {shapes}: {type(error).__name__}: "
-            f"{words[0].rstrip('. ') if words else ''}. {_remedy(guide, seen, str(error))}"
+            f"{words[0].rstrip('. ') if words else ''}. {remedy}"
         ) from error
 
 
@@ -73,7 +74,8 @@ def _is_from_here(error: BaseException) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("hf_guidance.features.")
 
 
-def _remedy(guide: nn.Module, seen: Batch, error: str) -> str:
+def _remedy(guide: nn.Module, seen: Batch, error: str, prefix: str) -> str:
+    """Tell what may help; columns of the network's own begin with the prefix."""
     base: Any = base_model_of(guide)
     config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -81,14 +83,19 @@ def _remedy(guide: nn.Module, seen: Batch, error: str) -> str:
     longest = getattr(text, "max_position_embeddings", None)
     part = "vision_model" if "pixel_values" in seen else "text_model"
     if "decoder_input_ids" in accepted_columns(guide) and "decoder_input_ids" not in seen:
+        beside = f" (beside {prefix}input_ids)" if prefix else ""
         return (
-            "It is an encoder-decoder, and the batch has nothing for its decoder: add guide_decoder_input_ids (beside "
-            "guide_input_ids), or pass guide.get_encoder()."
+            f"It is an encoder-decoder, and the batch has nothing for its decoder: add {prefix}decoder_input_ids"
+            f"{beside}, or pass its encoder, by get_encoder()."
         )
     if WRONG_SIZE.match(error) and "pixel_values" in seen:
-        return "Give it images of its own in a column guide_pixel_values, or build it for this size."
+        return f"Give it images of its own size in the column {prefix}pixel_values, or build it for this size."
     if isinstance(ids, Tensor) and isinstance(longest, int) and ids.shape[1] > longest:
-        return f"It has {longest} positions: give it shorter rows in guide_input_ids, or take another guide."
+        return f"It has {longest} positions: give it shorter rows in {prefix}input_ids, or take another."
+    weights = next((p.dtype for p in base.parameters() if p.is_floating_point()), None)
+    given = next((v.dtype for v in seen.values() if isinstance(v, Tensor) and v.is_floating_point()), weights)
+    if given != weights and not torch.is_autocast_enabled():
+        return f"Its weights are {weights} and its inputs {given}: give both one type, as by .float()."
     if isinstance(getattr(base, part, None), nn.Module):
         return f"If that is all it should see, pass guide.{part}."
-    return f"If it needs other inputs, add them in columns that begin with {GUIDE_PREFIX!r}."
+    return "If it needs other inputs, add them in columns" + (f" that begin with {prefix!r}." if prefix else ".")

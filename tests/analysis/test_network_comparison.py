@@ -142,7 +142,12 @@ def of_two_lengths() -> list[dict[str, Tensor]]:
         ({"device": "nowhere"}, "device is nowhere, which is not there"),
         ({"data": {"train": rows()}}, "the data are a dict with train; expected rows: choose a split"),
         ({"data": DataLoader([(1, 2)], batch_size=1)}, "the DataLoader gives a list; expected batches as dicts"),
-        ({"a": t5()}, r"^Network a \(T5ForConditionalGeneration\) does not run on input_ids"),
+        (
+            {"a": t5()},
+            r"^Network a \(T5ForCond.*does not run on input_ids.*: add decoder_input_ids, or pass its encoder",
+        ),
+        ({"samples": 10.5}, "samples 10.5; expected whole numbers of at least 1"),
+        ({"batch_size": "3"}, "batch_size is '3' and samples None; expected whole numbers"),
         (
             {"data": of_two_lengths(), "sample_axis": "token"},
             r"the layer of a gives 192 samples \(6 positions a row\) and the layer of b 128 \(4\)",

@@ -22,7 +22,17 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 def test_two_language_models_are_compared(texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*texts, "--output", str(tmp_path / "c"), "--sample_axis", "token", "--samples", "50", "--batch_size", "5"]
+    words = [
+        *texts,
+        "--output",
+        str(tmp_path / "c.json"),
+        "--sample_axis",
+        "token",
+        "--samples",
+        "50",
+        "--batch_size",
+        "5",
+    ]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "debiased_cka, " in printed
@@ -30,6 +40,8 @@ def test_two_language_models_are_compared(texts: list[str], tmp_path: Path, caps
     found = Comparison.load(tmp_path / "c.json")
     assert f"{found.values[0, 0]:.3f}" in printed
     assert (tmp_path / "c.png").is_file()
+    assert main([*texts, "--output", str(tmp_path / "d"), "--measure", "cka"]) == 1
+    assert "Unknown measure 'cka'" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_yet_is_made_and_a_decoder_sees_the_text(texts: list[str], tmp_path: Path) -> None:

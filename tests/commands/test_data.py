@@ -76,6 +76,12 @@ def test_the_column_and_split_of_a_dataset_are_found_or_named(tmp_path: Path) ->
             texts(str(place), None, own, own, 4, given["column"], given["split"])
 
 
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"old\.txt is not UTF-8 \(.* at byte 2\): convert it"):
+        lines_of(str(tmp_path / "old.txt"))
+
+
 def test_a_file_without_text_and_a_network_without_a_tokenizer_are_named(tmp_path: Path) -> None:
     (tmp_path / "e.txt").write_text("\n \n")
     with pytest.raises(ValueError, match=r"e\.txt has no text"):
@@ -133,7 +139,7 @@ def test_rows_to_train_on_have_classes_and_come_first_from_the_training_split(tm
 
 
 def test_numbers_that_make_no_batch_are_named() -> None:
-    for name in ("batch_size", "max_length"):
-        given = argparse.Namespace(**{"batch_size": 2, "max_length": 2, name: 0})
+    for name in ("batch_size", "max_length", "image_size"):
+        given = argparse.Namespace(**{"batch_size": 2, "max_length": 2, "image_size": None, name: 0})
         with pytest.raises(ValueError, match=f"--{name} is 0; it must be at least 1"):
             check_flags(given)

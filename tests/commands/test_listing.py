@@ -21,7 +21,7 @@ def test_blocks_are_one_group_whose_glob_selects_just_them() -> None:
     blocks = next(group for group in groups if group.kind == "GPT2Block")
     count = len(network.transformer.h)
     assert blocks.names == [f"transformer.h.{i}" for i in range(count)]
-    assert (blocks.glob, blocks.shape) == ("transformer.h.*", (2, 8, 8))
+    assert (blocks.glob, blocks.shapes) == ("transformer.h.*", 2 * [(2, 8, 8)])
     assert list(states) == [f"hidden_states.{i + 1}" for i in range(count)]
     for group in groups:
         assert not group.glob or list(find_modules(network, group.glob)) == group.names
@@ -39,6 +39,8 @@ def test_each_hidden_state_is_that_of_the_module_that_makes_it() -> None:
         "timm_model.act1": [0],
         "timm_model.layer*": [1, 2, 3, 4],
     }
+    sides = next(line for line in described("a", {}, stages, {}).splitlines() if "layer1 …" in line)
+    assert "(batch, 64, 8, 8) … (batch, 512, 1, 1)" in sides
     assert next(g for g in stages if g.kind == "Conv2d" and len(g.names) == 16).glob == "timm_model.layer*.*.conv*"
 
 
@@ -66,12 +68,12 @@ def test_a_network_without_hidden_states_lists_its_modules() -> None:
 def test_an_encoder_decoder_is_listed_and_a_module_without_rows_has_no_shape() -> None:
     network = t5()
     groups, states = layers_of(network, example_for(network, "t5"))
-    assert next(group for group in groups if group.kind == "T5Block").shape == (2, 8, 8)
+    assert next(group for group in groups if group.kind == "T5Block").shapes == 2 * [(2, 8, 8)]
     assert states
     positions = next(
         group for group in layers_of(gpt2(), example_for(gpt2(), "gpt2"))[0] if group.names[0].endswith("wpe")
     )
-    assert positions.shape is None  # its output is of one row, for all
+    assert positions.shapes == []  # its output is of one row, for all
 
 
 def test_the_command_prints_layers_and_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,8 +48,13 @@ IMAGES = {"pixel_values": torch.zeros(2, 3, 16, 16)}
             token_batch(),
             r"TypeError: .*'speaker'\. If it needs other inputs, add them in columns",
         ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 2, 1)).bfloat16(),
+            IMAGES,
+            r"Its weights are torch\.bfloat16 and its inputs torch\.float32: give both one type, as by \.float\(\)\.",
+        ),
     ],
-    ids=["encoder-decoder", "short", "clip", "another input"],
+    ids=["encoder-decoder", "short", "clip", "another input", "another type"],
 )
 def test_a_guide_that_does_not_run_is_named_with_its_inputs_its_error_and_a_way_out(
     make: Any, batch: dict[str, Tensor], words: str
