@@ -129,7 +129,8 @@ def inspect(trainer: GuidanceMixin, *, batches: int = 4) -> Inspection:
 
         start = measured(trainer.guidance)
         made = Proposal(trainer.guidance, start, data, trial)
-    warnings = warnings_of(_look(start), trainer.guidance, has_batch_norm=data.has_batch_norm)
+    revived = data.has_batch_norm and made.config.guide_batch_norm != "eval"  # tried, where layers are dead
+    warnings = warnings_of(_look(start), trainer.guidance, has_batch_norm=revived)
     networks = type(trainer.guidance_loss.target).__name__, type(trainer.guide).__name__
     return Inspection(*networks, data.rows, start, made.config, ordered(made.reasons), made.measured, warnings)
 

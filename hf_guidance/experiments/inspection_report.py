@@ -132,9 +132,8 @@ def _gradients(found: Measurements) -> str:
     angle = math.degrees(math.acos(max(-1.0, min(1.0, found.gradient_cosine.mean))))
     ratio = found.gradient_ratio
     spread = "" if ratio.deviation is None else f" ± {ratio.deviation:.2g}"
-    return (
-        f"gradient of guidance over that of the task at weight 1: {ratio.mean:.3g}{spread}, at an angle of {angle:.0f}°"
-    )
+    at = f", at an angle of {angle:.0f}°" if ratio.mean else ""
+    return f"gradient of guidance over that of the task at weight 1: {ratio.mean:.3g}{spread}{at}"
 
 
 def _cost(found: Measurements) -> str:

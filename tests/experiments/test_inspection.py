@@ -119,15 +119,17 @@ def test_dead_layers_that_nothing_revives_are_left_out(tmp_path: Path) -> None:
     class Zero(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network, self.zero = guide, nn.Identity()
+            self.network, self.norm, self.zero = guide, nn.BatchNorm1d(12), nn.Identity()
 
         def forward(self, input_ids: Tensor) -> Tensor:
-            return self.zero(0 * self.network(input_ids).last_hidden_state)
+            return self.zero(0 * self.norm(self.network(input_ids).last_hidden_state.mT).mT)
 
     layers = {"target_layers": ["transformer.h.*"], "guide_layers": ["network.layers.0", "zero"]}
     found = inspect(make_trainer(tmp_path, gpt2(), Zero(), sample_axis="token", **layers, **ROWS), batches=1)
     assert found.proposal.guide_layers == ["network.layers.0"]
     assert "1 of 2 guide layers are dead, and are left out" in found.reasons["guide_layers"]
+    assert "no other mode revives them" in found.reasons["guide_batch_norm"]
+    assert next(words for words in found.warnings if "dead" in words).endswith("stays 0. Choose other guide_layers.")
     pairs = {"layer_pairs": ["transformer.h.0~network.layers.0", "transformer.h.1~zero"]}
     found = inspect(make_trainer(tmp_path, gpt2(), Zero(), sample_axis="token", **pairs, **ROWS), batches=1)
     assert found.proposal.layer_pairs == pairs["layer_pairs"][:1]
