@@ -39,6 +39,11 @@ def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
         raise ValueError(f"--{flag} {value}: possible are {', '.join(possible)}.")
 
 
+def names_of(words: Iterable[str]) -> list[str]:
+    """Return the names of the flags of a command line, with underscores."""
+    return [word.split("=")[0].replace("-", "_").lstrip("_") for word in words if word.startswith("--")]
+
+
 def with_flags_of_the_file(words: Sequence[str]) -> list[str]:
     """Return the words of a command line with the flags of its `--config` in place of that; other flags replace them.
 
@@ -48,7 +53,7 @@ def with_flags_of_the_file(words: Sequence[str]) -> list[str]:
     Raises:
         ValueError: If a flag is given twice, or the file cannot be read.
     """
-    given = [word.split("=")[0].replace("-", "_").lstrip("_") for word in words if word.startswith("--")]
+    given = names_of(words)
     if twice := _first_twice(given):
         raise ValueError(f"--{twice} is given twice: which value is meant?")
     own = list(words)

@@ -15,7 +15,13 @@ from transformers import TrainingArguments
 
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.arguments import RecipeArguments
-from hf_guidance.experiments.command_line import check_choice, parse, with_flags_of_the_claim, with_flags_of_the_file
+from hf_guidance.experiments.command_line import (
+    check_choice,
+    names_of,
+    parse,
+    with_flags_of_the_claim,
+    with_flags_of_the_file,
+)
 from hf_guidance.experiments.matrix import cells_of
 from hf_guidance.experiments.progress import Progress, in_lines, planned_runs
 from hf_guidance.experiments.publishing import publish, publish_matrix
@@ -23,7 +29,7 @@ from hf_guidance.experiments.recipe_runs import Comparison, Matrix, check_plan, 
 from hf_guidance.experiments.report import Report
 from hf_guidance.experiments.run import SETTINGS
 from hf_guidance.experiments.run_training import RESULT
-from hf_guidance.experiments.sweeps import settings_of_sweeps, swept, take_sweeps
+from hf_guidance.experiments.sweeps import check_given, settings_of_sweeps, swept, take_sweeps
 from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_writable
@@ -81,6 +87,7 @@ def launch(
     tell_in_one_line()
     sys.argv[1:] = with_flags_of_the_file(sys.argv[1:])
     command = ["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    given = names_of(sys.argv[1:])
     sys.argv[1:] = with_flags_of_the_claim(sys.argv[1:], claims or {})
     sweeps = take_sweeps(sys.argv)
     recipe, args, guidance = _parse(description, arguments, defaults)
@@ -93,6 +100,8 @@ def launch(
     try:
         built = build(recipe, args)
         plan = _plan(built, args, settings)
+        for comparison in built.comparisons.values() if isinstance(built, Matrix) else [built]:
+            check_given(given, sweeps, guidance, comparison.runs(recipe.seeds[0]))
         reports, not_pushed = _carry_out(recipe, guidance, plan, folder, command)
     except KeyboardInterrupt:
         if PartialState().is_main_process:

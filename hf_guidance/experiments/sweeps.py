@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from typing import Any
@@ -13,6 +13,11 @@ from transformers import HfArgumentParser
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.run import Run
 
+OWN_FLAGS = {  # end of a run's name → the field that it sets, and the flag of recipes that it takes this from
+    "_stopped": ("guidance_stop_step", "stop_step"),
+    "_decayed": ("guidance_stop_step", "stop_step"),
+    "_until_similar": ("guidance_stop_similarity", "stop_similarity"),
+}
 NOT_SWEPT = ("cache_guide", "cache_dtype", "sample_id_column")  # they change where a run computes, not what
 
 
@@ -44,7 +49,7 @@ def take_sweeps(words: list[str]) -> dict[str, list[str]]:
         end = next((i for i in range(place, len(words)) if words[i].startswith("--")), len(words))
         found[name] = words[place:end]
         del words[place + 1 : end]
-    swept = {name: list(dict.fromkeys(values)) for name, values in found.items() if len(values) > 1}
+    swept = {name: values for name, values in found.items() if len(values) > 1}
     if wrong := [name for name in NOT_SWEPT if name in swept]:
         raise ValueError(f"--{wrong[0]} {' '.join(swept[wrong[0]])}: one value is expected, as this is not swept.")
     return swept
@@ -72,12 +77,17 @@ def settings_of_sweeps(sweeps: Mapping[str, Sequence[str]], guidance: GuidanceCo
         raise ValueError(f"{message}. --help lists all flags.")
 
     parser.error = refuse
+    read = {
+        name: [getattr(parser.parse_args([f"--{name}", value]), name) for value in values]
+        for name, values in sweeps.items()
+    }
+    for name, several in read.items():
+        if twice := [value for place, value in enumerate(several) if value in several[:place]]:
+            raise ValueError(f"--{name} {' '.join(sweeps[name])} names {twice[0]} twice: name each once.")
     found: dict[str, dict[str, Any]] = {}
-    for values in product(*sweeps.values()):
-        chosen = dict(zip(sweeps, values, strict=True))
-        words = [word for name, value in chosen.items() for word in (f"--{name}", value)]
-        read = vars(parser.parse_args(words))
-        own = {name: read[name] for name in known if name in chosen}
+    for values in product(*read.values()):
+        chosen = dict(zip(read, values, strict=True))
+        own = {name: chosen[name] for name in known if name in chosen}
         replace(guidance, **own)  # which checks them
         found["-".join(re.sub(r"[^\w.]+", "_", f"{name}_{value}") for name, value in own.items())] = own
     return found
@@ -101,3 +111,47 @@ def swept(runs: Callable[[int], list[Run]], settings: Mapping[str, Mapping[str, 
         ]
 
     return of
+
+
+def check_given(
+    given: Collection[str], sweeps: Mapping[str, Sequence[str]], guidance: GuidanceConfig, runs: Sequence[Run]
+) -> None:
+    """Raise ValueError for a flag of guidance that would change nothing, as the chosen runs set its field themselves.
+
+    Args:
+        given: Names of the flags that the user gave. Those of a claim are for whichever run takes them.
+        sweeps: Result of `take_sweeps`.
+        guidance: The settings that all runs share.
+        runs: The runs of a seed.
+    """
+    guided = [run for run in runs if run.guide is not None]
+    for name, values in sweeps.items():
+        if fixed := [run for run in guided if name in run.guidance]:
+            raise ValueError(
+                f"--{name} {' '.join(values)}: the run {fixed[0].name} sets it to {_words(fixed[0].guidance[name])} "
+                f"itself, and would be trained {len(values)} times alike. {_remedy(name, fixed[0])}"
+            )
+        if name in given and not guided:
+            raise ValueError(
+                f"--{name} {' '.join(values)}: a guided run is made at each value, but none of the runs is guided "
+                f"({', '.join(run.name for run in runs)}). Add one to --runs, or leave --{name} out."
+            )
+    for name in (field.name for field in fields(guidance) if field.name in given and field.name not in sweeps):
+        value, own = getattr(guidance, name), {run.name: run.guidance.get(name) for run in guided}
+        if guided and all(name in run.guidance for run in guided) and any(other != value for other in own.values()):
+            set_to = ", ".join(f"{run} sets it to {_words(other)}" for run, other in own.items())
+            raise ValueError(
+                f"--{name} {_words(value)} would change nothing: of the guided runs {set_to}. "
+                f"{_remedy(name, guided[0])}"
+            )
+
+
+def _words(value: Json) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _remedy(name: str, run: Run) -> str:
+    """Tell what to do about a flag whose field a run sets itself."""
+    taken = next((flag for end, (field, flag) in OWN_FLAGS.items() if run.name.endswith(end) and field == name), None)
+    other = "" if taken is None else f", or give --{taken}, whose value {run.name} takes"
+    return f"Leave --{name} out, or choose other --runs{other}."
