@@ -29,11 +29,12 @@ from hf_guidance.experiments.recipe_runs import Comparison, Matrix, check_plan, 
 from hf_guidance.experiments.report import Report
 from hf_guidance.experiments.run import SETTINGS
 from hf_guidance.experiments.run_training import RESULT
-from hf_guidance.experiments.sweeps import check_given, settings_of_sweeps, swept, take_sweeps
+from hf_guidance.experiments.sweeps import check_given, settings_of_sweeps, swept, take_sweeps, with_lists
 from hf_guidance.experiments.user_errors import tell_in_one_line
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_writable
 from hf_guidance.trainer.environment import usable_cpus
+from hf_guidance.trainer.run_facts import command_facts
 
 PRESETS = ("small", "paper")
 REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
@@ -102,7 +103,8 @@ def launch(
         plan = _plan(built, args, settings)
         for comparison in built.comparisons.values() if isinstance(built, Matrix) else [built]:
             check_given(given, sweeps, guidance, comparison.runs(recipe.seeds[0]))
-        reports, not_pushed = _carry_out(recipe, guidance, plan, folder, command)
+        started = command_facts(command, type(recipe), TrainingArguments, with_lists(settings))
+        reports, not_pushed = _carry_out(recipe, guidance, plan, folder, started)
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             print(f"\nStopped. Results so far are in {folder}. Rerun the same command to resume.", file=sys.stderr)
@@ -130,7 +132,7 @@ def _plan(built: Comparison | Matrix, args: TrainingArguments, settings: dict[st
 
 
 def _carry_out(
-    recipe: RecipeArguments, guidance: GuidanceConfig, plan: Plan, folder: Path, command: list[str]
+    recipe: RecipeArguments, guidance: GuidanceConfig, plan: Plan, folder: Path, started: dict[str, Any]
 ) -> tuple[dict[str, Report], ConnectionError | None]:
     """Run and publish each comparison; return their reports, and the error of a push that failed."""
     reports: dict[str, Report] = {}
@@ -139,7 +141,7 @@ def _carry_out(
         check_plan(recipe, own, guidance, comparison)
     progress = _begin(recipe, plan, folder)
     for name, (comparison, own) in plan.items():
-        reports[name] = compare(recipe, own, guidance, comparison, command, progress)
+        reports[name] = compare(recipe, own, guidance, comparison, started, progress)
         summary = comparison.summary()
         if PartialState().is_main_process:
             try:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_guidance.card.facts import EXAMPLES, task_facts
-from hf_guidance.config import GuidanceConfig
+from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.baselines import LONGER, best_learning_rate, equal_time, longer, say_edge
 from hf_guidance.experiments.cards import LICENSE
@@ -25,7 +25,6 @@ from hf_guidance.experiments.verdicts import EQUAL_TIME, gains
 from hf_guidance.experiments.watching import WatchedDimensions
 from hf_guidance.tasks import Task
 from hf_guidance.trainer.environment import environment
-from hf_guidance.trainer.run_facts import command_facts
 from hf_guidance.trainer.similarity_film import SimilarityFilm
 
 FEWEST = 3  # rows, of which an intrinsic dimension is measured
@@ -126,13 +125,21 @@ def compare(
     args: TrainingArguments,
     guidance: GuidanceConfig,
     comparison: Comparison,
-    command: list[str],
+    started: Mapping[str, Json],
     progress: Progress,
 ) -> Report:
-    """Train every run; read the results of finished runs, and resume interrupted ones."""
+    """Train every run; read the results of finished runs, and resume interrupted ones.
+
+    Args:
+        recipe: Flags of the recipe.
+        args: Training arguments that all runs share.
+        guidance: Guidance settings that all runs share.
+        comparison: Data and runs.
+        started: Result of `command_facts`.
+        progress: Is told which runs are done.
+    """
     task, folder = comparison.task, Path(str(args.output_dir))
-    started = command_facts(command, type(recipe), TrainingArguments, GuidanceConfig)
-    facts: Any = started | {"license": LICENSE}
+    facts: Any = {**started, "license": LICENSE}
     facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
     left_out = _left_out(recipe, args, guidance, comparison)
     for name, reason in left_out.items():

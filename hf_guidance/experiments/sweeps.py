@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import field, fields, make_dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -93,6 +93,17 @@ def settings_of_sweeps(sweeps: Mapping[str, Sequence[str]], guidance: GuidanceCo
     return found
 
 
+def with_lists(settings: Mapping[str, Mapping[str, Json]]) -> type[GuidanceConfig]:
+    """Return a `GuidanceConfig` whose fields that are swept over words take several, for the command that is published.
+
+    Args:
+        settings: Result of `settings_of_sweeps`.
+    """
+    names = {name for own in settings.values() for name, value in own.items() if isinstance(value, (str, bool))}
+    lists: Any = [(name, list[str], field(default_factory=list)) for name in sorted(names)]
+    return make_dataclass(GuidanceConfig.__name__, lists, bases=(GuidanceConfig,))
+
+
 def swept(runs: Callable[[int], list[Run]], settings: Mapping[str, Mapping[str, Json]]) -> Callable[[int], list[Run]]:
     """Return the runs of a seed with one at each setting in place of each guided run.
 
@@ -136,7 +147,7 @@ def check_given(
                 f"--{name} {' '.join(values)}: a guided run is made at each value, but none of the runs is guided "
                 f"({', '.join(run.name for run in runs)}). Add one to --runs, or leave --{name} out."
             )
-    for name in (field.name for field in fields(guidance) if field.name in given and field.name not in sweeps):
+    for name in (known.name for known in fields(guidance) if known.name in given and known.name not in sweeps):
         value, own = getattr(guidance, name), {run.name: run.guidance.get(name) for run in guided}
         if guided and all(name in run.guidance for run in guided) and any(other != value for other in own.values()):
             set_to = ", ".join(f"{run} sets it to {_words(other)}" for run, other in own.items())
@@ -152,6 +163,6 @@ def _words(value: Json) -> str:
 
 def _remedy(name: str, run: Run) -> str:
     """Tell what to do about a flag whose field a run sets itself."""
-    taken = next((flag for end, (field, flag) in OWN_FLAGS.items() if run.name.endswith(end) and field == name), None)
+    taken = next((flag for end, (own, flag) in OWN_FLAGS.items() if run.name.endswith(end) and own == name), None)
     other = "" if taken is None else f", or give --{taken}, whose value {run.name} takes"
     return f"Leave --{name} out, or choose other --runs{other}."

@@ -12,7 +12,8 @@ from torch import nn
 
 from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.run import Run
-from hf_guidance.experiments.sweeps import check_given, settings_of_sweeps, swept, take_sweeps
+from hf_guidance.experiments.sweeps import check_given, settings_of_sweeps, swept, take_sweeps, with_lists
+from hf_guidance.trainer.run_facts import command_facts
 
 
 def test_only_guidance_flags_with_several_values_are_swept() -> None:
@@ -81,6 +82,16 @@ def test_each_guided_run_is_made_at_each_setting_and_keeps_what_it_sets_itself()
         ("shuffled-measure_b", {"measure": "b", "guide_input": "shuffled"}),
     ]
     assert swept(lambda seed: runs, {})(3) is runs
+
+
+def test_every_value_of_a_flag_that_is_swept_is_in_the_command_that_is_published() -> None:
+    mappings, numbers = ["--layer_mapping", "even", "last_2"], ["--guidance_weight", "0.3", "1"]
+    words = ["python", "recipe.py", *mappings, "--eval_similarity", "true", "false", *numbers]
+    words += ["--guide_input", "batch", "noise", "--on_non_finite", "skip"]
+    settings = settings_of_sweeps(take_sweeps(words[:]), GuidanceConfig())
+    assert len(settings) == 16
+    assert command_facts(words, with_lists(settings)) == {"command": " ".join(words), "command_is_cut": None}
+    assert with_lists({})().to_dict() == GuidanceConfig().to_dict()
 
 
 def runs_of(**guidance: dict[str, Any] | None) -> list[Run]:
@@ -159,12 +170,13 @@ def test_a_recipe_sweeps_and_compares_every_run(tmp_path: Path, monkeypatch: pyt
         "runs": ["alone", "untrained_guide"],
     }
     recipe = Recipe("rnn_vs_transformer", tiny)
-    recipe.run_here(monkeypatch, tmp_path / "out", measure=["ridge", "debiased_cka"])
+    recipe.run_here(monkeypatch, tmp_path / "out", layer_mapping=["even", "last_2"])
     report = json.loads((tmp_path / "out" / "results.json").read_text())
-    guided = [f"untrained_guide-measure_{measure}" for measure in ("ridge", "debiased_cka")]
+    guided = [f"untrained_guide-layer_mapping_{mapping}" for mapping in ("even", "last_2")]
     assert [run["run"] for run in report["runs"]] == ["alone", *guided]
-    assert [run["settings"]["guidance"]["measure"] for run in report["runs"][1:]] == ["ridge", "debiased_cka"]
-    assert "--measure ridge debiased_cka" in report["command"]
+    assert [run["settings"]["guidance"]["layer_mapping"] for run in report["runs"][1:]] == ["even", "last_2"]
+    for told in (report, report["runs"][1]["card"], report["runs"][2]["card"]):
+        assert "--layer_mapping even last_2" in told["command"]
     assert [found["run"] for found in report["differences"]] == guided
     assert all((tmp_path / "out" / "seed-0" / name / "README.md").is_file() for name in guided)
     for name, flags, said in (
