@@ -24,7 +24,7 @@ from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.files import write_json
 from hf_guidance.experiments.report import Record
 from hf_guidance.experiments.run import Run, check_same_settings, first_rows, settings_of
-from hf_guidance.experiments.run_training import RESULT, result_of, train_and_record
+from hf_guidance.experiments.run_training import RESULT, recorded, result_of, train_and_record
 from hf_guidance.guide.sharding import built_whole
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.registry import min_samples
@@ -59,7 +59,7 @@ def check(run: Run, task: Task, args: TrainingArguments, guidance: GuidanceConfi
 def check_folder(
     run: Run, args: TrainingArguments, guidance: GuidanceConfig, folder: Path, data: Mapping[str, Json], searched: bool
 ) -> None:
-    """Find before any training whether the folder of a run holds one with other settings.
+    """Find before any training whether the folder of a run holds one with other settings, or a record that is none.
 
     Args:
         run: The run. Its network is not compared here, but by `carry_out`, which builds it.
@@ -75,6 +75,7 @@ def check_folder(
     place, own = run_folder(run, folder), dataclasses.replace(guidance, **run.guidance).resolved()
     now = settings_of(torch.nn.Identity(), _arguments(run, args, place), own if run.guide else None, data)
     check_same_settings(place, now, ("network", *(["learning_rate"] if searched else [])))
+    recorded(place)
 
 
 def run_folder(run: Run, folder: Path) -> Path:

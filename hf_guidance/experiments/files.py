@@ -23,7 +23,10 @@ def read_json(path: Path) -> Any:
         ValueError: If the file is damaged. The message names the folder to remove.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}, expected names with values")
+        return found
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}). Remove {path.parent} to run it again, and the folders of runs that used its "

@@ -14,11 +14,14 @@ from accelerate import PartialState
 
 from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.baselines import LONGER, MARGIN, rate_name
+from hf_guidance.experiments.files import read_json
 from hf_guidance.experiments.run import Run
 from hf_guidance.experiments.run_training import RESULT
 from hf_guidance.experiments.verdicts import EQUAL_TIME
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
+from hf_guidance.trainer.environment import environment
 
+COMPARED = ("torch", "transformers", "hf_guidance")  # whose versions change values
 OF_LENGTH = re.compile(rf"({EQUAL_TIME}|{LONGER})-\d+")  # the folder of a baseline whose steps depend on times
 
 
@@ -38,10 +41,10 @@ class Planned:
     steps: int | None
     guided: bool = False
 
-    def is_done(self) -> bool:
-        """Tell whether its result is there."""
+    def results(self) -> list[Path]:
+        """Return its result, if it is there; of a longer baseline one of each length."""
         places = [self.place] if self.steps else self.place.parent.glob(f"{self.place.name}-*")
-        return any((place / RESULT).is_file() for place in places)
+        return [place / RESULT for place in places if (place / RESULT).is_file()]
 
     def step(self) -> int:
         """Return the step that it resumes from, 0 if it begins."""
@@ -110,23 +113,41 @@ class Progress:
 
     def __init__(self, planned: Sequence[Planned]) -> None:
         self._all = {run.place: run for run in planned}
-        self._left = {place: run for place, run in self._all.items() if not run.is_done()}
+        self._left = {place: run for place, run in self._all.items() if not run.results()}
         self._seconds: dict[str, list[float]] = {}  # kind → seconds for a step, of each run
 
     def begin(self, folder: Path) -> str:
-        """Return what is done already, and where the first unfinished run resumes.
+        """Return what is done already, by which other versions, and where the first unfinished run resumes.
 
         Args:
             folder: Output folder of the recipe.
         """
-        done = len(self._all) - len(self._left)
+        return "\n".join(line for line in (self._done(folder), self._other_versions()) if line)
+
+    def _done(self, folder: Path) -> str:
+        done, every = len(self._all) - len(self._left), len(self._all)
         if not self._left:
-            return f"all of these {done} runs are done already, and are read from {folder}"
+            runs = "this run is" if every == 1 else f"all of these {every} runs are"
+            return f"{runs} done already, and {'is' if every == 1 else 'are'} read from {folder}"
         begun = next(((run, step) for run in self._left.values() if run.steps and (step := run.step())), None)
-        words = f"{done or 'none'} of these {len(self._all)} runs {'is' if done < 2 else 'are'} done already"
+        words = f"{done or 'none'} of these {every} runs {'is' if done < 2 else 'are'} done already"
+        words = "this run is not done yet" if every == 1 else words
         if begun is not None:
             words += f"; {'/'.join(begun[0].place.parts[-2:])} resumes at step {begun[1]} of {begun[0].steps}"
         return f"{words}; results go to {folder}"
+
+    def _other_versions(self) -> str:
+        """Tell the versions that made the finished runs, where they are not today's; empty if they are."""
+        now = environment()
+        made = [read_json(path).get("environment", {}) for run in self._all.values() for path in run.results()]
+        others = [own for own in made if any(own.get(name, now[name]) != now[name] for name in COMPARED)]
+        words = [
+            f"{name} {' and '.join(found)} (now {now[name]})"
+            for name in COMPARED
+            if (found := list(dict.fromkeys(own[name] for own in others if own.get(name, now[name]) != now[name])))
+        ]
+        runs = "1 finished run was" if len(others) == 1 else f"{len(others)} finished runs were"
+        return f"{runs} made by other versions: {', '.join(words)}" if others else ""
 
     def leave_out(self, folder: Path, name: str) -> None:
         """Take the runs of one name out of the plan."""

@@ -19,7 +19,7 @@ from hf_guidance.experiments.baselines import LONGER, best_learning_rate, equal_
 from hf_guidance.experiments.cards import LICENSE
 from hf_guidance.experiments.comparison import carry_out, check, check_folder, run_folder
 from hf_guidance.experiments.progress import Progress
-from hf_guidance.experiments.report import Record, Report
+from hf_guidance.experiments.report import Record, Report, versions_of
 from hf_guidance.experiments.run import Run, first_rows
 from hf_guidance.experiments.verdicts import EQUAL_TIME, gains
 from hf_guidance.experiments.watching import WatchedDimensions
@@ -196,6 +196,7 @@ def _report(
         "recipe": Path(sys.argv[0]).stem,
         **started,
         "environment": environment(),
+        "versions": versions_of(results),
         "task": {
             "name": task.name,
             "description": task.description,

@@ -10,6 +10,8 @@ from typing import Any, TypedDict
 from hf_guidance.analysis.history import Curves, SimilarityMap, run_in_words
 from hf_guidance.card.contents import RunFacts
 
+VERSIONS = ("python", "torch", "transformers", "accelerate", "hf_guidance")
+
 
 class Record(Curves, total=False):
     """A run of a report: what it was made with and what came of it."""
@@ -32,7 +34,8 @@ class Report(TypedDict, total=False):
     recipe: str
     command: str
     command_is_cut: bool
-    environment: dict[str, Any]
+    environment: dict[str, Any]  # of the process that wrote the report
+    versions: dict[str, list[str]]  # name of a library → its versions that made the runs
     task: dict[str, Any]
     learning_rate_search: list[dict[str, Any]]
     runs: list[Record]
@@ -54,6 +57,13 @@ class Row(TypedDict):
     seconds: float
     validation: tuple[float, float | None] | None
     test: tuple[float, float | None] | None
+
+
+def versions_of(runs: Sequence[Record]) -> dict[str, list[str]]:
+    """Collect the versions that runs were made with: name of a library, or Python → each of its versions."""
+    made = [run.get("environment", {}) for run in runs]
+    found = {name: list(dict.fromkeys(own[name] for own in made if name in own)) for name in VERSIONS}
+    return {name: versions for name, versions in found.items() if versions}
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:

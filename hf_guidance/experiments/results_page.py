@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_guidance.analysis.history import run_in_words
-from hf_guidance.experiments.report import Record, Report, Row, comparison_rows, markdown_table
+from hf_guidance.experiments.report import VERSIONS, Record, Report, Row, comparison_rows, markdown_table, versions_of
 from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, in_words
 
 
@@ -40,10 +40,11 @@ def block_of(report: Report) -> str:
     said = times_in_words(report["runs"]) + losses_in_words(report["runs"]) + said
     device, threads = environment["device"], environment.get("threads", 1)
     command = f"```sh\n{report['command']}\n```\n\n" if report.get("command") else ""
+    made_with = {name: [environment[name]] for name in VERSIONS if name in environment} | versions_of(report["runs"])
+    versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in made_with.items())
     return (
-        f"{command}{results}\n\n{said}{device}, {threads} thread"
-        f"{'s' if threads > 1 else ''}; Python {environment['python']}, torch {environment['torch']}, transformers "
-        f"{environment['transformers']}, accelerate {environment['accelerate']}.\n"
+        f"{command}{results}\n\n{said}{device}, {threads} thread{'s' if threads > 1 else ''}; "
+        f"{versions.replace('python', 'Python', 1)}.\n"
     )
 
 

@@ -116,8 +116,8 @@ def check_same_settings(place: Path, now: Mapping[str, Json], unknown: Collectio
     if not (changed := _changed(then, now)):
         return
     more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
-    other_version = then.keys() != now.keys()  # whose TrainingArguments have other fields
-    other = "another version of transformers" if other_version else "other settings"
+    other_version = then.keys() != now.keys()  # whose configs have other fields
+    other = "another version of hf_guidance or transformers" if other_version else "other settings"
     raise ValueError(
         f"{place} holds a run with {other}: {', '.join(changed[:NAMED])}{more}. Give another output_dir. To "
         "run it again, remove that folder and those of runs that used its network as their guide."

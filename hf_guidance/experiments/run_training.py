@@ -20,6 +20,30 @@ from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.layer_maps import LayerMaps
 
 RESULT = "result.json"
+NEEDED = (  # fields of every record, of earlier versions too
+    *("run", "seed", "steps", "seconds", "settings", "environment", "target", "parameters", "guide"),
+    *("validation", "test", "curve", "training", "similarity"),
+)
+
+
+def recorded(place: Path) -> Record | None:
+    """Read the record of a finished run; None if it is not finished.
+
+    Args:
+        place: Its folder.
+
+    Raises:
+        ValueError: If the record is damaged, or is none.
+    """
+    if not (place / RESULT).is_file():
+        return None
+    record: Record = read_json(place / RESULT)
+    if missing := [name for name in NEEDED if name not in record]:
+        raise ValueError(
+            f"{place / RESULT} lacks {', '.join(missing)}, which the record of a run has: delete it to train that run "
+            "again, or choose another output_dir."
+        )
+    return record
 
 
 def result_of(run: Run, place: Path, settings: Mapping[str, Json]) -> Record | None:
@@ -31,13 +55,12 @@ def result_of(run: Run, place: Path, settings: Mapping[str, Json]) -> Record | N
         settings: Its settings, from `run.settings_of`.
 
     Raises:
-        ValueError: If the folder holds a run with other settings, finished or not, or with another guide.
+        ValueError: If the folder holds a run with other settings, finished or not, or with another guide, or a record
+            that is none.
     """
     check_same_settings(place, settings)
-    if not (place / RESULT).is_file():
-        return None
-    result: Record = read_json(place / RESULT)
-    if run.guide is not None:
+    result = recorded(place)
+    if result is not None and run.guide is not None:
         check_same_guide(identity(run.guide()), result["guide"], str(place))
     return result
 

@@ -62,9 +62,11 @@ def environment() -> dict[str, Any]:
     import accelerate
     import transformers
 
+    import hf_guidance
+
     device = PartialState().device
     name = torch.cuda.get_device_name() if device.type == "cuda" else _processor_name()
-    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
+    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "hf_guidance": hf_guidance}
     return {
         "python": platform.python_version(),
         **{name: module.__version__ for name, module in modules.items()},

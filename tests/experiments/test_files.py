@@ -18,7 +18,7 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_the_earlier_one(tmp_pat
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize("content", ["", '{"run": "alo', "[1, 2]", '"text"'])
+@pytest.mark.parametrize("content", ["", '{"run": "alo', "[]", "[1, 2]", '"text"'])
 def test_a_damaged_file_of_a_run_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
     path = tmp_path / "alone" / "result.json"
     write_json(path, {"run": "alone"})

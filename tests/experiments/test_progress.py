@@ -1,5 +1,7 @@
 """The plan of a recipe: its runs, which of them are done, and how long the rest takes."""
 
+import json
+
 import pytest
 
 from hf_guidance.experiments import progress
@@ -22,9 +24,9 @@ def plan(folder, **flags):
     return planned_runs(RecipeArguments(**{"seeds": [0, 1], **flags}), runs, STEPS, folder)
 
 
-def finish(place):
+def finish(place, record="{}"):
     place.mkdir(parents=True, exist_ok=True)
-    (place / "result.json").write_text("{}")
+    (place / "result.json").write_text(record)
 
 
 @pytest.fixture
@@ -75,6 +77,31 @@ def test_what_is_done_already_and_where_it_resumes_is_said(tmp_path, monkeypatch
     for run in found:
         finish(run.place.with_name("alone_equal_time-9") if run.steps is None else run.place)
     assert Progress(found).begin(tmp_path) == f"all of these 8 runs are done already, and are read from {tmp_path}"
+
+
+def test_one_run_is_said_in_the_singular(tmp_path):
+    found = planned_runs(RecipeArguments(), lambda seed: runs(seed)[:1], STEPS, tmp_path)
+    assert Progress(found).begin(tmp_path) == f"this run is not done yet; results go to {tmp_path}"
+    finish(tmp_path / "seed-0" / "alone")
+    assert Progress(found).begin(tmp_path) == f"this run is done already, and is read from {tmp_path}"
+
+
+def test_other_versions_of_finished_runs_are_said_in_one_line(tmp_path, monkeypatch):
+    now = {"torch": "2.9", "transformers": "5.1", "hf_guidance": "0.2", "device": "cpu: C"}
+    monkeypatch.setattr(progress, "environment", lambda: now)
+    found = plan(tmp_path, equal_time_baseline=True)
+    made = {"alone": now, "guided": now | {"torch": "2.8"}, "guide_itself": {"torch": "2.7", "transformers": "5.1"}}
+    for name, versions in made.items():
+        finish(tmp_path / "seed-0" / name, json.dumps({"environment": versions | {"device": "cuda: D"}}))
+    assert Progress(found).begin(tmp_path).splitlines()[1:] == [
+        "2 finished runs were made by other versions: torch 2.7 and 2.8 (now 2.9)"
+    ]
+    finish(tmp_path / "seed-0" / "alone_equal_time-17", json.dumps({"environment": now | {"hf_guidance": "0.1"}}))
+    for name in ("guided", "guide_itself"):
+        finish(tmp_path / "seed-0" / name)
+    assert Progress(found).begin(tmp_path).splitlines()[1:] == [
+        "1 finished run was made by other versions: hf_guidance 0.1 (now 0.2)"
+    ]
 
 
 def test_after_each_run_that_is_trained_the_time_left_is_said(tmp_path, clock, capsys):

@@ -8,6 +8,7 @@ from builders import arguments, linear
 from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.recipe_runs import Comparison, check_plan
 from hf_guidance.experiments.run import SETTINGS, Run
+from hf_guidance.experiments.run_training import RESULT
 
 
 def comparison_of(*names):
@@ -38,5 +39,13 @@ def test_other_settings_of_any_seed_are_found_first(tmp_path):
     place.mkdir(parents=True)
     (place / SETTINGS).write_text("{}")
     check_plan(RecipeArguments(seeds=[0]), arguments(tmp_path), linear(), comparison_of("alone"))
-    with pytest.raises(ValueError, match=f"{place} holds a run with another version of transformers"):
+    with pytest.raises(ValueError, match=f"{place} holds a run with another version of hf_guidance or transformers"):
+        check_plan(RecipeArguments(seeds=[0, 1]), arguments(tmp_path), linear(), comparison_of("alone"))
+
+
+def test_a_record_that_is_none_is_found_first(tmp_path):
+    place = tmp_path / "seed-1" / "alone"
+    place.mkdir(parents=True)
+    (place / RESULT).write_text('{"run": "alone"}')
+    with pytest.raises(ValueError, match=f"^{place / RESULT} lacks seed, steps, "):
         check_plan(RecipeArguments(seeds=[0, 1]), arguments(tmp_path), linear(), comparison_of("alone"))

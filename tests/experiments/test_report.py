@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_guidance.experiments.report import comparison_rows, markdown_table, value_at
+from hf_guidance.experiments.report import comparison_rows, markdown_table, value_at, versions_of
 
 
 def result(run, seed, values, seconds, guided=False):
@@ -71,3 +71,9 @@ def test_the_table_lines_up_and_shows_what_is_missing_as_a_dash():
     single = markdown_table(comparison_rows(RESULTS[:2]), "perplexity", percent=False)
     assert "0.50" in single
     assert "±" not in single
+
+
+def test_the_versions_of_runs_are_each_named_once():
+    made = [{"torch": "2.9", "device": "cpu: C"}, {"torch": "2.8", "hf_guidance": "0.1"}, {"torch": "2.9"}]
+    assert versions_of([{"environment": own} for own in made]) == {"torch": ["2.9", "2.8"], "hf_guidance": ["0.1"]}
+    assert versions_of([{}]) == {}

@@ -13,6 +13,14 @@ def test_a_block_has_command_table_rates_and_machine():
     assert "\n\n- guided − alone, equal steps, test: +1.0 points (seeds 0: +1.0)\n" in block
 
 
+def test_a_block_states_the_versions_that_made_the_runs_and_not_only_those_of_today():
+    report = report_of({0: 1.0, 1: 2.0})
+    assert block_of(report).endswith("; Python 3, torch 2, transformers 5, accelerate 1.\n")
+    for run in report["runs"]:
+        run["environment"] = report["environment"] | {"torch": f"1.{run['seed']}", "hf_guidance": "0.1"}
+    assert block_of(report).endswith("; Python 3, torch 1.0 and 1.1, transformers 5, accelerate 1, hf_guidance 0.1.\n")
+
+
 def test_without_gains_nothing_stands_between_table_and_machine():
     report = report_of({0: 1.0}) | {"differences": [], "learning_rate_search": []}
     assert " |\n\ncpu: C, 2 threads" in block_of(report)

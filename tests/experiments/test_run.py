@@ -47,7 +47,7 @@ def test_a_setting_that_changed_is_named_with_both_values(tmp_path, settings):
 
 def test_settings_of_another_version_are_one_short_line(tmp_path, settings):
     (tmp_path / SETTINGS).write_text(json.dumps(settings() | {f"field_{i}": i for i in range(9)}))
-    with pytest.raises(ValueError, match="holds a run with another version of transformers") as raised:
+    with pytest.raises(ValueError, match="holds a run with another version of hf_guidance or transformers") as raised:
         check_same_settings(tmp_path, settings())
     assert "field_5 was 5, is None and 3 more. Give another output_dir." in str(raised.value)
     check_same_settings(tmp_path, settings(), [f"field_{i}" for i in range(9)])

@@ -10,7 +10,7 @@ from builders import gpt2, llama, token_rows
 from trainers import make_trainer
 
 from hf_guidance.experiments.run import SETTINGS, Run
-from hf_guidance.experiments.run_training import RESULT, result_of, train_and_record
+from hf_guidance.experiments.run_training import NEEDED, RESULT, recorded, result_of, train_and_record
 from hf_guidance.guide.identity import identity
 from hf_guidance.trainer.clock import TrainingClock
 
@@ -34,7 +34,15 @@ def test_a_run_is_trained_evaluated_saved_and_recorded(tmp_path: Path, capsys: p
 
 def test_a_run_that_is_not_finished_or_had_another_guide_is_not_read(tmp_path: Path) -> None:
     assert result_of(ALONE, tmp_path, {}) is None
-    (tmp_path / RESULT).write_text(json.dumps({"guide": identity(llama(1))}))
+    (tmp_path / RESULT).write_text(json.dumps(dict.fromkeys(NEEDED) | {"guide": identity(llama(1))}))
     assert result_of(Run("guided", 7, gpt2, guide=llama), tmp_path, {}) is not None
     with pytest.raises(ValueError, match="guide"):
         result_of(Run("guided", 7, gpt2, guide=lambda: llama(2)), tmp_path, {})
+
+
+def test_a_record_that_lacks_fields_is_named_with_what_to_do(tmp_path: Path) -> None:
+    assert recorded(tmp_path) is None
+    (tmp_path / RESULT).write_text(json.dumps({name: 0 for name in NEEDED if name not in ("test", "curve")}))
+    said = rf"^{tmp_path / RESULT} lacks test, curve, .*: delete it to train that run again, or choose another output_d"
+    with pytest.raises(ValueError, match=said):
+        result_of(ALONE, tmp_path, {})

@@ -9,6 +9,7 @@ import torch
 import transformers
 from launching import CONFIGS
 
+import hf_guidance
 from hf_guidance.trainer import environment
 
 # the module alone, as the package takes seconds to import
@@ -63,6 +64,7 @@ def test_versions_and_hardware_of_this_run(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     found = environment.environment()
     assert (found["torch"], found["transformers"]) == (torch.__version__, transformers.__version__)
+    assert found["hf_guidance"] == hf_guidance.__version__
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert (found["processes"], found["threads"]) == (1, 7)
     assert found["device"].split(": ")[0] in ("cpu", "cuda", "mps")
