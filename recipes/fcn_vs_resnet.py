@@ -8,8 +8,8 @@
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
 convnet_without_skips, wide_fcn or deep_fcn. deep_fcn_controls and deep_fcn_measures put what else the deep FCN may be
 guided by beside it, on three seeds; a claim's name with _cached has the guide kept in a cache, that of an FCN with
-_initialisation guides it at the start only. --config is a file
-with flags. A guidance flag with several values (--measure ridge linear_cka) trains each guided run at each of them.
+_initialisation guides it at the start only. --config is a file with flags. A guidance flag with several values
+(--measure ridge linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
@@ -267,7 +267,10 @@ class Arguments(RecipeArguments):
         if self.batch_norm_rows is not None and self.streaming:
             raise ValueError("--batch_norm_rows needs training rows that are read by number, but --streaming reads on.")
         if self.guide_width is not None:
-            check_choice("guide", str(self.guide), [f"resnet{depth}" for depth in DEPTHS])
+            named = [f"resnet{depth}" for depth in DEPTHS]
+            if self.guide not in named:
+                given = f"--guide is {self.guide}" if self.guide_is_named else "--guide is not given"
+                raise ValueError(f"--guide_width needs --guide {' or '.join(named)}, which it builds; {given}.")
 
     def _runs_of_the_guide(self) -> list[str]:
         if self.train_guide:

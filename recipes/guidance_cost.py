@@ -16,8 +16,7 @@ the guide alone. On a CPU, times are CPU times on --threads threads; on a GPU, t
 --target is deep_fcn, wide_fcn, resnet50_without_skips, or an image or language model of transformers or timm: Hub id,
 folder or timm/<architecture>. Its weights are random, and so are the guide's. Every field of TrainingArguments and
 GuidanceConfig is a flag. Each row has its own folder in --cache_guide. --output_dir contains the tables as cost.json,
-with command, seed, versions and hardware. Measured figures and their commands:
-recipes/guides/cost_and_caching.md.
+with command, seed, versions and hardware. Measured figures and their commands: recipes/guides/cost_and_caching.md.
 """
 
 # /// script

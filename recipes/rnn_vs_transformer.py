@@ -80,8 +80,9 @@ OTHER_SEED = 10_000  # of a guide that has the target's architecture, and must n
 
 FAIR = "--seeds 10 11 12 13 14 --equal_time_baseline --disable_tqdm true"
 BESIDE_COPY_PASTE = "--disable_tqdm true --task copy_paste --learning_rate 3e-3 --seeds 20 21 22"
-LANGUAGE = """
-    --disable_tqdm true --task language_modeling --text_files outputs/shakespeare.txt --lr_scheduler_type linear
+SHAKESPEARE = "outputs/shakespeare.txt"  # of `make shakespeare`
+LANGUAGE = f"""
+    --disable_tqdm true --task language_modeling --text_files {SHAKESPEARE} --lr_scheduler_type linear
     --guide_learning_rate 2e-3 --guide_max_steps 1000 --guide_rows 16
 """
 CLAIMS = {
@@ -245,6 +246,8 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
     chosen = preset(recipe.task, recipe.preset)
     options = dict(chosen.task)
     if recipe.task == "language_modeling":
+        if SHAKESPEARE in (recipe.text_files or ()) and not Path(SHAKESPEARE).is_file():
+            raise ValueError(f"--text_files {SHAKESPEARE} is not there: `make shakespeare` downloads it.")
         names = ("text_files", "dataset", "dataset_config", "tokenizer")
         options |= {name: getattr(recipe, name) for name in names}
         options |= {"max_eval_blocks": recipe.eval_size} if recipe.eval_size else {}

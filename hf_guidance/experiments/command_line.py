@@ -35,8 +35,16 @@ WIDTH = 120  # of the pages of help
 
 def check_choice(flag: str, value: str, possible: Iterable[str]) -> None:
     """Raise ValueError if the value of a flag is not one of the possible ones."""
-    if value not in possible:
-        raise ValueError(f"--{flag} {value}: possible are {', '.join(possible)}.")
+    possible = list(possible)
+    if value in possible:
+        return
+    names, said, meant = value.split(), value, ""
+    if len(names) > 1:
+        said = repr(value)
+        meant = (
+            f" If a list is meant: [{', '.join(names)}] in a file for --config, no quotation marks on the command line."
+        )
+    raise ValueError(f"--{flag} {said}: possible are {', '.join(possible)}.{meant}")
 
 
 def names_of(words: Iterable[str]) -> list[str]:
@@ -65,7 +73,7 @@ def with_flags_of_the_file(words: Sequence[str]) -> list[str]:
 
 def with_flags_of_the_claim(words: Sequence[str], claims: Mapping[str, str]) -> list[str]:
     """Return the words of a command line behind the flags that its `--claim` stands for, which are printed."""
-    claim = _value(words, "--claim")
+    claim = value_of(words, "--claim")
     if claim is None:
         return list(words)
     check_choice("claim", claim, claims or ["none in this recipe"])
@@ -74,7 +82,7 @@ def with_flags_of_the_claim(words: Sequence[str], claims: Mapping[str, str]) -> 
     return [*claims[claim].split(), *words]
 
 
-def _value(words: Sequence[str], flag: str) -> str | None:
+def value_of(words: Sequence[str], flag: str) -> str | None:
     """Return the last value of a flag."""
     given = [value for word, value in pairwise(words) if word == flag]
     given += [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
@@ -83,7 +91,7 @@ def _value(words: Sequence[str], flag: str) -> str | None:
 
 def _taken(words: list[str], flag: str) -> str | None:
     """Return the value of a flag, and remove both from the words."""
-    value = _value(words, flag)
+    value = value_of(words, flag)
     for word in (flag, f"{flag}={value}"):
         if value is not None and word in words:
             place = words.index(word)
@@ -144,6 +152,7 @@ def parse(
     *,
     refused: Collection[str],
     instead: str,
+    file: str | None = None,
 ) -> tuple[A, TrainingArguments, GuidanceConfig]:
     """Parse the flags of a recipe.
 
@@ -153,6 +162,7 @@ def parse(
         defaults: Maps the recipe's flags to defaults of the other two dataclasses.
         refused: Flags that the recipe does not accept.
         instead: What to use in their place, for the error message.
+        file: The file with flags that were put in place of `--config`, which is named if an unknown flag stands in it.
 
     Returns:
         The recipe's arguments, the `TrainingArguments` and the `GuidanceConfig`.
@@ -180,14 +190,17 @@ def parse(
         place = sys.argv.index(left[0]) if left[0] in sys.argv else 0
         flag = next((word for word in reversed(sys.argv[:place]) if word.startswith("--")), None)
         if flag is not None:
+            more = f", and {flag}s tries several" if f"{flag}s" in parser._option_string_actions else ""
             raise ValueError(
                 f"{flag} takes one value, and {' '.join(left)} is left over: only flags of guidance take several, as a "
-                "sweep."
+                f"sweep{more}."
             )
     if unknown := [word for word in left if word.startswith("-")] or left:
         close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown flags: {', '.join(unknown)}.{hint} --help lists all.")
+        of_file = set() if file is None else {f"--{name}" for name in flags_of_the_file(file)} & set(unknown)
+        where = f" ({', '.join(sorted(of_file))} in --config {file})" if of_file else ""
+        raise ValueError(f"unknown flags: {', '.join(unknown)}{where}.{hint} --help lists all.")
     return tuple(parsed)
 
 

@@ -19,6 +19,7 @@ from hf_guidance.experiments.command_line import (
     check_choice,
     names_of,
     parse,
+    value_of,
     with_flags_of_the_claim,
     with_flags_of_the_file,
 )
@@ -86,12 +87,13 @@ def launch(
         claims: Name of a claim, for `--claim` → the flags of its comparison.
     """
     tell_in_one_line()
+    file = value_of(sys.argv[1:], "--config")
     sys.argv[1:] = with_flags_of_the_file(sys.argv[1:])
     command = ["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     given = names_of(sys.argv[1:])
     sys.argv[1:] = with_flags_of_the_claim(sys.argv[1:], claims or {})
     sweeps = take_sweeps(sys.argv)
-    recipe, args, guidance = _parse(description, arguments, defaults)
+    recipe, args, guidance = _parse(description, arguments, defaults, file)
     settings = settings_of_sweeps(sweeps, guidance)
     check_machine(args)
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
@@ -171,13 +173,13 @@ def _resuming(folder: Path) -> str:
 
 
 def _parse(
-    description: str, arguments: type[A], defaults: Callable[[A], dict[str, Any]]
+    description: str, arguments: type[A], defaults: Callable[[A], dict[str, Any]], file: str | None
 ) -> tuple[A, TrainingArguments, GuidanceConfig]:
     def checked(recipe: A) -> dict[str, Any]:
         check_choice("preset", recipe.preset, PRESETS)
         return defaults(recipe)
 
-    parsed = parse(description, arguments, checked, refused=REFUSED, instead=INSTEAD)
+    parsed = parse(description, arguments, checked, refused=REFUSED, instead=INSTEAD, file=file)
     if parsed[1].eval_strategy == "no" or parsed[0].eval_size == 0:
         raise ValueError(
             "--eval_strategy no, --eval_size 0: runs are compared by their validation values. Leave validation on."

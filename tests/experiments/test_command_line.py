@@ -10,6 +10,7 @@ import yaml
 from launching import REPOSITORY
 
 from hf_guidance import GuidanceConfig
+from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.command_line import check_choice, parse, with_flags_of_the_claim, with_flags_of_the_file
 
 
@@ -19,9 +20,13 @@ class Own:
     fast: bool = False
 
 
-def parsed(monkeypatch, *words, defaults=lambda own: {"learning_rate": 0.5, "output_dir": "out", "use_cpu": True}):
+def defaults_of(own):
+    return {"learning_rate": 0.5, "output_dir": "out", "use_cpu": True}
+
+
+def parsed(monkeypatch, *words, defaults=defaults_of, arguments=Own, file=None):
     monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
-    return parse("what it is for", Own, defaults, refused={"--seed"}, instead="Use --seeds instead")
+    return parse("what it is for", arguments, defaults, refused={"--seed"}, instead="Use --seeds instead", file=file)
 
 
 def test_flags_of_all_three_are_read_and_a_recipes_defaults_stand_where_nothing_is_given(monkeypatch):
@@ -45,6 +50,8 @@ def test_refused_and_impossible_flags_are_named(monkeypatch):
         parsed(monkeypatch, "--seed=3")
     with pytest.raises(ValueError, match="--kind c: possible are a, b"):
         check_choice("kind", "c", ["a", "b"])
+    with pytest.raises(ValueError, match=r"^--kind 'b a': possible are a, b\. If a list is meant: \[b, a\] in a file"):
+        check_choice("kind", "b a", iter(["a", "b"]))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,11 @@ def test_a_wrong_flag_is_an_error_without_the_list_of_all_flags(words, said, mon
     with pytest.raises(ValueError, match=said):
         parsed(monkeypatch, *words)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_flag_that_takes_one_value_names_the_one_that_tries_several(monkeypatch):
+    with pytest.raises(ValueError, match=r"as a sweep, and --learning_rates tries several\.$"):
+        parsed(monkeypatch, "--learning_rate", "1", "2", arguments=RecipeArguments)
 
 
 CLAIMS = {"deep": "--size 3\n  --fast", "wide": "--size 4"}
@@ -114,6 +126,9 @@ def test_a_file_that_is_none_of_flags_and_a_flag_given_twice_are_errors(tmp_path
     path.write_text("mesure: ridge")
     with pytest.raises(ValueError, match=r"unknown flags: --mesure.* Did you mean --measure\?"):
         parsed(monkeypatch, *with_flags_of_the_file(["--config", str(path)]))
+    words = [*with_flags_of_the_file(["--config", str(path)]), "--other"]
+    with pytest.raises(ValueError, match=rf"^unknown flags: --mesure, --other \(--mesure in --config {path}\)\. Did y"):
+        parsed(monkeypatch, *words, file=str(path))
     with pytest.raises(ValueError, match=r"^--size is given twice: which value is meant\?$"):
         with_flags_of_the_file(["--size", "1", "--fast", "--size=2"])
 
@@ -159,4 +174,7 @@ def test_the_help_of_a_recipe_is_at_most_120_lines(recipe, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(recipe), "--help"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(recipe), run_name="__main__")
-    assert 20 < len(capsys.readouterr().out.splitlines()) <= 120
+    lines = capsys.readouterr().out.splitlines()
+    assert 20 < len(lines) <= 120
+    prose = [line[:1].strip() != "" for line in lines]
+    assert not [line for line, *both in zip(lines, prose, prose[1:], strict=False) if all(both) and len(line) < 80]

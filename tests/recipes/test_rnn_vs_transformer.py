@@ -214,6 +214,12 @@ def test_other_text_is_other_data(tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(report["runs"])
 
 
+def test_a_text_that_make_downloads_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--text_files outputs/shakespeare\.txt is not there: `make shakespeare` "):
+        run_here(monkeypatch, tmp_path / "out", claim="language_modeling")
+
+
 def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
     report = run_here(monkeypatch, tmp_path / "out", task="parity", seeds=[0, 1], bf16=True, **TWO_STEPS)
     assert [(run["run"], run["seed"]) for run in report["runs"]] == [(name, seed) for seed in (0, 1) for name in RUNS]
