@@ -139,8 +139,9 @@ def check_given(
     for name, values in sweeps.items():
         if fixed := [run for run in guided if name in run.guidance]:
             raise ValueError(
-                f"--{name} {' '.join(values)}: the run {fixed[0].name} sets it to {_words(fixed[0].guidance[name])} "
-                f"itself, and would be trained {len(values)} times alike. {_remedy(name, fixed[0])}"
+                f"--{name} {' '.join(values)}: the run {fixed[0].name} itself sets it to "
+                f"{_words(fixed[0].guidance[name])}, and would be trained {len(values)} times alike. "
+                f"{_remedy(name, fixed[0])}"
             )
         if name in given and not guided:
             raise ValueError(

@@ -118,7 +118,7 @@ SHUFFLED = {"shuffled_guide": {"guide_input": "shuffled"}}
             {"free": {}, **NOISE},
             {"guide_input": ["batch", "shuffled"]},
             {"guide_input": "batch"},
-            "^--guide_input batch shuffled: the run noise_guide sets it to noise itself, and would be trained 2 times "
+            "^--guide_input batch shuffled: the run noise_guide itself sets it to noise, and would be trained 2 times "
             r"alike\. Leave --guide_input out, or choose other --runs\.$",
         ),
         (
@@ -183,7 +183,7 @@ def test_a_recipe_sweeps_and_compares_every_run(tmp_path: Path, monkeypatch: pyt
         (
             "reversed_layers",
             {"layer_mapping": ["even", "last_2"]},
-            "reversed_layers sets it to reversed itself",
+            "reversed_layers itself sets it to reversed",
         ),
         (
             "untrained_guide_stopped",
