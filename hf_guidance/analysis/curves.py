@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Points: TypeAlias = Literal["curve", "training", "similarity", "debiased", "gradients"]
 
+SHORT = 5  # range of a logarithmic axis, largest over smallest, that takes ticks at even distances
 MANY_PAIRS = 8  # above this, a colour bar replaces the legend
 LOWEST, HIGHEST = -0.2, 1.0  # similarities that a panel shows
 
@@ -152,11 +153,18 @@ def plot_curves(run: Curves, metric: str | None, path: str | os.PathLike[str]) -
 
 def _tidy(panel: Axes) -> None:
     """Leave two of the frame's lines, whole steps, and plain numbers on a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
     panel.spines[["top", "right"]].set_visible(False)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if panel.get_yscale() == "log":
+    if panel.get_yscale() != "log":
+        return
+    low, high = panel.get_ylim()
+    if high < SHORT * low:  # powers of ten and their multiples are too far apart
+        panel.yaxis.set_major_locator(MaxNLocator(5))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    else:
         panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panel.yaxis.set_minor_locator(LogLocator(subs=()))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

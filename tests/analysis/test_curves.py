@@ -79,7 +79,7 @@ def test_a_last_panel_has_the_angle_of_the_gradients_where_it_was_logged(drawn):
     assert "cosine" in last.get_ylabel()
     _, line = last.lines
     assert line.get_xydata().tolist() == [[2, pytest.approx(0.4)], [4, pytest.approx(-0.2)]]
-    assert line.get_color() == "tab:purple"  # that of the run in the other panels
+    assert line.get_color() == "tab:blue"  # that of the run in the other panels
     assert len(drawn([run("alone", 0), run("guided", 0, pairs=1)])) == 3
 
 
@@ -107,6 +107,16 @@ def test_a_logarithmic_axis_has_plain_numbers_and_steps_are_whole(drawn):
     words = [label.get_text() for label in losses.get_yticklabels()]
     assert {"0.5", "1", "2"} <= set(words)
     assert all(tick == int(tick) for tick in curves.get_xticks())
+
+
+def test_losses_that_are_close_have_ticks_with_equally_many_digits(drawn):
+    points = [{"step": s, "value": 0.5, "loss": loss} for s, loss in ((1, 0.716), (2, 0.703), (3, 0.694))]
+    close = run("alone", 0) | {"curve": points, "training": []}
+    losses = drawn([close])[1]
+    losses.figure.canvas.draw()
+    words = [label.get_text() for label in losses.get_yticklabels() if label.get_text()]
+    assert len(words) >= 3
+    assert len({len(word) for word in words}) == 1
 
 
 def test_a_curve_of_one_point_is_a_dot(drawn):

@@ -36,7 +36,11 @@ def test_a_trainer_has_to_follow_its_run(tmp_path: Path) -> None:
         (alone, run, "a trainer without a guide; expected a guide"),
         (guided, replace(run, guided=False), "a trainer with a guide; expected no guide"),
         (guided, replace(run, max_steps=9), r"max_steps=3; expected 9: pass max_steps=run.max_steps .* not None"),
-        (guided, replace(run, control="noise_guide"), r"guide_input='batch'; expected 'noise': pass guidance=run.guidance"),
+        (
+            guided,
+            replace(run, control="noise_guide"),
+            r"guide_input='batch'; expected 'noise': pass guidance=run.guidance",
+        ),
     )
     for trainer, other, said in wrong:
         with pytest.raises(ValueError, match=said):
