@@ -128,14 +128,14 @@ class Between:
     def __init__(self, row_of: Tensor) -> None:
         self.same = row_of[:, None] == row_of
         self._rows = torch.nn.functional.one_hot(row_of.unique(return_inverse=True)[1]).double()
-        everywhere = torch.ones_like(self.same, dtype=torch.float64)[None, None]
-        tuples = [float(part.square().sum()) for part in self._parts(everywhere)]
+        everywhere = self._parts(torch.ones_like(self.same, dtype=torch.float64))
+        tuples = [float(part.square().sum()) for part in everywhere]
         two, three = tuples[0], tuples[1] - tuples[2]
         four = tuples[3] - 4 * tuples[4] + 2 * tuples[5]
         of_parts = [1 / two, -2 / three, 2 / three, 1 / four, -4 / four, 2 / four]
-        sizes = [part.shape[-1] for part in self._parts(everywhere)]
-        factors = [everywhere.new_full((size,), factor) for size, factor in zip(sizes, of_parts, strict=True)]
-        self.factors = torch.cat(factors)
+        self.factors = torch.cat(
+            [torch.full_like(part, factor) for part, factor in zip(everywhere, of_parts, strict=True)]
+        )
 
     def sums(self, grams: Tensor) -> Tensor:
         """Return all sums of Gram matrices `(…, n, n)`, side by side."""

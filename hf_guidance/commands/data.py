@@ -45,7 +45,7 @@ def check_flags(given: argparse.Namespace) -> None:
     """Raise ValueError for numbers among the flags of data that make no batch."""
     for name in ("batch_size", "max_length", "image_size"):
         if (number := getattr(given, name)) is not None and number < 1:
-            raise ValueError(f"--{name} is {getattr(given, name)}; it must be at least 1.")
+            raise ValueError(f"--{name} is {number}; it must be at least 1.")
 
 
 def read(

@@ -45,13 +45,16 @@ class PublishingMixin(CardMixin):
             PermissionError: If the Hub does not accept the token, or the token may only read.
             ConnectionError: If the Hub does not answer, or answers with another error.
         """
+        before = self.args.hub_private_repo
+        self.args.hub_private_repo = before if private is None else private  # earlier Trainers take no `private`
         try:
-            # earlier Trainers take no `private`, and create the repository by `hub_private_repo`
-            super().init_hf_repo(token=token, **({} if private is None else {"private": private}))
+            super().init_hf_repo(token=token)
         except NO_HUB as error:
             name = str(self.args.hub_model_id or Path(str(self.args.output_dir)).name)
             trained = hasattr(self, "state") and self.state.global_step > 0  # the first call comes before training
             raise refused(name, error, trained=trained) from error
+        finally:
+            self.args.hub_private_repo = before
         if not self.is_world_process_zero() or self.hub_model_id is None:
             return
         token = token or self.args.hub_token
