@@ -37,7 +37,8 @@ class Repositories(Answering):
         url = f"{self.server.base}/{'' if kind == 'model' else kind + 's/'}{rid}"
         if key in self.server.store.repos:
             return self.send(409, {"error": "You already created this repo", "url": url})
-        self.server.store.create(key, p.get("visibility") == "private")
+        private = p.get("visibility") == "private" or bool(p.get("private"))  # as earlier clients ask for it
+        self.server.store.create(key, private)
         self.send(200, {"url": url, "name": rid, "id": rid})
 
     def auth_check(self, data, kinds, rid, write=None):

@@ -135,7 +135,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def small_config(cls: Any, given: dict[str, Any] | None = None) -> Any:
     """Make a small config of a class of transformers: each size at its largest value of the table, parts likewise."""
     given = {**OVERRIDES.get(cls.model_type, {}), **(given or {})}
-    parts = getattr(cls, "sub_configs_defaults", {})  # earlier versions have none
+    parts = cls.sub_configs_defaults
     values: dict[str, Any] = {}
     defaults = {
         f.name: f.default
