@@ -193,7 +193,8 @@ class GuidanceConfig:
     guide_input: str = _knob(
         "batch",
         "Input of the guide: batch, noise, prealign_noise (the same noise for both networks during pre-alignment, "
-        "then the batch) or shuffled (the input of another row, a negative control).",
+        "then the batch) or shuffled (the input of another row, of equal length if positions are compared; a negative "
+        "control).",
     )
     guide_batch_norm: str = _knob(
         "eval",

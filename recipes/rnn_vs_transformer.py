@@ -22,10 +22,12 @@ Matched runs (same seed, same initial weights, same data order), chosen with --r
     noncausal_guide          guided by an untrained Transformer that sees the whole row, as in the paper's code
     within_rows              as untrained_guide, but the positions of each row are compared, by debiased CKA
     last_to_early_layer      as trained_guide, but its last layer guides the second one, with a weight that decays
-    shuffled_guide           control: the untrained guide sees other rows
+    shuffled_guide           control: the untrained guide sees other rows, of the same length
     noise_guide              control: the untrained guide sees random tokens
     reversed_layers          control: the untrained guide's layers in reverse order
     own_architecture         control: the guide is the target's own architecture, with other random weights
+    distillation             the target learns from the trained guide's predictions instead of its layers
+    untrained_distillation   the same, of the guide with random weights
     guide_itself             the guide, trained on the task, as a reference
 
 Every field of TrainingArguments and GuidanceConfig is a flag and applies to all runs. Use --seeds instead of --seed,
@@ -50,6 +52,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     ModernBertConfig,
@@ -61,6 +65,7 @@ from transformers import (
 from hf_guidance import load_guide
 from hf_guidance.experiments.arguments import INITIALISED, RecipeArguments
 from hf_guidance.experiments.command_line import check_choice
+from hf_guidance.experiments.distillation import DistillationTrainer
 from hf_guidance.experiments.files import identify_files
 from hf_guidance.experiments.recipe import launch, training_defaults
 from hf_guidance.experiments.recipe_runs import Comparison
@@ -74,7 +79,9 @@ TEXT_TASKS = ("copy_paste", "parity", "language_modeling")
 RUNS = ("alone", "untrained_guide", "trained_guide", "guide_itself")  # by default
 STOPPED = tuple(f"{guide}_{end}" for guide in ("untrained_guide", "trained_guide") for end in INITIALISED)
 VARIANTS = ("noncausal_guide", "within_rows", "last_to_early_layer")
-CONTROLS = ("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture")
+CONTROLS = (
+    *("shuffled_guide", "noise_guide", "reversed_layers", "own_architecture", "distillation", "untrained_distillation"),
+)
 LAYERS = 4  # of the RNNs and the Transformers
 OTHER_SEED = 10_000  # of a guide that has the target's architecture, and must not have its weights
 
@@ -91,8 +98,8 @@ CLAIMS = {
         --output_dir outputs/claims/copy_paste
     """,
     "copy_paste_controls": f"""{BESIDE_COPY_PASTE}
-        --runs alone guide_itself untrained_guide trained_guide own_architecture noise_guide reversed_layers
-        --output_dir outputs/claims/copy_paste_controls
+        --runs alone guide_itself untrained_guide trained_guide own_architecture shuffled_guide noise_guide
+        reversed_layers distillation untrained_distillation --output_dir outputs/claims/copy_paste_controls
     """,
     "copy_paste_measures": f"""{BESIDE_COPY_PASTE}
         --runs alone untrained_guide --measure linear_cka debiased_cka ridge ridge_loo procrustes
@@ -297,7 +304,12 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
             encoder(task, num_hidden_layers=own.n_layer, num_attention_heads=own.n_head, **sizes).config, seed=seed
         )
 
-    given: Callable[[], Any] = partial(load_guide, trained)
+    given: Callable[..., Any] = partial(load_guide, trained)
+    head = AutoModelForSequenceClassification if recipe.task == "parity" else AutoModelForCausalLM
+
+    def distil(teacher: Callable[[], Any], **kwargs: Any) -> DistillationTrainer:
+        return DistillationTrainer(guide=teacher(), **kwargs)
+
     last, within = f"hidden_states.1~hidden_states.{LAYERS - 1}", {"sample_axis": "within", "measure": "debiased_cka"}
     early = {"layer_pairs": [last], "guidance_schedule": "linear"}
     runs = [
@@ -312,6 +324,10 @@ def matched_runs(recipe: Arguments, args: TrainingArguments, chosen: Preset, tas
         Run("noise_guide", seed, target, guide=untrained, guidance={"guide_input": "noise"}),
         Run("reversed_layers", seed, target, guide=untrained, guidance={"layer_mapping": "reversed"}),
         Run("own_architecture", seed, target, guide=own_architecture),
+        Run(
+            "distillation", seed, target, trainer=partial(distil, partial(given, auto_class=head)), needs="guide_itself"
+        ),
+        Run("untrained_distillation", seed, target, trainer=partial(distil, guide)),
     ]
     by_name = {run.name: run for run in runs}
     runs += [

@@ -94,6 +94,8 @@ def _check_guidance(run: Run, task: Task, args: TrainingArguments, guidance: Gui
     set_seed(run.seed)
     config = config.alone()
     size = max(FEW, min_samples(config.measure))
+    if config.guide_input == "shuffled":
+        size = max(size, args.train_batch_size)  # of few rows none may have the length of another
     with built_whole():
         loss = GuidanceLoss(run.model(), make(), config, total_steps=1)
     with torch.no_grad(), loss.watch(first_rows(run.task or task, size), step=0) as watched:

@@ -7,13 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
 
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import freeze
 from hf_guidance.guide.identity import identity
-from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_guide
+from hf_guidance.guide.inputs import NO_LABEL, forward_arguments, guide_batch, without_guide
+
+PREDICT_EACH_POSITION = (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
 
 
 def check_classes(source: str, labels: Sequence[str]) -> None:
@@ -40,22 +52,24 @@ def check_classes(source: str, labels: Sequence[str]) -> None:
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer that learns from labels and the guide's softened predictions: (1 − w)·CE + w·T²·KL(guide ‖
+    """A Trainer that learns from labels and the guide's softened predictions: (1 − w)·task loss + w·T²·KL(guide ‖
     target).
 
+    The KL divergence is averaged over what the task loss is averaged over: rows of a classifier, positions with a label
+    of a language model or a token classifier.
+
     Args:
-        guide: The frozen classifier, with task head and the target's classes.
+        guide: The frozen network, with task head, and the target's classes or vocabulary.
         distillation_weight: W, the weight of the guide's predictions, in [0, 1].
         temperature: T, by which the logits of both networks are divided; above 0.
         **kwargs: Arguments of the Trainer.
 
     Raises:
-        ValueError: If weight or temperature is out of range; in training, if the guide has other classes.
+        ValueError: If weight or temperature is out of range; in training, if the guide has other classes or positions,
+            or the target is none of these networks.
 
     Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
     """
-
-    model_accepts_loss_kwargs = False
 
     def __init__(
         self, *args: Any, guide: nn.Module, distillation_weight: float = 0.5, temperature: float = 4.0, **kwargs: Any
@@ -66,7 +80,6 @@ class DistillationTrainer(Trainer):
                 "[0, 1] and the temperature above 0."
             )
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss below is a mean over the batch
         self.guide = freeze(guide, device=self.accelerator.device)
         self.guide_identity = identity(guide)
         self.distillation_weight, self.temperature = distillation_weight, temperature
@@ -79,28 +92,70 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the weighted loss while training, and the task loss alone in evaluation."""
+        own, kwargs = without_guide(inputs), {"num_items_in_batch": num_items_in_batch}
         if not model.training:
-            return super().compute_loss(model, without_guide(inputs), return_outputs=return_outputs)
-        outputs = model(**without_guide(inputs))
-        args, kwargs = forward_arguments(self.guide, guide_batch(inputs, model, self.guide))
+            return super().compute_loss(model, own, return_outputs=return_outputs, **kwargs)
+        labels: Any = inputs["labels"]
+        hard, outputs = super().compute_loss(model, own, return_outputs=True, **kwargs)
+        guide_args, guide_kwargs = forward_arguments(self.guide, guide_batch(inputs, model, self.guide))
         with torch.no_grad(), self.accelerator.autocast():
-            theirs = self.guide(*args, **kwargs).logits.float()
-        ours = outputs.logits.float()
+            theirs = self.guide(*guide_args, **guide_kwargs).logits
+        ours = outputs["logits"]
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"the target gives logits {tuple(ours.shape)} and the guide {tuple(theirs.shape)}: distillation needs "
-                "a guide with the same classes."
+                "a guide with the same classes, or for text the same vocabulary and tokens."
             )
+        ours, theirs = (with_label(self.accelerator.unwrap_model(model), part, labels) for part in (ours, theirs))
         soft = kl_div(
-            log_softmax(ours / self.temperature, -1),
-            log_softmax(theirs / self.temperature, -1),
-            reduction="batchmean",
+            log_softmax(ours.float() / self.temperature, -1),
+            log_softmax(theirs.float() / self.temperature, -1),
+            reduction="sum",
             log_target=True,
         )
-        labels: Any = inputs["labels"]
-        hard = cross_entropy(ours, labels)
+        soft = soft / self._count(len(ours), num_items_in_batch)
         loss = (1 - self.distillation_weight) * hard + self.distillation_weight * self.temperature**2 * soft
         return (loss, outputs) if return_outputs else loss
 
+    def _count(self, here: int, num_items: Tensor | int | None) -> Tensor | float:
+        """Return what Trainer divides a sum over this batch by, so that it becomes a mean over the optimizer step."""
+        if num_items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            return max(here, 1)
+        return num_items / self.accelerator.num_processes if self.args.average_tokens_across_devices else num_items
+
     def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, without_guide(inputs), *args, **kwargs)
+
+
+def with_label(network: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Select the logits that predict a label: one of each row, or those of positions whose label is not ignored.
+
+    Args:
+        network: The network, whose class tells whether a position predicts its own label or the next one.
+        logits: `(rows, classes)` or `(rows, positions, classes)`.
+        labels: `(rows,)` or `(rows, positions)` of whole numbers.
+
+    Returns:
+        `(predictions, classes)`.
+
+    Raises:
+        ValueError: If the network is no classifier of rows or tokens, and no language model.
+    """
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"distillation needs a class per row, or one per position; the labels are {tuple(labels.shape)} of "
+            f"{labels.dtype} and the logits {tuple(logits.shape)}."
+        )
+    if labels.ndim > 1 and _is_one_of(network, MODEL_FOR_CAUSAL_LM_MAPPING):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    elif labels.ndim > 1 and not any(_is_one_of(network, those) for those in PREDICT_EACH_POSITION):
+        raise ValueError(
+            f"it is not known which label a position of {type(network).__name__} predicts: distillation takes "
+            "classifiers of rows and of tokens, causal and masked language models, and encoder-decoders of text."
+        )
+    return logits[labels != NO_LABEL]
+
+
+def _is_one_of(network: Any, classes: Any) -> bool:
+    network = network.get_base_model() if hasattr(network, "get_base_model") else network  # of peft
+    return isinstance(network, classes.get(type(network.config), ()))

@@ -273,8 +273,8 @@ class Samples(ComparedRows):
                 if mine.sum() == theirs.sum():
                     numbers = "the guide has other numbers of valid tokens in some rows than the target"
                 raise ValueError(
-                    f"sample_axis={self.axis!r}: {numbers}. Use sample_axis='sequence' if the two "
-                    "networks have different tokens, or if guide_input='shuffled' pairs rows of different lengths."
+                    f"sample_axis={self.axis!r}: {numbers}. Use sample_axis='sequence' if the two networks have "
+                    "different tokens."
                 )
 
     def _tokens(self, name: str, features: Tensor, kind: str | None) -> Tokens:

@@ -97,7 +97,7 @@ class GuideRunning:
         if self.config.guide_input == "noise":
             inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
         elif self.config.guide_input == "shuffled":
-            inputs = shuffle_rows(inputs, generator_for(*key, 2))
+            inputs = shuffle_rows(inputs, generator_for(*key, 2), alike=self.config.sample_axis != "sequence")
         samples = samples_of(inputs)
         if self.config.cache_guide is None:
             return samples, self.read(inputs, samples.layers)

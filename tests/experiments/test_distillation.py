@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
-from hf_guidance.experiments.distillation import DistillationTrainer, check_classes
+from hf_guidance.experiments.distillation import DistillationTrainer, check_classes, with_label
 from hf_guidance.guide.identity import fingerprint
-from hf_guidance.targets import FCNConfig, FCNForImageClassification
+from hf_guidance.targets import FCNConfig, FCNForImageClassification, RNNConfig, RNNForCausalLM
 
 
 def network(seed, classes=3):
@@ -54,6 +64,106 @@ def test_the_loss_is_not_larger_under_accumulation(tmp_path):
         trainer.train()
     losses = [trainer.state.log_history[0]["loss"] for trainer in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=0.3)  # batch norm sees halves
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+WORDS = 11
+
+
+def language_model(seed=0):
+    torch.manual_seed(seed)
+    return RNNForCausalLM(RNNConfig(vocab_size=WORDS, hidden_size=6, num_hidden_layers=2))
+
+
+def causal_guide(vocabulary=WORDS):
+    torch.manual_seed(5)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+
+
+def ragged_rows():
+    """Make rows of 9 positions, of which the last 0 to 5 are padding without labels."""
+    ids = torch.randint(WORDS, (8, 9), generator=torch.Generator().manual_seed(3))
+    lengths = torch.tensor([9, 4, 7, 5, 9, 6, 8, 4])
+    mask = torch.arange(9) < lengths[:, None]
+    labels = ids.where(mask, -100)
+    names = ("input_ids", "attention_mask", "labels")
+    return [dict(zip(names, row, strict=True)) for row in zip(ids, mask.long(), labels, strict=True)]
+
+
+def distil_text(tmp_path, guide, accumulate=1, **options):
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=8 // accumulate, use_cpu=True, report_to=[],
+        gradient_accumulation_steps=accumulate, logging_steps=1, disable_tqdm=True, save_strategy="no", max_grad_norm=0,
+        learning_rate=0.1, optim="sgd",
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        model=language_model(), guide=guide, args=args, train_dataset=ragged_rows(), **options
+    )
+    trainer.train()
+    return trainer
+
+
+def test_a_language_model_learns_from_every_position_that_predicts_a_label(tmp_path):
+    guide = causal_guide().eval()
+    batch = {name: torch.stack([row[name] for row in ragged_rows()]) for name in ragged_rows()[0]}
+    hard, soft = [], []
+    with torch.no_grad():
+        ours, theirs = (
+            net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double().numpy()
+            for net in (language_model().train(), guide)
+        )
+    for row, labels in enumerate(batch["labels"].numpy()):
+        for place in range(8):
+            if labels[place + 1] != -100:
+                hard.append(-log_softmax(ours[row, place])[labels[place + 1]])
+                guided, own = log_softmax(theirs[row, place] / 2), log_softmax(ours[row, place] / 2)
+                soft.append((np.exp(guided) * (guided - own)).sum())
+    assert len(hard) == 52 - 8  # of 52 valid positions, the first of each row is predicted by none
+    logged = distil_text(tmp_path, guide, distillation_weight=0.25, temperature=2.0).state.log_history[0]["loss"]
+    assert logged == pytest.approx(0.75 * np.mean(hard) + 0.25 * 4 * np.mean(soft), rel=1e-4)
+
+
+def test_rows_of_text_weigh_by_their_positions_in_micro_batches_too(tmp_path):
+    whole, parts = (distil_text(tmp_path, causal_guide(), accumulate=k) for k in (1, 4))
+    losses = [trainer.state.log_history[0]["loss"] for trainer in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_guide_with_another_vocabulary_is_refused(tmp_path):
+    words = (
+        r"the target gives logits \(8, 9, 11\) and the guide \(8, 9, 13\): .* for text the same vocabulary and tokens"
+    )
+    with pytest.raises(ValueError, match=words):
+        distil_text(tmp_path, causal_guide(13))
+
+
+def test_masked_models_and_encoder_decoders_predict_the_label_of_the_position_itself():
+    sizes = {
+        "vocab_size": 7,
+        "hidden_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 4,
+    }
+    bart = BartConfig(
+        vocab_size=7, d_model=4, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1,
+        decoder_attention_heads=1, encoder_ffn_dim=4, decoder_ffn_dim=4, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        forced_eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    logits, labels = torch.arange(6.0).view(1, 3, 2), torch.tensor([[-100, 4, 5]])
+    for network in (BertForMaskedLM(BertConfig(**sizes)), BartForConditionalGeneration(bart)):
+        assert with_label(network, logits, labels).tolist() == [[2, 3], [4, 5]]
+    assert with_label(language_model(), logits, labels).tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match=r"not known which label a position of BertForPreTraining predicts: .* masked"):
+        with_label(BertForPreTraining(BertConfig(**sizes)), logits, labels)
+    with pytest.raises(ValueError, match=r"a class per row, .*; the labels are \(3,\) of torch.float32 and the logits"):
+        with_label(network, logits[0], torch.rand(3))
+
+
+# -------------------------------------------------------------------------------------------------- what it refuses
 
 
 def test_evaluation_is_the_tasks_alone(tmp_path):

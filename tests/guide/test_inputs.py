@@ -337,6 +337,47 @@ def test_every_other_row_is_as_likely() -> None:
     assert (counts[~torch.eye(4, dtype=torch.bool)] / 600).numpy() == pytest.approx(1 / 3, abs=0.08)
 
 
+def test_rows_whose_positions_are_compared_are_exchanged_with_rows_of_their_length() -> None:
+    lengths = torch.tensor([5, 3, 3, 5, 4, 3, 4, 5, 2, 4, 3])  # one row of 2, which no other equals
+    batch = {"input_ids": torch.arange(11)[:, None].expand(-1, 5), "attention_mask": torch.arange(5) < lengths[:, None]}
+    seen = set()
+    for seed in range(50):
+        shuffled = shuffle_rows(batch, generator_for(seed), alike=True)
+        order = shuffled["input_ids"][:, 0]
+        assert torch.equal(shuffled["attention_mask"], batch["attention_mask"])
+        assert torch.equal(order.sort().values, torch.arange(11))
+        assert ((order != torch.arange(11)) == (lengths != 2)).all()
+        seen.add(tuple(order.tolist()))
+    assert 12 < len(seen) <= 2 * 6 * 2  # cycles of three, four and three rows
+
+
+def test_of_encoder_and_decoder_both_lengths_have_to_be_equal() -> None:
+    encoder, decoder = torch.tensor([3, 3, 2, 2, 3, 3]), torch.tensor([1, 2, 1, 1, 1, 2])
+    batch = {
+        "input_ids": torch.arange(6)[:, None],
+        "attention_mask": torch.arange(3) < encoder[:, None],
+        "decoder_attention_mask": torch.arange(2) < decoder[:, None],
+    }
+    order = shuffle_rows(batch, generator_for(0), alike=True)["input_ids"].flatten()
+    assert order.tolist() == [4, 5, 3, 2, 0, 1]
+
+
+def test_rows_without_padding_are_exchanged_as_they_always_were() -> None:
+    ids = {"input_ids": torch.arange(12)[:, None]}
+    expected = shuffle_rows(ids, generator_for(7))["input_ids"]
+    for mask in ({}, {"attention_mask": torch.ones(12, 1)}):
+        assert torch.equal(shuffle_rows(ids | mask, generator_for(7), alike=True)["input_ids"], expected)
+
+
+def test_a_batch_in_which_many_rows_have_a_length_of_their_own_is_an_error() -> None:
+    batch = {"input_ids": torch.zeros(5, 5), "attention_mask": torch.ones(5, 5).tril()}
+    words = (
+        r"guide_input='shuffled' exchanges rows of equal length .* but 5 of the batch's 5 rows have a length that no"
+    )
+    with pytest.raises(ValueError, match=words):
+        shuffle_rows(batch, generator_for(0), alike=True)
+
+
 # ------------------------------------------------------------------------------------------------------ vocabularies
 
 

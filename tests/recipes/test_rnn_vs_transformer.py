@@ -229,6 +229,18 @@ def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
     assert [row["validation"][1] is not None for row in report["table"]] == [True] * 4
 
 
+@pytest.mark.parametrize("task", ["copy_paste", "parity"])
+def test_other_rows_and_distillation_stand_beside_guidance_on_text(task, tmp_path, monkeypatch):
+    runs = ["alone", "guide_itself", "shuffled_guide", "distillation", "untrained_distillation"]
+    report = run_here(monkeypatch, tmp_path / "out", task=task, runs=runs, per_device_train_batch_size=128, **TWO_STEPS)
+    by_name = {run["run"]: run for run in report["runs"]}
+    assert list(by_name) == runs
+    assert by_name["shuffled_guide"]["settings"]["guidance"]["guide_input"] == "shuffled"
+    assert by_name["distillation"]["guide"] is None
+    losses = [by_name[name]["training"][-1]["loss"] for name in ("alone", "distillation", "untrained_distillation")]
+    assert len(set(losses)) == 3
+
+
 def test_language_modelling_on_local_text_with_search_and_longer_baseline(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 3000)
