@@ -57,7 +57,7 @@ test-newest: install ## run the tests at the newest versions of everything, in o
 
 define test-at  # folder, resolution of uv
 	$(BIN)/python -m pip install --quiet $(DIST)
-	$(BIN)/uv venv --quiet --clear --python $(BIN)/python outputs/$(1)
+	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python outputs/$(1)
 	$(BIN)/uv pip install --quiet --python outputs/$(1)/bin/python --resolution $(2) --editable '.[dev]'
 	outputs/$(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 endef

@@ -51,6 +51,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
+import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -178,7 +180,14 @@ def encoder(task: Task, **sizes: Any) -> PreTrainedModel:
     """Build a ModernBERT classifier."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
     own: dict[str, Any] = {"classifier_pooling": "mean", "attn_implementation": "sdpa"}
-    return ModernBertForSequenceClassification(ModernBertConfig(**(_tokens(task) | special), **own, **sizes))
+    try:
+        config = ModernBertConfig(**(_tokens(task) | special), **own, **sizes)
+    except StrictDataclassFieldValidationError as error:
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot build a ModernBERT of {sizes['num_hidden_layers']} "
+            "layer(s), which parity trains: pip install --upgrade transformers."
+        ) from error
+    return ModernBertForSequenceClassification(config)
 
 
 def _tokens(task: Task) -> dict[str, Any]:

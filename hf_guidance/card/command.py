@@ -25,7 +25,9 @@ COUNTS = ("num_processes", "num_machines", "nproc_per_node", "nnodes", "num_cpu_
 SWITCHES = ("multi_gpu", "cpu", "use_cpu", "use_fsdp", "use_deepspeed", "standalone")
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
 # fields with free text that may be private; fields with a word of SECRET in their name are left out too
-PRIVATE = re.compile(r"run_name|project|trackio_.*|optim_args|.*_kwargs|(accelerator|parallelism|liger_kernel)_config")
+PRIVATE = re.compile(
+    r"run_name|logging_dir|project|trackio_.*|optim_args|.*_kwargs|(accelerator|parallelism|liger_kernel)_config"
+)
 SECRET = {"token", "secret", "key", "password"}
 REPORTS = {"all", "none", *INTEGRATION_TO_CALLBACK}
 POSSIBLE = {

@@ -89,6 +89,8 @@ def read_config(source: str, **kwargs: Any) -> dict[str, Any]:
     except OSError:
         _check_no_adapter(source, **only(PLACES, kwargs))
         raise
+    except TypeError:  # earlier versions set a key of whatever they have read
+        config = None
     if not isinstance(config, dict):
         raise ValueError("its config.json is no JSON object.")
     check_config(config, kwargs, str(source))

@@ -219,7 +219,7 @@ class _Values(torch.autograd.Function):
             kept = x.clone() if copy else x
             ctx.version = kept._version
             ctx.save_for_backward(kept, *([] if made.mean is None else [made.mean]))
-        return made.values
+        return made.values.detach()  # an input that is also the output stops the compiler of torch 2.9
 
     @staticmethod
     @without_second_derivative

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
@@ -211,7 +211,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
     def _loss_is_scaled(self, num_items: Tensor | int | None) -> bool:
         """Tell whether Trainer takes the task loss as already divided by the accumulation steps (its own condition)."""
         declared = getattr(self, "loss_is_scaled_for_ga", None)
-        if declared is not None:
+        if declared is not None and hasattr(Trainer, "loss_is_scaled_for_ga"):  # earlier ones do not ask for it
             return declared
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 

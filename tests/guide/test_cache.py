@@ -73,7 +73,7 @@ def test_the_guide_runs_in_the_first_epoch_alone_and_training_is_that_without_a_
 
 
 def test_a_guide_on_some_rows_with_a_cache_trains_as_without(tmp_path: Path) -> None:
-    some = {"guidance": {"guide_rows": 3}}
+    some = {"guidance": {"guide_rows": 3}, "learning_rate": 1e-3}  # at 1e-2 three rows amplify float16's rounding
     cached, plain = trainer(tmp_path / "a", tmp_path / "cache", **some), trainer(tmp_path / "b", None, **some)
     cached.train()
     plain.train()

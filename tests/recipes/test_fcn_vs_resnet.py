@@ -16,7 +16,7 @@ import timm
 import torch
 from hub import Hub
 from images import imagenet_files, imagenet_rows, parquet, truncate, write
-from launching import CONFIGS, Recipe, on_one_cpu
+from launching import CONFIGS, Recipe, on_one_cpu, resumes_on_several_cpus
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -311,6 +311,7 @@ def test_a_trained_guide_of_timm_comes_from_the_hub_with_its_normalisation(tmp_p
     assert guide["fingerprint"] == fingerprint(served)
 
 
+@resumes_on_several_cpus
 def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections_and_go_on_after_a_stop(tmp_path):
     calls = []
 

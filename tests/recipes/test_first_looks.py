@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from launching import Recipe
+from launching import Recipe, trains_parity
 
 from hf_guidance.trainer import first_look
 
@@ -19,7 +19,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("recipe", "options"), SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        pytest.param(*setting, id=name, marks=trains_parity if name == "parity" else ())
+        for name, setting in SETTINGS.items()
+    ],
+)
 def test_the_settings_of_a_recipe_start_well(recipe, options, tmp_path, monkeypatch, capsys, caplog):
     if options.get("task") == "language_modeling":
         text = tmp_path / "text.txt"

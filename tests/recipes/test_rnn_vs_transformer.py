@@ -13,7 +13,7 @@ import time
 import pytest
 from cards import check_card
 from hub import Hub
-from launching import CONFIGS, Recipe, on_one_cpu
+from launching import CONFIGS, Recipe, on_one_cpu, trains_parity
 
 TINY = {
     "max_steps": 4,
@@ -220,6 +220,7 @@ def test_a_text_that_make_downloads_is_named_with_its_command(tmp_path, monkeypa
         run_here(monkeypatch, tmp_path / "out", claim="language_modeling")
 
 
+@trains_parity
 def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
     report = run_here(monkeypatch, tmp_path / "out", task="parity", seeds=[0, 1], bf16=True, **TWO_STEPS)
     assert [(run["run"], run["seed"]) for run in report["runs"]] == [(name, seed) for seed in (0, 1) for name in RUNS]
@@ -229,7 +230,7 @@ def test_parity_guides_the_transformer_by_the_rnn(tmp_path, monkeypatch):
     assert [row["validation"][1] is not None for row in report["table"]] == [True] * 4
 
 
-@pytest.mark.parametrize("task", ["copy_paste", "parity"])
+@pytest.mark.parametrize("task", ["copy_paste", pytest.param("parity", marks=trains_parity)])
 def test_other_rows_and_distillation_stand_beside_guidance_on_text(task, tmp_path, monkeypatch):
     runs = ["alone", "guide_itself", "shuffled_guide", "distillation", "untrained_distillation"]
     report = run_here(monkeypatch, tmp_path / "out", task=task, runs=runs, per_device_train_batch_size=128, **TWO_STEPS)

@@ -7,9 +7,11 @@ import inspect
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 ROWS, LENGTH, VOCABULARY, WIDTH, IMAGE, SAMPLES, FRAMES, MELS = 6, 7, 99, 32, 32, 1600, 32, 16
 
@@ -135,7 +137,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def small_config(cls: Any, given: dict[str, Any] | None = None) -> Any:
     """Make a small config of a class of transformers: each size at its largest value of the table, parts likewise."""
     given = {**OVERRIDES.get(cls.model_type, {}), **(given or {})}
-    parts = cls.sub_configs_defaults
+    parts = _parts_of(cls)
     values: dict[str, Any] = {}
     defaults = {
         f.name: f.default
@@ -177,6 +179,17 @@ def small_config(cls: Any, given: dict[str, Any] | None = None) -> Any:
     return cls(**values)
 
 
+def _parts_of(cls: Any) -> dict[str, Any]:
+    """Return name → what a part's config is by default. Earlier versions of transformers tell it by an instance."""
+    if hasattr(PreTrainedConfig, "sub_configs_defaults"):
+        return cls.sub_configs_defaults
+    found = {name: getattr(cls(), name, None) for name in cls.sub_configs}
+    return {
+        name: SimpleNamespace(optional=value is None, init_kwargs={}, config_class=type(value))
+        for name, value in found.items()
+    }
+
+
 def _has_mrope(cls: Any) -> bool:
     """Tell whether a config's rotary positions are of several axes, of which the default sizes are too large."""
     if re.match("cohere_compass|neomme", cls.model_type):
@@ -187,8 +200,6 @@ def _has_mrope(cls: Any) -> bool:
 
 
 def _class_of(spec: Any) -> Any:
-    from transformers import PreTrainedConfig
-
     own = isinstance(spec.config_class, type) and issubclass(spec.config_class, PreTrainedConfig)
     return spec.config_class if own else _config_class(spec.model_type)
 

@@ -311,7 +311,7 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path, monke
 
 
 def test_reentrant_checkpointing_of_a_layer_inside_is_refused(tmp_path: Path) -> None:
-    settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     trainer = make_trainer(tmp_path, gpt2(), llama(), target_layers=["transformer.h.*.mlp"], **settings)
     with pytest.raises(ValueError, match=r"'transformer\.h\.0\.mlp' ran without gradients.*Set use_reentrant=False"):
         trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import random
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from trainers import make_trainer, same, train_logs, trained, weights
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging as of_transformers
 
 from hf_guidance import GuidanceLoss, GuidanceTrainer
@@ -487,12 +489,14 @@ def declared(network: nn.Module) -> nn.Module:
     return network
 
 
+# earlier versions of transformers smooth labels without asking for the count, so that Trainer sums such a loss
+SMOOTHER_COUNTS = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
 COUNTED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], bool | None]] = {
     "used by the model": (gpt2, {}, True),
     "ignored": (Deaf, PLAIN, False),
     "not accepted": (PlainNet, PLAIN, None),
     "said not to be accepted": (lambda: declared(Deaf()), PLAIN, None),
-    "used by label smoothing": (gpt2, {"label_smoothing_factor": 0.1}, True),
+    "used by label smoothing": (gpt2, {"label_smoothing_factor": 0.1}, SMOOTHER_COUNTS),
     "used by a loss of one's own": (Deaf, {**PLAIN, "compute_loss_func": own_loss}, True),
 }
 

@@ -711,12 +711,12 @@ def test_training_twice_goes_on_with_the_same_model(tmp_path: Path) -> None:
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     shape = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 2.0}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     trainer = make_trainer(tmp_path, gpt2(), llama(), eval_dataset=token_rows(8, seed=1), **shape, **best)
     trainer.train()
     evaluated = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
-    step = min(evaluated, key=evaluated.__getitem__)
-    assert step < 3, "the rate is so high that later steps are worse"
+    step = max(evaluated, key=evaluated.__getitem__)
+    assert step < 3, "the loss falls, and the largest counts as the best, so that it is not the last"
     kept = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in kept.items())
 
@@ -738,7 +738,7 @@ def test_an_adapted_target_learns_in_its_adapters_only(tmp_path: Path) -> None:
     base, guide = gpt2(), llama()
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2, fan_in_fan_out=True)
     target = seeded(lambda: peft.get_peft_model(base, lora), 0)
-    batches, before = batches_of(base), weights(target)
+    batches, before = batches_of(target), weights(target)
     trainer = make_trainer(tmp_path, target, guide, gradient_accumulation_steps=2)
     after, logs = trained(trainer)
     assert {name for name in after if not torch.equal(before[name], after[name])} == {
