@@ -74,7 +74,7 @@ docs: install ## build the guides and the API reference as pages in outputs/docs
 	$(BIN)/python tests/scripts/docs.py outputs/docs
 
 # claims, and what stands beside them, of which only the values are kept
-TEXT = copy_paste parity language_modeling
+TEXT = copy_paste copy_paste_decayed parity language_modeling
 TEXT_BESIDE = copy_paste_controls copy_paste_measures copy_paste_variants copy_paste_initialisation language_modeling_early_layer
 IMAGES = convnet_without_skips wide_fcn deep_fcn
 IMAGES_BESIDE = deep_fcn_controls deep_fcn_measures deep_fcn_initialisation wide_fcn_initialisation \

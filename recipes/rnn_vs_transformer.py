@@ -6,9 +6,10 @@
     accelerate launch recipes/rnn_vs_transformer.py --use_cpu --claim copy_paste
 
 --claim stands for the flags of a claim of the paper on two CPU cores, with a tuned baseline and five seeds:
-copy_paste, parity or language_modeling (its text: make shakespeare). Beside them stand, on three seeds, what else may
-guide the RNN (copy_paste_controls, copy_paste_measures, copy_paste_variants), guidance at the start only
-(copy_paste_initialisation), and another pair of layers (language_modeling_early_layer). --config is a file with flags.
+copy_paste, copy_paste_decayed, parity or language_modeling (its text: make shakespeare). Beside them stand, on three
+seeds, what else may guide the RNN (copy_paste_controls, copy_paste_measures, copy_paste_variants), guidance at the
+start only (copy_paste_initialisation), and another pair of layers (language_modeling_early_layer). --config is a file
+with flags.
 A guidance flag with several values (--measure ridge linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
@@ -98,6 +99,10 @@ CLAIMS = {
     "copy_paste": f"""{FAIR}
         --task copy_paste --learning_rates 1e-3 2e-3 3e-3 5e-3 --runs alone untrained_guide untrained_guide_stopped
         --output_dir outputs/claims/copy_paste
+    """,
+    "copy_paste_decayed": f"""{FAIR} --seeds 30 31 32 33 34
+        --task copy_paste --learning_rates 1e-3 2e-3 3e-3 5e-3 --runs alone untrained_guide_decayed
+        --output_dir outputs/claims/copy_paste_decayed
     """,
     "copy_paste_controls": f"""{BESIDE_COPY_PASTE}
         --runs alone guide_itself untrained_guide trained_guide own_architecture shuffled_guide noise_guide

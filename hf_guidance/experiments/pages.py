@@ -64,6 +64,12 @@ class Claim(NamedTuple):
 
 CLAIMS = (
     Claim("an RNN copies, guided by an untrained Transformer", "copy_paste", "untrained_guide", "14.35 → 42.56 %"),
+    Claim(
+        "the same, by a weight that falls to 0 within a third",
+        "copy_paste_decayed",
+        "untrained_guide_decayed",
+        "–",
+    ),
     Claim("a Transformer learns parity, guided by a trained RNN", "parity", "trained_guide", "71.98 → 78.49 %"),
     Claim(
         "an RNN models language, guided by a trained Transformer",
