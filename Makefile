@@ -52,12 +52,12 @@ test-trainers: install ## install TRL, sentence-transformers, tensorboard and ot
 test-lowest: install ## run the tests at the lowest versions that pyproject.toml allows, in outputs/lowest
 	$(call test-at,lowest,lowest-direct)
 
-test-newest: install ## run the tests at the newest versions of everything, in outputs/newest
+test-newest: install ## run the tests at the newest versions of everything, in outputs/newest; AT=3.13 names another Python
 	$(call test-at,newest,highest)
 
 define test-at  # folder, resolution of uv
 	$(BIN)/python -m pip install --quiet $(DIST)
-	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python outputs/$(1)
+	$(BIN)/uv venv --quiet --clear --seed --python $(or $(AT),$(BIN)/python) outputs/$(1)
 	$(BIN)/uv pip install --quiet --python outputs/$(1)/bin/python --resolution $(2) --editable '.[dev]'
 	outputs/$(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 endef
