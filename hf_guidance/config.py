@@ -193,8 +193,8 @@ class GuidanceConfig:
     guide_input: str = _knob(
         "batch",
         "Input of the guide: batch, noise, prealign_noise (the same noise for both networks during pre-alignment, "
-        "then the batch) or shuffled (the input of another row, of equal length if positions are compared; a negative "
-        "control).",
+        "then the batch) or shuffled (the input of another row, a negative control; if positions are compared, of "
+        "a row of equal length, and a row without one, of which a tenth may be, keeps its own).",
     )
     guide_batch_norm: str = _knob(
         "eval",

@@ -236,6 +236,8 @@ class GuidanceLoss:
         if watched.why_unguided:
             yield watched
             return
+        if config.guide_input == "shuffled":
+            batch = self.running.shuffled(batch, key)
         given, rows = rows_for_guide(batch, rows)
         guide = self.running.layers(given, key, partial(self.samples_of, like=samples, rows=rows))
         with self.target_reader.reading(not_recomputed(samples.layers)) as layers:

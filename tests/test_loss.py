@@ -330,6 +330,36 @@ def test_shuffled_gives_the_guide_every_row_at_another_place() -> None:
     assert not same.diagonal().any()
 
 
+def test_shuffled_takes_rows_of_the_whole_batch_for_those_that_are_compared() -> None:
+    guide, batch = llama(), token_batch()
+    theirs = inputs_of(guide)
+    watch(gpt2(), guide, batch, guide_input="shuffled", guide_rows=3)
+    same = (theirs[0][:, None] == batch["input_ids"][None]).all(-1)
+    assert same.sum(1).tolist() == [1] * 3  # each is a row of the batch
+    chosen: list[Tensor] = inputs_of(other := llama())
+    watch(gpt2(), other, batch, guide_rows=3)
+    assert not (theirs[0] == chosen[0]).all(1).any()
+
+
+def test_rows_of_unique_lengths_are_an_error_in_the_first_batch_and_stay_in_later_ones() -> None:
+    even, batch = token_batch(), token_batch()
+    length = batch["input_ids"].shape[1]
+    batch["attention_mask"] = (torch.arange(length) < torch.arange(length, length - 8, -1).clamp(min=3)[:, None]).long()
+    assert len(batch["attention_mask"].sum(1).unique()) > 3
+    config = linear(guide_input="shuffled", sample_axis="token")
+    loss = GuidanceLoss(gpt2(), llama(), config)
+    with (
+        pytest.raises(ValueError, match="exchanges rows of equal length if positions are compared"),
+        loss.watch(batch, step=0),
+    ):
+        pass
+    loss = GuidanceLoss(gpt2(), llama(), config)
+    for step, rows in enumerate((even, batch)):
+        with loss.watch(rows, step=step) as watched:
+            loss.target(**watched.inputs)
+        assert watched.loss is not None
+
+
 # ------------------------------------------------------------------------------------------------------ whom it suits
 
 

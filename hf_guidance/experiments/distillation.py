@@ -19,8 +19,16 @@ from transformers.models.auto.modeling_auto import (
 from hf_guidance.features.rows import Batch
 from hf_guidance.guide.freezing import freeze
 from hf_guidance.guide.identity import identity
-from hf_guidance.guide.inputs import NO_LABEL, forward_arguments, guide_batch, without_guide
+from hf_guidance.guide.inputs import (
+    GUIDE_PREFIX,
+    NO_LABEL,
+    accepted_columns,
+    forward_arguments,
+    guide_batch,
+    without_guide,
+)
 
+CAUSAL: Any = MODEL_FOR_CAUSAL_LM_MAPPING
 PREDICT_EACH_POSITION = (
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -56,7 +64,8 @@ class DistillationTrainer(Trainer):
     target).
 
     The KL divergence is averaged over what the task loss is averaged over: rows of a classifier, positions with a label
-    of a language model or a token classifier.
+    of a language model or a token classifier. Under accumulation, Trainer sums the task loss of a model that accepts
+    `num_items_in_batch` and does not use it: set `model.accepts_loss_kwargs = False` for such a model.
 
     Args:
         guide: The frozen network, with task head, and the target's classes or vocabulary.
@@ -95,18 +104,14 @@ class DistillationTrainer(Trainer):
         own, kwargs = without_guide(inputs), {"num_items_in_batch": num_items_in_batch}
         if not model.training:
             return super().compute_loss(model, own, return_outputs=return_outputs, **kwargs)
-        labels: Any = inputs["labels"]
+        labels: Any = inputs.get("labels")
+        if labels is None:
+            raise ValueError(f"the batch has no labels, but {sorted(inputs)}: distillation needs the task's labels.")
         hard, outputs = super().compute_loss(model, own, return_outputs=True, **kwargs)
-        guide_args, guide_kwargs = forward_arguments(self.guide, guide_batch(inputs, model, self.guide))
-        with torch.no_grad(), self.accelerator.autocast():
-            theirs = self.guide(*guide_args, **guide_kwargs).logits
-        ours = outputs["logits"]
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"the target gives logits {tuple(ours.shape)} and the guide {tuple(theirs.shape)}: distillation needs "
-                "a guide with the same classes, or for text the same vocabulary and tokens."
-            )
-        ours, theirs = (with_label(self.accelerator.unwrap_model(model), part, labels) for part in (ours, theirs))
+        network, ours = self.accelerator.unwrap_model(model, keep_torch_compile=False), outputs["logits"]
+        theirs = self._predicted_by_guide(inputs, network)
+        _check_alike(network, ours, self.guide, theirs)
+        ours, theirs = (with_label(network, part, labels) for part in (ours, theirs))
         soft = kl_div(
             log_softmax(ours.float() / self.temperature, -1),
             log_softmax(theirs.float() / self.temperature, -1),
@@ -117,14 +122,44 @@ class DistillationTrainer(Trainer):
         loss = (1 - self.distillation_weight) * hard + self.distillation_weight * self.temperature**2 * soft
         return (loss, outputs) if return_outputs else loss
 
+    def _predicted_by_guide(self, inputs: Batch, network: nn.Module) -> Tensor:
+        args, kwargs = forward_arguments(self.guide, guide_batch(inputs, network, self.guide))
+        with torch.no_grad(), self.accelerator.autocast():
+            logits: Tensor | None = getattr(self.guide(*args, **kwargs), "logits", None)
+        if logits is None:
+            raise ValueError(
+                f"the guide ({type(self.guide).__name__}) predicts nothing: load it with its task head, as by "
+                "load_guide(source, auto_class=AutoModelForCausalLM)."
+            )
+        return logits
+
     def _count(self, here: int, num_items: Tensor | int | None) -> Tensor | float:
         """Return what Trainer divides a sum over this batch by, so that it becomes a mean over the optimizer step."""
         if num_items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
             return max(here, 1)
         return num_items / self.accelerator.num_processes if self.args.average_tokens_across_devices else num_items
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        own = [GUIDE_PREFIX + name for name in accepted_columns(self.guide)]
+        columns: Any = self._signature_columns  # annotated as None, and is a list by now
+        columns += [name for name in own if name not in columns]
+
     def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, without_guide(inputs), *args, **kwargs)
+
+
+def _check_alike(network: nn.Module, ours: Tensor, guide: nn.Module, theirs: Tensor) -> None:
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"the target gives logits {tuple(ours.shape)} and the guide {tuple(theirs.shape)}: distillation needs "
+            "a guide with the same classes, or for text the same vocabulary and tokens."
+        )
+    if ours.ndim > 2 and _is_one_of(network, CAUSAL) != _is_one_of(guide, CAUSAL):
+        raise ValueError(
+            f"of {type(network).__name__} and the guide {type(guide).__name__} one predicts the next token at a "
+            "position and the other that token itself: distillation needs two networks of one kind."
+        )
 
 
 def with_label(network: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
@@ -146,7 +181,7 @@ def with_label(network: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
             f"distillation needs a class per row, or one per position; the labels are {tuple(labels.shape)} of "
             f"{labels.dtype} and the logits {tuple(logits.shape)}."
         )
-    if labels.ndim > 1 and _is_one_of(network, MODEL_FOR_CAUSAL_LM_MAPPING):
+    if labels.ndim > 1 and _is_one_of(network, CAUSAL):
         logits, labels = logits[:, :-1], labels[:, 1:]
     elif labels.ndim > 1 and not any(_is_one_of(network, those) for those in PREDICT_EACH_POSITION):
         raise ValueError(
@@ -158,4 +193,4 @@ def with_label(network: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
 
 def _is_one_of(network: Any, classes: Any) -> bool:
     network = network.get_base_model() if hasattr(network, "get_base_model") else network  # of peft
-    return isinstance(network, classes.get(type(network.config), ()))
+    return isinstance(network, classes.get(type(getattr(network, "config", None)), ()))

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 ALIKE = 0.02  # largest relative difference that rounding makes, in half precision too
 SAME = 1e-3  # the same for two forwards of one batch
+MOST_STAYING = 0.1  # share of the first batch's rows that may keep their place where rows of equal length are exchanged
 
 
 class GuideRunning:
@@ -96,8 +97,6 @@ class GuideRunning:
             self._has_seen_a_batch = True
         if self.config.guide_input == "noise":
             inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
-        elif self.config.guide_input == "shuffled":
-            inputs = shuffle_rows(inputs, generator_for(*key, 2), alike=self.config.sample_axis != "sequence")
         samples = samples_of(inputs)
         if self.config.cache_guide is None:
             return samples, self.read(inputs, samples.layers)
@@ -109,6 +108,21 @@ class GuideRunning:
         parts = {name: self.sketch.parts if name in self._sketched_layers else 1 for name in features}
         wanted = [name for name in features if self.reader.keep is None or name in self.reader.keep]
         return samples, {name: samples.layers(name, features[name], parts[name]) for name in wanted}
+
+    def shuffled(self, batch: Batch, key: tuple[int, ...]) -> Batch:
+        """Exchange the rows of a batch; rows of equal length, if positions are compared.
+
+        Args:
+            batch: Columns for both networks.
+            key: As of `layers`.
+
+        Raises:
+            ValueError: If more than a tenth of the first batch's rows have a length that no other has. In later batches
+                such rows keep their place, so that no run is lost to a batch that happens to be ragged.
+        """
+        own = None if self.config.sample_axis == "sequence" else guide_batch(batch, self.target, self.guide)
+        most = 1.0 if self._has_seen_a_batch else MOST_STAYING
+        return shuffle_rows(batch, generator_for(*key, 2), own, most)
 
     def read(self, inputs: Batch, reduce: Reduce) -> dict[str, Any]:
         """Run one forward, and reduce each layer as soon as it is computed. It ends after the last layer in a pair."""

@@ -19,7 +19,6 @@ GUIDE_PIXELS = "guide_pixel_values"
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
 BESIDE_INPUTS = {"attention_mask", "token_type_ids", "position_ids", "decoder_attention_mask"}
 NO_LABEL = -100  # of positions without a label
-STAYING = 0.1  # share of the rows that may keep their place when rows of equal length are exchanged
 LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 
 
@@ -191,25 +190,29 @@ def noise_like(batch: Batch, vocabulary: int | None, generator: torch.Generator)
     return noisy
 
 
-def shuffle_rows(batch: Batch, generator: torch.Generator, alike: bool = False) -> dict[str, Any]:
+def shuffle_rows(
+    batch: Batch, generator: torch.Generator, lengths_of: Batch | None = None, most_staying: float = 1.0
+) -> dict[str, Any]:
     """Replace each row of a batch by another row, at random; no row stays in its place.
 
     Args:
         batch: Columns with two or more rows.
         generator: Source of the order.
-        alike: Exchange only rows with equal numbers of valid positions. A row that no other is equal to stays.
+        lengths_of: Exchange only rows with equal numbers of valid positions in this batch. A row that no other is equal
+            to stays.
+        most_staying: Largest share of rows that may stay.
 
     Raises:
-        ValueError: If more than a tenth of the rows would stay.
+        ValueError: If more rows would stay.
     """
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     rows = torch.randperm(len(tensors[0]), generator=generator)
-    groups, masks = [rows], masks_of(tensors_of(batch)).values() if alike else ()
+    groups, masks = [rows], [] if lengths_of is None else [*masks_of(tensors_of(lengths_of)).values()]
     if masks:
         numbers = torch.stack([mask.sum(1).cpu() for mask in masks], 1).unique(dim=0, return_inverse=True)[1]
         rows = rows[numbers[rows].argsort(stable=True)]
         groups = rows.split(numbers.bincount().tolist())
-        if (staying := sum(len(group) == 1 for group in groups)) > STAYING * len(rows):
+        if (staying := sum(len(group) == 1 for group in groups)) > most_staying * len(rows):
             raise ValueError(
                 f"guide_input='shuffled' exchanges rows of equal length if positions are compared, but {staying} of "
                 f"the batch's {len(rows)} rows have a length that no other has: use larger batches or rows of one "

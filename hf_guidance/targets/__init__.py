@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_fcn import FCNConfig
 from .configuration_plain_resnet import PlainResNetConfig
@@ -32,6 +33,9 @@ __all__ = [
     "RNNForSequenceClassification",
     "RNNModel",
 ]
+
+# Trainer reads here whether it has to shift labels that it smooths; `register` below does not write it
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RNNConfig.model_type] = RNNForCausalLM.__name__
 
 for config_class in (FCNConfig, PlainResNetConfig, RNNConfig):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

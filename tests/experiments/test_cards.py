@@ -57,7 +57,8 @@ def test_a_committed_card_is_what_make_cards_makes_and_has_its_figures(name, run
     assert f"| {run['test']['loss']:.4f} " in body
     assert f"{run['parameters']:,} parameters" in body
     assert run["guide"]["fingerprint"] in body
-    own = "a step, guided or not, on average" if run["run"].endswith("_stopped") else "a step with guidance"
+    part = run["run"].endswith(("_stopped", "_decayed"))
+    own = "a step, guided or not, on average" if part else "a step with guidance"
     assert [row for row in re.findall(r"^\| (a step[^|]*?) +\|", body, re.M) if row != "a step without"] == [own]
     for pair in run["similarity"][-1].keys() - {"step"}:
         ends = [end.replace("_", r"\_") for end in pair.split("~")]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from scipy.special import log_softmax
 from transformers import (
     BartConfig,
@@ -91,15 +92,15 @@ def ragged_rows():
     return [dict(zip(names, row, strict=True)) for row in zip(ids, mask.long(), labels, strict=True)]
 
 
-def distil_text(tmp_path, guide, accumulate=1, **options):
+def distil_text(tmp_path, guide, accumulate=1, rows=None, **options):
+    settings = {name: options.pop(name) for name in list(options) if name.startswith("torch_compile")}
     args = TrainingArguments(
         str(tmp_path), max_steps=1, per_device_train_batch_size=8 // accumulate, use_cpu=True, report_to=[],
         gradient_accumulation_steps=accumulate, logging_steps=1, disable_tqdm=True, save_strategy="no", max_grad_norm=0,
-        learning_rate=0.1, optim="sgd",
+        learning_rate=0.1, optim="sgd", **settings,
     )  # fmt: skip
-    trainer = DistillationTrainer(
-        model=language_model(), guide=guide, args=args, train_dataset=ragged_rows(), **options
-    )
+    data = ragged_rows() if rows is None else rows
+    trainer = DistillationTrainer(model=language_model(), guide=guide, args=args, train_dataset=data, **options)
     trainer.train()
     return trainer
 
@@ -138,6 +139,40 @@ def test_a_guide_with_another_vocabulary_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=words):
         distil_text(tmp_path, causal_guide(13))
+
+
+def test_a_guide_that_predicts_other_tokens_or_nothing_is_refused_and_so_are_rows_without_labels(tmp_path):
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    masked = BertForMaskedLM(BertConfig(vocab_size=WORDS, **sizes))
+    with pytest.raises(ValueError, match="RNNForCausalLM and the guide BertForMaskedLM one predicts the next token"):
+        distil_text(tmp_path, masked)
+    with pytest.raises(ValueError, match=r"the guide \(BertModel\) predicts nothing: load it with its task head"):
+        distil_text(tmp_path, masked.bert)
+    rows = [{name: value for name, value in row.items() if name != "labels"} for row in ragged_rows()]
+    with pytest.raises(ValueError, match=r"the batch has no labels, but \['attention_mask', 'input_ids'\]"):
+        distil_text(tmp_path, causal_guide(), rows=rows)
+
+
+def test_columns_of_the_guide_alone_reach_it_and_a_compiled_target_is_known(tmp_path):
+    seen, guide = [], causal_guide()
+    guide.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    rows = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in ragged_rows()])
+    ours = torch.tensor([row["input_ids"] for row in rows.to_list()])
+    rows = rows.add_column("guide_input_ids", (WORDS - 1 - ours).tolist())
+    distil_text(tmp_path, guide, rows=rows, torch_compile=True, torch_compile_backend="eager")
+    assert sorted(seen[0].tolist()) == sorted((WORDS - 1 - ours).tolist())
+
+
+def test_smoothed_labels_of_the_rnn_are_shifted(tmp_path):
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.2, use_cpu=True, report_to=[])
+    trainer = Trainer(model=language_model(), args=args, train_dataset=ragged_rows())
+    (row, *_) = ragged_rows()
+    batch = {name: value[None] for name, value in row.items()}
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch)).item()
+        logs = log_softmax(language_model()(input_ids=batch["input_ids"]).logits[0, :-1].double().numpy(), 1)
+    hard = -logs[np.arange(8), row["labels"][1:].numpy()].mean()
+    assert loss == pytest.approx(0.8 * hard + 0.2 * -logs.mean(), rel=1e-5)
 
 
 def test_masked_models_and_encoder_decoders_predict_the_label_of_the_position_itself():

@@ -342,7 +342,7 @@ def test_rows_whose_positions_are_compared_are_exchanged_with_rows_of_their_leng
     batch = {"input_ids": torch.arange(11)[:, None].expand(-1, 5), "attention_mask": torch.arange(5) < lengths[:, None]}
     seen = set()
     for seed in range(50):
-        shuffled = shuffle_rows(batch, generator_for(seed), alike=True)
+        shuffled = shuffle_rows(batch, generator_for(seed), batch, 0.1)
         order = shuffled["input_ids"][:, 0]
         assert torch.equal(shuffled["attention_mask"], batch["attention_mask"])
         assert torch.equal(order.sort().values, torch.arange(11))
@@ -358,7 +358,7 @@ def test_of_encoder_and_decoder_both_lengths_have_to_be_equal() -> None:
         "attention_mask": torch.arange(3) < encoder[:, None],
         "decoder_attention_mask": torch.arange(2) < decoder[:, None],
     }
-    order = shuffle_rows(batch, generator_for(0), alike=True)["input_ids"].flatten()
+    order = shuffle_rows(batch, generator_for(0), batch)["input_ids"].flatten()
     assert order.tolist() == [4, 5, 3, 2, 0, 1]
 
 
@@ -366,7 +366,7 @@ def test_rows_without_padding_are_exchanged_as_they_always_were() -> None:
     ids = {"input_ids": torch.arange(12)[:, None]}
     expected = shuffle_rows(ids, generator_for(7))["input_ids"]
     for mask in ({}, {"attention_mask": torch.ones(12, 1)}):
-        assert torch.equal(shuffle_rows(ids | mask, generator_for(7), alike=True)["input_ids"], expected)
+        assert torch.equal(shuffle_rows(ids, generator_for(7), ids | mask)["input_ids"], expected)
 
 
 def test_a_batch_in_which_many_rows_have_a_length_of_their_own_is_an_error() -> None:
@@ -375,7 +375,8 @@ def test_a_batch_in_which_many_rows_have_a_length_of_their_own_is_an_error() -> 
         r"guide_input='shuffled' exchanges rows of equal length .* but 5 of the batch's 5 rows have a length that no"
     )
     with pytest.raises(ValueError, match=words):
-        shuffle_rows(batch, generator_for(0), alike=True)
+        shuffle_rows(batch, generator_for(0), batch, 0.1)
+    assert torch.equal(shuffle_rows(batch, generator_for(0), batch)["attention_mask"], batch["attention_mask"])
 
 
 # ------------------------------------------------------------------------------------------------------ vocabularies
