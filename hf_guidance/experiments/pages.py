@@ -121,11 +121,14 @@ def _difference(report: Report, run: str, baseline: str) -> Difference:
 
 def _cell(found: Difference, adjusted: float) -> str:
     """Write a gain with its interval and verdict, in bold where the claim is shown after Holm's adjustment too."""
-    low, high = found["interval"] or (0.0, 0.0)
-    gain = f"{found['mean']:+.1f} {found['unit']} [{low:+.1f}, {high:+.1f}]"
+    gain = f"{found['mean']:+.1f} {found['unit']}"
+    if found["interval"] is None:
+        return f"{gain}, not shown (too few seeds)"
+    low, high = found["interval"]
+    gain += f" [{low:+.1f}, {high:+.1f}]"
     if low <= 0:
         return f"{gain}, not shown"
-    return f"**{gain}, shown**" if adjusted < LARGEST_P else f"{gain}, shown (without Holm)"
+    return f"**{gain}, shown**" if adjusted < LARGEST_P else f"{gain}, shown (not after Holm)"
 
 
 def _means(report: Report, run: str) -> str:

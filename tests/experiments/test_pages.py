@@ -81,8 +81,9 @@ def test_a_claim_is_shown_where_its_interval_is_above_0_and_holms_adjustment_lea
 def test_what_only_holms_adjustment_takes_away_is_said(monkeypatch):
     nearly = {0: 1.0, 1: 2.0, 2: 1.7}  # p is 0.034 alone, and 0.068 of two
     monkeypatch.setattr(pages, "CLAIMS", tuple(Claim(f"claim {n}", n, "guided", "paper") for n in "ab"))
-    assert "shown (without Holm)" in claims_table({"a": report_of(nearly), "b": report_of(nearly)})
+    assert "shown (not after Holm)" in claims_table({"a": report_of(nearly), "b": report_of(nearly)})
     assert "**" in claims_table({"a": report_of(nearly)})
+    assert "+1.5 points, not shown (too few seeds)" in claims_table({"a": report_of({0: 1.0, 1: 2.0})})
     same = report_of({0: 5.0, 1: 5.0, 2: 5.0})  # p is 0
     assert "**+5.0 points [+5.0, +5.0], shown**" in claims_table({"a": same})
 
