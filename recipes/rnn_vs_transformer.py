@@ -9,8 +9,7 @@
 copy_paste, copy_paste_decayed, parity or language_modeling (its text: make shakespeare). Beside them stand, on three
 seeds, what else may guide the RNN (copy_paste_controls, copy_paste_measures, copy_paste_variants), guidance at the
 start only (copy_paste_initialisation), and another pair of layers (language_modeling_early_layer). --config is a file
-with flags.
-A guidance flag with several values (--measure ridge linear_cka) trains each guided run at each of them.
+with flags. A guidance flag with several values (--measure ridge linear_cka) trains each guided run at each of them.
 
 Matched runs (same seed, same initial weights, same data order), chosen with --runs:
 
