@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from equality import OPTIMIZERS, ROWS, SLOW, UNLIKE, both, differences
@@ -14,7 +15,8 @@ from equality import OPTIMIZERS, ROWS, SLOW, UNLIKE, both, differences
 CLAIMED = 1e-5  # relative, in float32, after 20 steps
 # an Adam step divides a gradient near zero by its own size, rounding and all; seen: 9e-6, of one bias of 8 numbers
 UNDER_ADAMW = {"tokens, 12 of them": 3e-5, "a guide on 3 of the rows": 5e-5}  # few samples amplify rounding
-UNDER_SGD = {"a guide on 3 of the rows": 2e-5}  # seen: 1.7e-5, at torch 2.9
+# torch 2.9 rounds more where few samples are compared; seen: 1.7e-5
+UNDER_SGD = {"a guide on 3 of the rows": 2e-5} if torch.__version__.startswith("2.9.") else {}
 FAST = [row for row in ROWS if row not in SLOW]
 
 
