@@ -128,7 +128,7 @@ WITH_CACHE = """
 """
 CLAIMS = {
     "convnet_without_skips": f"""{CONVNET}
-        --learning_rates 1e-3 2e-3 3e-3 6e-3 --output_dir outputs/claims/convnet_without_skips
+        --learning_rates 1e-3 2e-3 3e-3 6e-3 --seeds 10 11 12 13 14 --output_dir outputs/claims/convnet_without_skips
     """,
     "convnet_without_skips_cached": f"""{CONVNET} {WITH_CACHE}
         --learning_rate 2e-3 --output_dir outputs/claims/convnet_without_skips_cached
