@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import DataCollatorWithPadding, EvalPrediction
@@ -74,7 +74,10 @@ def limit_length(dataset: Dataset, max_length: int) -> Dataset:
     Raises:
         ValueError: If no row is that short.
     """
-    lengths = np.array([len(tokens) for tokens in dataset["input_ids"]])
+    from pyarrow.compute import list_value_length
+
+    rows: Any = dataset.select_columns("input_ids").with_format("arrow")[:]
+    lengths = list_value_length(rows["input_ids"]).to_numpy()
     if not (lengths <= max_length).any():
         raise ValueError(f"no row has at most {max_length} tokens; the shortest has {lengths.min()}")
     return dataset.select(np.flatnonzero(lengths <= max_length))

@@ -135,7 +135,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         return self._loss
 
     def _guidance_target(self) -> Any:
-        return transformer_in(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        return transformer_in(self._unwrapped())
 
     def _schedule(self) -> Schedule:
         if not self.guidance.guidance_weight:  # then no layer is looked for

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.inside import is_sentence_transformer
 from hf_guidance.features.rows import Batch
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule
 from hf_guidance.trainer.accumulation import Accumulated
-from hf_guidance.trainer.forwards import watch_each, watches_each
+from hf_guidance.trainer.forwards import watch_each
 from hf_guidance.trainer.logs import is_last_before_log
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class MicroBatchesMixin(Behind):
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
         self._in_window = 0  # number of its micro-batches that have been trained on
+        self._in_wrappers: tuple[Any, Any] = (None, None)  # the model, and the same without wrappers
         self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
         super().__init__(*args, **kwargs)
 
@@ -65,8 +67,15 @@ class MicroBatchesMixin(Behind):
         return self._watching(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
 
     def _watching(self, inputs: Batch, **place: Any) -> AbstractContextManager[Watched]:
-        watch = partial(watch_each, self.guidance_loss) if watches_each(self) else self.guidance_loss.watch
+        each = is_sentence_transformer(self._unwrapped())
+        watch = partial(watch_each, self.guidance_loss) if each else self.guidance_loss.watch
         return watch(inputs, **place)
+
+    def _unwrapped(self) -> Any:
+        """Return the model without its wrappers. They are looked for once, as accelerate walks all modules for them."""
+        if self._in_wrappers[0] is not self.model:
+            self._in_wrappers = self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return self._in_wrappers[1]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""

@@ -1,8 +1,10 @@
 """Errors worded for users are told in one line and once; errors of the code keep their traceback."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,14 +55,26 @@ def test_another_process_than_the_first_waits_to_be_ended(monkeypatch, capsys):
     assert "sketch is 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["rnn_vs_transformer", "fcn_vs_resnet", "guidance_cost"])
-def test_each_recipe_ends_with_one_line_and_no_traceback(recipe: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "recipes" / f"{recipe}.py"), "--use_cpu", "--sketch", "1"]
+ONE_LINE = "{}.py: error: sketch is 1; it must be at least 2.\n"
+
+
+def test_a_recipe_ends_with_one_line_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "recipes" / "rnn_vs_transformer.py"), "--use_cpu", "--sketch", "1"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == f"{recipe}.py: error: sketch is 1; it must be at least 2.\n"
+    assert done.stderr == ONE_LINE.format("rnn_vs_transformer")
+
+
+@pytest.mark.parametrize("recipe", ["fcn_vs_resnet", "guidance_cost", "which_prior"])
+def test_so_does_every_other_one(recipe: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    path = str(REPOSITORY / "recipes" / f"{recipe}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--use_cpu", "--sketch", "1", "--output_dir", str(tmp_path)])
+    error = error_of(lambda: runpy.run_path(path, run_name="__main__"))
+    sys.excepthook(type(error), error, error.__traceback__)  # as the interpreter does
+    assert capsys.readouterr().err.endswith(ONE_LINE.format(recipe))
 
 
 def test_two_processes_tell_it_once(tmp_path: Path) -> None:

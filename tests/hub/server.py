@@ -4,16 +4,20 @@ Files go up inline unless the server was told to take large ones by git-LFS, whi
 HF_HUB_DISABLE_XET=1. A `fault` function makes it answer like a Hub on a bad day.
 """
 
+import os
 import re
 import threading
 import time
 import urllib.parse
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 
 from .reading import Reading
 from .repositories import Repositories
 from .store import Store
 from .writing import Writing
+
+IMPATIENT = str(Path(__file__).parent / "impatient")
 
 
 class Handler(Repositories, Reading, Writing):
@@ -97,7 +101,11 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def environment(self, home, token=True):
-        """Environment variables that point the Hub's clients here, their caches in a folder of the test's."""
+        """Environment variables that point the Hub's clients here, their caches in a folder of the test's.
+
+        The processes that get them wait a tenth of a second at most before they try again.
+        """
         settings = {"HF_ENDPOINT": self.base, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        settings["PYTHONPATH"] = os.pathsep.join([IMPATIENT, os.environ.get("PYTHONPATH", "")])
         return settings | ({"HF_TOKEN": self.token if token is True else token} if token else {})

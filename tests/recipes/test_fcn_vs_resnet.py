@@ -356,11 +356,10 @@ def test_two_processes_stream_the_gated_imagenet_of_a_hub_that_drops_connections
     assert saved_again == saved  # it went on from there
 
 
-IMPATIENT = """
+FEW_RETRIES = """
 import runpy, sys
 import datasets.config
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
-datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0.1
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -376,7 +375,7 @@ def test_a_dead_connection_is_an_error_that_says_how_to_go_on_and_leaves_the_che
     options |= {"max_steps": 2000, "eval_steps": 2000, "save_steps": 4, "guide_image_size": 16}
     with Hub(tmp_path / "hub", fault=die) as hub:
         hub.store.add("dataset/org/pictures", imagenet_files(train=96, shards=24))
-        command = [sys.executable, "-c", IMPATIENT, str(RECIPE.path), *RECIPE.flags(tmp_path / "out", **options)]
+        command = [sys.executable, "-c", FEW_RETRIES, str(RECIPE.path), *RECIPE.flags(tmp_path / "out", **options)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with on_one_cpu():
             process = subprocess.Popen(command, env={**os.environ, **hub.environment(tmp_path / "home")}, **pipes)

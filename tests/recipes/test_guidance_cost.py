@@ -149,6 +149,7 @@ def test_goals_stand_beside_what_they_are_of_only(tmp_path):
     ],
 )
 def test_bad_flags_are_named(options, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts to reach a Hub
     with pytest.raises(ValueError, match=words):
         run_here(monkeypatch, tmp_path / "out", **options)
 

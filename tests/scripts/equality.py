@@ -22,7 +22,8 @@ from transformers import Trainer
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer
 
-BATCH, STEPS = 8, 20
+BATCH, ALL_STEPS = 8, 20
+STEPS = int(os.environ.get("EQUALITY_STEPS", ALL_STEPS))  # the first of them
 SHARED = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 OPTIMIZERS = {
     "SGD": {**SHARED, "optim": "sgd", "learning_rate": 0.1},
@@ -102,7 +103,7 @@ def run(folder: str, optimizer: str, own: dict[str, Any], common: dict[str, Any]
     """Losses at every step and the weights after the last."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {**OPTIMIZERS[optimizer], "max_steps": STEPS, **common, **(own if processes > 1 else {})}
-    data = rows(settings.pop("rows", BATCH * STEPS), settings.pop("ragged", False))
+    data = rows(settings.pop("rows", BATCH * ALL_STEPS), settings.pop("ragged", False))
     batch, plain = settings.pop("batch", BATCH // processes), settings.pop("plain", False)
     norm = settings.pop("norm", False)
     fields = GuidanceConfig.__dataclass_fields__.keys() & settings.keys()
@@ -143,11 +144,11 @@ def main(path: Path, names: list[str]) -> None:
         torch.distributed.barrier()
 
 
-def both(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what one process and two came to."""
+def both(folder: Path, names: list[str], steps: int = ALL_STEPS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what one process and two came to after so many steps."""
     here = Path(__file__)
     paths = os.pathsep.join([str(here.parents[1]), str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "EQUALITY_STEPS": str(steps)}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     sides = []
     for name, launcher in (("one", []), ("two", launch)):
