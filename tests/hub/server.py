@@ -107,5 +107,5 @@ class Hub(ThreadingHTTPServer):
         """
         settings = {"HF_ENDPOINT": self.base, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        settings["PYTHONPATH"] = os.pathsep.join([IMPATIENT, os.environ.get("PYTHONPATH", "")])
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, [IMPATIENT, os.environ.get("PYTHONPATH")]))
         return settings | ({"HF_TOKEN": self.token if token is True else token} if token else {})
