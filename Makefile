@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(UV)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(TORCH) --editable '.[dev]' \
-		|| $(BIN)/python -m pip install --quiet $(TORCH) --editable '.[dev]'  # where only pip knows an index
+		|| $(BIN)/python -m pip install --quiet $(TORCH) --editable '.[dev]'  # where uv cannot
 	@touch $@
 
 demo: install ## run the main job: an RNN alone, guided by a Transformer, and the Transformer itself (some minutes)

@@ -77,9 +77,16 @@ def with_flags_of_the_claim(words: Sequence[str], claims: Mapping[str, str]) -> 
     if claim is None:
         return list(words)
     check_choice("claim", claim, claims or ["none in this recipe"])
+    flags: dict[str, list[str]] = {}
+    for word in claims[claim].split():
+        if word.startswith("--"):
+            flags[name := word] = []  # of a flag that is there twice, the last one counts
+        else:
+            flags[name].append(word)
+    own = [word for name, values in flags.items() for word in (name, *values)]
     if os.environ.get("RANK", "0") == "0":
-        print(f"--claim {claim}: {' '.join(claims[claim].split())}", flush=True)
-    return [*claims[claim].split(), *words]
+        print(f"--claim {claim}: {' '.join(own)}", flush=True)
+    return [*own, *words]
 
 
 def value_of(words: Sequence[str], flag: str) -> str | None:

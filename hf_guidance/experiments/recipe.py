@@ -26,7 +26,7 @@ from hf_guidance.experiments.command_line import (
 from hf_guidance.experiments.matrix import cells_of
 from hf_guidance.experiments.progress import Progress, in_lines, planned_runs
 from hf_guidance.experiments.publishing import publish, publish_matrix
-from hf_guidance.experiments.recipe_runs import Comparison, Matrix, check_plan, compare
+from hf_guidance.experiments.recipe_runs import Comparison, Matrix, check_plan, check_seeds, compare
 from hf_guidance.experiments.report import Report
 from hf_guidance.experiments.run import SETTINGS
 from hf_guidance.experiments.run_training import RESULT
@@ -96,6 +96,7 @@ def launch(
     recipe, args, guidance = _parse(description, arguments, defaults, file)
     settings = settings_of_sweeps(sweeps, guidance)
     check_machine(args)
+    check_seeds(recipe)
     if args.device.type == "cpu":  # a bare `accelerate launch` leaves one thread
         torch.set_num_threads(max(1, usable_cpus() // args.world_size))
     folder = Path(str(args.output_dir))

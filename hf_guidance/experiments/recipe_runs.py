@@ -69,6 +69,15 @@ class Matrix:
     guides: dict[str, str]
 
 
+def check_seeds(recipe: RecipeArguments) -> None:
+    """Raise ValueError if a seed chooses the learning rate and reports too."""
+    if recipe.learning_rates and (both := set(recipe.seeds) & set(recipe.search_seeds)):
+        raise ValueError(
+            f"--seeds and --search_seeds both name {', '.join(map(str, sorted(both)))}: a seed that chose the learning "
+            "rate cannot report what it is worth. Choose others."
+        )
+
+
 def check_plan(
     recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
 ) -> None:
@@ -94,11 +103,6 @@ def check_plan(
         raise ValueError(f"--dimension_rows is {recipe.dimension_rows}; a dimension needs at least {FEWEST} rows.")
     if recipe.film_steps is not None and recipe.film_steps < 1:
         raise ValueError(f"--film_steps is {recipe.film_steps}; a film needs a map every 1 or more steps.")
-    if recipe.learning_rates and (both := set(recipe.seeds) & set(recipe.search_seeds)):
-        raise ValueError(
-            f"--seeds and --search_seeds both name {', '.join(map(str, sorted(both)))}: a seed that chose the learning "
-            "rate cannot report what it is worth. Choose others."
-        )
     for run in (run for seed in recipe.seeds for run in comparison.runs(seed)):
         check_folder(
             run, args, guidance, Path(str(args.output_dir)), comparison.data, searched=bool(recipe.learning_rates)

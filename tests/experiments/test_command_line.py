@@ -93,6 +93,7 @@ def test_a_claim_stands_for_its_flags(capsys):
     assert claimed == ["--size", "3", "--fast", "--claim", "deep"]
     assert with_flags_of_the_claim(["--claim=wide", "--size", "9"], CLAIMS)[:2] == ["--size", "4"]
     assert capsys.readouterr().out == "--claim deep: --size 3 --fast\n--claim wide: --size 4\n"
+    assert with_flags_of_the_claim(["--claim", "two"], {"two": "--a 1 2 --b --a 3"})[:3] == ["--a", "3", "--b"]
     with pytest.raises(ValueError, match="--claim tall: possible are deep, wide"):
         with_flags_of_the_claim(["--claim", "tall"], CLAIMS)
 

@@ -6,7 +6,7 @@ import pytest
 from builders import arguments, linear
 
 from hf_guidance.experiments.arguments import RecipeArguments
-from hf_guidance.experiments.recipe_runs import Comparison, check_plan
+from hf_guidance.experiments.recipe_runs import Comparison, check_plan, check_seeds
 from hf_guidance.experiments.run import SETTINGS, Run
 from hf_guidance.experiments.run_training import RESULT
 
@@ -26,12 +26,18 @@ def comparison_of(*names):
         (["alone"], {"equal_time_baseline": True}, "needs a guided run, whose time it takes"),
         (["alone"], {"dimension_rows": 2}, "--dimension_rows is 2; a dimension needs at least 3 rows"),
         (["alone"], {"film_steps": 0}, "--film_steps is 0; a film needs"),
-        (["alone"], {"learning_rates": [1.0], "seeds": [3, 100]}, "--seeds and --search_seeds both name 100"),
     ],
 )
 def test_flags_that_do_not_go_with_the_runs_are_named(names, flags, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         check_plan(RecipeArguments(**flags), arguments(tmp_path), linear(), comparison_of(*names))
+
+
+def test_a_seed_that_chooses_and_reports_is_named():
+    with pytest.raises(ValueError, match="--seeds and --search_seeds both name 100"):
+        check_seeds(RecipeArguments(learning_rates=[1.0], seeds=[3, 100]))
+    check_seeds(RecipeArguments(learning_rates=[1.0], seeds=[3]))
+    check_seeds(RecipeArguments(seeds=[3, 100]))  # no rate is chosen
 
 
 def test_other_settings_of_any_seed_are_found_first(tmp_path):
