@@ -2,7 +2,7 @@
 
 A similarity is `h(K, L) / √(h(K, K) h(L, L))`. For linear CKA, `h(K, L) = ⟨K, L⟩`. Of features this is `⟨X, L X⟩`, so
 that no n × n matrix is needed. Debiased CKA is the same with U-centred kernels. For centred features X, U-centring K
-adds a multiple of each sample to `K X`, and nothing else.
+takes n / (n − 2) times `kᵢ − tr K / (n (n − 1))` of each sample, its *excess*, from `K X`, and nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Side:
         inverse: One over h(K, K); 0 if that is 0 up to rounding.
         kernel: Of a dual layer, its kernels `(parts, …, n, n)`.
         diagonal: Of a primal layer with U-centred kernels, the diagonal of its Gram matrix, `(n,)`.
-        added: Of such a layer, by how much of each sample `K x` differs from `X Xᵀ x`, `(n,)`.
+        excess: Of such a layer, that of each sample, `(n,)`.
         own: Of a target layer, half the slope of h(K, K); of a primal one of one part `Xᵀ X`, from which it is made.
         pull: Slope in the kernel → slope in the values, of a kernel that is not the Gram matrix itself.
     """
@@ -39,7 +39,7 @@ class Side:
     inverse: Tensor
     kernel: Tensor | None = None
     diagonal: Tensor | None = None
-    added: Tensor | None = None
+    excess: Tensor | None = None
     own: Tensor | None = None
     pull: Callable[[Tensor], Tensor] | None = None
     mean: Tensor | None = None  # of the kernels, once it is needed
@@ -87,7 +87,7 @@ class Cosine:
         """Compute the similarity of a pair, and its slope in the values of the target's layer, if that is needed."""
         scale = (target.inverse * guide.inverse).sqrt()
         if target.kernel is None:
-            return self._of_features(target, guide, scale)
+            return _compare_features(target, guide, scale, self.debiased)
         other = guide.dual(self.debiased)
         common = inner(target.dual(self.debiased), other)
         if target.own is None:
@@ -98,33 +98,36 @@ class Cosine:
             return common * scale, target.pull(slope)
         return common * scale, slope if target.layer.parts > 1 else slope[0]
 
-    def _of_features(self, target: Side, guide: Side, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = target.layer.values
-        if guide.kernel is None:
-            y = guide.layer.values
-            cross = y.mT @ x
-            common = cross.square().sum((-2, -1))
-            if guide.added is not None and target.diagonal is not None:
-                common = common + torch.linalg.vecdot(target.diagonal, guide.added)
-            slope = y @ (cross * over_matrix(2 * scale)) if target.own is not None else None
-        else:
-            product = guide.dual(self.debiased) @ x
-            common = inner(x, product)
-            slope = product * over_matrix(2 * scale) if target.own is not None else None
-        if slope is None or target.own is None:
-            return common * scale, None
-        share = common * target.inverse * scale
-        if target.layer.parts > 1:
-            slope -= target.own * share
-        else:
-            slope = plus_product(slope, x, target.own * over_matrix(-2 * share))
-        if self.debiased:
-            added = target.added * -share[..., None] if target.added is not None and target.layer.parts == 1 else 0
-            added = 2 * (added if guide.added is None else added + guide.added * scale[..., None])
-            if isinstance(added, Tensor):
-                slope.addcmul_(x, added[..., None])
-                slope -= slope.mean(-2, keepdim=True)
-        return common * scale, slope
+
+def _compare_features(target: Side, guide: Side, scale: Tensor, debiased: bool) -> tuple[Tensor, Tensor | None]:
+    x, twice = target.layer.values, over_matrix(2 * scale)
+    if guide.kernel is None:
+        y = guide.layer.values
+        cross = y.mT @ x
+        common = cross.square().sum((-2, -1))
+        if guide.excess is not None and target.diagonal is not None:
+            common = common.sub(torch.linalg.vecdot(target.diagonal, guide.excess), alpha=_taken(target.layer))
+        slope = y @ (cross * twice) if target.own is not None else None
+    else:
+        product = guide.dual(debiased) @ x
+        common = inner(x, product)
+        slope = product * twice if target.own is not None else None
+    value = common * scale
+    if slope is None or target.own is None:
+        return value, None
+    less = over_matrix(value * target.inverse * -2)
+    if target.layer.parts > 1:
+        slope.addcmul_(target.own, less, value=0.5)
+    else:
+        slope = plus_product(slope, x, target.own * less)
+    excess = None if guide.excess is None else guide.excess[..., None] * twice
+    if target.excess is not None and target.layer.parts == 1:
+        own = target.excess[..., None] * less
+        excess = own if excess is None else excess.add_(own)
+    if excess is not None:
+        slope.addcmul_(x, excess, value=-_taken(target.layer))
+        slope.sub_(slope.sum(-2, keepdim=True), alpha=1 / x.shape[-2])
+    return value, slope
 
 
 def agreement_of_halves(layer: Layer, debiased: bool) -> float:
@@ -144,16 +147,17 @@ def agreement_of_halves(layer: Layer, debiased: bool) -> float:
     return float(2 * inner(kernel[0], kernel[1]) / squares) if squares > 0 else 1.0
 
 
-def _inverse(norm: Tensor, layer: Layer, rounding: Tensor | float = 0.0) -> Tensor:
+def _inverse(norm: Tensor, layer: Layer, rounding: Tensor | None = None) -> Tensor:
     """Compute one over the squared norm of kernels of a layer; 0 for one that is 0 up to rounding.
 
     Args:
         norm: The squared norm.
         layer: The layer.
-        rounding: Sum of the terms that were subtracted from each other to get it.
+        rounding: Sum of the terms that were subtracted from each other to get it; None if there are none.
     """
     epsilon = ROUNDINGS * torch.finfo(norm.dtype).eps
-    return norm.reciprocal().masked_fill_(norm <= (epsilon * layer.samples) ** 2 + epsilon * rounding, 0)
+    certain = norm if rounding is None else norm.sub(rounding, alpha=epsilon)
+    return norm.reciprocal().masked_fill_(certain <= (epsilon * layer.samples) ** 2, 0)
 
 
 def _diagonal(features: Tensor) -> Tensor:
@@ -161,10 +165,9 @@ def _diagonal(features: Tensor) -> Tensor:
     return torch.linalg.vector_norm(features, dim=-1).square()
 
 
-def _added(diagonal: Tensor) -> Tensor:
-    """Compute what U-centring the kernel `X Xᵀ` of centred features adds to each sample, from its diagonal `(…, n)`."""
-    n = diagonal.shape[-1]
-    return diagonal.sum(-1, keepdim=True) / ((n - 1) * (n - 2)) - diagonal * (n / (n - 2))
+def _taken(layer: Layer) -> float:
+    """Return how many times its excess U-centring takes of a sample."""
+    return layer.samples / (layer.samples - 2)
 
 
 def _of_features(layer: Layer, debiased: bool, with_slope: bool) -> Side:
@@ -172,13 +175,12 @@ def _of_features(layer: Layer, debiased: bool, with_slope: bool) -> Side:
         return _of_halves(layer, debiased, with_slope)
     x = layer.values
     own = x.mT @ x
-    norm, diagonal, added = own.square().sum((-2, -1)), None, None
-    inverse = _inverse(norm, layer)
+    norm, rounding, diagonal, excess = own.square().sum((-2, -1)), None, None, None
     if debiased:
         diagonal = _diagonal(x)
-        added = _added(diagonal)
-        inverse = _inverse(norm + torch.linalg.vecdot(diagonal, added), layer, norm)
-    return Side(layer, inverse, None, diagonal, added, own if with_slope else None)
+        excess = diagonal - 1 / (layer.samples - 1)  # as the trace is n; all of a dead layer is multiplied by 0
+        norm, rounding = norm.sub(torch.linalg.vecdot(diagonal, excess), alpha=_taken(layer)), norm
+    return Side(layer, _inverse(norm, layer, rounding), None, diagonal, excess, own if with_slope else None)
 
 
 def _of_halves(layer: Layer, debiased: bool, with_slope: bool) -> Side:
@@ -186,14 +188,15 @@ def _of_halves(layer: Layer, debiased: bool, with_slope: bool) -> Side:
     halves = halves_of(layer.values, 2) * 2**0.5
     others = halves.flip(0)
     products = others @ (others.mT @ halves)
-    diagonal, added = None, None
+    diagonal, excess = None, None
     if debiased:
-        every = _added(_diagonal(halves))
-        products.addcmul_(every.flip(0)[..., None], halves)
+        diagonals = _diagonal(halves)
+        every = diagonals - diagonals.mean(-1, keepdim=True) / (layer.samples - 1)
+        products.addcmul_(every.flip(0)[..., None], halves, value=-_taken(layer))
         products -= products.mean(1, keepdim=True)
-        diagonal, added = _diagonal(layer.values), every.mean(0)
+        diagonal, excess = _diagonal(layer.values), every.mean(0)
     own = torch.cat([*products], 1) * 2**0.5 if with_slope else None
-    return Side(layer, _inverse(inner(halves[0], products[0]), layer), None, diagonal, added, own)
+    return Side(layer, _inverse(inner(halves[0], products[0]), layer), None, diagonal, excess, own)
 
 
 def _of_kernel(function: Kernel, layer: Layer, with_slope: bool) -> Side:
