@@ -16,6 +16,7 @@ from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import NO_LABEL, check_vocabularies, guide_batch, seen_by_target, without_guide
 from hf_guidance.guide.random_state import random_state, set_random_state
 from hf_guidance.loss import GuidanceLoss, Watched
+from hf_guidance.schedule import Weights
 from hf_guidance.similarity.layers import Layer
 from hf_guidance.similarity.pair_loss import Groups
 
@@ -37,6 +38,7 @@ class Accumulated:
         step: Number of the optimizer step, from 0.
         rank: Rank of the process that holds the micro-batches.
         leave_out: Columns that the target does not receive.
+        weights: Weights of guidance and task to use instead of those of the step.
 
     Raises:
         ValueError: If the target has LayerDrop, which skips different layers in each micro-batch.
@@ -59,9 +61,10 @@ class Accumulated:
         step: int = 0,
         rank: int = 0,
         leave_out: Collection[str] = (),
+        weights: Weights | None = None,
     ) -> None:
         loss.target_reader.layer_drop.check_similarity_batch("accumulated")
-        self.loss, self.batches, self.weights = loss, batches, loss.weights(step)
+        self.loss, self.batches, self.weights = loss, batches, weights or loss.weights(step)
         self._leave_out = leave_out
         self._states: list[list[Tensor]] = []
         if not self.weights.guidance:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_guidance.config import CONFIG_NAME, GuidanceConfig, Json
 from hf_guidance.guide.identity import check_same_guide
 from hf_guidance.trainer.checks import splits_batches
-from hf_guidance.trainer.guided_steps import GuidedSteps
+from hf_guidance.trainer.steps import GuidedSteps
 
 if TYPE_CHECKING:
     Behind = Trainer

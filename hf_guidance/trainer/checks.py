@@ -24,10 +24,10 @@ from hf_guidance.guide.own_base import OwnBase
 from hf_guidance.schedule import check_warmup
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.accumulation import check_accumulates
-from hf_guidance.trainer.finite_steps import check_may_skip, what_steps_backward
 from hf_guidance.trainer.forwards import check_watches_each, watches_each
 from hf_guidance.trainer.preparation import first_batches
 from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.stepping_backward import check_may_skip, what_steps_backward
 
 logger = logging.getLogger(__name__)
 

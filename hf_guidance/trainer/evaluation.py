@@ -21,7 +21,7 @@ from hf_guidance.guide.random_state import random_state, set_random_state
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Weights
 from hf_guidance.trainer.forwards import watches_each
-from hf_guidance.trainer.logs import RunningMeans
+from hf_guidance.trainer.steps import RunningMeans
 
 if TYPE_CHECKING:
     Behind = Trainer

@@ -14,8 +14,8 @@ from torch.nn import Parameter
 
 from hf_guidance.guide.sharding import gathered
 from hf_guidance.loss import Watched
-from hf_guidance.trainer.logs import RunningMeans, is_last_before_log
 from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.steps import RunningMeans, is_last_before_log
 from hf_guidance.trainer.uploads import one_line
 
 logger = logging.getLogger(__name__)

@@ -26,16 +26,15 @@ from hf_guidance.schedule import Schedule, Weights
 from hf_guidance.trainer.checkpoints import ResumingMixin, check_goes_on, checkpoint_to_resume, guided_steps_of
 from hf_guidance.trainer.checks import check_is_arguments, check_output, check_trainer
 from hf_guidance.trainer.evaluation import EvaluationMixin
-from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps, guide_layers_to_check
 from hf_guidance.trainer.first_look import take_first_look
 from hf_guidance.trainer.gradient_angle import note_gradients
-from hf_guidance.trainer.guided_steps import GuidedSteps
 from hf_guidance.trainer.hub_mixin import PublishingMixin
-from hf_guidance.trainer.logs import RunningMeans, short_form_of
+from hf_guidance.trainer.logs import short_form_of
 from hf_guidance.trainer.micro_batches import MicroBatchesMixin
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
 from hf_guidance.trainer.similarity_film import SimilarityFilm
 from hf_guidance.trainer.similarity_stop import SimilarityStop, StoppingMixin
+from hf_guidance.trainer.steps import GRADIENT, FiniteSteps, GuidedSteps, RunningMeans, guide_layers_to_check
 from hf_guidance.trainer.streams import StreamsMixin, pass_of, warn_of_stream
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,9 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self._loss: GuidanceLoss | None = None
         self._sums = RunningMeans()
         skip = self.guidance.on_non_finite == "skip"
-        self._finite = FiniteSteps(self.accelerator, self._sums, skip, self._take_similarities)
+        threshold = self.guidance.guidance_stop_similarity
+        on_taken = None if threshold is None else self._take_similarities
+        self._finite = FiniteSteps(self.accelerator, self._sums, skip, on_taken)
         self._is_calibrated = False
         self._has_settings = guide is not None or guidance is not None  # else all is as Trainer does it
         if self._has_settings:
@@ -96,8 +97,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             return
         check_trainer(self)
         self._guided = GuidedSteps(self._begin_training, self._schedule, lambda: self._finite.left_out)
-        if self.guidance.guidance_stop_similarity is not None:
-            self.add_callback(SimilarityStop(self.guidance.guidance_stop_similarity))
+        if threshold is not None:
+            self.add_callback(SimilarityStop(threshold))
         self.add_callback(self._guided)
         check_whole(guide)
         shared = self.guidance.shard_guide and self.args.world_size > 1  # then no device may hold the whole guide
@@ -130,12 +131,9 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
                 self.guide_identity = identity(self.guide)
             autocast = self.accelerator.autocast
             self._loss = GuidanceLoss(target, self.guide, self.guidance, seed=self.args.seed, autocast=autocast)
-        if self._stop:
+        if self._stop is not None:
             self._loss.stopped_at = self._stop.stopped_at
         return self._loss
-
-    def _guidance_target(self) -> Any:
-        return transformer_in(self._unwrapped())
 
     def _schedule(self) -> Schedule:
         if not self.guidance.guidance_weight:  # then no layer is looked for
@@ -189,7 +187,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
                 sums.add("guidance/skipped_batches", 1.0, 0)
             return watched.total(task_loss)
         sums.add("guidance/loss", watched.loss.detach() * watched.rows, watched.rows)
-        if self._stop:
+        if self._stop is not None:
             self._stop.note(compared.values())
         if compared:
             sums.add("guidance/similarity", torch.stack(list(compared.values())).mean() * watched.rows, watched.rows)
@@ -197,7 +195,8 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             group = "similarity" if measure == self.guidance.measure else measure
             for pair, value in similarities.items():
                 sums.add(f"guidance/{group}/{pair}", value * watched.rows, watched.rows)
-        watched.loss = self._by_rows(watched.loss, watched.rows)
+        if self._rows is not None:  # so that all rows of the step weigh alike
+            watched.loss = watched.loss * (watched.rows / self._rows)
         if task_is_scaled:  # then Trainer does not divide by the accumulation steps
             watched.loss = watched.loss / steps
         return watched.total(task_loss)
@@ -268,6 +267,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
 
     def _begin_training(self) -> None:
         check_trainer(self)
+        self._find_stop()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SimilarityFilm):
                 callback.begin(self)
@@ -306,6 +306,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         # every rank logs at the same steps, so that the reduction is collective
         if "loss" in logs and self._has_settings:
             logs |= self._sums.drain(self.accelerator)
+            logs |= self._stop.to_log() if self._stop is not None else {}
         super().log(logs, start_time)
 
 

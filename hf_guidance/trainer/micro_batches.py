@@ -7,17 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import Trainer
 
 from hf_guidance.config import GuidanceConfig
-from hf_guidance.features.inside import is_sentence_transformer
+from hf_guidance.features.inside import transformer_in
 from hf_guidance.features.rows import Batch
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule
 from hf_guidance.trainer.accumulation import Accumulated
 from hf_guidance.trainer.forwards import watch_each
-from hf_guidance.trainer.logs import is_last_before_log
+from hf_guidance.trainer.steps import is_last_before_log
 
 if TYPE_CHECKING:
     Behind = Trainer
@@ -46,36 +45,44 @@ class MicroBatchesMixin(Behind):
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
         self._in_window = 0  # number of its micro-batches that have been trained on
-        self._in_wrappers: tuple[Any, Any] = (None, None)  # the model, and the same without wrappers
+        self._in_wrappers: tuple[Any, ...] = (None,)  # the model, the same without wrappers, and what is read of it
         self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
         super().__init__(*args, **kwargs)
 
     def _watch(self, inputs: Batch) -> AbstractContextManager[Watched]:
         step, seen = self._micro_step
         self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
-        self.guidance_loss.total_steps = self.state.max_steps
         step, micro_step = self._micro_step
-        rank, log = self.accelerator.process_index, is_last_before_log(self, step)
+        rank, log, weights = self.accelerator.process_index, is_last_before_log(self, step), self._schedule()(step)
         self.guidance_loss.keeps_layers = self.takes_first_look and self.is_in_train and step == micro_step == 0
         if self.guidance.similarity_batch == "accumulated":
             if self._window is None:
                 batches = [self._prepare_inputs(batch) for batch in self._batches]
                 popped = ("labels",) if self.label_smoother is not None or self.compute_loss_func is not None else ()
-                self._window = Accumulated(self.guidance_loss, batches, step=step, rank=rank, leave_out=popped)
+                place: dict[str, Any] = {"step": step, "rank": rank, "weights": weights}
+                self._window = Accumulated(self.guidance_loss, batches, **place, leave_out=popped)
             number, self._in_window = self._in_window, self._in_window + 1
             return self._window.watch(number, log=log)
-        return self._watching(inputs, step=step, micro_step=micro_step, rank=rank, log=log)
+        return self._watching(inputs, step=step, micro_step=micro_step, rank=rank, log=log, weights=weights)
 
     def _watching(self, inputs: Batch, **place: Any) -> AbstractContextManager[Watched]:
-        each = is_sentence_transformer(self._unwrapped())
-        watch = partial(watch_each, self.guidance_loss) if each else self.guidance_loss.watch
+        _, whole, target = self._networks()
+        watch = self.guidance_loss.watch if whole is target else partial(watch_each, self.guidance_loss)
         return watch(inputs, **place)
 
-    def _unwrapped(self) -> Any:
-        """Return the model without its wrappers. They are looked for once, as accelerate walks all modules for them."""
+    def _guidance_target(self) -> Any:
+        """Return the network in the model whose layers are read."""
+        return self._networks()[2]
+
+    def _networks(self) -> tuple[Any, ...]:
+        """Return the model, the same without its wrappers, and the network in it whose layers are read.
+
+        They are looked for once, as accelerate walks all modules for them.
+        """
         if self._in_wrappers[0] is not self.model:
-            self._in_wrappers = self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return self._in_wrappers[1]
+            whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            self._in_wrappers = self.model, whole, transformer_in(whole)
+        return self._in_wrappers
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""
@@ -86,10 +93,6 @@ class MicroBatchesMixin(Behind):
 
     def _forget_batches(self) -> None:
         self._batches, self._window = [], None
-
-    def _by_rows(self, loss: Tensor, rows: int) -> Tensor:
-        """Weigh a mean over rows that are compared by themselves, so that all rows of the step weigh alike."""
-        return loss if self._rows is None else loss * (rows / self._rows)
 
     def _rows_of_step(self) -> float | None:
         """Return the mean number of rows that a micro-batch of this step compares by themselves, over all processes."""

@@ -95,6 +95,13 @@ class SimilarityStop(TrainerCallback, ExportableState):
                 )
         self.total, self.count = 0.0, 0.0
 
+    def to_log(self) -> dict[str, float]:
+        """Return, once, the step at which guidance stopped."""
+        if self.stopped_at is None or self.is_logged:
+            return {}
+        self.is_logged = True
+        return {"guidance/stopped_at_step": self.stopped_at}
+
     def state(self) -> dict[str, Any]:
         names = ("stopped_at", "is_logged", "total", "count")
         return {"args": {"threshold": self.threshold}, "attributes": {name: getattr(self, name) for name in names}}
@@ -103,7 +110,8 @@ class SimilarityStop(TrainerCallback, ExportableState):
 def stop_among(callbacks: Sequence[TrainerCallback]) -> SimilarityStop | None:
     """Return the callback that stops guidance; None if there is none.
 
-    Ask for it anew each time: Trainer may replace it when a run resumes (`restore_callback_states_from_checkpoint`).
+    Ask for it when training begins: Trainer may replace it when a run resumes
+    (`restore_callback_states_from_checkpoint`).
     """
     return next((callback for callback in callbacks if isinstance(callback, SimilarityStop)), None)
 
@@ -111,21 +119,17 @@ def stop_among(callbacks: Sequence[TrainerCallback]) -> SimilarityStop | None:
 class StoppingMixin(Behind):
     """The part of `GuidanceMixin` that stops guidance for `guidance_stop_similarity`."""
 
-    @property
-    def _stop(self) -> SimilarityStop | None:
-        return stop_among(self.callback_handler.callbacks)
+    _stop: SimilarityStop | None = None
+
+    def _find_stop(self) -> None:
+        """Find the callback that stops guidance, at the beginning of training."""
+        self._stop = stop_among(self.callback_handler.callbacks)
 
     def _take_similarities(self) -> None:
-        if self._stop:
+        if self._stop is not None:
             self._stop.take()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._stop:
+        if self._stop is not None:
             self._stop.settle(self.args.device)  # on all ranks, as only one of them writes the state
         super()._save_checkpoint(model, trial)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        stop = self._stop
-        if "loss" in logs and stop and stop.stopped_at is not None and not stop.is_logged:
-            logs["guidance/stopped_at_step"], stop.is_logged = stop.stopped_at, True
-        super().log(logs, start_time)

@@ -13,11 +13,13 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import gpt2, llama
 from trainers import make_trainer
+from transformers import Trainer
 
 import hf_guidance
 
@@ -37,19 +39,20 @@ def walk(**settings: Any) -> tuple[list[str], int]:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(Path(folder), gpt2(), llama(), max_steps=2, **settings)
-        watch, log = trainer._watch, trainer.log
+        loss = trainer.guidance_loss
+        watch, log = loss.watch, Trainer.log
 
-        def begin(inputs: Any) -> Any:
+        def begin(*args: Any, **place: Any) -> Any:
             if trainer.state.global_step == 1:
                 sys.setprofile(look)
-            return watch(inputs)
+            return watch(*args, **place)
 
-        def end(logs: dict[str, float], start_time: float | None = None) -> None:
-            log(logs, start_time)
+        def end(*args: Any) -> None:
             sys.setprofile(None)
+            log(*args)
 
-        trainer._watch, trainer.log = begin, end
-        trainer.train()
+        with patch.object(loss, "watch", begin), patch.object(Trainer, "log", end):
+            trainer.train()
     return list(dict.fromkeys(stops)), len(stops)
 
 

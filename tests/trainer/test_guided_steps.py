@@ -20,7 +20,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 from hf_guidance import GuidanceLoss, GuidanceMixin, GuidanceTrainer
 from hf_guidance.schedule import Weights
-from hf_guidance.trainer.guided_steps import GuidedSteps
+from hf_guidance.trainer.steps import GuidedSteps
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 ONE_ROW = (

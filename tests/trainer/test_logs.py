@@ -11,7 +11,8 @@ from builders import gpt2, llama, token_rows
 from trainers import make_trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from hf_guidance.trainer.logs import RunningMeans, ShortPrinterCallback, ShortProgressCallback, short_form_of
+from hf_guidance.trainer.logs import ShortPrinterCallback, ShortProgressCallback, short_form_of
+from hf_guidance.trainer.steps import RunningMeans
 
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"))
 

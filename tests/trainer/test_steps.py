@@ -30,11 +30,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainers import make_trainer, same, trained, weights
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerState
-from transformers.training_args import OptimizerNames
 
 from hf_guidance import GuidanceTrainer
-from hf_guidance.trainer.finite_steps import GRADIENT, FiniteSteps, what_steps_backward
-from hf_guidance.trainer.logs import RunningMeans
+from hf_guidance.trainer.steps import GRADIENT, FiniteSteps, RunningMeans
 
 NAN = float("nan")
 
@@ -446,13 +444,6 @@ def test_steps_inside_the_backward_pass_cannot_be_left_out(tmp_path: Path) -> No
     ):
         trainer.train()
     assert len(after) <= 1
-
-
-def test_every_optimizer_of_transformers_that_steps_inside_the_backward_pass_is_known() -> None:
-    found = {name.value for name in OptimizerNames if what_steps_backward(name.value)}
-    layerwise = {name.value for name in OptimizerNames if "layerwise" in name.value}
-    assert found == {"lomo", "adalomo", *layerwise}
-    assert "galore_adamw_layerwise" in found
 
 
 def test_other_optimizers_are_looked_at_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

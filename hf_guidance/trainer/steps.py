@@ -1,4 +1,4 @@
-"""A loss that is not finite stops training with the name of the pair, or its step is left out."""
+"""What an optimizer step leaves: means to log, values that must be finite, and whether it was guided."""
 
 from __future__ import annotations
 
@@ -13,19 +13,73 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.training_args import OptimizerNames
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_guidance.guide.sharding import gathered
+from hf_guidance.loss import Watched
+from hf_guidance.schedule import Schedule
 from hf_guidance.similarity.pair_loss import Groups
-from hf_guidance.trainer.logs import RunningMeans
+from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.stepping_backward import check_may_skip, what_steps_backward
 
 logger = logging.getLogger(__name__)
 
 GRADIENT = "norm of the gradient"
 GUIDE_LAYER = "guide layer"
 MAX_NAMED = 5  # values in an error
-STEPPING_BACKWARD = ("lomo", "adalomo")  # with all names that end in `layerwise`; optimizers of TrainingArguments
+NEVER = (
+    "GuidanceMixin.compute_loss was not called in training mode (does a subclass override compute_loss or "
+    "training_step without super(), or put the model in evaluation mode?)"
+)
+
+
+class RunningMeans:
+    """Means of logged values, kept on the device between two logs so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything since the last log."""
+        self._sums: dict[str, Tensor | float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
+        """Add a scalar with a weight. With weight 0, the logged value is a plain sum."""
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def take(self, other: RunningMeans) -> None:
+        """Add the sums of another object."""
+        for name, value in other._sums.items():
+            self.add(name, value, other._weights[name])
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the means over micro-steps and ranks since the last call, and reset them.
+
+        Names that were added with weight 0 are plain sums.
+        """
+        sums = [torch.as_tensor(value, device=accelerator.device).float() for value in self._sums.values()]
+        values = torch.stack(sums) if sums else torch.empty(0)
+        mine = dict(zip(self._sums, zip(values.tolist(), self._weights.values(), strict=True), strict=True))
+        totals: dict[str, tuple[float, float]] = {}
+        for rank in gather_object([mine]):  # ranks that skipped different batches hold different names
+            for name, (value, weight) in rank.items():
+                total, weights = totals.get(name, (0.0, 0.0))
+                totals[name] = total + value, weights + weight
+        self.clear()
+        return {name: value / weight if weight else value for name, (value, weight) in sorted(totals.items())}
+
+
+def is_last_before_log(trainer: GuidedTrainer, step: int) -> bool:
+    """Tell whether a step is the last guided one before a log, so that values only logged are computed just then."""
+    args, state = trainer.args, trainer.state
+    if args.logging_strategy != IntervalStrategy.STEPS or (args.logging_first_step and step == 0):
+        return True
+    every = max(1, state.logging_steps)
+    logged = (step // every + 1) * every - 1  # the next step that is logged
+    return step + trainer.guidance.guidance_every > logged
 
 
 class FiniteSteps(TrainerCallback):
@@ -194,29 +248,85 @@ def guide_layers_to_check(layers: Groups) -> dict[str, Tensor]:
     }
 
 
-def what_steps_backward(optimizer: str, network: nn.Module | None = None) -> str:
-    """Tell in words what takes optimizer steps inside the backward pass; empty if nothing does.
+class GuidedSteps(TrainerCallback):
+    """A callback that counts the optimizer steps that were guided.
 
     Args:
-        optimizer: Name of the optimizer, `optim` of the `TrainingArguments`.
-        network: Network in training. Hooks that run once a weight's gradient is complete may take its step.
+        check: Raises ValueError if guidance would not do what its settings say. It is called when training begins,
+            because settings may change after construction, as in a hyperparameter search. The trainer also prepares
+            its guide there.
+        schedule: Returns the function optimizer step → weights of guidance and task.
+        is_left_out: Returns whether the present optimizer step is left out because it is not finite.
+
+    Attributes:
+        before: Guided steps of the run before this call of `train`; None if unknown.
+        guided: Guided steps of this call.
     """
-    name = str(optimizer.value if isinstance(optimizer, OptimizerNames) else optimizer)
-    if name in STEPPING_BACKWARD or name.endswith("layerwise"):
-        return f"the optimizer {name} takes its steps inside the backward pass"
-    hooked = [p for p in network.parameters() if p._post_accumulate_grad_hooks] if network is not None else []
-    if hooked:
-        return (
-            f"{len(hooked)} weights have hooks that run once their gradient is complete "
-            "(register_post_accumulate_grad_hook), as of optimizers that step inside the backward pass"
-        )
-    return ""
 
+    def __init__(
+        self, check: Callable[[], None], schedule: Callable[[], Schedule], is_left_out: Callable[[], bool]
+    ) -> None:
+        self.check, self.schedule, self.is_left_out = check, schedule, is_left_out
+        self.before: int | None = 0
+        self.first, self.guided, self._pending = 0, 0, False
+        self._reasons: dict[str, str] = {}  # first word → reason
 
-def check_may_skip(skip: bool, steps_backward: str) -> None:
-    """Raise ValueError if steps are to be left out that are taken inside the backward pass."""
-    if skip and steps_backward:
-        raise ValueError(
-            f"on_non_finite='skip' cannot leave a step out here: {steps_backward}. Use on_non_finite='stop', or "
-            "another optimizer."
-        )
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reset the counts, and check the settings again."""
+        self.first, self.guided, self._reasons = state.global_step, 0, {}
+        self.check()
+        if not self.schedule()(state.max_steps - 1).task:
+            logger.warning(
+                "All %d optimizer steps are pre-alignment, none is of the task: see prealign_steps.", state.max_steps
+            )
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._pending = False
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.guided += self._pending and not self.is_left_out()
+
+    def note(self, watched: Watched, step: int) -> None:
+        """Record a watched forward. Warn, once per reason, if it should have been guided and was not."""
+        if watched.loss is not None:
+            self._pending = True
+        elif watched.weights.guidance and (kind := watched.why_unguided.partition(" ")[0]) not in self._reasons:
+            self._reasons[kind] = watched.why_unguided
+            logger.warning(
+                "Optimizer step %d is not guided: %s. Others like it are counted in guidance/skipped_batches.",
+                step + 1,
+                watched.why_unguided,
+            )
+
+    def total(self) -> int | None:
+        """Return the guided steps of the run, before a resume too; None if those are unknown."""
+        return None if self.before is None else self.before + self.guided
+
+    def check_any(self, state: TrainerState, keep: Callable[[], Any], folder: str) -> None:
+        """Compare the steps that were guided, on any process, with those that should have been.
+
+        If some but not all of them were guided, it warns.
+
+        Args:
+            state: State of the trainer after training.
+            keep: Saves the model before an error is raised.
+            folder: Where the model is saved.
+
+        Raises:
+            RuntimeError: If no step of the run was guided.
+        """
+        counts: list[tuple[int | None, int]] = gather_object([(self.total(), self.guided)])
+        weights = self.schedule()
+        asked = [step for step in range(state.global_step) if weights(step).guidance]
+        if asked and all(total == 0 for total, _ in counts):
+            keep()
+            raise RuntimeError(
+                f"No optimizer step of {state.global_step} was guided: {'; '.join(self._reasons.values()) or NEVER}. "
+                f"The network was trained on its task alone, and is in {folder}. To train without guidance, set "
+                "guidance_weight=0."
+            )
+        here, guided = sum(step >= self.first for step in asked), max(guided for _, guided in counts)
+        if guided < here:
+            logger.warning("Only %d of the %d optimizer steps that should have been guided were.", guided, here)
