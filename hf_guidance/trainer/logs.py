@@ -1,4 +1,4 @@
-"""What shows the logs of a run: Trainer's own callbacks, without the similarities of single pairs."""
+"""Displays of a run's logs: Trainer's own callbacks, without the similarities of single pairs."""
 
 from __future__ import annotations
 

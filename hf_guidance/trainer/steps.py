@@ -1,4 +1,4 @@
-"""What an optimizer step leaves: means to log, values that must be finite, and whether it was guided."""
+"""The optimizer steps of a run: means to log, values that must be finite, and which steps were guided."""
 
 from __future__ import annotations
 
