@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_guidance.similarity.forms import halves_of
-from hf_guidance.similarity.layers import Layer
+from hf_guidance.similarity.layers import Layer, halves_of
 from hf_guidance.similarity.matrices import center, exact_float32, inner, over_matrix, plus_product, u_center
 
 ROUNDINGS = 16  # a norm below this many roundings of the mean diagonal carries no signal

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_guidance.similarity.forms import dual, from_product, halves_of, masked, primal
-from hf_guidance.similarity.layers import gram, layer_of
+from hf_guidance.similarity.layers import dual, from_product, gram, halves_of, layer_of, masked, primal
 
 FORMS = {"primal": math.inf, "dual": 0}  # `primal_below` that gives each form
 
