@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
+from hf_guidance.features.batch import Batch, is_packed
 from hf_guidance.features.choices import choose_rows
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import ranks_of
-from hf_guidance.features.gradients import not_recomputed, reaches_weights
+from hf_guidance.features.gradients import reaches_weights
 from hf_guidance.features.inside import check_is_network, holds_transformer, transformer_in
 from hf_guidance.features.layer_stacks import in_words
 from hf_guidance.features.masks import warn_if_added
+from hf_guidance.features.mismatches import why_too_few
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.features.rows import Batch, is_packed, side_of, tensors_of
+from hf_guidance.features.rows import side_of, tensors_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.forward import GuideRunning
@@ -226,7 +228,7 @@ class GuidanceLoss:
         measure, needed = self.measures[0].name, self.measures[0].min_samples
         too_few = samples.count < {"sequence": needed, "token": 1, "within": 1}[config.sample_axis]
         if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
-            watched.why_unguided = samples.why_too_few(measure, needed, samples.count, is_packed(seen))
+            watched.why_unguided = why_too_few(config.sample_axis, measure, needed, samples.count, is_packed(seen))
         elif (why := samples.why_too_short(needed)) and not config.shard_guide:
             watched.why_unguided = why
         elif config.guide_input == "shuffled" and min(samples.rows_in_batch, samples.batch_size) < 2:
@@ -240,7 +242,7 @@ class GuidanceLoss:
             batch = self.running.shuffled(batch, key)
         given, rows = rows_for_guide(batch, rows)
         guide = self.running.layers(given, key, partial(self.samples_of, like=samples, rows=rows))
-        with self.target_reader.reading(not_recomputed(samples.layers)) as layers:
+        with self.target_reader.reading(samples.layers) as layers:
             yield watched
         self.compare(watched, (samples, layers), guide, log=log)
         self.target_reader.settle_batch_first()
@@ -432,7 +434,7 @@ class GuidanceLoss:
         n = min(max(layer.samples for layer in targets[target]) for target, _ in pairs)
         trained_on, *logged = self.measures
         if n < trained_on.min_samples:
-            watched.why_unguided = samples.why_too_few(trained_on.name, trained_on.min_samples, n)
+            watched.why_unguided = why_too_few(samples.axis, trained_on.name, trained_on.min_samples, n)
             return
         mean, scale = self.config.guidance_reduction == "mean", scale * (self.ranks.scale if self.ranks else 1)
         options: Any = {"weights": weights, "mean": mean, "scale": scale}

@@ -48,7 +48,6 @@ from transformers import (
 )
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
-from hf_guidance.features.rows import documents_of
 from hf_guidance.loss import Watched
 from hf_guidance.schedule import Weights
 from hf_guidance.similarity.layers import layer_of
@@ -996,24 +995,6 @@ def test_a_batch_whose_rows_are_too_short_is_left_out_and_said(axis: str) -> Non
     assert watched.loss is None
     assert "of which skip_first_positions=4 leaves" in watched.why_unguided
     assert watch(gpt2(), llama(), token_batch(length=8), **settings)[0].loss is not None
-
-
-def test_position_ids_that_restart_at_padding_are_not_packed_documents() -> None:
-    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
-    ids = torch.arange(10)[None]
-    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
-    assert documents_of({"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}) == []
-    restarting = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, 2]])
-    assert len(documents_of({"input_ids": ids, "position_ids": restarting})) == 3
-
-
-@pytest.mark.parametrize(("positions", "documents"), [([0, 1, 2, 0, 1], [(0, 3), (3, 5)]), ([0, 1, 2], [(0, 3)])])
-def test_position_ids_that_stay_0_at_the_end_are_padding(
-    positions: list[int], documents: list[tuple[int, int]]
-) -> None:
-    padded = torch.tensor([[*positions, 0, 0, 0]])
-    assert [(d.start, d.stop) for d in documents_of({"position_ids": padded})] == documents
-    assert documents_of({"position_ids": torch.zeros(1, 4, dtype=torch.long)}) != []
 
 
 @pytest.mark.parametrize("axis", ["sequence", "token", "within"])

@@ -11,9 +11,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.features.rows import Batch, content_of
+from hf_guidance.features.rows import content_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.calling import forward
 from hf_guidance.guide.inputs import check_own_columns, guide_batch, seen_by_target, without_guide

@@ -17,9 +17,10 @@ from transformers import default_data_collator
 from hf_guidance.analysis.both_networks import BothNetworks, OfBoth, as_they_were, in_words
 from hf_guidance.analysis.comparison_values import SAMPLE_WORDS, Comparison
 from hf_guidance.analysis.hsic_sums import FEWEST, HSICSums
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.inside import check_is_network
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.features.rows import Batch, content_of
+from hf_guidance.features.rows import content_of
 from hf_guidance.similarity.pair_loss import guidance_loss_of_groups
 from hf_guidance.similarity.registry import Measure, get_measure, primal_below_of
 

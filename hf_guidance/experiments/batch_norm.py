@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_guidance.features.rows import Batch
+from hf_guidance.features.batch import Batch
 from hf_guidance.guide.freezing import calibrate_batch_norm
 
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
 
-from hf_guidance.features.rows import Batch
+from hf_guidance.features.batch import Batch
 from hf_guidance.guide.freezing import freeze
 from hf_guidance.guide.identity import identity
 from hf_guidance.guide.inputs import (

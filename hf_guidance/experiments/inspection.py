@@ -22,7 +22,8 @@ from hf_guidance.experiments.guidance_measuring import measure_guidance
 from hf_guidance.experiments.inspection_report import as_text, as_yaml
 from hf_guidance.experiments.measurements import Measurements, PairMeasurement
 from hf_guidance.experiments.proposals import Data, Proposal, ordered
-from hf_guidance.features.rows import Batch, content_of
+from hf_guidance.features.batch import Batch
+from hf_guidance.features.rows import content_of
 from hf_guidance.guide.freezing import BATCH_NORM
 from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
 from hf_guidance.guide.random_state import kept_random_state

@@ -24,7 +24,7 @@ from hf_guidance.experiments.results_page import table_and_gains
 from hf_guidance.experiments.run import Run, settings_of
 from hf_guidance.experiments.run_training import result_of, train_and_record
 from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, gains
-from hf_guidance.features.rows import Batch
+from hf_guidance.features.batch import Batch
 from hf_guidance.trainer.checks import check_writable
 from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import environment

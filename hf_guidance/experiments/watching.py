@@ -19,8 +19,8 @@ from hf_guidance.analysis.film import plot_film
 from hf_guidance.analysis.history import DIMENSION
 from hf_guidance.analysis.runs import colours_of, label_of
 from hf_guidance.experiments.report import Record
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import GUIDE_PREFIX
 
 

@@ -1,13 +1,14 @@
 """Features of a network: the outputs of its layers on a batch, and the samples they belong to.
 
-`reader` hooks hidden states and the modules that `modules` finds. `inside` finds the network that it reads.
-`hidden_states` tells which of these are layers, `layer_drop` which layers ran. `conventions` knows where a network puts
-channels and frames. `samples` defines one sample, and by its `masks` leaves padding out. `distributed` joins the
-batches of all processes.
+`reader` hooks hidden states and the modules that `modules` finds; of its first forward `hidden_states` tells which of
+these are layers, and `batch_first` where their batch is. `layer_drop` tells which layers ran, `inside` which network is
+read, `conventions` where it puts channels and frames. `rows` leaves padding out, and `samples` defines one sample.
+`distributed` joins the batches of all processes.
 """
 
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.distributed import Ranks
-from hf_guidance.features.gradients import not_recomputed, reaches_weights
+from hf_guidance.features.gradients import reaches_weights
 from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.inside import is_sentence_transformer, transformer_in
 from hf_guidance.features.modules import describe_modules, find_modules
@@ -17,8 +18,9 @@ from hf_guidance.features.reader import (
     LayerReader,
     Reduce,
     base_model_of,
+    not_recomputed,
 )
-from hf_guidance.features.rows import Batch, content_of
+from hf_guidance.features.rows import content_of
 from hf_guidance.features.samples import Samples
 
 __all__ = [

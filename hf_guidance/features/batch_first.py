@@ -24,25 +24,27 @@ class BatchFirst:
         model: Network that is called.
         modules: Its modules to read, by name.
         role: `target` or `guide`, for messages.
+
+    Attributes:
+        open: Modules that have not been told apart yet.
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], role: str) -> None:
         self.model, self.modules, self.role = model, modules, role
-        self._known: set[str] = set()
+        self.open = set(modules)
         self._unclear: set[str] = set()
         self._called: tuple[Any, ...] | None = None
 
     def note_call(self, *called: Any) -> None:
         """Keep the arguments and named arguments of a call, until the forward has shown whether they are needed."""
-        if self.modules:
-            self._called = called
+        self._called = called
 
     def note(self, name: str, features: Tensor) -> None:
         """Note what the shape of a module's output says."""
-        if name in self._known or name not in self.modules:
+        if name not in self.open:
             return
         if features.ndim < 3 or features.shape[0] != features.shape[1]:
-            self._known.add(name)  # samples have the batch on their first axis, or raise
+            self.open.discard(name)  # samples have the batch on their first axis, or raise
             self._unclear.discard(name)
         else:
             self._unclear.add(name)
@@ -69,7 +71,7 @@ class BatchFirst:
             return
         unclear, self._unclear = self._unclear, set()
         if not runs_alone(self.model):
-            self._known |= unclear
+            self.open -= unclear
             self._say_unsettled("is sharded", unclear)
             return
         modes = [(module, module.training) for module in self.model.modules()]
@@ -90,7 +92,7 @@ class BatchFirst:
                     f"it gave shape {shapes[name]}, where the batch is expected on the first axis. Build it with "
                     "batch_first=True, or name another layer."
                 )
-        self._known |= unclear
+        self.open -= unclear
 
     def _say_unsettled(self, why: str, unclear: Collection[str]) -> None:
         logger.warning(

@@ -1,15 +1,13 @@
-"""Choice of the rows and positions to compare, by a hash of content and a seed: order and padding do not matter."""
+"""Hashes of rows, and the choice of the rows to compare by them: neither order nor padding matters."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.distributed import Ranks
-from hf_guidance.features.masks import first_valid, in_front, masks_of, over
-from hf_guidance.features.rows import Batch, content_of, tensors_of
+from hf_guidance.features.rows import content_of, first_valid, in_front, masks_of, over, tensors_of
 
 INT64_MAX = torch.iinfo(torch.int64).max
 MOST_HASHED = 256  # of an image at least so many numbers are hashed, at even distances
@@ -48,80 +46,6 @@ def choose_rows(batch: Batch, count: int, seed: int, ranks: Ranks | None = None)
         return None
     chosen = scores.argsort(stable=True)[:count].sort().values - first
     return chosen[(chosen >= 0) & (chosen < len(content))]
-
-
-def choose_tokens(
-    valid: Tensor, hashes: Callable[[], Tensor], count: int, seed: int, ranks: Ranks | None = None
-) -> tuple[Tensor, Tensor]:
-    """Choose tokens by a hash of row content, position and seed, so that row order does not change the choice.
-
-    Args:
-        valid: Positions to choose from, `(batch, length)`.
-        hashes: Computes the hash of each row, `(batch,)`, if it is needed.
-        count: Largest number of tokens, all ranks together.
-        seed: Seed of the choice.
-        ranks: Processes whose batches are taken as one; None for this process alone.
-
-    Returns:
-        Rows and positions of the chosen tokens of this process.
-    """
-    total = int(valid.sum())
-    if ranks is not None:
-        total = sum(row[0] for row in ranks.numbers([total], valid.device))
-    if total <= count:
-        rows, positions = valid.nonzero(as_tuple=True)
-        return rows, positions
-    score = _scores(valid, hashes(), seed)
-    if ranks is not None:
-        scores = torch.cat([score.flatten(), score.new_full((count + 1,), INT64_MAX)])
-        rows, positions = _below_the_last(score, ranks.smallest(scores, count + 1)).nonzero(as_tuple=True)
-        return rows, positions
-    smallest, chosen = score.flatten().topk(count + 1, largest=False)
-    chosen = chosen[_below_the_last(smallest, smallest)]
-    return chosen // valid.shape[1], chosen % valid.shape[1]
-
-
-def choose_within_rows(
-    valid: Tensor, hashes: Callable[[], Tensor], count: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Choose up to `count` positions of each row, as `choose_tokens` does, and group the rows by their number.
-
-    Args:
-        valid: Positions to choose from, `(batch, length)`, in front of each row.
-        hashes: Computes the hash of each row, `(batch,)`, if it is needed.
-        count: Largest number of positions of a row.
-        seed: Seed of the choice.
-
-    Returns:
-        Groups of rows `(r,)` with positions `(r, n)`, from few positions to many.
-    """
-    numbers = valid.sum(1)
-    groups = []
-    for n in numbers.clamp(max=count).unique().tolist():
-        rows = (numbers.clamp(max=count) == n).nonzero().flatten()
-        if n < count or valid.shape[1] <= count:
-            positions = torch.arange(n, device=valid.device).expand(len(rows), n)
-        else:
-            scores = _scores(valid[rows], hashes()[rows], seed)
-            positions = scores.topk(n, dim=1, largest=False).indices.sort(1).values
-        groups.append((rows, positions))
-    return groups
-
-
-def _scores(valid: Tensor, hashes: Tensor, seed: int) -> Tensor:
-    positions = torch.arange(valid.shape[1], device=valid.device)
-    score = mix(hashes[:, None] + mix(positions + 1)[None, :] + seed) & INT64_MAX
-    return torch.where(valid, score, INT64_MAX)
-
-
-def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
-    """Select the scores below the last of the smallest ones; if there are none, those equal to it.
-
-    Equal rows have equal scores. They are taken or left together, so that the choice does not depend on how rows are
-    split over batches.
-    """
-    last = smallest[-1]
-    return torch.where(smallest[0] < last, score < last, score <= last)
 
 
 def hashes_of_rows(content: Tensor, mask: Tensor | None) -> Tensor:

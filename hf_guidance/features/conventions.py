@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.features.reader import HIDDEN, LayerReader, base_model_of
+from hf_guidance.features.reader import LayerReader, base_model_of
 
 OVER_SEQUENCE = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)
 SIZES = ("out_channels", "out_features", "num_features", "normalized_shape")  # of layers with weights
@@ -25,6 +25,10 @@ class Conventions:
         modules: Its named modules that are read.
         reader: Reader of the network, which knows what its hidden states are of; None for named modules alone.
         layout: `channels_first` or `channels_last` where weights and shape leave it open; `auto` raises an error there.
+
+    Attributes:
+        queries: Layers whose positions are queries of a decoder, as of DETR, which no input's mask describes.
+        over_sequence: Convolutions over a sequence, whose outputs are `(batch, channels, length)`.
     """
 
     def __init__(
@@ -35,16 +39,14 @@ class Conventions:
         reader: LayerReader | None = None,
     ) -> None:
         self.model, self.modules, self.layout, self.reader = base_model_of(model), modules, layout, reader
+        self.queries = set() if reader is None else reader.queries
+        self.over_sequence = {name for name, module in modules.items() if isinstance(module, OVER_SEQUENCE)}
         self.has_said_padding_counts = False
         self._sizes: dict[str, set[int]] = {}
         found = (getattr(module, name, None) for name in FRAMES for module in self.model.modules())
         self._frames: Any = next((method for method in found if method is not None), None)
         if self._frames is not None and "add_adapter" in inspect.signature(self._frames).parameters:
             self._frames = partial(self._frames, add_adapter=False)  # which comes after the layers
-
-    def are_queries(self, name: str) -> bool:
-        """Tell whether a layer's positions are queries of a decoder, as of DETR, which no input's mask describes."""
-        return self.reader is not None and self.reader.of_queries and bool(HIDDEN.fullmatch(name))
 
     def virtual_tokens(self) -> int:
         """Return how many tokens PEFT's adapters put in front of each row, as prompt tuning does."""
@@ -58,11 +60,6 @@ class Conventions:
         frames = [self._frames(length) for length in lengths.cpu()]  # some take one length only
         frames = [value[0] if isinstance(value, tuple) else value for value in frames]
         return torch.tensor([max(0, int(value)) for value in frames], device=lengths.device)
-
-    def positions_first(self, name: str, features: Tensor) -> Tensor:
-        """Return the output of a convolution over a sequence, `(batch, channels, length)`, with positions in front."""
-        over_sequence = isinstance(self.modules.get(name), OVER_SEQUENCE)
-        return features.transpose(1, 2) if over_sequence and features.ndim == 3 else features
 
     def places(self, name: str, features: Tensor) -> Tensor:
         """Turn the map of an image into its places.

@@ -1,33 +1,8 @@
-"""Gradients through layers that are read: under activation checkpointing, and whether they reach a weight."""
+"""Gradients through layers that are read: whether they reach a weight."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
-
-from hf_guidance.features.reader import Reduce
-
-
-def not_recomputed(reduce: Reduce) -> Reduce:
-    """Hide `reduce` from activation checkpointing, whose second forward would not find the tensors saved in it.
-
-    Reentrant checkpointing is refused. Its first forward has no gradients, so a layer inside would not be guided.
-    """
-    with_gradients = torch.is_grad_enabled()
-
-    def reduce_unseen(name: str, features: Any) -> Any:
-        if with_gradients and not torch.is_grad_enabled():
-            raise ValueError(
-                f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "
-                "activation checkpointing: guidance could not reach it. Set use_reentrant=False, or name layers "
-                "outside (hidden_states)."
-            )
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
-            return reduce(name, features)
-
-    return reduce_unseen
 
 
 def reaches_weights(loss: Tensor) -> bool:

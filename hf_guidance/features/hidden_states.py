@@ -158,15 +158,3 @@ def first_tensor(output: Output) -> Any:
 def last_tensor(state: Output) -> Any:
     """Return a hidden state: the tensor itself, or the last one where a network gives those of a stage together."""
     return last_tensor(state[-1]) if isinstance(state, (tuple, list)) and state else state
-
-
-def states_of(output: Any, kind: str) -> Sequence[Any] | None:
-    """Return the hidden states of a kind in a network's output; None if it has none.
-
-    Args:
-        output: Output of a network.
-        kind: `hidden_states`, which in an encoder-decoder are those of the decoder, or the name of others.
-    """
-    kinds = ("hidden_states", "decoder_hidden_states") if kind == "hidden_states" else (kind,)
-    found = (output.get(k) if isinstance(output, dict) else getattr(output, k, None) for k in kinds)
-    return next((states for states in found if states is not None), None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.features.batch_first import BatchFirst
-from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
+from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor
 from hf_guidance.features.layer_drop import LayerDrop
 from hf_guidance.features.modules import describe_modules, find_modules
 
@@ -49,7 +49,7 @@ class LayerReader:
     def __init__(self, model: nn.Module, layers: Sequence[str], role: str) -> None:
         self.model, self.role = model, role
         self.keep: set[str] | None = None  # layers in a pair, once the pairs are known
-        self.of_queries = False  # whether hidden states are those of a decoder's queries, as of DETR
+        self.queries: set[str] = set()  # hidden states of a decoder's queries, as of DETR
         self.stop_early = False  # end a forward with `AllRead` once these are read
         self._hidden: list[tuple[str, int | None]] = []
         self._reduce: Reduce | None = None
@@ -72,6 +72,7 @@ class LayerReader:
         self._blocks = Blocks(base)
         self._layers_among: dict[str, list[int]] = {}  # indices by kind of hidden states, once a forward has shown them
         self._needs_gradients, self._ignoring, self._is_method, self._of_backbone = False, False, False, None
+        self._finds_layers, self._finds_batch_axis = False, False  # in this forward
         self._thread: int | None = None  # the one that reads
         if self._hidden:
             self._check_returns_hidden_states()
@@ -82,9 +83,9 @@ class LayerReader:
 
     def attach(self) -> None:
         """Put the hooks on the network, unless they are there. `reading` does so by itself."""
-        self.layer_drop.attach()
         if self._handles:
             return
+        self.layer_drop.attach()
         self._handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         if self._hidden:
             base = base_model_of(self.model)
@@ -101,7 +102,7 @@ class LayerReader:
         """Read the layers of each forward inside this context.
 
         Args:
-            reduce: Called with the name and output of each layer.
+            reduce: Called with the name and output of each layer; of a target with gradients, as `not_recomputed` does.
 
         Yields:
             Layer → result of `reduce`, filled in during the forward.
@@ -116,23 +117,27 @@ class LayerReader:
             )
         self.attach()
         self._thread = threading.get_ident()
-        self._reduce, self._read, self._counted = reduce, {}, {}
         self._needs_gradients, self._ignoring = self.role == "target" and torch.is_grad_enabled(), False
+        self._reduce, self._read, self._counted = not_recomputed(reduce) if self._needs_gradients else reduce, {}, {}
         if self.layer_drop.has_rate:
             self.layer_drop.start()
-        if self._hidden and not self._layers_among:
+        self._finds_layers = bool(self._hidden) and not self._layers_among
+        self._finds_batch_axis = bool(self._batch_first.open)
+        if self._finds_layers:
             self._blocks.attach()
         try:
             with _without_fast_attention():
                 yield self._read
         finally:
-            self._blocks.remove()
+            if self._finds_layers:
+                self._blocks.remove()
             if self.layer_drop.has_rate:
                 self.layer_drop.stop()
             self._seen = list(self._read)
             # keep nothing of a forward, so that the network can be copied and saved
             self._reduce, self._read, self._of_backbone, self._thread = None, {}, None, None
-            self._batch_first.forget_call()
+            if self._finds_batch_axis:
+                self._batch_first.forget_call()
 
     def full_name(self, layer: str) -> str:
         """Return a layer's name in this network, which `layers` may give without the head's prefix."""
@@ -182,8 +187,8 @@ class LayerReader:
                 f"{self.role} layer {name!r} ran more than once in one forward, so it has several outputs. Name "
                 "another layer, or use hidden_states. A `compute_loss` that runs the target twice cannot be guided."
             )
-        features = first_tensor(output)
-        if isinstance(features, Tensor):
+        features = output if isinstance(output, Tensor) else first_tensor(output)
+        if isinstance(features, Tensor) and name in self._batch_first.open:
             self._batch_first.note(name, features)
         self._read[name] = self._reduce(name, features)
         if self.stop_early and self.keep == self._read.keys():
@@ -195,6 +200,8 @@ class LayerReader:
         Raises:
             ValueError: If a module is sequence-first.
         """
+        if not self._batch_first.open:
+            return
         kept = self._seen, self._counted
         try:
             self._batch_first.settle(self._reading_shapes)
@@ -214,11 +221,12 @@ class LayerReader:
         if self._passes_by():
             return None
         self._ignoring = self._needs_gradients and not torch.is_grad_enabled()
-        if not self._ignoring:
+        if self._finds_batch_axis and not self._ignoring:
             self._batch_first.note_call(args, kwargs)
         if self._ignoring or not self._hidden:
             return None
-        self._blocks.forget()
+        if self._finds_layers:
+            self._blocks.forget()
         # a method of a Trainer that is called in the forward's place, as TRL does for a fused head
         self._is_method = bool(args) and isinstance(args[0], nn.Module)
         return None if self._is_method else (args, {**kwargs, "output_hidden_states": True})
@@ -240,7 +248,7 @@ class LayerReader:
         stored: set[str] = set()
         for kind, index in self._hidden:
             states = states_of(output, kind)
-            self.of_queries = kind == "hidden_states" and self._are_queries(output)
+            are_queries = kind == "hidden_states" and self._are_queries(output)
             if states is None and (self._is_method or not isinstance(output, tuple)):
                 states = states_of(backbone, kind)  # a fused head drops them
             if states is not None and self.layer_drop.settings:
@@ -265,8 +273,10 @@ class LayerReader:
                     continue  # named twice
                 stored.add(f"{kind}.{i}")
                 self._counted[f"{kind}.{i}"] = None
-                if states[i] is not None:
-                    self._store(f"{kind}.{i}", last_tensor(states[i]))
+                if are_queries:
+                    self.queries.add(f"{kind}.{i}")
+                if (state := states[i]) is not None:
+                    self._store(f"{kind}.{i}", state if isinstance(state, Tensor) else last_tensor(state))
 
     def _are_queries(self, output: Any) -> bool:
         """Tell whether hidden states are those of a decoder that reads no text."""
@@ -305,6 +315,38 @@ def _without_fast_attention() -> Iterator[None]:
             _readers -= 1
             if not _readers:
                 torch.backends.mha.set_fastpath_enabled(_was_fast)
+
+
+def states_of(output: Any, kind: str) -> Sequence[Any] | None:
+    """Return the hidden states of a kind in a network's output; None if it has none.
+
+    Args:
+        output: Output of a network.
+        kind: `hidden_states`, which in an encoder-decoder are those of the decoder, or the name of others.
+    """
+    kinds = ("hidden_states", "decoder_hidden_states") if kind == "hidden_states" else (kind,)
+    found = (output.get(k) if isinstance(output, dict) else getattr(output, k, None) for k in kinds)
+    return next((states for states in found if states is not None), None)
+
+
+def not_recomputed(reduce: Reduce) -> Reduce:
+    """Hide `reduce` from activation checkpointing, whose second forward would not find the tensors saved in it.
+
+    Reentrant checkpointing is refused. Its first forward has no gradients, so a layer inside would not be guided.
+    """
+    with_gradients = torch.is_grad_enabled()
+
+    def reduce_unseen(name: str, features: Any) -> Any:
+        if with_gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                f"target layer {name!r} ran without gradients inside the target's forward, as under reentrant "
+                "activation checkpointing: guidance could not reach it. Set use_reentrant=False, or name layers "
+                "outside (hidden_states)."
+            )
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+            return reduce(name, features)
+
+    return reduce_unseen
 
 
 def base_model_of(model: nn.Module) -> nn.Module:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from hf_guidance.features.batch import Batch, documents_of, unpacked
 from hf_guidance.features.conventions import Conventions
-from hf_guidance.features.masks import first_valid, in_front, masks_of, over
+from hf_guidance.features.masks import of_floats
 
-Column: TypeAlias = Tensor | Sequence[str] | Sequence[int] | Sequence[float] | str | int | float | bool | None
-Batch: TypeAlias = Mapping[str, Column]  # as a collator makes it; only tensors are computed with
 CONTENT = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
+KINDS = ("encoder", "decoder", "frames")  # of masks
 OF_IMAGES = re.compile(r"(^|[._])(vision|visual|image)([._]|$)")  # in names of modules
+ToFrames: TypeAlias = Callable[[Tensor], "Tensor | None"]  # lengths of inputs → lengths of layers
 
 logger = logging.getLogger(__name__)
 
@@ -61,45 +61,6 @@ def tensors_of(batch: Batch, axes: int = 2) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim >= axes}
 
 
-def documents_of(batch: Batch) -> list[slice]:
-    """Return the positions of each document in a packed batch: one row, in which position ids restart.
-
-    Position ids that stay 0 at the end are padding, not documents of one token. The list is empty for any other batch.
-    """
-    positions = batch.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
-        return []
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():  # positions restart at padding, too
-        return []
-    length = positions.shape[1]
-    end = int(positions[0].nonzero()[-1]) + 1 if positions.any() else length
-    starts = (positions[0, 1:end] <= positions[0, : end - 1]).nonzero().flatten() + 1
-    bounds = [0, *starts.tolist(), end]
-    return [slice(start, end) for start, end in pairwise(bounds)] if len(bounds) > 2 or end < length else []
-
-
-def is_packed(batch: Batch) -> bool:
-    """Tell whether a batch is one row of several documents, as `DataCollatorWithFlattening` makes it."""
-    return bool(documents_of(batch)) or "cu_seq_lens_q" in batch or "seq_idx" in batch
-
-
-def unpacked(documents: Sequence[slice], packed: Tensor) -> Tensor:
-    """Put each document of a packed row `(1, length, …)` in a row of its own, `(documents, longest, …)`.
-
-    What follows a short document is a repetition of its first position.
-    """
-    longest = max(place.stop - place.start for place in documents)
-    offsets = torch.arange(longest)
-    places = [torch.where(offsets < d.stop - d.start, offsets, 0) + d.start for d in documents]
-    return packed[0][torch.stack(places).to(packed.device)]
-
-
-def take_rows(batch: Batch, rows: Tensor) -> dict[str, Column]:
-    """Return a batch of these rows, given by their indices."""
-    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
-
-
 def side_of(name: str) -> str:
     """Return which side of an encoder-decoder a layer's name tells: `encoder` or, for any other, `decoder`."""
     return "encoder" if {"encoder", "encoder_hidden_states"} & set(name.split(".")) else "decoder"
@@ -113,6 +74,74 @@ def _say_mask_of_pairs(name: str, axes: int) -> None:
         name,
         axes,
     )
+
+
+def masks_of(tensors: Mapping[str, Tensor], to_frames: ToFrames | None = None) -> dict[str, Tensor]:
+    """Return the valid positions of encoder and decoder, if the batch has them.
+
+    Args:
+        tensors: Columns of the batch.
+        to_frames: Lengths of sounds → numbers of frames, into which a network joins their samples.
+
+    Returns:
+        `encoder`, `decoder` and, of sounds, `frames` → `(batch, length)` of bool.
+
+    Raises:
+        ValueError: If a mask holds numbers that are neither 0 and 1 nor 0 and −inf.
+    """
+    masks: dict[str, Tensor] = {}
+    labels = tensors.get("labels")
+    if (mask := tensors.get("decoder_attention_mask")) is not None:
+        masks["decoder"] = valid_positions(mask, "decoder_attention_mask")
+    elif (ids := tensors.get("decoder_input_ids", tensors.get("decoder_inputs_embeds"))) is not None:
+        masks["decoder"] = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        if labels is not None and labels.shape == ids.shape[:2]:
+            masks["decoder"] = labels.ne(-100)
+    if (mask := tensors.get("attention_mask")) is not None and mask.ndim == 2:
+        masks["encoder"] = valid_positions(mask, "attention_mask")
+        if to_frames is not None and "input_ids" not in tensors:
+            valid = masks["encoder"].sum(1)
+            frames = to_frames(torch.cat([valid, valid.new_tensor([mask.shape[1]])]))
+            if frames is not None:
+                masks["frames"] = torch.arange(int(frames[-1]), device=mask.device) < frames[:-1, None]
+    return masks
+
+
+def valid_positions(mask: Tensor, name: str = "attention_mask") -> Tensor:
+    """Read a mask of 0 and 1, or of what is added to attention scores: 0 where they count, −inf at padding.
+
+    Args:
+        mask: The mask, `(batch, length)`.
+        name: Its name, for the message.
+
+    Returns:
+        `(batch, length)` of bool.
+
+    Raises:
+        ValueError: If it holds numbers that are neither.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        return torch.where((mask < 0).any(), mask == 0, mask != 0)  # without waiting for a device
+    return of_floats(mask, name)
+
+
+def first_valid(mask: Tensor) -> Tensor:
+    """Return `(batch, length)`: true at as many first positions of each row as the mask has valid ones."""
+    return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+
+
+def in_front(mask: Tensor) -> Tensor | None:
+    """Return the order that moves each row's valid positions to its front; None if they are there."""
+    if (mask[:, :-1] >= mask[:, 1:]).all():
+        return None
+    return mask.int().argsort(dim=1, descending=True, stable=True)
+
+
+def over(mask: Tensor, features: Tensor) -> Tensor:
+    """Append axes to `(batch, length)` so that it spreads over features `(batch, length, …)`."""
+    return mask.reshape(mask.shape + (1,) * (features.ndim - 2))
 
 
 class ComparedRows:
@@ -161,7 +190,7 @@ class ComparedRows:
                     "length): let the data collator return one."
                 )
         self.conventions, to_frames = conventions, conventions.to_frames if conventions else None
-        self.content, self.documents = content_of(batch), documents_of(batch)
+        self.content, self.documents = content_of(batch), documents_of(batch) if "position_ids" in batch else []
         self.masks = masks_of(tensors_of(batch), to_frames)
         self.rows_in_batch = len(self.content)
         if other := {kind: len(mask) for kind, mask in self.masks.items() if len(mask) != self.rows_in_batch}:
@@ -215,8 +244,8 @@ class ComparedRows:
         for rows in (self.rows, self.kept):
             if rows is not None:
                 features = features[rows.to(features.device)]
-        if self.conventions is not None:
-            features = self.conventions.positions_first(name, features)
+        if self.conventions is not None and features.ndim == 3 and name in self.conventions.over_sequence:
+            features = features.transpose(1, 2)
         by_position = self.axis != "sequence"
         is_map = by_position and features.ndim == 4 and self.conventions is not None
         if is_map and self.conventions is not None:
@@ -248,7 +277,7 @@ class ComparedRows:
         """Return which mask describes the positions of a layer; None if there is none of this length."""
         if not self.masks or features.ndim < 3 or OF_IMAGES.search(name):
             return None
-        if self.conventions is not None and self.conventions.are_queries(name):
+        if self.conventions is not None and name in self.conventions.queries:
             return None
         side = side_of(name)
         others = ["encoder", "frames"] if side == "encoder" else ["decoder", "encoder", "frames"]

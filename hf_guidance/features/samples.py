@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_guidance.features.choices import choose_tokens, choose_within_rows, hashes_of_rows
+from hf_guidance.features.batch import Batch
+from hf_guidance.features.choices import INT64_MAX, hashes_of_rows, mix
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
-from hf_guidance.features.masks import KINDS
+from hf_guidance.features.mismatches import why_unlike
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import Batch, ComparedRows, side_of
+from hf_guidance.features.rows import KINDS, ComparedRows
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, flat, layer_of
 from hf_guidance.similarity.pair_loss import Groups
@@ -168,60 +169,17 @@ class Samples(ComparedRows):
                     f"{theirs[1]}; expected one for each row of the batch. Name layers whose first axis is the batch."
                 )
             if ours != theirs:
+                missing = self._length_of(target) - guide._length_of(other)
                 raise ValueError(
                     f"pair {pair_name((target, other))}: the target layer gives {ours[1]} samples ({ours[0]} positions "
                     f"a row) and the guide layer {theirs[1]} ({theirs[0]}); with sample_axis={self.axis!r} both layers "
-                    f"need the same positions. {self._why_unlike(target, guide, other)}"
+                    f"need the same positions. {why_unlike((self, target), (guide, other), missing)}"
                 )
-
-    def _why_unlike(self, target: str, guide: Samples, other: str) -> str:
-        """Explain why two layers have other positions, as far as that is known, and what to do about it."""
-        for samples, name, role in ((self, target, "target"), (guide, other, "guide")):
-            decodes = "decoder" in samples.masks and side_of(name) == "decoder"
-            others, their_name = (guide, other) if samples is self else (self, target)
-            if decodes and not ("decoder" in others.masks and side_of(their_name) == "decoder"):
-                return (
-                    f"Those of the {role} are its decoder's, and those of the other network its input's: name the "
-                    f"{role}'s encoder ({role}_layers=['encoder_hidden_states']), or use sample_axis='sequence'."
-                )
-        more, least = self._length_of(target), guide._length_of(other)
-        if (virtual := self.conventions.virtual_tokens() if self.conventions else 0) and more - least == virtual:
-            return (
-                f"The target's adapter puts {virtual} virtual tokens in front of each row, which the guide does not "
-                "have: use sample_axis='sequence', or an adapter without virtual tokens, such as LoRA."
-            )
-        ids = [
-            of.content.shape[1] for of in (self, guide) if of.content.ndim == 2 and not of.content.is_floating_point()
-        ]
-        if len(set(ids)) > 1:
-            return (
-                f"The target gets rows of {ids[0]} token ids and the guide of {ids[1]}, as of two tokenizers: use "
-                "sample_axis='sequence'."
-            )
-        return "Use sample_axis='sequence', or skip_first_positions=1 if one of them has a class token."
 
     def _length_of(self, name: str) -> int:
         """Return how many positions a layer has, before any is left out."""
         found = self.positions[name]
         return found if isinstance(found, int) else self.lengths[found.removeprefix("the ").removesuffix("'s")]
-
-    def why_too_few(self, measure: str, needed: int, count: int, packed: bool = False) -> str:
-        """Explain why a batch of `count` samples is not guided, and what to do about it."""
-        way_out = "set sample_axis='token'" if packed else "raise per_device_train_batch_size"
-        if self.axis == "within":
-            return (
-                f"{measure} needs at least {needed} valid positions in a row, and no row of the batch has so many: set "
-                "sample_axis='token'"
-            )
-        if self.axis == "token":
-            kind = "valid tokens"
-        else:
-            kind = "row" if count == 1 else "rows"
-            if packed:
-                kind += ", into which documents are packed"
-            else:
-                way_out += ", or set dataloader_drop_last=True if it is an epoch's last batch"
-        return f"{measure} needs at least {needed} samples, and the batch has {count} {kind}: {way_out}"
 
     def why_too_short(self, needed: int) -> str:
         """Explain why rows of token ids have too few positions to be compared; empty if they have enough.
@@ -307,3 +265,77 @@ class Samples(ComparedRows):
 
     def _hashes(self) -> Tensor:
         return hashes_of_rows(self.content, self.masks.get("encoder"))
+
+
+def choose_tokens(
+    valid: Tensor, hashes: Callable[[], Tensor], count: int, seed: int, ranks: Ranks | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose tokens by a hash of row content, position and seed, so that row order does not change the choice.
+
+    Args:
+        valid: Positions to choose from, `(batch, length)`.
+        hashes: Computes the hash of each row, `(batch,)`, if it is needed.
+        count: Largest number of tokens, all ranks together.
+        seed: Seed of the choice.
+        ranks: Processes whose batches are taken as one; None for this process alone.
+
+    Returns:
+        Rows and positions of the chosen tokens of this process.
+    """
+    total = int(valid.sum())
+    if ranks is not None:
+        total = sum(row[0] for row in ranks.numbers([total], valid.device))
+    if total <= count:
+        rows, positions = valid.nonzero(as_tuple=True)
+        return rows, positions
+    score = _scores(valid, hashes(), seed)
+    if ranks is not None:
+        scores = torch.cat([score.flatten(), score.new_full((count + 1,), INT64_MAX)])
+        rows, positions = _below_the_last(score, ranks.smallest(scores, count + 1)).nonzero(as_tuple=True)
+        return rows, positions
+    smallest, chosen = score.flatten().topk(count + 1, largest=False)
+    chosen = chosen[_below_the_last(smallest, smallest)]
+    return chosen // valid.shape[1], chosen % valid.shape[1]
+
+
+def choose_within_rows(
+    valid: Tensor, hashes: Callable[[], Tensor], count: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Choose up to `count` positions of each row, as `choose_tokens` does, and group the rows by their number.
+
+    Args:
+        valid: Positions to choose from, `(batch, length)`, in front of each row.
+        hashes: Computes the hash of each row, `(batch,)`, if it is needed.
+        count: Largest number of positions of a row.
+        seed: Seed of the choice.
+
+    Returns:
+        Groups of rows `(r,)` with positions `(r, n)`, from few positions to many.
+    """
+    numbers = valid.sum(1)
+    groups = []
+    for n in numbers.clamp(max=count).unique().tolist():
+        rows = (numbers.clamp(max=count) == n).nonzero().flatten()
+        if n < count or valid.shape[1] <= count:
+            positions = torch.arange(n, device=valid.device).expand(len(rows), n)
+        else:
+            scores = _scores(valid[rows], hashes()[rows], seed)
+            positions = scores.topk(n, dim=1, largest=False).indices.sort(1).values
+        groups.append((rows, positions))
+    return groups
+
+
+def _scores(valid: Tensor, hashes: Tensor, seed: int) -> Tensor:
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    score = mix(hashes[:, None] + mix(positions + 1)[None, :] + seed) & INT64_MAX
+    return torch.where(valid, score, INT64_MAX)
+
+
+def _below_the_last(score: Tensor, smallest: Tensor) -> Tensor:
+    """Select the scores below the last of the smallest ones; if there are none, those equal to it.
+
+    Equal rows have equal scores. They are taken or left together, so that the choice does not depend on how rows are
+    split over batches.
+    """
+    last = smallest[-1]
+    return torch.where(smallest[0] < last, score < last, score <= last)

@@ -18,8 +18,9 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from hf_guidance.config import Json
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.choices import mix
-from hf_guidance.features.rows import Batch, content_of
+from hf_guidance.features.rows import content_of
 
 logger = logging.getLogger(__name__)
 

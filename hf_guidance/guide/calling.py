@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_guidance.features.masks import valid_positions
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.reader import AllRead, base_model_of
-from hf_guidance.features.rows import Batch
+from hf_guidance.features.rows import valid_positions
 from hf_guidance.guide.inputs import GUIDE_PREFIX, MAIN_INPUTS, accepted_columns, forward_arguments
 
 # beginnings of the errors of transformers and timm

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig, Json
+from hf_guidance.features.batch import Batch, documents_of, is_packed, take_rows
 from hf_guidance.features.reader import AllRead, LayerReader, Reduce
-from hf_guidance.features.rows import Batch, documents_of, is_packed, take_rows
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
 from hf_guidance.guide.calling import forward

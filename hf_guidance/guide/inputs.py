@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from hf_guidance.features.masks import masks_of
+from hf_guidance.features.batch import Batch, is_packed, take_rows
 from hf_guidance.features.reader import base_model_of
-from hf_guidance.features.rows import Batch, check_is_batch, content_of, is_packed, take_rows, tensors_of
+from hf_guidance.features.rows import check_is_batch, content_of, masks_of, tensors_of
 
 GUIDE_PREFIX = "guide_"
 GUIDE_PIXELS = "guide_pixel_values"

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from hf_guidance.features.gradients import not_recomputed
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import NO_LABEL, check_vocabularies, guide_batch, seen_by_target, without_guide
 from hf_guidance.guide.random_state import random_state, set_random_state
 from hf_guidance.loss import GuidanceLoss, Watched
@@ -95,7 +94,7 @@ class Accumulated:
             return self._samples.layers(name, _in_one(others))
 
         set_random_state(self._states[number])
-        with loss.target_reader.reading(not_recomputed(layers_of)) as layers:
+        with loss.target_reader.reading(layers_of) as layers:
             yield watched
         loss.compare(watched, (self._samples, layers), self._guide, log=log, scale=len(self.batches))
 

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.batch import is_packed
 from hf_guidance.features.distributed import ranks_of
-from hf_guidance.features.rows import is_packed
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.freezing import check_not_wrapped
 from hf_guidance.guide.inputs import check_vocabularies

@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.inside import transformer_in
-from hf_guidance.features.rows import Batch
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Schedule
 from hf_guidance.trainer.accumulation import Accumulated

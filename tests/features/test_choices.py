@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_guidance.features.choices import choose_rows, choose_within_rows, hashes_of, mix
+from hf_guidance.features.choices import choose_rows, hashes_of, mix
+from hf_guidance.features.samples import choose_within_rows
 
 
 def test_mixing_scatters_neighbours_over_all_bits_but_the_signs_and_loses_none() -> None:

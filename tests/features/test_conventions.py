@@ -12,6 +12,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.features.conventions import Conventions
+from hf_guidance.features.samples import Samples
 
 SOUND: dict[str, Any] = {
     "hidden_size": 8,
@@ -89,8 +90,9 @@ def test_a_convolution_over_a_sequence_has_its_positions_last_and_they_come_firs
     network = nn.Sequential(conv, nn.ReLU())
     conventions = Conventions(network, {"0": conv, "1": network[1]})
     features = torch.randn(2, 6, 6)
-    assert torch.equal(conventions.positions_first("0", features), features.mT)
-    assert torch.equal(conventions.positions_first("1", features), features)
+    samples = Samples({"x": torch.randn(2, 3, 6)}, conventions=conventions)
+    assert torch.equal(samples.prepared("0", features)[0], features.mT)
+    assert torch.equal(samples.prepared("1", features)[0], features)
 
 
 @pytest.mark.parametrize("lengths", [[400], [400, 80, 161, 320]])

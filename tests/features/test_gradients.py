@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_guidance.features.gradients import not_recomputed, reaches_weights
+from hf_guidance.features.gradients import reaches_weights
+from hf_guidance.features.reader import not_recomputed
 
 
 def test_a_loss_reaches_weights_only_through_one_that_is_trained() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor, states_of
+from hf_guidance.features.hidden_states import Blocks, first_tensor, last_tensor
+from hf_guidance.features.reader import states_of
 
 
 class Stack(nn.Module):

@@ -6,7 +6,8 @@ from builders import gpt2, linear, llama, token_batch
 
 from hf_guidance import GuidanceLoss
 from hf_guidance.features import masks
-from hf_guidance.features.masks import masks_of, warn_if_added
+from hf_guidance.features.masks import warn_if_added
+from hf_guidance.features.rows import masks_of
 
 
 def test_masks_are_those_of_encoder_and_decoder_as_far_as_they_are_known() -> None:

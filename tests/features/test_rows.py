@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guidance.features.rows import content_of, take_rows
+from hf_guidance.features.rows import content_of
 
 
 def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes_or_else_with_one() -> None:
@@ -15,12 +15,3 @@ def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes_or_else
     words = r"no tensor with a sample axis; it has \['name', 'scale'\]\. Guidance compares rows: let the data collator"
     with pytest.raises(ValueError, match=words):
         content_of({"name": "x", "scale": torch.tensor(1.0)})
-
-
-def test_taken_rows_are_those_of_every_column_that_has_rows() -> None:
-    ids = torch.arange(15).reshape(3, 5)
-    batch = {"input_ids": ids, "id": torch.arange(3), "scale": torch.tensor(2.0), "name": "x"}
-    taken = take_rows(batch, torch.tensor([2, 0]))
-    assert torch.equal(taken["input_ids"], batch["input_ids"][[2, 0]])
-    assert taken["id"].tolist() == [2, 0]
-    assert (taken["scale"], taken["name"]) == (batch["scale"], "x")

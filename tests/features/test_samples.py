@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft
 import pytest
 import torch
-from builders import gpt2, linear, llama, t5
 from torch import Tensor, nn
 
-from hf_guidance import GuidanceLoss
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.samples import Samples
@@ -448,26 +445,3 @@ def test_tokens_of_equal_rows_are_chosen_alike_by_one_process_and_by_ranks(most:
     assert alone == ranks
     assert {(3, place) for row, place in alone if row == 1} == {(row, place) for row, place in alone if row == 3}
     assert most - 1 <= len(alone) <= most or (len(alone), most) == (2, 1)
-
-
-def message_of(target: nn.Module, guide: nn.Module, batch: dict[str, Tensor], axis: str) -> str:
-    config = linear(sample_axis=axis, guide_shares_tokenizer=True)
-    loss = GuidanceLoss(target, guide, config)
-    with pytest.raises(ValueError, match="need the same positions") as raised, loss.watch(batch) as watched:
-        target(**watched.inputs)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("axis", ["token", "within"])
-def test_where_positions_differ_the_cause_that_is_known_is_named(axis: str) -> None:
-    ids = torch.randint(17, (8, 6), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :4].contiguous()}
-    said = message_of(t5(), llama(), batch, axis)
-    assert "Those of the target are its decoder's, and those of the other network its input's" in said
-    assert "target_layers=['encoder_hidden_states']), or use sample_axis='sequence'" in said
-    assert "class token" not in said
-    said = message_of(gpt2(), llama(), {"input_ids": ids, "guide_input_ids": ids[:, :5]}, axis)
-    assert "The target gets rows of 6 token ids and the guide of 5, as of two tokenizers: use sample_axis=" in said
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    said = message_of(peft.get_peft_model(gpt2(), config), llama(), {"input_ids": ids}, axis)
-    assert "puts 3 virtual tokens in front of each row, which the guide does not have" in said

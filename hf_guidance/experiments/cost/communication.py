@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.distributed import Ranks
-from hf_guidance.features.rows import Batch
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.half_precision import for_tensor_cores
 from hf_guidance.similarity.registry import get_measure

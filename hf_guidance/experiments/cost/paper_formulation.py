@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_guidance.config import GuidanceConfig
+from hf_guidance.features.batch import Batch
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.features.rows import Batch
 from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_guide
 from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair
 
