@@ -25,17 +25,16 @@ from hf_guidance.features.mismatches import why_too_few
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.features.rows import side_of, tensors_of
 from hf_guidance.features.samples import Samples
-from hf_guidance.guide.calling import forward
-from hf_guidance.guide.forward import GuideRunning
-from hf_guidance.guide.freezing import check_apart, check_types, freeze
-from hf_guidance.guide.inputs import (
+from hf_guidance.guide.forward import (
+    GuideRunning,
+    forward,
     generator_for,
-    noise_like,
     rows_for_guide,
     seen_by_target,
-    vocabulary_size,
     without_guide,
 )
+from hf_guidance.guide.freezing import check_apart, check_types, freeze
+from hf_guidance.guide.inputs import noise_like, vocabulary_size
 from hf_guidance.guide.own_base import OwnBase
 from hf_guidance.guide.sharding import shard
 from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair

@@ -16,8 +16,8 @@ from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.features.rows import content_of
 from hf_guidance.features.samples import Samples
-from hf_guidance.guide.calling import forward
-from hf_guidance.guide.inputs import check_own_columns, guide_batch, seen_by_target, without_guide
+from hf_guidance.guide.forward import forward, guide_batch, seen_by_target, without_guide
+from hf_guidance.guide.inputs import check_own_columns
 from hf_guidance.guide.random_state import fingerprint
 from hf_guidance.similarity.layers import Layer
 

@@ -12,7 +12,7 @@ from hf_guidance.analysis.comparison_values import SAMPLE_WORDS, Comparison
 from hf_guidance.analysis.network_comparison import compare
 from hf_guidance.commands.data import add_flags, check_flags, read
 from hf_guidance.commands.networks import check_colours, check_same_kind, kind_of, load
-from hf_guidance.guide.inputs import accepted_columns
+from hf_guidance.guide.forward import accepted_columns
 from hf_guidance.similarity.registry import MEASURES, get_measure
 from hf_guidance.trainer.checks import check_writable
 

@@ -15,7 +15,8 @@ from hf_guidance.commands.data import Collator, Data, add_flags, check_flags, re
 from hf_guidance.commands.networks import check_colours, check_same_kind, head_for, kind_of, load, load_target
 from hf_guidance.config import AUTO, HIDDEN_STATES, GuidanceConfig
 from hf_guidance.experiments.inspection import inspect
-from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns, vocabulary_size
+from hf_guidance.guide.forward import accepted_columns
+from hf_guidance.guide.inputs import GUIDE_PREFIX, vocabulary_size
 from hf_guidance.tasks.base import IGNORED_LABEL
 from hf_guidance.trainer.checks import check_writable
 from hf_guidance.trainer.guidance_trainer import GuidanceTrainer

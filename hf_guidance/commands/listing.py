@@ -16,7 +16,7 @@ from hf_guidance.config import HIDDEN_STATES, GuidanceConfig
 from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.modules import find_modules
 from hf_guidance.features.reader import LayerReader, base_model_of
-from hf_guidance.guide.calling import forward
+from hf_guidance.guide.forward import forward
 from hf_guidance.mapping import pair_layers
 
 

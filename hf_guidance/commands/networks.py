@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_guidance.guide.configs import config_of
-from hf_guidance.guide.inputs import accepted_columns, vocabulary_size
+from hf_guidance.guide.forward import accepted_columns
+from hf_guidance.guide.inputs import vocabulary_size
 from hf_guidance.guide.loading import POSSIBLE, AutoClass, load_guide, untrained_network
 from hf_guidance.tasks.image_decoding import PixelFormat
 from hf_guidance.tasks.pixel_formats import pixel_format_of

@@ -17,16 +17,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_guidance.features.batch import Batch
+from hf_guidance.guide.forward import accepted_columns, forward_arguments, guide_batch, without_guide
 from hf_guidance.guide.freezing import freeze
 from hf_guidance.guide.identity import identity
-from hf_guidance.guide.inputs import (
-    GUIDE_PREFIX,
-    NO_LABEL,
-    accepted_columns,
-    forward_arguments,
-    guide_batch,
-    without_guide,
-)
+from hf_guidance.guide.inputs import GUIDE_PREFIX, NO_LABEL
 
 CAUSAL: Any = MODEL_FOR_CAUSAL_LM_MAPPING
 PREDICT_EACH_POSITION = (

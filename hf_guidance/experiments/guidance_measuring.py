@@ -18,8 +18,8 @@ from hf_guidance.analysis.first_batch import LayerLook, look_at_layer
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.measurements import Measurements, PairMeasurement, StepCost, spread_of
 from hf_guidance.features.batch import Batch, take_rows
+from hf_guidance.guide.forward import guide_batch, without_guide
 from hf_guidance.guide.freezing import BATCH_NORM, calibrate_batch_norm
-from hf_guidance.guide.inputs import guide_batch, without_guide
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.mapping import parse_pair
 from hf_guidance.schedule import Weights

@@ -24,8 +24,9 @@ from hf_guidance.experiments.measurements import Measurements, PairMeasurement
 from hf_guidance.experiments.proposals import Data, Proposal, ordered
 from hf_guidance.features.batch import Batch
 from hf_guidance.features.rows import content_of
+from hf_guidance.guide.forward import accepted_columns
 from hf_guidance.guide.freezing import BATCH_NORM
-from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
+from hf_guidance.guide.inputs import GUIDE_PREFIX
 from hf_guidance.guide.random_state import kept_random_state
 from hf_guidance.trainer.checks import makes_batches
 from hf_guidance.trainer.guidance_mixin import GuidanceMixin

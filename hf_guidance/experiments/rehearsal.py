@@ -12,8 +12,9 @@ from transformers import Trainer, set_seed
 from hf_guidance.analysis.history import metrics_of
 from hf_guidance.experiments.controls import MatchedRun, check_follows
 from hf_guidance.experiments.run_training import RESULT
+from hf_guidance.guide.forward import generator_for, guide_batch
 from hf_guidance.guide.identity import fingerprint
-from hf_guidance.guide.inputs import generator_for, guide_batch, noise_like, vocabulary_size
+from hf_guidance.guide.inputs import noise_like, vocabulary_size
 from hf_guidance.trainer.checks import makes_batches
 from hf_guidance.trainer.preparation import first_batches
 

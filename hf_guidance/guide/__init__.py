@@ -1,25 +1,23 @@
 """The guide: loaded or built, frozen, identified, fed and run.
 
-`loading` and `rebuilding` make a guide. `source` restricts what it is read from, and `hub_errors` explains what the Hub
-answers. `inputs` and `forward` run it, and `cache` stores its features.
+Read `forward` first: it feeds and runs the guide in a step, with the inputs that `inputs` makes or checks, or takes its
+features from the `cache`. `first_forwards` checks the first ones, and `failures` explains those that fail. `loading` and
+`rebuilding` make a guide. `source` restricts what it is read from, and `hub_errors` explains what the Hub answers.
 """
 
 from hf_guidance.guide.cache import row_checksums
-from hf_guidance.guide.forward import GuideRunning
-from hf_guidance.guide.freezing import BATCH_NORM, calibrate_batch_norm, check_apart, check_not_wrapped, freeze
-from hf_guidance.guide.identity import check_same_guide, fingerprint
-from hf_guidance.guide.inputs import (
-    GUIDE_PREFIX,
+from hf_guidance.guide.forward import (
+    GuideRunning,
     accepted_columns,
-    check_vocabularies,
     forward_arguments,
     generator_for,
     guide_batch,
-    noise_like,
     seen_by,
-    vocabulary_size,
     without_guide,
 )
+from hf_guidance.guide.freezing import BATCH_NORM, calibrate_batch_norm, check_apart, check_not_wrapped, freeze
+from hf_guidance.guide.identity import check_same_guide, fingerprint
+from hf_guidance.guide.inputs import GUIDE_PREFIX, check_vocabularies, noise_like, vocabulary_size
 from hf_guidance.guide.loading import load_guide, untrained_network
 from hf_guidance.guide.own_base import OwnBase, load_guide_of_base
 from hf_guidance.guide.rebuilding import load_guide_of

@@ -1,7 +1,8 @@
-"""The guide's side of a step: from the batch, by its forward or its cached features, to its layers."""
+"""The guide's side of a step: from the batch to what the guide sees, by its forward or its cache, to its layers."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -9,20 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_guidance.config import GuidanceConfig, Json
-from hf_guidance.features.batch import Batch, documents_of, is_packed, take_rows
-from hf_guidance.features.reader import AllRead, LayerReader, Reduce
+from hf_guidance.features.batch import Batch, is_packed, take_rows
+from hf_guidance.features.reader import AllRead, LayerReader, Reduce, base_model_of
+from hf_guidance.features.rows import check_is_batch, valid_positions
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.cache import WITHOUT_HALVES, GuideCache, format_of
-from hf_guidance.guide.calling import forward
+from hf_guidance.guide.failures import is_from_here, why_it_fails
+from hf_guidance.guide.first_forwards import check_is_not_random, warn_if_documents_mix
 from hf_guidance.guide.inputs import (
+    BESIDE_INPUTS,
+    GUIDE_PREFIX,
+    MAIN_INPUTS,
     check_own_columns,
     check_vocabularies,
-    generator_for,
-    guide_batch,
+    decoder_inputs,
     noise_like,
-    seen_by,
     shuffle_rows,
     vocabulary_size,
 )
@@ -34,9 +39,160 @@ from hf_guidance.similarity.sketch import Sketch
 
 logger = logging.getLogger(__name__)
 
-ALIKE = 0.02  # largest relative difference that rounding makes, in half precision too
-SAME = 1e-3  # the same for two forwards of one batch
+LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 MOST_STAYING = 0.1  # share of the first batch's rows that may keep their place where rows of equal length are exchanged
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """Make a generator whose seed is a function of (seed, step, micro-step, rank, …). No state needs to be saved."""
+    state = 0
+    for number in key:
+        state = (state * 6364136223846793005 + int(number) + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def accepted_columns(guide: nn.Module) -> list[str]:
+    """Return the names of the arguments of the guide's forward, without labels."""
+    parameters = inspect.signature(base_model_of(guide).forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.kind not in variadic and p.name not in LABELS]
+
+
+def without_guide(batch: Batch, ids: str | None = None) -> dict[str, Any]:
+    """Return the target's columns of a batch.
+
+    Args:
+        batch: Columns for both networks.
+        ids: Column of sample ids to leave out, too.
+    """
+    check_is_batch(batch)
+    return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
+
+
+def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
+    """Return a batch with the inputs that its target is run on, even where these are made from other columns.
+
+    An encoder-decoder makes its decoder inputs by shifting the labels. TRL's trainers that generate, GRPO and RLOO,
+    join prompts and completions into `input_ids` and `attention_mask`.
+    """
+    check_is_batch(batch)
+    seen: dict[str, Any] = dict(batch)
+    given = seen.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values"}
+    network = base_model_of(target)
+    has_decoder = hasattr(network, "prepare_decoder_input_ids_from_labels") or getattr(
+        getattr(network, "config", None), "is_encoder_decoder", False
+    )
+    if has_decoder and seen.get("labels") is not None and not given:
+        seen |= decoder_inputs(network, seen)
+    parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
+    if "input_ids" not in seen and all(name in seen for names in parts.values() for name in names):
+        seen |= {whole: torch.cat([seen[name] for name in names], 1) for whole, names in parts.items()}
+    return seen
+
+
+def guide_batch(batch: Batch, target: nn.Module, guide: nn.Module) -> dict[str, Any]:
+    """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns.
+
+    A guide that sees the images of a batch with images and text is not given the columns of the text, nor one without
+    a decoder those of a decoder: their masks are none of its layers.
+    """
+    own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
+    if own:
+        return own
+    accepted, seen = accepted_columns(guide), seen_by_target(batch, target)
+    sees_images = "pixel_values" in accepted and "input_ids" not in accepted
+    of_text = {"input_ids", *BESIDE_INPUTS} if {"pixel_values", "input_ids"} <= seen.keys() and sees_images else set()
+    has_decoder = any(name.startswith("decoder_") for name in accepted)
+    of_decoder = set() if has_decoder else {"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"}
+    return {name: value for name, value in seen.items() if name not in of_text | of_decoder}
+
+
+def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[str, Any]]:
+    """Choose the arguments of the guide's forward: accepted columns by name, else its one input by position.
+
+    Args:
+        guide: The guide.
+        batch: Columns of a batch.
+
+    Returns:
+        Positional and keyword arguments.
+
+    Raises:
+        ValueError: If the guide accepts none of the columns.
+    """
+    accepted = accepted_columns(guide)
+    named = {name: batch[name] for name in accepted if name in batch}
+    main = next((name for name in MAIN_INPUTS if name in batch), None)
+    has_main = main is None or main in named or accepted[0] in named
+    if has_main and any(isinstance(value, Tensor) for value in named.values()):
+        return [], named
+    if main is None or not accepted:
+        raise ValueError(
+            f"the guide ({type(guide).__name__}) takes {accepted}, but the batch has {sorted(batch)}: "
+            f"name the columns after its arguments, prefixed with '{GUIDE_PREFIX}' if they are for the guide alone."
+        )
+    return [batch[main]], named
+
+
+def seen_by(guide: nn.Module, inputs: Batch) -> dict[str, Any]:
+    """Select the inputs that the guide's forward accepts. Positional ones are named by their number."""
+    args, kwargs = forward_arguments(guide, inputs)
+    return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
+
+
+def rows_for_guide(batch: Batch, rows: Tensor | None) -> tuple[Batch, Tensor | None]:
+    """Select the rows that the guide runs on.
+
+    Args:
+        batch: Columns for both networks.
+        rows: Indices of the rows to compare, `(k,)`; None for all.
+
+    Returns:
+        The batch of these rows, and which of its rows to compare; None for all. A batch of no row is one of the first
+        row, none of which is compared, because few networks run on no row.
+    """
+    if rows is None:
+        return batch, None
+    return (take_rows(batch, rows), None) if len(rows) else (take_rows(batch, rows.new_zeros(1)), rows)
+
+
+def forward(guide: nn.Module, inputs: Batch, role: str = "guide") -> Any:
+    """Run a guide on those of the inputs that it accepts, moved to its device.
+
+    Args:
+        guide: The guide.
+        inputs: Columns of a batch.
+        role: What the network is, for the message.
+
+    Returns:
+        Output of the guide.
+
+    Raises:
+        ValueError: If the guide does not run on these inputs. The message has the guide's own error and what to do.
+    """
+    args, kwargs = forward_arguments(guide, inputs)
+    if "use_cache" in accepted_columns(guide):  # with a cache, transformers takes packed documents for one document
+        kwargs["use_cache"] = False
+    mask = kwargs.get("attention_mask")
+    if (
+        isinstance(mask, Tensor)
+        and mask.ndim == 2
+        and mask.is_floating_point()
+        and isinstance(base_model_of(guide), PreTrainedModel)
+    ):
+        kwargs["attention_mask"] = valid_positions(mask).long()  # transformers takes 0 for padding
+    parameter = next(base_model_of(guide).parameters(), None)  # a target's own base holds none itself
+    if parameter is not None and parameter.device.type != "meta":
+        args = [value.to(parameter.device) for value in args]
+        kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    try:
+        return guide(*args, **kwargs)
+    except (AllRead, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if is_from_here(error):
+            raise
+        raise ValueError(why_it_fails(guide, inputs, args, kwargs, error, role)) from error
 
 
 class GuideRunning:
@@ -87,13 +243,14 @@ class GuideRunning:
             ValueError: If the two networks have different vocabularies or rows, or `cache_guide` is set but the cache
                 is not open or the batch has no ids.
         """
-        check_own_columns(batch)
+        if any(name.startswith(GUIDE_PREFIX) for name in batch):
+            check_own_columns(batch)
         inputs = guide_batch(batch, self.target, self.guide)
         if not self._has_seen_a_batch:
             if not self.config.guide_shares_tokenizer:
                 check_vocabularies(self.target, self.guide, {*batch, *inputs})
             if is_packed(inputs):
-                self._check_tells_documents_apart(inputs)
+                warn_if_documents_mix(self.guide, self.read, inputs)
             self._has_seen_a_batch = True
         if self.config.guide_input == "noise":
             inputs = noise_like(inputs, vocabulary_size(self.guide), generator_for(*key, 1))
@@ -137,45 +294,8 @@ class GuideRunning:
         if before is not None:
             self._draws_nothing = True
             if before != fingerprint():
-                self._check_is_not_random(inputs)
+                check_is_not_random(self.guide, self.read, inputs)
         return read
-
-    def _check_is_not_random(self, inputs: Batch) -> None:
-        """Refuse a guide whose features differ between two forwards of one batch."""
-        once, again = (self.read(inputs, lambda _, features: features.clone()) for _ in range(2))
-        for name, features in once.items():
-            same = features.shape == again[name].shape
-            difference = (features - again[name]).norm() / features.norm() if same else 1.0
-            if difference > SAME:
-                raise ValueError(
-                    f"the guide ({type(self.guide).__name__}) is random: two forwards of the same batch differ by "
-                    f"{100 * difference:.2g} % in layer {name}, so that the target would follow noise. Switch this off "
-                    "in the guide's config, or load the guide without it: of a masked autoencoder that is its plain "
-                    "encoder (the weights of ViTMAEModel in ViTModel)."
-                )
-
-    def _check_tells_documents_apart(self, inputs: Batch) -> None:
-        """Warn if the guide's features of a packed document differ from those of the document alone."""
-        documents = documents_of(inputs)
-        columns = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 2}
-        if len(documents) < 2 or "input_ids" not in columns:
-            return
-        place = documents[1]  # the first document has nothing before it
-        alone = {name: columns[name][:, place] for name in columns.keys() & {"input_ids", "position_ids"}}
-        together, apart = (self.read(batch, lambda _, output: output) for batch in (inputs, alone))
-        for name, features in apart.items():
-            packed = together[name][:, place]
-            difference = (packed - features).norm() / features.norm()
-            if not difference < ALIKE:
-                logger.warning(
-                    "The guide (%s) does not tell packed documents apart: features of the second document differ by "
-                    "%.0f %% from those of the document alone (%s). Pad the rows instead of packing them, or use "
-                    "another guide.",
-                    type(self.guide).__name__,
-                    100 * difference,
-                    name,
-                )
-                return
 
     @torch.no_grad()
     def open_cache(self, batch: Batch, rows: int, identity: Mapping[str, Json], create: bool) -> None:

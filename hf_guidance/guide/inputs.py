@@ -1,4 +1,4 @@
-"""Inputs of the guide: the batch, its own columns, noise, or the input of another row."""
+"""Inputs that are made or checked: those of a decoder, noise, other rows, and vocabularies. `forward` uses them."""
 
 from __future__ import annotations
 
@@ -19,78 +19,41 @@ GUIDE_PIXELS = "guide_pixel_values"
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
 BESIDE_INPUTS = {"attention_mask", "token_type_ids", "position_ids", "decoder_attention_mask"}
 NO_LABEL = -100  # of positions without a label
-LABELS = {"labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label"}
 
 
-def generator_for(*key: int) -> torch.Generator:
-    """Make a generator whose seed is a function of (seed, step, micro-step, rank, …). No state needs to be saved."""
-    state = 0
-    for number in key:
-        state = (state * 6364136223846793005 + int(number) + 1442695040888963407) % 2**63
-    return torch.Generator().manual_seed(state)
+def decoder_inputs(network: nn.Module, seen: Batch) -> dict[str, Any]:
+    """Make the decoder inputs of an encoder-decoder from its labels, and their mask; empty if it does not do so.
 
-
-def accepted_columns(guide: nn.Module) -> list[str]:
-    """Return the names of the arguments of the guide's forward, without labels."""
-    parameters = inspect.signature(base_model_of(guide).forward).parameters.values()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.kind not in variadic and p.name not in LABELS]
-
-
-def guide_batch(batch: Batch, target: nn.Module, guide: nn.Module) -> dict[str, Any]:
-    """Return the guide's columns of a batch: `guide_*` without the prefix if there are any, else all columns.
-
-    A guide that sees the images of a batch with images and text is not given the columns of the text, nor one without
-    a decoder those of a decoder: their masks are none of its layers.
+    Args:
+        network: The network.
+        seen: Its columns of a batch.
     """
-    own = {k.removeprefix(GUIDE_PREFIX): v for k, v in batch.items() if k.startswith(GUIDE_PREFIX)}
-    if own:
-        return own
-    accepted, seen = accepted_columns(guide), seen_by_target(batch, target)
-    sees_images = "pixel_values" in accepted and "input_ids" not in accepted
-    of_text = {"input_ids", *BESIDE_INPUTS} if {"pixel_values", "input_ids"} <= seen.keys() and sees_images else set()
-    has_decoder = any(name.startswith("decoder_") for name in accepted)
-    of_decoder = set() if has_decoder else {"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"}
-    return {name: value for name, value in seen.items() if name not in of_text | of_decoder}
+    labels: Any = seen.get("labels")
+    mask: Any = seen.get("decoder_attention_mask")
+    if (ids := _decoder_ids(network, labels)) is not None:
+        made = {"decoder_attention_mask": (labels != NO_LABEL).long()}
+        return {"decoder_input_ids": ids, **(made if mask is None and ids.shape == labels.shape else {})}
+    takes_sound = "decoder_input_values" in inspect.signature(network.forward).parameters
+    if isinstance(labels, Tensor) and labels.ndim == 3 and takes_sound:
+        return _spectrogram_inputs(labels, mask, network)
+    return {}
 
 
-def seen_by_target(batch: Batch, target: nn.Module) -> dict[str, Any]:
-    """Return a batch with the inputs that its target is run on, even where these are made from other columns.
-
-    An encoder-decoder makes its decoder inputs by shifting the labels. TRL's trainers that generate, GRPO and RLOO,
-    join prompts and completions into `input_ids` and `attention_mask`.
-    """
-    check_is_batch(batch)
-    seen: dict[str, Any] = dict(batch)
-    if not seen.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values"}:
-        network, labels = base_model_of(target), seen.get("labels")
-        if (ids := _decoder_inputs(network, labels)) is not None:
-            seen["decoder_input_ids"] = ids
-            if ids.shape == seen["labels"].shape:
-                seen.setdefault("decoder_attention_mask", (seen["labels"] != NO_LABEL).long())
-        elif isinstance(labels, Tensor) and labels.ndim == 3 and "decoder_input_values" in accepted_columns(network):
-            seen |= _spectrogram_inputs(labels, seen.get("decoder_attention_mask"), network)
-    parts = {"input_ids": ("prompt_ids", "completion_ids"), "attention_mask": ("prompt_mask", "completion_mask")}
-    if "input_ids" not in seen and all(name in seen for names in parts.values() for name in names):
-        seen |= {whole: torch.cat([seen[name] for name in names], 1) for whole, names in parts.items()}
-    return seen
-
-
-def _decoder_inputs(target: Any, labels: Any) -> Tensor | None:
-    """Make the decoder inputs of an encoder-decoder from its labels; None if it does not do so."""
+def _decoder_ids(network: Any, labels: Any) -> Tensor | None:
+    """Shift the labels of a text to the right, as an encoder-decoder does; None if it does not do so."""
     if labels is None:
         return None
-    shift: Any = getattr(target, "prepare_decoder_input_ids_from_labels", None)
+    shift: Any = getattr(network, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         return shift(labels=labels)
-    config: Any = getattr(target, "config", None)
+    config: Any = getattr(network, "config", None)
     places = [config, config.get_text_config() if hasattr(config, "get_text_config") else None]
     found = ([getattr(place, f"{name}_token_id", None) for place in places] for name in ("decoder_start", "pad"))
     start, pad = (next((value for value in values if value is not None), None) for values in found)
     is_text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
     if not (is_text and getattr(config, "is_encoder_decoder", False) and isinstance(start, int)):
         return None
-    if "decoder_input_ids" not in inspect.signature(target.forward).parameters or not target.can_generate():
+    if "decoder_input_ids" not in inspect.signature(network.forward).parameters or not network.can_generate():
         return None  # a head on the encoder alone, or one whose labels are classes
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
     return shifted.masked_fill(shifted == NO_LABEL, 0 if pad is None else pad)
@@ -106,50 +69,6 @@ def _spectrogram_inputs(labels: Tensor, mask: Tensor | None, network: Any) -> di
         "decoder_input_values": shifted.masked_fill(shifted == NO_LABEL, 0.0),
         "decoder_attention_mask": mask[:, step - 1 :: step],
     }
-
-
-def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[str, Any]]:
-    """Choose the arguments of the guide's forward: accepted columns by name, else its one input by position.
-
-    Args:
-        guide: The guide.
-        batch: Columns of a batch.
-
-    Returns:
-        Positional and keyword arguments.
-
-    Raises:
-        ValueError: If the guide accepts none of the columns.
-    """
-    accepted = accepted_columns(guide)
-    named = {name: batch[name] for name in accepted if name in batch}
-    main = next((name for name in MAIN_INPUTS if name in batch), None)
-    has_main = main is None or main in named or accepted[0] in named
-    if has_main and any(isinstance(value, Tensor) for value in named.values()):
-        return [], named
-    if main is None or not accepted:
-        raise ValueError(
-            f"the guide ({type(guide).__name__}) takes {accepted}, but the batch has {sorted(batch)}: "
-            f"name the columns after its arguments, prefixed with '{GUIDE_PREFIX}' if they are for the guide alone."
-        )
-    return [batch[main]], named
-
-
-def seen_by(guide: nn.Module, inputs: Batch) -> dict[str, Any]:
-    """Select the inputs that the guide's forward accepts. Positional ones are named by their number."""
-    args, kwargs = forward_arguments(guide, inputs)
-    return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
-
-
-def without_guide(batch: Batch, ids: str | None = None) -> dict[str, Any]:
-    """Return the target's columns of a batch.
-
-    Args:
-        batch: Columns for both networks.
-        ids: Column of sample ids to leave out, too.
-    """
-    check_is_batch(batch)
-    return {name: value for name, value in batch.items() if not name.startswith(GUIDE_PREFIX) and name != ids}
 
 
 def noise_like(batch: Batch, vocabulary: int | None, generator: torch.Generator) -> dict[str, Any]:
@@ -239,27 +158,12 @@ def check_own_columns(batch: Batch) -> None:
         )
     theirs = {name: value for name, value in batch.items() if name not in own}
     rows = [len(content_of(columns)) for columns in (theirs, own)]
-    if rows[0] != rows[1] and not (is_packed(theirs) or is_packed(guide_batch(batch, nn.Identity(), nn.Identity()))):
+    alone = {name.removeprefix(GUIDE_PREFIX): value for name, value in own.items()}
+    if rows[0] != rows[1] and not (is_packed(theirs) or is_packed(alone)):
         raise ValueError(
             f"the target's columns have {rows[0]} rows and the guide's ({', '.join(sorted(own))}) {rows[1]}: both "
             "networks need the same rows, in the same order. Give each example its guide_* columns."
         )
-
-
-def rows_for_guide(batch: Batch, rows: Tensor | None) -> tuple[Batch, Tensor | None]:
-    """Select the rows that the guide runs on.
-
-    Args:
-        batch: Columns for both networks.
-        rows: Indices of the rows to compare, `(k,)`; None for all.
-
-    Returns:
-        The batch of these rows, and which of its rows to compare; None for all. A batch of no row is one of the first
-        row, none of which is compared, because few networks run on no row.
-    """
-    if rows is None:
-        return batch, None
-    return (take_rows(batch, rows), None) if len(rows) else (take_rows(batch, rows.new_zeros(1)), rows)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 
 from hf_guidance.features.batch import Batch
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.guide.inputs import NO_LABEL, check_vocabularies, guide_batch, seen_by_target, without_guide
+from hf_guidance.guide.forward import guide_batch, seen_by_target, without_guide
+from hf_guidance.guide.inputs import NO_LABEL, check_vocabularies
 from hf_guidance.guide.random_state import random_state, set_random_state
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Weights

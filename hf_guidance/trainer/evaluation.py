@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.batch import Batch
 from hf_guidance.features.rows import content_of
-from hf_guidance.guide.inputs import without_guide
+from hf_guidance.guide.forward import without_guide
 from hf_guidance.guide.random_state import random_state, set_random_state
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Weights

@@ -17,8 +17,8 @@ from transformers.utils import logging as of_transformers
 from hf_guidance.analysis.first_batch import FirstLook, look_at_layer, look_at_pairs, render
 from hf_guidance.analysis.first_warnings import warnings_of
 from hf_guidance.features.batch import Batch
+from hf_guidance.guide.forward import without_guide
 from hf_guidance.guide.freezing import BATCH_NORM
-from hf_guidance.guide.inputs import without_guide
 from hf_guidance.guide.random_state import kept_random_state
 from hf_guidance.loss import Watched
 from hf_guidance.trainer.clock import TrainingClock

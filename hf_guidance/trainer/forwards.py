@@ -12,7 +12,8 @@ import torch
 
 from hf_guidance.features.batch import Batch
 from hf_guidance.features.inside import is_sentence_transformer, transformer_in
-from hf_guidance.guide.inputs import vocabulary_size, without_guide
+from hf_guidance.guide.forward import without_guide
+from hf_guidance.guide.inputs import vocabulary_size
 from hf_guidance.loss import GuidanceLoss, Watched
 from hf_guidance.schedule import Weights
 

@@ -16,9 +16,10 @@ from hf_guidance.analysis.first_batch import FirstLook
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.batch import Batch
 from hf_guidance.features.inside import check_is_network, transformer_in
+from hf_guidance.guide.forward import accepted_columns
 from hf_guidance.guide.freezing import calibrate_batch_norm, check_types, freeze
 from hf_guidance.guide.identity import identity
-from hf_guidance.guide.inputs import GUIDE_PREFIX, accepted_columns
+from hf_guidance.guide.inputs import GUIDE_PREFIX
 from hf_guidance.guide.own_base import OwnBase, load_guide_of_base
 from hf_guidance.guide.sharding import check_whole
 from hf_guidance.loss import GuidanceLoss, Watched

@@ -16,9 +16,9 @@ from safetensors.torch import save_file, save_model
 
 from hf_guidance.card.facts import Rows
 from hf_guidance.guide.cache import row_checksums
+from hf_guidance.guide.forward import generator_for, guide_batch, seen_by
 from hf_guidance.guide.freezing import calibrate_batch_norm
 from hf_guidance.guide.identity import fingerprint
-from hf_guidance.guide.inputs import generator_for, guide_batch, seen_by
 from hf_guidance.guide.random_state import kept_random_state
 from hf_guidance.guide.sharding import is_sharded, whole_state
 from hf_guidance.trainer.protocol import GuidedTrainer

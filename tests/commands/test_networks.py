@@ -20,7 +20,7 @@ from hf_guidance.commands.networks import (
     load_target,
     pixels_of,
 )
-from hf_guidance.guide.calling import forward
+from hf_guidance.guide.forward import forward
 
 
 def test_a_network_is_loaded_with_its_weights_or_with_those_of_a_seed(tmp_path: Path) -> None:

@@ -24,19 +24,15 @@ from transformers import (
 from transformers.models.speecht5.modeling_speecht5 import shift_spectrograms_right
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, load_guide
-from hf_guidance.guide.calling import forward
-from hf_guidance.guide.inputs import (
+from hf_guidance.guide.forward import (
     accepted_columns,
-    check_own_columns,
-    check_vocabularies,
+    forward,
     forward_arguments,
     generator_for,
     guide_batch,
-    noise_like,
     seen_by_target,
-    shuffle_rows,
-    vocabulary_size,
 )
+from hf_guidance.guide.inputs import check_own_columns, check_vocabularies, noise_like, shuffle_rows, vocabulary_size
 
 IDS, MASK, PIXELS = torch.arange(12).reshape(4, 3), torch.ones(4, 3, dtype=torch.int64), torch.zeros(4, 3, 8, 8)
 

@@ -17,7 +17,7 @@ from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.reader import LayerReader
 from hf_guidance.features.samples import Samples
-from hf_guidance.guide.inputs import accepted_columns
+from hf_guidance.guide.forward import accepted_columns
 
 TOLERANCE = 1e-4
 MORE = 4  # columns of padding

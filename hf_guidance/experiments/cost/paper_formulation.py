@@ -17,7 +17,7 @@ from transformers import Trainer
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.features.batch import Batch
 from hf_guidance.features.reader import LayerReader
-from hf_guidance.guide.inputs import forward_arguments, guide_batch, without_guide
+from hf_guidance.guide.forward import forward_arguments, guide_batch, without_guide
 from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair
 
 

@@ -15,7 +15,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.cost.meters import Clock, Probe, StepMeter, bytes_of, weights_of
 from hf_guidance.experiments.cost.paper_formulation import PaperTrainer
 from hf_guidance.experiments.cost.random_rows import RandomRows
-from hf_guidance.guide.inputs import guide_batch
+from hf_guidance.guide.forward import guide_batch
 from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
 
 

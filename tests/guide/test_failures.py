@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2Model
 
 from hf_guidance import GuidanceConfig, GuidanceLoss
-from hf_guidance.guide.calling import forward
+from hf_guidance.features.rows import content_of
+from hf_guidance.guide.failures import is_from_here
+from hf_guidance.guide.forward import forward
 
 
 def clip() -> CLIPModel:
@@ -88,3 +90,11 @@ def test_what_is_out_of_memory_or_raised_by_the_reader_stays_as_it_is() -> None:
 def test_a_part_of_clip_guides_as_a_network_of_its_own(part: str) -> None:
     batch = IMAGES if part == "vision_model" else token_batch()
     assert forward(getattr(clip(), part), batch).last_hidden_state is not None
+
+
+def test_only_an_error_of_what_reads_the_layers_is_from_here() -> None:
+    for call, here in ((lambda: content_of({}), True), (lambda: int("x"), False)):
+        with pytest.raises(ValueError) as raised:
+            call()
+        assert is_from_here(raised.value) is here
+    assert not is_from_here(ValueError())  # never raised
