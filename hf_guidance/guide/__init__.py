@@ -1,8 +1,9 @@
 """The guide: loaded or built, frozen, identified, fed and run.
 
-Read `forward` first: it feeds and runs the guide in a step, with the inputs that `inputs` makes or checks, or takes its
-features from the `cache`. `first_forwards` checks the first ones, and `failures` explains those that fail. `loading` and
-`rebuilding` make a guide. `source` restricts what it is read from, and `hub_errors` explains what the Hub answers.
+Read `forward` first: it feeds the guide in a step and runs it, or takes its features from the `cache`. `inputs` makes
+or checks what it is fed, `first_forwards` checks the first batch, and `failures` explains a forward that fails.
+`loading` and `rebuilding` make a guide. `source` restricts what it is read from, and `hub_errors` explains what the Hub
+answers.
 """
 
 from hf_guidance.guide.cache import row_checksums
