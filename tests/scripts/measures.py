@@ -1,7 +1,7 @@
 """Which measure should be the default: a small grid of measures and weights on five tasks, two seeds each.
 
     python tests/scripts/measures.py outputs/measures [--images zalando-datasets/fashion_mnist] [--tasks copy_paste …]
-    python tests/scripts/measures.py outputs/measures --rows
+    python tests/scripts/measures.py outputs/measures --rows [--measures linear_cka …]
 
 `outputs/shakespeare.txt` (`make shakespeare`) must exist. The folder receives `results.jsonl`, one line for each run;
 the same command goes on after a stop, and at the end prints the tables of recipes/LOG.md. One seed's runs share initial
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--images", default="zalando-datasets/fashion_mnist")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--rows", action="store_true", help="compare the guide on all rows and on a quarter of them")
+    parser.add_argument("--measures", nargs="+", help="with --rows, these instead of the best of each task")
     given = parser.parse_args()
     torch.set_num_threads(1)
     seeds = (*SEEDS, 102) if given.rows else SEEDS
@@ -268,9 +269,10 @@ def main() -> None:
         case = CASES[name](given.images)
         settings = {(label, w): fields for w in WEIGHTS for label, fields in MEASURES.items()}
         if given.rows:
-            batch, measure = case.training["per_device_train_batch_size"], BEST[name]
+            batch = case.training["per_device_train_batch_size"]
             settings = {
                 (f"{measure}, {label}", 1.0): {"measure": measure, "guide_rows": batch // part}
+                for measure in given.measures or [BEST[name]]
                 for label, part in ROWS.items()
             }
         for seed in seeds:
@@ -283,7 +285,8 @@ def main() -> None:
                 with log.open("a") as file:
                     file.write(json.dumps(found) + "\n")
                 print(found, flush=True)
-    labels = MEASURES if not given.rows else [f"{measure}, {label}" for measure in set(BEST.values()) for label in ROWS]
+    compared = given.measures or dict.fromkeys(BEST.values())
+    labels = MEASURES if not given.rows else [f"{measure}, {label}" for measure in compared for label in ROWS]
     print(table(results, labels, seeds))
 
 
