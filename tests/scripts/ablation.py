@@ -2,6 +2,8 @@
 
     python tests/scripts/ablation.py [rounds]
 
+Behind it, the term with debiased CKA over that with linear CKA.
+
 The features have the sizes of the rows of `recipes/guidance_cost.py`. The term is the layers, the measure and the
 backward of the loss. On a CPU times are CPU times on one thread, on a GPU times between CUDA events.
 """
@@ -12,6 +14,8 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -27,7 +31,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = DEVICE.type == "cuda"
 PATHS = {  # name → what is replaced to do without it
     "numpy's half products": [
-        (f"hf_guidance.similarity.{m}.for_numpy", lambda x: False) for m in ("matrices", "forms")
+        (f"hf_guidance.similarity.{m}.for_numpy", lambda x: False) for m in ("matrices", "layers")
     ],
     "means left in": [("hf_guidance.similarity.matrices.SAFE_OFFSET", -1)],
     "tensor cores": [("hf_guidance.similarity.half_precision.for_tensor_cores", lambda x, in_region=False: False)],
@@ -69,33 +73,59 @@ def seconds(work: Callable[[], None], clock: Clock) -> float:
     return clock.between(began, clock.now())
 
 
-def main() -> None:
-    rounds, clock = int((sys.argv[1:] or ["50"])[0]), Clock(DEVICE)
-    torch.set_num_threads(1)
+def in_turns(one: Callable[[], None], other: Callable[[], None], rounds: int) -> tuple[list[float], list[float]]:
+    """Time two pieces of work by turns, after a first round that does not count."""
+    clock = Clock(DEVICE)
+    found = [(seconds(one, clock), seconds(other, clock)) for _ in range(rounds + 1)][1:]
+    return [times for times, _ in found], [times for _, times in found]
+
+
+def features(n: int, widths: list[int], guide_widths: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw features of target and guide layers."""
     dtype = torch.bfloat16 if HALF else torch.float32
+    targets = {f"t{i}": torch.randn(n, d).relu().to(DEVICE, dtype).requires_grad_() for i, d in enumerate(widths)}
+    return targets, {f"g{i}": torch.randn(n, d).relu().to(DEVICE, dtype) for i, d in enumerate(guide_widths)}
+
+
+def error_of(values: list[float]) -> float:
+    """Return the standard error of a mean."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def main() -> None:
+    rounds = int((sys.argv[1:] or ["50"])[0])
+    torch.set_num_threads(1)
     for name, measure, n, widths, guide_widths in rows():
-        targets = {f"t{i}": torch.randn(n, d).relu().to(DEVICE, dtype).requires_grad_() for i, d in enumerate(widths)}
-        guides = {f"g{i}": torch.randn(n, d).relu().to(DEVICE, dtype) for i, d in enumerate(guide_widths)}
+        targets, guides = features(n, widths, guide_widths)
         pairs = list(zip(targets, guides, strict=True))
+        work = partial(term, pairs, measure, targets, guides)
         for path, replaced in PATHS.items():
-            found: dict[bool, list[float]] = {True: [], False: []}
-            for number in range(2 * rounds + 2):
-                without = number % 2 == 1
+
+            def without(replaced: list[tuple[str, Any]] = replaced, work: Callable[[], None] = work) -> None:
                 with ExitStack() as stack:
-                    for place, value in replaced if without else ():
+                    for place, value in replaced:
                         stack.enter_context(patch(place, value))
-                    taken = seconds(lambda: term(pairs, measure, targets, guides), clock)  # noqa: B023
-                if number > 1:
-                    found[without].append(taken)
-            saved = [b - a for a, b in zip(found[False], found[True], strict=True)]
-            plain = statistics.median(found[True])
-            error = statistics.stdev(saved) / len(saved) ** 0.5 if len(saved) > 1 else 0.0
+                    work()
+
+            found, plain = in_turns(work, without, rounds)
+            saved = [b - a for a, b in zip(found, plain, strict=True)]
             print(
-                f"{name:22} {measure:12} {path:22} {1e3 * statistics.median(found[False]):7.2f} ms, without "
-                f"{1e3 * plain:7.2f} ms: saves {1e3 * statistics.median(saved):6.2f} ± {1e3 * error:.2f} ms, "
-                f"{statistics.median(saved) / plain:.0%}",
+                f"{name:22} {measure:12} {path:22} {1e3 * statistics.median(found):7.2f} ms, without "
+                f"{1e3 * statistics.median(plain):7.2f} ms: saves {1e3 * statistics.median(saved):6.2f} ± "
+                f"{1e3 * error_of(saved):.2f} ms, {statistics.median(saved) / statistics.median(plain):.0%}",
                 flush=True,
             )
+    for name, _, n, widths, guide_widths in (row for row in rows() if row[1] == "linear_cka"):
+        targets, guides = features(n, widths, guide_widths)
+        pairs = list(zip(targets, guides, strict=True))
+        linear, debiased = (partial(term, pairs, name, targets, guides) for name in ("linear_cka", "debiased_cka"))
+        found, more = in_turns(linear, debiased, rounds)
+        ratios = [b / a for a, b in zip(found, more, strict=True)]
+        print(
+            f"{name:22} linear CKA {1e3 * statistics.median(found):.2f} ms, debiased CKA "
+            f"{statistics.median(ratios):.2f} ± {error_of(ratios):.2f} times that",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
