@@ -152,10 +152,11 @@ def _inverse(norm: Tensor, layer: Layer, rounding: Tensor | None = None) -> Tens
     Args:
         norm: The squared norm.
         layer: The layer.
-        rounding: Sum of the terms that were subtracted from each other to get it; None if there are none.
+        rounding: Sum of the terms that were subtracted from each other to get it, whose rounding grows with the root of
+            the samples; None if there are none.
     """
     epsilon = ROUNDINGS * torch.finfo(norm.dtype).eps
-    certain = norm if rounding is None else norm.sub(rounding, alpha=epsilon)
+    certain = norm if rounding is None else norm.sub(rounding, alpha=epsilon * layer.samples**0.5)
     return norm.reciprocal().masked_fill_(certain <= (epsilon * layer.samples) ** 2, 0)
 
 
@@ -187,15 +188,15 @@ def _of_halves(layer: Layer, debiased: bool, with_slope: bool) -> Side:
     halves = halves_of(layer.values, 2) * 2**0.5
     others = halves.flip(0)
     products = others @ (others.mT @ halves)
-    diagonal, excess = None, None
+    rounding, diagonal, excess = None, None, None
     if debiased:
-        diagonals = _diagonal(halves)
+        rounding, diagonals = inner(halves[0], products[0]), _diagonal(halves)
         every = diagonals - diagonals.mean(-1, keepdim=True) / (layer.samples - 1)
         products.addcmul_(every.flip(0)[..., None], halves, value=-_taken(layer))
         products -= products.mean(1, keepdim=True)
         diagonal, excess = _diagonal(layer.values), every.mean(0)
     own = torch.cat([*products], 1) * 2**0.5 if with_slope else None
-    return Side(layer, _inverse(inner(halves[0], products[0]), layer), None, diagonal, excess, own)
+    return Side(layer, _inverse(inner(halves[0], products[0]), layer, rounding), None, diagonal, excess, own)
 
 
 def _of_kernel(function: Kernel, layer: Layer, with_slope: bool) -> Side:

@@ -66,3 +66,21 @@ def test_cosines_have_no_diagonal_and_no_mean() -> None:
     assert abs(found.sum()) < 1e-10
     unit = x / x.norm(dim=1, keepdim=True)
     assert (found[0, 1] - found[2, 3]).item() == pytest.approx((unit[0] @ unit[1] - unit[2] @ unit[3]).item())
+
+
+@pytest.mark.parametrize("primal_below", [0.0, 9.0], ids=["dual", "primal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("n", [5, 40, 400, 2000])
+def test_debiased_a_sample_apart_from_equal_ones_carries_no_signal(
+    n: int, parts: int, dtype: torch.dtype, primal_below: float
+) -> None:
+    x = features(1, 2).repeat(n, 1).to(dtype)  # U-centring leaves nothing of the kernel of such samples
+    x[0] += 1
+    side = Cosine(debiased=True).prepare(layer_of(x, primal_below=primal_below, parts=parts), True)
+    assert side.inverse == 0
+    like = Cosine(debiased=True).prepare(layer_of(features(n, 2).to(dtype), primal_below=primal_below), False)
+    value, slope = Cosine(debiased=True).compare(side, like)
+    assert value == 0
+    assert slope is not None
+    assert not slope.any()
