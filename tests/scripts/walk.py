@@ -57,7 +57,7 @@ def walk(**settings: Any) -> tuple[list[str], int]:
 
 
 if __name__ == "__main__":
-    for settings in ({}, {"sample_axis": "token"}):
+    for settings in ({}, {"sample_axis": "token"}, {"measure": "auto"}):
         files, stops = walk(**settings)
-        print(f"{settings or 'defaults'}: {len(files)} files, {stops} stops")
+        print(f"{ {'measure': 'linear_cka', **settings} }: {len(files)} files, {stops} stops")
         print("  " + " → ".join(files))
