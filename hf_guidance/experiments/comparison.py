@@ -29,10 +29,10 @@ from hf_guidance.guide.sharding import built_whole
 from hf_guidance.loss import GuidanceLoss
 from hf_guidance.similarity.registry import min_samples
 from hf_guidance.trainer.checks import check_settings
-from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.guidance_trainer import GuidanceTrainer
 from hf_guidance.trainer.layer_maps import LayerMaps, can_map
 from hf_guidance.trainer.run_facts import run_facts
+from hf_guidance.trainer.steps import TrainingClock
 from hf_guidance.trainer.uploads import check_hub
 
 if TYPE_CHECKING:

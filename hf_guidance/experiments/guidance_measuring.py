@@ -25,11 +25,11 @@ from hf_guidance.mapping import parse_pair
 from hf_guidance.schedule import Weights
 from hf_guidance.similarity.pair_loss import guidance_loss_of_groups
 from hf_guidance.similarity.registry import MEASURES, PENALTIES, Measure, get_measure
-from hf_guidance.trainer.clock import Clock
 from hf_guidance.trainer.first_look import unchanged
 from hf_guidance.trainer.forwards import watch_each, watches_each
 from hf_guidance.trainer.gradient_angle import Gradients, gradients_of
 from hf_guidance.trainer.guidance_mixin import GuidanceMixin
+from hf_guidance.trainer.steps import Clock
 
 BOTH = Weights(1.0, 1.0)
 TOKEN_PENALTY = 0.1  # of ridge_loo, as `auto` takes it

@@ -26,8 +26,8 @@ from hf_guidance.experiments.run_training import result_of, train_and_record
 from hf_guidance.experiments.verdicts import EQUAL_TIME, Difference, gains
 from hf_guidance.features.batch import Batch
 from hf_guidance.trainer.checks import check_writable
-from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import environment
+from hf_guidance.trainer.steps import TrainingClock
 
 MakeTrainer: TypeAlias = Callable[[MatchedRun], Trainer]
 

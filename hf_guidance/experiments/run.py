@@ -24,10 +24,10 @@ from hf_guidance.analysis.history import (
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.experiments.files import read_json
 from hf_guidance.experiments.report import Record
-from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.environment import environment
 from hf_guidance.trainer.protocol import GuidedTrainer
 from hf_guidance.trainer.similarity_film import SimilarityFilm
+from hf_guidance.trainer.steps import TrainingClock
 
 if TYPE_CHECKING:
     from hf_guidance.tasks import Task

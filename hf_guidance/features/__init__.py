@@ -1,9 +1,8 @@
 """Features of a network: the outputs of its layers on a batch, and the samples they belong to.
 
-`reader` hooks hidden states and the modules that `modules` finds; of its first forward `hidden_states` tells which of
-these are layers, and `batch_first` where their batch is. `layer_drop` tells which layers ran, `inside` which network is
-read, `conventions` where it puts channels and frames. `rows` leaves padding out, and `samples` defines one sample.
-`distributed` joins the batches of all processes.
+Read `reader` first, which hooks hidden states and the modules that `modules` finds, then `rows`, which leaves padding
+out, and `samples`, which defines one sample. `hidden_states`, `batch_first`, `layer_drop` and `conventions` know how
+networks differ; `choices` picks rows, and `distributed` joins the batches of all processes.
 """
 
 from hf_guidance.features.batch import Batch

@@ -93,6 +93,7 @@ class BatchFirst:
                     "batch_first=True, or name another layer."
                 )
         self.open -= unclear
+        self._unclear, self._called = set(), None  # of this run on one row
 
     def _say_unsettled(self, why: str, unclear: Collection[str]) -> None:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Hashes of rows, and the choice of the rows to compare by them: neither order nor padding matters."""
+"""Choice of the rows to compare, by hashes of their content: neither order nor padding matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks of floats, which may be what is added to attention scores: 0 where they count, and −inf at padding."""
+"""Masks of floats, which may hold what is added to attention scores: 0 where positions count, −inf at padding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 def of_floats(mask: Tensor, name: str) -> Tensor:
-    """Read a mask of floats as `rows.valid_positions` does."""
+    """Read a mask of 1 and 0, or of 0 and what hides a position in attention scores. One of zeros hides none.
+
+    Args:
+        mask: The mask, `(batch, length)`.
+        name: Its name, for the message.
+
+    Returns:
+        `(batch, length)` of bool: true where positions count.
+
+    Raises:
+        ValueError: If it holds other numbers.
+    """
     added = bool((mask < 0).any()) or not mask.any()
     if not ((mask == 0) | (mask <= ADDED if added else mask == 1)).all():
         raise ValueError(

@@ -102,7 +102,8 @@ class LayerReader:
         """Read the layers of each forward inside this context.
 
         Args:
-            reduce: Called with the name and output of each layer; of a target with gradients, as `not_recomputed` does.
+            reduce: Called with the name and output of each layer. For a target with gradients it is wrapped by
+                `not_recomputed`.
 
         Yields:
             Layer → result of `reduce`, filled in during the forward.

@@ -1,9 +1,8 @@
 """The guide: loaded or built, frozen, identified, fed and run.
 
 Read `forward` first: it feeds the guide in a step and runs it, or takes its features from the `cache`. `inputs` makes
-or checks what it is fed, `first_forwards` checks the first batch, and `failures` explains a forward that fails.
-`loading` and `rebuilding` make a guide. `source` restricts what it is read from, and `hub_errors` explains what the Hub
-answers.
+or checks what it is fed. `loading` and `rebuilding` make a guide, `freezing` freezes it, `identity` tells it from
+others, and `sharding` spreads it over processes.
 """
 
 from hf_guidance.guide.cache import row_checksums

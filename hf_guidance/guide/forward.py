@@ -51,9 +51,9 @@ def generator_for(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
-def accepted_columns(guide: nn.Module) -> list[str]:
-    """Return the names of the arguments of the guide's forward, without labels."""
-    parameters = inspect.signature(base_model_of(guide).forward).parameters.values()
+def accepted_columns(network: nn.Module) -> list[str]:
+    """Return the names of the arguments of a network's forward, without labels."""
+    parameters = inspect.signature(base_model_of(network).forward).parameters.values()
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.kind not in variadic and p.name not in LABELS]
 
@@ -107,36 +107,38 @@ def guide_batch(batch: Batch, target: nn.Module, guide: nn.Module) -> dict[str, 
     return {name: value for name, value in seen.items() if name not in of_text | of_decoder}
 
 
-def forward_arguments(guide: nn.Module, batch: Batch) -> tuple[list[Any], dict[str, Any]]:
-    """Choose the arguments of the guide's forward: accepted columns by name, else its one input by position.
+def forward_arguments(network: nn.Module, batch: Batch, role: str = "guide") -> tuple[list[Any], dict[str, Any]]:
+    """Choose the arguments of a network's forward: accepted columns by name, else its one input by position.
 
     Args:
-        guide: The guide.
+        network: The network.
         batch: Columns of a batch.
+        role: What it is, for the message: `guide`, which may have columns of its own, or another word.
 
     Returns:
         Positional and keyword arguments.
 
     Raises:
-        ValueError: If the guide accepts none of the columns.
+        ValueError: If the network accepts none of the columns.
     """
-    accepted = accepted_columns(guide)
+    accepted = accepted_columns(network)
     named = {name: batch[name] for name in accepted if name in batch}
     main = next((name for name in MAIN_INPUTS if name in batch), None)
     has_main = main is None or main in named or accepted[0] in named
     if has_main and any(isinstance(value, Tensor) for value in named.values()):
         return [], named
     if main is None or not accepted:
+        own = f", prefixed with '{GUIDE_PREFIX}' if they are for the guide alone" if role == "guide" else ""
         raise ValueError(
-            f"the guide ({type(guide).__name__}) takes {accepted}, but the batch has {sorted(batch)}: "
-            f"name the columns after its arguments, prefixed with '{GUIDE_PREFIX}' if they are for the guide alone."
+            f"the {role} ({type(network).__name__}) takes {accepted}, but the batch has {sorted(batch)}: name the "
+            f"columns after its arguments{own}."
         )
     return [batch[main]], named
 
 
-def seen_by(guide: nn.Module, inputs: Batch) -> dict[str, Any]:
-    """Select the inputs that the guide's forward accepts. Positional ones are named by their number."""
-    args, kwargs = forward_arguments(guide, inputs)
+def seen_by(network: nn.Module, inputs: Batch) -> dict[str, Any]:
+    """Select the inputs that a network's forward accepts. Positional ones are named by their number."""
+    args, kwargs = forward_arguments(network, inputs)
     return {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
 
 
@@ -156,43 +158,43 @@ def rows_for_guide(batch: Batch, rows: Tensor | None) -> tuple[Batch, Tensor | N
     return (take_rows(batch, rows), None) if len(rows) else (take_rows(batch, rows.new_zeros(1)), rows)
 
 
-def forward(guide: nn.Module, inputs: Batch, role: str = "guide") -> Any:
-    """Run a guide on those of the inputs that it accepts, moved to its device.
+def forward(network: nn.Module, inputs: Batch, role: str = "guide") -> Any:
+    """Run a network on those of the inputs that it accepts, moved to its device.
 
     Args:
-        guide: The guide.
+        network: The network.
         inputs: Columns of a batch.
-        role: What the network is, for the message.
+        role: As of `forward_arguments`.
 
     Returns:
-        Output of the guide.
+        Output of the network.
 
     Raises:
-        ValueError: If the guide does not run on these inputs. The message has the guide's own error and what to do.
+        ValueError: If it does not run on these inputs. The message has the network's own error and what to do.
     """
-    args, kwargs = forward_arguments(guide, inputs)
-    if "use_cache" in accepted_columns(guide):  # with a cache, transformers takes packed documents for one document
+    args, kwargs = forward_arguments(network, inputs, role)
+    if "use_cache" in accepted_columns(network):  # with a cache, transformers takes packed documents for one document
         kwargs["use_cache"] = False
     mask = kwargs.get("attention_mask")
     if (
         isinstance(mask, Tensor)
         and mask.ndim == 2
         and mask.is_floating_point()
-        and isinstance(base_model_of(guide), PreTrainedModel)
+        and isinstance(base_model_of(network), PreTrainedModel)
     ):
         kwargs["attention_mask"] = valid_positions(mask).long()  # transformers takes 0 for padding
-    parameter = next(base_model_of(guide).parameters(), None)  # a target's own base holds none itself
+    parameter = next(base_model_of(network).parameters(), None)  # a target's own base holds none itself
     if parameter is not None and parameter.device.type != "meta":
         args = [value.to(parameter.device) for value in args]
         kwargs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     try:
-        return guide(*args, **kwargs)
+        return network(*args, **kwargs)
     except (AllRead, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if is_from_here(error):
             raise
-        raise ValueError(why_it_fails(guide, inputs, args, kwargs, error, role)) from error
+        raise ValueError(why_it_fails(network, inputs, args, kwargs, error, role)) from error
 
 
 class GuideRunning:

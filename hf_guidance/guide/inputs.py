@@ -1,4 +1,4 @@
-"""Inputs that are made or checked: those of a decoder, noise, other rows, and vocabularies. `forward` uses them."""
+"""Inputs that are made (those of a decoder, noise, shuffled rows) or checked (own columns, vocabularies)."""
 
 from __future__ import annotations
 

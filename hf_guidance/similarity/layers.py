@@ -43,8 +43,7 @@ class Layer:
         width: Number d of features.
         parts: 2 for a sketched layer, whose first and second half of features are independent sketches, scaled so that
             the Gram matrix is the mean of theirs; else 1.
-        factor: By which the squared features were multiplied, to have a mean of 1; 0 for a dead layer. It is 1 for a
-            layer that was put together from others.
+        factor: By which the squared features were multiplied, to have a mean of 1; 0 for a dead layer.
     """
 
     values: Tensor

@@ -71,7 +71,7 @@ class Own:
         """Return the layer as it is: the function is called once per pair."""
         return layer, with_slope
 
-    def compare(self, target: tuple[Layer, bool], guide: Layer) -> tuple[Tensor, Tensor | None]:
+    def compare(self, target: tuple[Layer, bool], guide: tuple[Layer, bool]) -> tuple[Tensor, Tensor | None]:
         """Compute the similarity of a pair, and its slope in the target's features, if that is needed.
 
         Of layers of batch rows the function gets one row at a time.
@@ -80,22 +80,23 @@ class Own:
             ValueError: If the function raises an error, returns no scalar, a value that is not finite for finite
                 features, or one without a gradient in the target's features.
         """
-        layer, with_slope = target
+        (layer, with_slope), (other, _) = target, guide
         if layer.values.ndim > 2:
-            pairs = zip(layer.values, guide.values, strict=True)
-            found = [self.compare((replace(layer, values=x), with_slope), replace(guide, values=y)) for x, y in pairs]
+            ours = [(replace(layer, values=row), with_slope) for row in layer.values]
+            theirs = [(replace(other, values=row), False) for row in other.values]
+            found = [self.compare(*sides) for sides in zip(ours, theirs, strict=True)]
             slopes = [slope for _, slope in found if slope is not None]
             return torch.stack([value for value, _ in found]), torch.stack(slopes) if slopes else None
         with torch.set_grad_enabled(with_slope):
             features = layer.values.clone().requires_grad_(with_slope)
-            value = self._value(features, guide.values.clone())  # it may change its arguments
+            value = self._value(features, other.values.clone())  # it may change its arguments
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"measure {self.name!r} returned {got}; expected a scalar tensor.")
-        if not value.isfinite() and _are_finite(layer, guide):
+        if not value.isfinite() and _are_finite(layer, other):
             raise ValueError(
                 f"measure {self.name!r} returned {value.item()} for finite features of shapes {tuple(features.shape)} "
-                f"and {tuple(guide.values.shape)}: it must be finite for any, those of a dead layer (zeros) included."
+                f"and {tuple(other.values.shape)}: it must be finite for any, those of a dead layer (zeros) included."
             )
         if not with_slope:
             return value, None

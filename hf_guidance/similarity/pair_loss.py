@@ -17,15 +17,21 @@ Layers = Mapping[str, Layer]
 Groups = Mapping[str, Sequence[Layer]]  # name → a layer for each group of samples that are compared with each other
 
 
+class Method(Protocol):
+    """A similarity in two stages, so that pairs with a common layer share its work."""
+
+    def prepare(self, layer: Layer, with_slope: bool) -> Any:
+        """Do the work on one layer that its pairs share; `with_slope` for a target whose slope will be needed."""
+
+    def compare(self, target: Any, guide: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the similarity of two prepared layers, and its slope in the target's values if that is needed."""
+
+
 class TwoStages(Protocol):
-    """A similarity in two stages, so that pairs with a common layer share its work; see `Measure`."""
+    """A method with what has to be known about it; see `Measure`."""
 
     @property
-    def target_side(self) -> Any: ...
-    @property
-    def guide_side(self) -> Any: ...
-    @property
-    def compare(self) -> Any: ...
+    def method(self) -> Method: ...
     @property
     def primal_below(self) -> float: ...
     @property
@@ -149,18 +155,18 @@ def compare_pairs(
     slopes: dict[str, Tensor] = {}
     with torch.no_grad(), exact_float32(like.device):
         guide_sides = {
-            g: measure.guide_side(_fitting(guides[g].constant(like), measure))
+            g: measure.method.prepare(_fitting(guides[g].constant(like), measure), False)
             for g in dict.fromkeys(g for _, g in pairs)
         }
         for t in dict.fromkeys(t for t, _ in pairs):
             wanted = with_gradient and targets[t].values.requires_grad
             layer = targets[t].constant(like)
             compared = _fitting(layer, measure)
-            side = measure.target_side(compared, wanted)
-            total = None
+            side = measure.method.prepare(compared, wanted)
+            total: Tensor | None = None
             for pair in [pair for pair in pairs if pair[0] == t]:
-                values[pair], slope = measure.compare(side, guide_sides[pair[1]])
-                if wanted:
+                values[pair], slope = measure.method.compare(side, guide_sides[pair[1]])
+                if slope is not None:
                     if (weight := weight_of.get(pair, 1)) != 1:
                         slope = weight * slope
                     total = slope if total is None else total + slope

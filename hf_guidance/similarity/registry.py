@@ -6,16 +6,14 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_guidance.similarity.cosines import Cosine, off_diagonal_cosines, rbf
-from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, layer_of
+from hf_guidance.similarity.layers import PRIMAL_BELOW, layer_of
 from hf_guidance.similarity.own import Own, find_function, is_own
-from hf_guidance.similarity.pair_loss import compare_pairs, with_slopes
+from hf_guidance.similarity.pair_loss import Method, compare_pairs, with_slopes
 from hf_guidance.similarity.regression import Ridge
 from hf_guidance.similarity.rotation import Rotation
 
@@ -30,9 +28,7 @@ class Measure:
     Args:
         name: Name of the public function.
         min_samples: Smallest number of samples for which the value is not a constant.
-        target_side: (target layer, whether slopes are needed) → work that the pairs of this layer share.
-        guide_side: Guide layer → the same.
-        compare: (target side, guide side) → similarity, and its slope in the target layer's values or None.
+        method: How it is computed.
         primal_below: Largest d / n at which a target layer stays features instead of becoming a Gram matrix.
         guide_below: The same for a guide layer.
         takes_sketch: Whether the value of sketched layers estimates that of the layers.
@@ -41,9 +37,7 @@ class Measure:
 
     name: str
     min_samples: int
-    target_side: Callable[[Layer, bool], Any]
-    guide_side: Callable[[Layer], Any]
-    compare: Callable[[Any, Any], tuple[Tensor, Tensor | None]]
+    method: Method
     primal_below: float = PRIMAL_BELOW
     guide_below: float = PRIMAL_BELOW
     takes_sketch: bool = False
@@ -71,50 +65,24 @@ class Measure:
         return with_slopes(values[0], target, slopes)
 
 
-def _cosine(name: str, min_samples: int, *, debiased: bool = False, kernel: Any = None, **options: Any) -> Measure:
-    method = Cosine(debiased, kernel)
-    prepare = method.prepare
-    return Measure(name, min_samples, prepare, partial(prepare, with_slope=False), method.compare, **options)
-
-
-def _ridge(name: str, penalty: float, leave_one_out: bool = False) -> Measure:
-    method = Ridge(penalty, leave_one_out)
-    return Measure(name, 3, method.prepare, lambda layer: layer, method.compare, RIDGE_BELOW, guide_below=1)
-
-
-def _rotation() -> Measure:
-    method = Rotation()
-    prepare = method.prepare
-    return Measure(
-        "procrustes", 3, prepare, partial(prepare, with_slope=False), method.compare, primal_below=1, guide_below=1
-    )
+def _ridge(name: str, penalty: float) -> Measure:
+    return Measure(name, 3, Ridge(penalty, leave_one_out=name == "ridge_loo"), RIDGE_BELOW, guide_below=1)
 
 
 def _own(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Measure:
-    method = Own(name, function)
-    return Measure(
-        name,
-        2,
-        method.prepare,
-        lambda layer: layer,
-        method.compare,
-        primal_below=math.inf,
-        guide_below=math.inf,
-        invariant_to=frozenset(),
-    )
+    return Measure(name, 2, Own(name, function), math.inf, math.inf, invariant_to=frozenset())
 
 
 PENALTIES = {"ridge": 0.1, "ridge_loo": 1.0}  # λ over the mean squared norm of the target's samples
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
-        _cosine("linear_cka", 3, takes_sketch=True),
-        _cosine("debiased_cka", 4, debiased=True, takes_sketch=True),
-        _cosine("rbf_cka", 3, kernel=rbf, primal_below=0, guide_below=0),
-        _cosine("rsa", 3, kernel=off_diagonal_cosines, primal_below=0, guide_below=0),
-        _ridge("ridge", PENALTIES["ridge"]),
-        _ridge("ridge_loo", PENALTIES["ridge_loo"], leave_one_out=True),
-        _rotation(),
+        Measure("linear_cka", 3, Cosine(), takes_sketch=True),
+        Measure("debiased_cka", 4, Cosine(debiased=True), takes_sketch=True),
+        Measure("rbf_cka", 3, Cosine(kernel=rbf), primal_below=0, guide_below=0),
+        Measure("rsa", 3, Cosine(kernel=off_diagonal_cosines), primal_below=0, guide_below=0),
+        *(_ridge(name, penalty) for name, penalty in PENALTIES.items()),
+        Measure("procrustes", 3, Rotation(), primal_below=1, guide_below=1),
     )
 }
 REGISTERED: dict[str, Measure] = {}  # measures that the user has registered
@@ -179,7 +147,7 @@ def get_measure(name: str, penalty: float | None = None) -> Measure:
     if penalty is not None and not (math.isfinite(penalty) and penalty > 0):
         raise ValueError(f"penalty is {penalty}; it must be a finite number above 0.")
     if name in PENALTIES and penalty is not None:
-        return _ridge(name, penalty, leave_one_out=name == "ridge_loo")
+        return _ridge(name, penalty)
     if is_own(name):
         return _own(name, find_function(name))
     return MEASURES[name] if name in MEASURES else REGISTERED[name]

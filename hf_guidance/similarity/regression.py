@@ -20,7 +20,7 @@ from hf_guidance.similarity.matrices import over_matrix, plus_product
 
 @dataclass
 class Predictor:
-    """Work on a target layer that its pairs share.
+    """Work on a layer that its pairs share, each part done once it is needed.
 
     Args:
         layer: The layer, without its graph.
@@ -72,17 +72,17 @@ class Ridge:
     leave_one_out: bool = False
 
     def prepare(self, layer: Layer, with_slope: bool) -> Predictor:
-        """Make what the pairs of a target layer share."""
+        """Make what the pairs of a layer share."""
         return Predictor(layer, self.penalty, self.leave_one_out, with_slope)
 
-    def compare(self, target: Predictor, guide: Layer) -> tuple[Tensor, Tensor | None]:
+    def compare(self, target: Predictor, guide: Predictor) -> tuple[Tensor, Tensor | None]:
         """Compute R² of a pair, and its slope in the values of the target's layer, if that is needed."""
-        n = guide.samples
+        n = guide.layer.samples
         total = n * (n / (n - 1)) ** 2 if self.leave_one_out else float(n)  # of squares without a fit
-        if target.layer.form == guide.form == "primal":
-            explained, slope = _of_features(target, guide.values, total)
+        if target.layer.form == guide.layer.form == "primal":
+            explained, slope = _of_features(target, guide.layer.values, total)
         else:
-            explained, slope = _of_grams(target, guide.gram(), total)
+            explained, slope = _of_grams(target, guide.layer.gram(), total)
         return explained * target.is_alive, slope
 
 

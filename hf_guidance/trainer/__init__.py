@@ -1,13 +1,12 @@
 """The Trainer with a guidance loss, and what a run needs around it.
 
-Read `guidance_mixin` first. The other files hold checkpoints, checks before training, logs, steps that are not finite
-or not guided, the end of guidance at a similarity, similarities on validation data, a film of them, the model card, and
-pushes to the Hub.
+Read `guidance_mixin` first. `micro_batches` watches the target, and `steps` keeps what an optimizer step leaves behind.
+`checks` looks at the settings before training, `first_look` at the first batch; `similarity_stop` ends guidance.
+`evaluation` compares on validation data; `checkpoints` resumes; the `…_mixin`s write cards and push to the Hub.
 """
 
 from hf_guidance.trainer.checkpoints import last_complete_checkpoint
 from hf_guidance.trainer.checks import check_machine, check_settings
-from hf_guidance.trainer.clock import Clock, TrainingClock
 from hf_guidance.trainer.environment import usable_cpus
 from hf_guidance.trainer.forwards import watch_each
 from hf_guidance.trainer.guidance_mixin import GUIDE_FOLDER, GuidanceMixin
@@ -17,6 +16,7 @@ from hf_guidance.trainer.protocol import GuidedTrainer
 from hf_guidance.trainer.run_facts import command_facts
 from hf_guidance.trainer.similarity_film import SimilarityFilm
 from hf_guidance.trainer.staging import CARD, CURVES, STAGING, complete, files_in, make_empty, put, without_links
+from hf_guidance.trainer.steps import Clock, TrainingClock
 from hf_guidance.trainer.uploads import check_hub, push_staged, upload_command
 
 __all__ = [

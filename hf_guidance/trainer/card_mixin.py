@@ -18,10 +18,10 @@ from hf_guidance.card.redaction import scrub_arguments
 from hf_guidance.card.rendering import render
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.loss import GuidanceLoss
-from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.layer_maps import KeptMap, LayerMaps, can_map, maps_of
 from hf_guidance.trainer.run_facts import best_step, given_facts, run_facts
 from hf_guidance.trainer.staging import CARD, CURVES, MAPS, without_links
+from hf_guidance.trainer.steps import TrainingClock
 from hf_guidance.trainer.uploads import ARGUMENTS
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from hf_guidance.guide.forward import without_guide
 from hf_guidance.guide.freezing import BATCH_NORM
 from hf_guidance.guide.random_state import kept_random_state
 from hf_guidance.loss import Watched
-from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.gradient_angle import gradients_of
 from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.steps import TrainingClock
 
 logger = logging.getLogger(__name__)
 

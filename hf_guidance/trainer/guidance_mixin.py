@@ -32,10 +32,11 @@ from hf_guidance.trainer.gradient_angle import note_gradients
 from hf_guidance.trainer.hub_mixin import PublishingMixin
 from hf_guidance.trainer.logs import short_form_of
 from hf_guidance.trainer.micro_batches import MicroBatchesMixin
+from hf_guidance.trainer.not_finite import GRADIENT, guide_layers_to_check
 from hf_guidance.trainer.preparation import calibrate, open_cache, save_guide
 from hf_guidance.trainer.similarity_film import SimilarityFilm
 from hf_guidance.trainer.similarity_stop import SimilarityStop, StoppingMixin
-from hf_guidance.trainer.steps import GRADIENT, FiniteSteps, GuidedSteps, RunningMeans, guide_layers_to_check
+from hf_guidance.trainer.steps import FiniteSteps, GuidedSteps, RunningMeans
 from hf_guidance.trainer.streams import StreamsMixin, pass_of, warn_of_stream
 
 logger = logging.getLogger(__name__)
@@ -88,8 +89,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self._sums = RunningMeans()
         skip = self.guidance.on_non_finite == "skip"
         threshold = self.guidance.guidance_stop_similarity
-        on_taken = None if threshold is None else self._take_similarities
-        self._finite = FiniteSteps(self.accelerator, self._sums, skip, on_taken)
+        self._finite = FiniteSteps(self.accelerator, self._sums, skip)
         self._is_calibrated = False
         self._has_settings = guide is not None or guidance is not None  # else all is as Trainer does it
         if self._has_settings:
@@ -247,6 +247,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step, self._pass, self._pass_at_start = (-1, 0), None, pass_of(checkpoint)
         self._is_calibrated = False  # the data may be others
+        self._forget_networks()
         try:
             if self.model_init is None:  # else the target is made later
                 self._prepare_guide()
@@ -269,6 +270,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
     def _begin_training(self) -> None:
         check_trainer(self)
         self._find_stop()
+        self._finite.on_taken = None if self._stop is None else self._stop.take
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SimilarityFilm):
                 callback.begin(self)

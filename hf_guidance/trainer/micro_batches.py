@@ -77,12 +77,15 @@ class MicroBatchesMixin(Behind):
     def _networks(self) -> tuple[Any, ...]:
         """Return the model, the same without its wrappers, and the network in it whose layers are read.
 
-        They are looked for once, as accelerate walks all modules for them.
+        They are looked for once in each call of `train`, as accelerate walks all modules for them.
         """
         if self._in_wrappers[0] is not self.model:
             whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             self._in_wrappers = self.model, whole, transformer_in(whole)
         return self._in_wrappers
+
+    def _forget_networks(self) -> None:
+        self._in_wrappers = (None,)  # the model may hold another network by now
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""

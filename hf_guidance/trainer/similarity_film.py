@@ -12,9 +12,9 @@ from transformers.trainer_callback import ExportableState
 
 from hf_guidance.analysis.film import plot_film
 from hf_guidance.analysis.history import SimilarityMap
-from hf_guidance.trainer.clock import TrainingClock
 from hf_guidance.trainer.layer_maps import LayerMaps, can_map, maps_of
 from hf_guidance.trainer.protocol import GuidedTrainer
+from hf_guidance.trainer.steps import TrainingClock
 
 
 class SimilarityFilm(TrainerCallback, ExportableState):

@@ -110,7 +110,7 @@ class SimilarityStop(TrainerCallback, ExportableState):
 def stop_among(callbacks: Sequence[TrainerCallback]) -> SimilarityStop | None:
     """Return the callback that stops guidance; None if there is none.
 
-    Ask for it when training begins: Trainer may replace it when a run resumes
+    Ask for it once training has begun: before, Trainer may replace it as it resumes
     (`restore_callback_states_from_checkpoint`).
     """
     return next((callback for callback in callbacks if isinstance(callback, SimilarityStop)), None)
@@ -124,10 +124,6 @@ class StoppingMixin(Behind):
     def _find_stop(self) -> None:
         """Find the callback that stops guidance, at the beginning of training."""
         self._stop = stop_among(self.callback_handler.callbacks)
-
-    def _take_similarities(self) -> None:
-        if self._stop is not None:
-            self._stop.take()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._stop is not None:

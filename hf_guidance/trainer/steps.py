@@ -1,11 +1,12 @@
-"""The optimizer steps of a run: means to log, values that must be finite, and which steps were guided."""
+"""The optimizer steps of a run: means to log, values that must be finite, which steps were guided, and their time."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -14,20 +15,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_guidance.guide.sharding import gathered
 from hf_guidance.loss import Watched
 from hf_guidance.schedule import Schedule
-from hf_guidance.similarity.pair_loss import Groups
+from hf_guidance.trainer.not_finite import join, not_finite, words_for
 from hf_guidance.trainer.protocol import GuidedTrainer
 from hf_guidance.trainer.stepping_backward import check_may_skip, what_steps_backward
 
 logger = logging.getLogger(__name__)
 
-GRADIENT = "norm of the gradient"
-GUIDE_LAYER = "guide layer"
-MAX_NAMED = 5  # values in an error
+Moment: TypeAlias = float | torch.Event
+
+MAX_EVENTS = 1000  # steps whose events are kept before they are read, which waits for the device
+WARM_UP = 5  # first steps of a process, which allocate, compile and fill caches
 NEVER = (
     "GuidanceMixin.compute_loss was not called in training mode (does a subclass override compute_loss or "
     "training_step without super(), or put the model in evaluation mode?)"
@@ -94,23 +97,17 @@ class FiniteSteps(TrainerCallback):
         accelerator: The accelerator of the trainer.
         logs: Receives the means of every step that is taken.
         skip: Leave the step out instead of stopping.
-        on_taken: Called before every step that is taken; None for nothing.
 
     Attributes:
+        on_taken: Called before every step that is taken; None for nothing.
         sums: Logs of the micro-steps in the present optimizer step.
         left_out: Whether the present optimizer step is left out.
         steps_backward: What takes steps inside the backward pass, in words; empty if nothing does.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        logs: RunningMeans,
-        skip: bool,
-        on_taken: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, logs: RunningMeans, skip: bool) -> None:
         self.accelerator, self.logs, self.skip, self.active = accelerator, logs, skip, False
-        self._on_taken = on_taken
+        self.on_taken: Callable[[], None] | None = None
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self.steps_backward = ""
         self.reset()
@@ -169,8 +166,8 @@ class FiniteSteps(TrainerCallback):
         """Raise FloatingPointError on every rank, or drop the gradients, if a value on any rank is not finite."""
         if not self._any_not_finite():
             self.logs.take(self.sums)
-            if self._on_taken is not None:
-                self._on_taken()
+            if self.on_taken is not None:
+                self.on_taken()
             return
         step, names = state.global_step + 1, self._names()
         if not self.skip:
@@ -195,23 +192,12 @@ class FiniteSteps(TrainerCallback):
             raise self._error(state.global_step + 1, self._names(), done)
 
     def _error(self, step: int, names: str, done: str) -> FloatingPointError:
-        skip = "" if self.steps_backward else ", or leave such steps out with on_non_finite='skip'"
-        what = "Lower the learning rate, check the data" if skip else "Lower the learning rate, or check the data"
-        if GUIDE_LAYER in names:
-            what = (
-                "It is the frozen guide that is not finite, whatever the learning rate: check its weights and its "
-                "inputs, and load it in float32 or bfloat16 if it is in float16"
-            )
-        return FloatingPointError(f"Optimizer step {step} is not finite: {names}. {done} {what}{skip}.")
+        return not_finite(step, names, done, may_skip=not self.steps_backward)
 
     def _names(self) -> str:
         """Describe the values of all ranks that are not finite. All processes must call this."""
-        found = gather_object([self._not_finite()])
-        words = [word for losses, _ in found for word in losses] or list(
-            dict.fromkeys(w for _, ws in found for w in ws)
-        )
-        more = len(words) - MAX_NAMED
-        return "; ".join(words[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        rank = self.accelerator.process_index if self.accelerator.num_processes > 1 else None
+        return join(gather_object([words_for(self._seen, rank)]))
 
     def _what_was_done(self) -> str:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its step is part of the backward pass
@@ -223,29 +209,6 @@ class FiniteSteps(TrainerCallback):
         values = torch.cat(seen) if seen else torch.zeros(1, device=self.accelerator.device)
         count = (~values.isfinite()).sum().float()
         return self.accelerator.reduce(count, reduction="sum").item() > 0
-
-    def _not_finite(self) -> tuple[list[str], list[str]]:
-        """Describe the values that are not finite: losses and similarities with their places, then gradients."""
-        losses, gradients = [], []
-        rank = [f"rank {self.accelerator.process_index}"] if self.accelerator.num_processes > 1 else []
-        for where, names, values in self._seen:
-            place = ", ".join([*([where] if where else []), *rank])
-            for name, value in zip(names, values.tolist(), strict=True):
-                if not math.isfinite(value):
-                    words = f"the {name} is {value}"
-                    if name == GRADIENT:
-                        gradients.append(words)
-                    else:
-                        losses.append(f"{words} ({place})" if place else words)
-        return losses, gradients
-
-
-def guide_layers_to_check(layers: Groups) -> dict[str, Tensor]:
-    """Return a scalar for each layer of the guide that is NaN unless all of the layer's values are finite."""
-    return {
-        f"{GUIDE_LAYER} {name}": torch.stack([(0 * layer.values.detach()).sum() for layer in groups]).sum()
-        for name, groups in layers.items()
-    }
 
 
 class GuidedSteps(TrainerCallback):
@@ -330,3 +293,117 @@ class GuidedSteps(TrainerCallback):
         here, guided = sum(step >= self.first for step in asked), max(guided for _, guided in counts)
         if guided < here:
             logger.warning("Only %d of the %d optimizer steps that should have been guided were.", guided, here)
+
+
+class Clock:
+    """A clock that reads the CPU time of this process, or on a GPU the time between CUDA events.
+
+    CPU time does not count what other processes do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> Moment:
+        """Return a point in time; on a GPU, after all work that was queued so far."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        event = torch.Event(self.device.type, enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, began: Moment, ended: Moment) -> float:
+        """Return the seconds between two points, after waiting for the device to reach the second."""
+        if isinstance(began, float):
+            assert isinstance(ended, float)
+            return ended - began
+        assert not isinstance(ended, float)
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """A callback that adds up the time of training steps, without evaluation, saving and data loading.
+
+    The time is saved in checkpoints and survives a resume.
+
+    Attributes:
+        steps: Number of steps.
+        seconds: Time of all steps up to the last evaluation, save or end of training, in seconds.
+        marks: `(step, seconds so far)` at every evaluation.
+        cold: Number of the steps that were the first ones of a process, and their seconds.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.marks: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self.cold: tuple[int, float] = (0, 0.0)
+        self._warms_up = WARM_UP  # steps of this process that still count as cold
+        self._events: list[tuple[tuple[Moment, Moment], ...]] = []  # of steps not yet in `seconds`, each before pauses
+        self._pauses: list[tuple[Moment, Moment]] = []
+        self._clock = Clock(torch.device("cpu"))
+        self._is_in_step = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self._clock, self._warms_up = Clock(args.device), WARM_UP
+        # Trainer restores callbacks only with restore_callback_states_from_checkpoint, and saves those its state knows
+        callbacks: Any = state.stateful_callbacks  # annotated as a list, and is a dict
+        saved = callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            kept = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
+            self.seconds, self.marks = kept["seconds"], [(step, at) for step, at in kept["marks"]]
+            self.steps = kept.get("steps", state.global_step)
+            self.cold = tuple(kept.get("cold", self.cold))
+
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+        self._began, self._is_in_step = self._clock.now(), True
+
+    def on_step_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+        self._events.append(((self._began, self._clock.now()), *self._pauses))
+        self._pauses, self._is_in_step = [], False
+        self.steps += 1
+        if len(self._events) >= MAX_EVENTS:
+            self._settle()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside this context out, if it is part of a step."""
+        began, counts = self._clock.now(), self._is_in_step
+        try:
+            yield
+        finally:
+            if counts:
+                self._pauses.append((began, self._clock.now()))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self._settle()
+        self.marks.append((state.global_step, self.seconds))
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self._settle()
+
+    def steady_seconds(self) -> float:
+        """Return the time that all steps would take without warming up: the cold ones count as the mean of the others.
+
+        With fewer than five others, or as many as there are cold ones, it is the time that was measured.
+        """
+        self._settle()
+        count, seconds = self.cold
+        others = self.steps - count
+        if others < max(WARM_UP, count):
+            return self.seconds
+        return (self.seconds - seconds) * self.steps / others
+
+    def state(self) -> dict[str, Any]:
+        self._settle()
+        kept = {"seconds": self.seconds, "marks": self.marks, "steps": self.steps, "cold": self.cold}
+        return {"args": {}, "attributes": kept}
+
+    def _settle(self) -> None:
+        for step, *pauses in self._events:
+            spent = self._clock.between(*step) - sum(self._clock.between(*pause) for pause in pauses)
+            self.seconds += spent
+            if self._warms_up:
+                self.cold, self._warms_up = (self.cold[0] + 1, self.cold[1] + spent), self._warms_up - 1
+        self._events = []

@@ -9,7 +9,7 @@ from transformers import default_data_collator
 
 from hf_guidance import GuidanceConfig, GuidanceTrainer
 from hf_guidance.experiments.run import SETTINGS, Run, check_same_settings, first_rows, record_of, settings_of
-from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.steps import TrainingClock
 
 DATA = {"task": "copy_paste", "min_length": 8}
 

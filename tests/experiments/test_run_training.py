@@ -12,7 +12,7 @@ from trainers import make_trainer
 from hf_guidance.experiments.run import SETTINGS, Run
 from hf_guidance.experiments.run_training import NEEDED, RESULT, recorded, result_of, train_and_record
 from hf_guidance.guide.identity import identity
-from hf_guidance.trainer.clock import TrainingClock
+from hf_guidance.trainer.steps import TrainingClock
 
 ALONE = Run("alone", 7, gpt2)
 

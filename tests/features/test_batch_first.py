@@ -112,3 +112,13 @@ def test_a_shape_that_is_not_square_settles_it_without_another_run() -> None:
         raise AssertionError("nothing is open")
 
     record.settle(never)
+
+
+def test_nothing_of_a_call_is_kept_once_one_row_of_one_position_has_settled_it() -> None:
+    network = nn.Sequential(nn.Embedding(17, 8))
+    reader = LayerReader(network, ["0"], "target")
+    with reader.reading(lambda name, features: features.shape):
+        network(torch.zeros(1, 1, dtype=torch.int64))
+    reader.settle_batch_first()
+    assert vars(reader._batch_first)["_called"] is None
+    assert not reader._batch_first.open

@@ -1,11 +1,10 @@
-"""Choice of rows and positions: by content and seed, whatever order and padding."""
+"""The choice of rows to compare: by their content and a seed, whatever their order and padding."""
 
 from __future__ import annotations
 
 import torch
 
 from hf_guidance.features.choices import choose_rows, hashes_of, mix
-from hf_guidance.features.samples import choose_within_rows
 
 
 def test_mixing_scatters_neighbours_over_all_bits_but_the_signs_and_loses_none() -> None:
@@ -46,30 +45,6 @@ def test_equal_rows_do_not_change_the_number_and_a_small_batch_is_taken_whole() 
     assert choose_rows(same, 4, seed=0).tolist() == [0, 1, 2, 3]
     assert choose_rows(same, 6, seed=0) is None
     assert choose_rows(same, 9, seed=0) is None
-
-
-def test_within_rows_positions_are_chosen_up_to_a_number_and_rows_grouped_by_it() -> None:
-    valid = torch.arange(6) < torch.tensor([6, 2, 5, 2, 3])[:, None]
-    hashes = torch.arange(5)
-    found = choose_within_rows(valid, lambda: hashes, 4, seed=1)
-    assert [rows.tolist() for rows, _ in found] == [[1, 3], [4], [0, 2]]
-    assert found[0][1].tolist() == [[0, 1], [0, 1]]
-    for row, positions in zip(found[2][0], found[2][1], strict=True):
-        assert len(positions.unique()) == 4
-        assert valid[row, positions].all()
-    (every,) = choose_within_rows(torch.ones(3, 4, dtype=torch.bool), lambda: hashes[:3], 4, seed=1)
-    assert every[1].tolist() == [[0, 1, 2, 3]] * 3
-
-
-def test_rows_of_one_number_are_chosen_too() -> None:
-    ids = torch.arange(20)
-    chosen = choose_rows({"user": ids}, 5, seed=3)
-    assert chosen is not None
-    assert len(chosen) == 5
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    again = choose_rows({"user": ids[order]}, 5, seed=3)
-    assert again is not None
-    assert set(ids[order][again].tolist()) == set(ids[chosen].tolist())
 
 
 def test_images_are_told_apart_by_a_sample_of_their_pixels() -> None:

@@ -1,4 +1,4 @@
-"""Masks of encoder and decoder, of integers, of bool, and of what is added to attention scores."""
+"""Masks that hold other numbers than 0 and 1, or what is added to attention scores."""
 
 import pytest
 import torch
@@ -8,33 +8,6 @@ from hf_guidance import GuidanceLoss
 from hf_guidance.features import masks
 from hf_guidance.features.masks import warn_if_added
 from hf_guidance.features.rows import masks_of
-
-
-def test_masks_are_those_of_encoder_and_decoder_as_far_as_they_are_known() -> None:
-    encoder, labels = torch.tensor([[1, 1, 0]]), torch.tensor([[5, -100]])
-    masks = masks_of({"attention_mask": encoder, "decoder_input_ids": torch.zeros(1, 2).long(), "labels": labels})
-    assert {name: mask.tolist() for name, mask in masks.items()} == {
-        "encoder": [[True, True, False]],
-        "decoder": [[True, False]],
-    }
-    assert masks_of({"decoder_input_ids": torch.zeros(1, 2).long()})["decoder"].all()
-    assert masks_of({"decoder_attention_mask": encoder, "labels": labels})["decoder"].tolist() == [[True, True, False]]
-    assert masks_of({"attention_mask": torch.ones(1, 1, 3, 3)}) == {}  # a mask of pairs of positions, of no padding
-
-
-def test_a_decoder_fed_by_embeddings_or_by_several_codes_has_a_mask_too() -> None:
-    embedded = {"decoder_inputs_embeds": torch.zeros(2, 3, 8)}
-    assert masks_of(embedded)["decoder"].tolist() == [[True] * 3] * 2
-    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])
-    assert masks_of({**embedded, "labels": labels})["decoder"].tolist() == [[True, True, False], [True] * 3]
-    codes = {"decoder_input_ids": torch.zeros(2, 3).long(), "labels": torch.zeros(2, 3, 4)}
-    assert masks_of(codes)["decoder"].shape == (2, 3)
-
-
-def test_an_integer_mask_of_what_is_added_is_read_as_that() -> None:
-    added = torch.tensor([[0, 0, -10000]])
-    assert masks_of({"attention_mask": added})["encoder"].tolist() == [[True, True, False]]
-    assert masks_of({"attention_mask": 2 - torch.tensor([[1, 0, 2]])})["encoder"].tolist() == [[True, True, False]]
 
 
 def test_a_float_mask_is_read_as_what_it_holds_and_refused_if_that_is_neither() -> None:

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from hf_guidance.features.hidden_states import first_tensor
 from hf_guidance.features.modules import find_modules
-from hf_guidance.features.reader import LayerReader
+from hf_guidance.features.reader import LayerReader, not_recomputed
 from hf_guidance.targets import RNNConfig
 
 Batch = dict[str, Tensor]
@@ -542,3 +542,25 @@ def test_a_method_of_a_trainer_in_the_forwards_place_asks_the_backbone_for_hidde
     with reader.reading(lambda name, features: tuple(features.shape)) as read:
         model(model, IDS)
         assert read == dict.fromkeys(("hidden_states.1", "hidden_states.2"), (*IDS.shape, 8))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_features_inside_a_checkpoint_are_read_once_and_refused_where_they_have_no_gradient(reentrant: bool) -> None:
+    layer, seen = nn.Linear(3, 3), []
+    reduce = not_recomputed(lambda name, features: seen.append(features.square().sum()))
+
+    def run(x: Tensor) -> Tensor:
+        features = layer(x)
+        if not seen:
+            reduce("layer", features)
+        return features
+
+    x = torch.randn(2, 3, requires_grad=True)
+    if reentrant:
+        with pytest.raises(ValueError, match=r"target layer 'layer' ran without gradients .* Set use_reentrant=False"):
+            checkpoint(run, x, use_reentrant=True)
+        return
+    output = checkpoint(run, x, use_reentrant=False)
+    (output.sum() + seen[0]).backward()
+    expected = torch.autograd.grad(layer(x).sum() + layer(x).square().sum(), layer.weight)[0]
+    torch.testing.assert_close(layer.weight.grad, expected)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guidance.features.rows import content_of
+from hf_guidance.features.rows import content_of, masks_of
 
 
 def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes_or_else_with_one() -> None:
@@ -15,3 +15,30 @@ def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes_or_else
     words = r"no tensor with a sample axis; it has \['name', 'scale'\]\. Guidance compares rows: let the data collator"
     with pytest.raises(ValueError, match=words):
         content_of({"name": "x", "scale": torch.tensor(1.0)})
+
+
+def test_masks_are_those_of_encoder_and_decoder_as_far_as_they_are_known() -> None:
+    encoder, labels = torch.tensor([[1, 1, 0]]), torch.tensor([[5, -100]])
+    masks = masks_of({"attention_mask": encoder, "decoder_input_ids": torch.zeros(1, 2).long(), "labels": labels})
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "encoder": [[True, True, False]],
+        "decoder": [[True, False]],
+    }
+    assert masks_of({"decoder_input_ids": torch.zeros(1, 2).long()})["decoder"].all()
+    assert masks_of({"decoder_attention_mask": encoder, "labels": labels})["decoder"].tolist() == [[True, True, False]]
+    assert masks_of({"attention_mask": torch.ones(1, 1, 3, 3)}) == {}  # a mask of pairs of positions, of no padding
+
+
+def test_a_decoder_fed_by_embeddings_or_by_several_codes_has_a_mask_too() -> None:
+    embedded = {"decoder_inputs_embeds": torch.zeros(2, 3, 8)}
+    assert masks_of(embedded)["decoder"].tolist() == [[True] * 3] * 2
+    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])
+    assert masks_of({**embedded, "labels": labels})["decoder"].tolist() == [[True, True, False], [True] * 3]
+    codes = {"decoder_input_ids": torch.zeros(2, 3).long(), "labels": torch.zeros(2, 3, 4)}
+    assert masks_of(codes)["decoder"].shape == (2, 3)
+
+
+def test_an_integer_mask_of_what_is_added_is_read_as_that() -> None:
+    added = torch.tensor([[0, 0, -10000]])
+    assert masks_of({"attention_mask": added})["encoder"].tolist() == [[True, True, False]]
+    assert masks_of({"attention_mask": 2 - torch.tensor([[1, 0, 2]])})["encoder"].tolist() == [[True, True, False]]

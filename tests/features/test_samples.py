@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_guidance.features.choices import choose_rows
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
-from hf_guidance.features.samples import Samples
+from hf_guidance.features.samples import Samples, choose_within_rows
 from hf_guidance.similarity.layers import gram
 
 ROWS, LENGTH, WIDTH = 9, 7, 5
@@ -445,3 +446,27 @@ def test_tokens_of_equal_rows_are_chosen_alike_by_one_process_and_by_ranks(most:
     assert alone == ranks
     assert {(3, place) for row, place in alone if row == 1} == {(row, place) for row, place in alone if row == 3}
     assert most - 1 <= len(alone) <= most or (len(alone), most) == (2, 1)
+
+
+def test_within_rows_positions_are_chosen_up_to_a_number_and_rows_grouped_by_it() -> None:
+    valid = torch.arange(6) < torch.tensor([6, 2, 5, 2, 3])[:, None]
+    hashes = torch.arange(5)
+    found = choose_within_rows(valid, lambda: hashes, 4, seed=1)
+    assert [rows.tolist() for rows, _ in found] == [[1, 3], [4], [0, 2]]
+    assert found[0][1].tolist() == [[0, 1], [0, 1]]
+    for row, positions in zip(found[2][0], found[2][1], strict=True):
+        assert len(positions.unique()) == 4
+        assert valid[row, positions].all()
+    (every,) = choose_within_rows(torch.ones(3, 4, dtype=torch.bool), lambda: hashes[:3], 4, seed=1)
+    assert every[1].tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_rows_of_one_number_are_chosen_too() -> None:
+    ids = torch.arange(20)
+    chosen = choose_rows({"user": ids}, 5, seed=3)
+    assert chosen is not None
+    assert len(chosen) == 5
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    again = choose_rows({"user": ids[order]}, 5, seed=3)
+    assert again is not None
+    assert set(ids[order][again].tolist()) == set(ids[chosen].tolist())

@@ -8,12 +8,21 @@ import pytest
 import torch
 from builders import VOCABULARY, gpt2, t5, token_batch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2Model
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2Model,
+    TimmWrapperConfig,
+    ViTConfig,
+)
 
-from hf_guidance import GuidanceConfig, GuidanceLoss
+from hf_guidance import GuidanceConfig, GuidanceLoss, load_guide
 from hf_guidance.features.rows import content_of
 from hf_guidance.guide.failures import is_from_here
-from hf_guidance.guide.forward import forward
+from hf_guidance.guide.forward import (
+    forward,
+)
 
 
 def clip() -> CLIPModel:
@@ -33,6 +42,8 @@ class NeedsMore(nn.Module):
 
 
 IMAGES = {"pixel_values": torch.zeros(2, 3, 16, 16)}
+VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+TIMMS_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
 
 
 @pytest.mark.parametrize(
@@ -98,3 +109,19 @@ def test_only_an_error_of_what_reads_the_layers_is_from_here() -> None:
             call()
         assert is_from_here(raised.value) is here
     assert not is_from_here(ValueError())  # never raised
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViTConfig(image_size=16, patch_size=8, **VIT),
+        TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=TIMMS_VIT),
+    ],
+    ids=["transformers", "timm"],
+)
+def test_images_of_a_size_that_the_guide_does_not_take_are_an_error_that_names_both(config: Any) -> None:
+    guide = load_guide(config)
+    forward(guide, {"pixel_values": torch.zeros(2, 3, 16, 16)})
+    words = rf"guide \({type(guide).__name__}\) does not run on pixel_values \(2, 3, 24, 24\): .*guide_pixel_values"
+    with pytest.raises(ValueError, match=words):
+        forward(guide, {"pixel_values": torch.zeros(2, 3, 24, 24)})

@@ -1,4 +1,4 @@
-"""Inputs of the guide: its columns, noise, shuffled rows, and the check of the vocabularies."""
+"""Inputs that are made or checked: those of a decoder, noise, shuffled rows, own columns and vocabularies."""
 
 from __future__ import annotations
 
@@ -6,30 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from builders import gpt2, llama, llama_config, seeded, t5, token_batch
+from builders import gpt2, llama, llama_config, seeded, token_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    BartConfig,
-    BartForSequenceClassification,
-    BlenderbotConfig,
-    BlenderbotForConditionalGeneration,
-    BlenderbotModel,
     SpeechT5Config,
     SpeechT5ForTextToSpeech,
-    TimmWrapperConfig,
     ViTConfig,
     ViTModel,
 )
 from transformers.models.speecht5.modeling_speecht5 import shift_spectrograms_right
 
-from hf_guidance import GuidanceConfig, GuidanceLoss, load_guide
+from hf_guidance import GuidanceConfig, GuidanceLoss
 from hf_guidance.guide.forward import (
-    accepted_columns,
-    forward,
-    forward_arguments,
     generator_for,
-    guide_batch,
     seen_by_target,
 )
 from hf_guidance.guide.inputs import check_own_columns, check_vocabularies, noise_like, shuffle_rows, vocabulary_size
@@ -37,87 +27,7 @@ from hf_guidance.guide.inputs import check_own_columns, check_vocabularies, nois
 IDS, MASK, PIXELS = torch.arange(12).reshape(4, 3), torch.ones(4, 3, dtype=torch.int64), torch.zeros(4, 3, 8, 8)
 
 
-class Plain(nn.Module):
-    """A network that names its input as it likes."""
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        return x
-
-
-class AnyKeywords(nn.Module):
-    def forward(self, **inputs: Any) -> Any:
-        return inputs
-
-
-# ------------------------------------------------------------------------------------------------------- randomness
-
-
-def draw(*key: int) -> list[float]:
-    return torch.rand(4, generator=generator_for(*key)).tolist()
-
-
-def test_the_same_key_draws_the_same_and_every_part_of_it_counts() -> None:
-    keys = [(7, 0, 0, 0), (8, 0, 0, 0), (7, 1, 0, 0), (7, 0, 1, 0), (7, 0, 0, 1), (7, 0, 0, 0, 1), (0, 7, 0, 0), (7,)]
-    draws = [draw(*key) for key in keys]
-    assert draws == [draw(*key) for key in keys]
-    assert len({tuple(each) for each in draws}) == len(keys)
-
-
-def test_steps_one_after_another_are_uncorrelated_and_no_seed_is_too_large() -> None:
-    first = torch.tensor([draw(0, step)[0] for step in range(400)])
-    assert first.mean().item() == pytest.approx(0.5, abs=0.05)
-    assert torch.corrcoef(torch.stack([first[:-1], first[1:]]))[0, 1].abs() < 0.15
-    assert draw(2**62, 2**62) != draw(2**62, 2**62 + 1)
-
-
-def test_drawing_leaves_the_global_random_state_alone() -> None:
-    state = torch.get_rng_state()
-    noise_like({"input_ids": IDS, "pixel_values": PIXELS}, 17, generator_for(0))
-    shuffle_rows({"input_ids": IDS}, generator_for(0))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-# ---------------------------------------------------------------------------------------------------------- columns
-
-
-def test_the_guide_is_given_its_own_columns_and_no_others() -> None:
-    batch = {"input_ids": IDS, "labels": IDS, "guide_input_ids": IDS + 1, "guide_attention_mask": MASK}
-    own = guide_batch(batch, gpt2(), llama())
-    assert own.keys() == {"input_ids", "attention_mask"}
-    assert torch.equal(own["input_ids"], IDS + 1)
-
-
-def test_without_columns_of_its_own_the_guide_is_given_the_targets() -> None:
-    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
-    given = guide_batch(batch, gpt2(), llama())
-    assert given.keys() == batch.keys()
-    assert given is not batch
-
-
-def test_the_decoder_inputs_of_an_encoder_decoder_are_its_labels_shifted() -> None:
-    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])  # decoder_start_token_id and pad_token_id are 0
-    seen = seen_by_target({"input_ids": IDS[:2], "labels": labels}, t5())
-    assert seen["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 7, 8]]
-    own = {"labels": labels, "decoder_input_ids": IDS}
-    assert seen_by_target(own, t5())["decoder_input_ids"] is IDS
-    assert "decoder_input_ids" not in seen_by_target({"labels": labels}, gpt2())
-
-
-def test_an_encoder_decoder_that_shifts_its_labels_itself_is_read_by_its_start_token() -> None:
-    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 20}
-    config = BlenderbotConfig(**sizes, **heads, decoder_start_token_id=4, pad_token_id=1)
-    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])
-    seen = seen_by_target({"input_ids": IDS[:2], "labels": labels}, BlenderbotForConditionalGeneration(config))
-    assert seen["decoder_input_ids"].tolist() == [[4, 5, 6], [4, 7, 8]]
-    assert seen["decoder_attention_mask"].tolist() == [[True, True, False], [True, True, True]]
-    assert "decoder_input_ids" not in seen_by_target({"labels": torch.zeros(2, 3)}, BlenderbotModel(config))
-    embedded = {"labels": labels, "decoder_inputs_embeds": torch.zeros(2, 3, 8)}
-    assert seen_by_target(embedded, t5()).keys() == embedded.keys()
-    classifier = BartForSequenceClassification(BartConfig(**sizes, **heads, num_labels=3))
-    assert "decoder_input_ids" not in seen_by_target({"labels": torch.zeros(2, 1).long()}, classifier)
-    given = {"labels": labels, "decoder_attention_mask": MASK[:2]}
-    assert seen_by_target(given, t5())["decoder_attention_mask"] is given["decoder_attention_mask"]
+# --------------------------------------------------------------------------------------------------- decoder inputs
 
 
 def speecht5(seed: int, layers: int = 2) -> SpeechT5ForTextToSpeech:
@@ -171,77 +81,6 @@ def test_padded_spectrograms_change_no_similarity_of_the_decoder() -> None:
         return watched.loss.item()
 
     assert 0.01 < similarity(0) == pytest.approx(similarity(4), abs=1e-6) == pytest.approx(similarity(20), abs=1e-6)
-
-
-def test_prompts_and_completions_that_a_target_sees_together_are_joined() -> None:
-    parts = {"prompt_ids": IDS, "prompt_mask": MASK, "completion_ids": IDS[:, :2], "completion_mask": MASK[:, :2]}
-    seen = seen_by_target(parts, gpt2())
-    assert torch.equal(seen["input_ids"], torch.cat([IDS, IDS[:, :2]], 1))
-    assert torch.equal(seen["attention_mask"], torch.cat([MASK, MASK[:, :2]], 1))
-    assert guide_batch(parts, gpt2(), llama()).keys() == seen.keys()
-    assert seen_by_target({**parts, "input_ids": IDS}, gpt2())["input_ids"] is IDS
-    assert "input_ids" not in seen_by_target({"prompt_ids": IDS}, gpt2())
-
-
-@pytest.mark.parametrize("guide", [llama(), get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], r=2))])
-def test_labels_are_no_columns_of_a_guide(guide: nn.Module) -> None:
-    assert {"input_ids", "attention_mask", "inputs_embeds"} <= set(accepted_columns(guide))
-    assert accepted_columns(Plain()) == ["x", "attention_mask"]
-    assert accepted_columns(AnyKeywords()) == []
-
-
-@pytest.mark.parametrize(
-    ("guide", "columns", "args", "kwargs"),
-    [
-        (llama(), ["input_ids", "attention_mask", "labels", "guide"], [], ["input_ids", "attention_mask"]),
-        (llama(), ["inputs_embeds", "attention_mask"], [], ["inputs_embeds", "attention_mask"]),
-        (nn.Linear(3, 3), ["input_ids"], ["input_ids"], []),  # its argument is called input
-        (nn.Linear(3, 3), ["pixel_values", "labels"], ["pixel_values"], []),
-        (Plain(), ["input_ids"], ["input_ids"], []),
-        (Plain(), ["input_ids", "attention_mask"], ["input_ids"], ["attention_mask"]),
-        (Plain(), ["x", "attention_mask"], [], ["x", "attention_mask"]),
-        (Plain(), ["x", "input_ids"], [], ["x"]),
-    ],
-)
-def test_the_guide_is_called_with_what_it_takes_by_name_else_with_its_one_input(
-    guide: nn.Module, columns: list[str], args: list[str], kwargs: list[str]
-) -> None:
-    batch = {name: torch.full((2, 2), float(i)) for i, name in enumerate(columns)}
-    given = forward_arguments(guide, batch)
-    assert [value.tolist() for value in given[0]] == [batch[name].tolist() for name in args]
-    assert {k: v.tolist() for k, v in given[1].items()} == {name: batch[name].tolist() for name in kwargs}
-
-
-@pytest.mark.parametrize(
-    ("guide", "words"),
-    [
-        (Plain(), r"the guide \(Plain\) takes \['x', 'attention_mask'\], but the batch has \['labels', 'signal'\]"),
-        (AnyKeywords(), r"the guide \(AnyKeywords\) takes \[\], .* prefixed with 'guide_'"),
-    ],
-)
-def test_a_batch_with_nothing_for_the_guide_is_an_error(guide: nn.Module, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        forward_arguments(guide, {"signal": torch.ones(2), "labels": torch.ones(2)})
-
-
-VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-TIMMS_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        ViTConfig(image_size=16, patch_size=8, **VIT),
-        TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=TIMMS_VIT),
-    ],
-    ids=["transformers", "timm"],
-)
-def test_images_of_a_size_that_the_guide_does_not_take_are_an_error_that_names_both(config: Any) -> None:
-    guide = load_guide(config)
-    forward(guide, {"pixel_values": torch.zeros(2, 3, 16, 16)})
-    words = rf"guide \({type(guide).__name__}\) does not run on pixel_values \(2, 3, 24, 24\): .*guide_pixel_values"
-    with pytest.raises(ValueError, match=words):
-        forward(guide, {"pixel_values": torch.zeros(2, 3, 24, 24)})
 
 
 # ------------------------------------------------------------------------------------------------------------ noise
@@ -383,7 +222,7 @@ def test_the_vocabulary_is_the_configs_and_unknown_without_one() -> None:
     assert vocabulary_size(gpt2(vocabulary=23)) == 23
     assert vocabulary_size(get_peft_model(llama(vocabulary=19), LoraConfig(target_modules=["q_proj"], r=2))) == 19
     assert vocabulary_size(ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8))) is None
-    assert vocabulary_size(Plain()) is None
+    assert vocabulary_size(nn.Identity()) is None
 
 
 def test_other_vocabularies_without_columns_for_the_guide_are_an_error() -> None:
@@ -394,7 +233,11 @@ def test_other_vocabularies_without_columns_for_the_guide_are_an_error() -> None
 
 @pytest.mark.parametrize(
     ("guide", "columns"),
-    [(llama(), ["input_ids"]), (llama(vocabulary=23), ["input_ids", "guide_input_ids"]), (Plain(), ["input_ids"])],
+    [
+        (llama(), ["input_ids"]),
+        (llama(vocabulary=23), ["input_ids", "guide_input_ids"]),
+        (nn.Identity(), ["input_ids"]),
+    ],
     ids=["same size", "own columns", "none known"],
 )
 def test_vocabularies_that_may_go_together_pass(guide: nn.Module, columns: list[str]) -> None:
@@ -422,12 +265,3 @@ def test_rows_of_packed_documents_are_not_counted() -> None:
     ids, positions = torch.arange(12)[None], torch.tensor([[*range(4), *range(8)]])
     check_own_columns({"input_ids": ids, "position_ids": positions, "guide_input_ids": ids.reshape(2, 6)})
     check_own_columns({"input_ids": ids.reshape(2, 6), "guide_input_ids": ids, "guide_position_ids": positions})
-
-
-def test_a_guide_is_not_given_the_columns_of_a_decoder_or_of_a_text_that_it_has_not() -> None:
-    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS, "pixel_values": PIXELS}
-    assert guide_batch(batch, t5(), t5()).keys() == {*batch, "decoder_input_ids", "decoder_attention_mask"}
-    assert guide_batch(batch, t5(), llama()).keys() == batch.keys()
-    vit = ViTModel(ViTConfig(image_size=8, patch_size=4, **VIT))
-    assert guide_batch(batch, t5(), vit).keys() == {"labels", "pixel_values"}
-    assert guide_batch({"pixel_values": PIXELS, "attention_mask": MASK}, t5(), vit).keys() >= {"attention_mask"}

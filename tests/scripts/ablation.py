@@ -25,7 +25,7 @@ from hf_guidance.mapping import Pair
 from hf_guidance.similarity.layers import layer_of
 from hf_guidance.similarity.pair_loss import guidance_loss
 from hf_guidance.similarity.registry import get_measure
-from hf_guidance.trainer.clock import Clock
+from hf_guidance.trainer.steps import Clock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = DEVICE.type == "cuda"

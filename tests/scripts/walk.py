@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,7 +58,7 @@ def walk(**settings: Any) -> tuple[list[str], int]:
 
 
 if __name__ == "__main__":
-    for settings in ({}, {"sample_axis": "token"}, {"measure": "auto"}):
-        files, stops = walk(**settings)
-        print(f"{ {'measure': 'linear_cka', **settings} }: {len(files)} files, {stops} stops")
+    for measure, axis in product(("auto", "linear_cka"), ("sequence", "token")):
+        files, stops = walk(measure=measure, sample_axis=axis)
+        print(f"{measure}, {axis}: {len(files)} files, {stops} stops")
         print("  " + " → ".join(files))

@@ -57,7 +57,7 @@ def test_of_features_nothing_is_larger_than_samples_times_features_squared(
     ridge = Ridge(1.0, leave_one_out)
     target, guide = layer_of(features(n, d)), layer_of(features(n, guide_width, 1), primal_below=1)
     with FlopCounterMode(display=False) as counter:
-        ridge.compare(ridge.prepare(target, True), guide)
+        ridge.compare(ridge.prepare(target, True), ridge.prepare(guide, False))
     products = 6 * 2 * n * d * guide_width + 5 * 2 * n * d * d
     assert counter.get_total_flops() <= products + 2 * 2 * d * d * guide_width
 

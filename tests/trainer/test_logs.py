@@ -1,4 +1,4 @@
-"""Means of what is logged, over micro-steps and processes, and what trackers and notebooks show of them."""
+"""Displays of logs: the progress bar, the printed lines, a notebook's table, and what trackers show of them."""
 
 import json
 import sqlite3
@@ -6,35 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from builders import gpt2, llama, token_rows
 from trainers import make_trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from hf_guidance.trainer.logs import ShortPrinterCallback, ShortProgressCallback, short_form_of
-from hf_guidance.trainer.steps import RunningMeans
-
-ACCELERATOR = SimpleNamespace(device=torch.device("cpu"))
-
-
-def test_values_are_averaged_by_their_weights_and_counts_are_summed() -> None:
-    sums = RunningMeans()
-    for value, weight in ((1.0, 1.0), (torch.tensor(4.0), 1.0)):
-        sums.add("mean", value, weight)
-    sums.add("half", 2.0, 0.5)
-    for _ in range(3):
-        sums.add("count", 1.0, 0)
-    assert sums.drain(ACCELERATOR) == pytest.approx({"mean": 2.5, "half": 4.0, "count": 3.0})
-    assert sums.drain(ACCELERATOR) == {}
-
-
-def test_those_of_a_step_that_is_taken_are_added_to_those_before() -> None:
-    before, step = RunningMeans(), RunningMeans()
-    before.add("a", 1.0)
-    step.add("a", 3.0)
-    step.add("b", 5.0)
-    before.take(step)
-    assert before.drain(ACCELERATOR) == {"a": 2.0, "b": 5.0}
 
 
 def test_of_what_is_printed_only_guidances_single_pairs_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

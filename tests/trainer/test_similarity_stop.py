@@ -255,3 +255,9 @@ def test_two_processes_stop_together_resumed_or_not(ranks: list[dict[str, Any]],
         assert rank["saved"]["count"] == 20  # of two ranks in steps 21 to 30
         assert rank["saved"]["total"] == pytest.approx(2 * sum(joint[20:30]), rel=1e-5)
     assert same(first["unbroken"]["weights"], second["unbroken"]["weights"])
+
+
+def test_a_stop_that_is_added_by_hand_stops_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, gpt2(), llama(), **RUN | {"max_steps": 25}, callbacks=[SimilarityStop(0.1)])
+    trainer.train()
+    assert [log["guidance/stopped_at_step"] for log in train_logs(trainer) if "guidance/stopped_at_step" in log] == [20]

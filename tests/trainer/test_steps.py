@@ -32,9 +32,11 @@ from trainers import make_trainer, same, trained, weights
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerState
 
 from hf_guidance import GuidanceTrainer
-from hf_guidance.trainer.steps import GRADIENT, FiniteSteps, RunningMeans
+from hf_guidance.trainer.not_finite import GRADIENT
+from hf_guidance.trainer.steps import FiniteSteps, RunningMeans
 
 NAN = float("nan")
+ACCELERATOR = Accelerator(cpu=True)
 
 
 def spoil(module: nn.Module, forward: int, value: float = NAN) -> None:
@@ -496,3 +498,23 @@ def test_a_guide_that_is_not_finite_itself_is_named_instead_of_the_learning_rate
     with pytest.raises(FloatingPointError, match=words) as raised:
         trainer.train()
     assert "Lower the learning rate" not in str(raised.value)
+
+
+def test_values_are_averaged_by_their_weights_and_counts_are_summed() -> None:
+    sums = RunningMeans()
+    for value, weight in ((1.0, 1.0), (torch.tensor(4.0), 1.0)):
+        sums.add("mean", value, weight)
+    sums.add("half", 2.0, 0.5)
+    for _ in range(3):
+        sums.add("count", 1.0, 0)
+    assert sums.drain(ACCELERATOR) == pytest.approx({"mean": 2.5, "half": 4.0, "count": 3.0})
+    assert sums.drain(ACCELERATOR) == {}
+
+
+def test_those_of_a_step_that_is_taken_are_added_to_those_before() -> None:
+    before, step = RunningMeans(), RunningMeans()
+    before.add("a", 1.0)
+    step.add("a", 3.0)
+    step.add("b", 5.0)
+    before.take(step)
+    assert before.drain(ACCELERATOR) == {"a": 2.0, "b": 5.0}

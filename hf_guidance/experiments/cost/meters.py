@@ -20,7 +20,7 @@ from hf_guidance.experiments.cost.communication import Compared
 from hf_guidance.similarity import half_precision
 from hf_guidance.similarity.layers import PRIMAL_BELOW
 from hf_guidance.similarity.matrices import outer
-from hf_guidance.trainer.clock import Clock
+from hf_guidance.trainer.steps import Clock
 
 LARGEST = {"cpu": 1024, "cuda": 8192}  # size of the square matrices that a rate is measured on
 

@@ -9,7 +9,7 @@ from costs import CPU, operations_of
 
 from hf_guidance.experiments.cost.communication import Compared
 from hf_guidance.experiments.cost.meters import StepMeter, busy_seconds, matmul_rate, peak_memory, products_alone
-from hf_guidance.trainer.clock import Clock
+from hf_guidance.trainer.steps import Clock
 
 
 def test_the_peak_is_of_what_is_held_at_once():

@@ -15,8 +15,8 @@ from torch import nn
 from trainers import make_trainer
 from transformers import TrainerState, default_data_collator
 
-from hf_guidance.trainer import clock
-from hf_guidance.trainer.clock import Clock, TrainingClock
+from hf_guidance.trainer import steps as module
+from hf_guidance.trainer.steps import Clock, TrainingClock
 
 
 def test_the_time_of_a_run_that_was_stopped_is_that_of_all_its_parts(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_time_of_a_run_that_was_stopped_is_that_of_all_its_parts(tmp_path: P
 
 def test_what_is_paused_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))
+    monkeypatch.setattr(module, "time", SimpleNamespace(process_time=lambda: now[0]))
     own, args = TrainingClock(), SimpleNamespace(device=torch.device("cpu"))
     own.on_step_begin(args)  # type: ignore[arg-type]
     now[0] += 2
@@ -58,7 +58,7 @@ def test_what_is_paused_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_first_steps_of_each_process_count_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))
+    monkeypatch.setattr(module, "time", SimpleNamespace(process_time=lambda: now[0]))
     args = SimpleNamespace(device=torch.device("cpu"))
 
     def steps(own: TrainingClock, times: list[float]) -> None:
@@ -84,7 +84,7 @@ def test_the_first_steps_of_each_process_count_as_the_others_do(monkeypatch: pyt
 
 def test_steps_are_timed_and_evaluation_and_fetching_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(clock, "time", SimpleNamespace(process_time=lambda: now[0]))
+    monkeypatch.setattr(module, "time", SimpleNamespace(process_time=lambda: now[0]))
 
     def collate(rows: list[Any]) -> Any:
         now[0] += 1e4
@@ -126,7 +126,7 @@ def test_on_a_device_the_time_is_that_between_events_and_no_step_waits_for_it(mo
             return other.at - self.at
 
     monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(clock, "MAX_EVENTS", 4)
+    monkeypatch.setattr(module, "MAX_EVENTS", 4)
     own, args, state = TrainingClock(), SimpleNamespace(device=torch.device("cuda")), TrainerState()
     own.on_train_begin(args, state)
     for _ in range(3):
