@@ -1,10 +1,8 @@
 """Analysis of runs: a look at their first batch, curves of their logs, and maps of the similarity of all layers.
 
-`first_batch` describes the first batch, and `first_warnings` finds what will spoil the run. `history` reads a Trainer's
-log, and `similarity_map` compares all layers on one batch. `curves`, `heat_maps` and `film` draw them, and `figures`
-writes the files. `network_comparison` compares any two networks over a dataset, whose layers `both_networks` reads, by
-the sums of `hsic_sums`; `comparison` is the result. `errors` tells whether two networks err alike, and `dimensions` the
-dimension of a layer's features.
+`first_batch` looks at the first batch, and `history` reads a Trainer's log. `similarity_map` compares all layers on one
+batch, and `network_comparison` those of any two networks over a dataset. `curves`, `heat_maps` and `film` draw them.
+`errors` tells whether two networks err alike, and `dimensions` the dimension of a layer's features.
 """
 
 from hf_guidance.analysis.comparison_values import Comparison

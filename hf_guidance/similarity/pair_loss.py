@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,17 +13,18 @@ from hf_guidance.mapping import PAIR_SEPARATOR, Pair
 from hf_guidance.similarity.layers import Context, Layer, without_second_derivative
 from hf_guidance.similarity.matrices import exact_float32
 
+Prepared = TypeVar("Prepared")  # a layer with the work on it that its pairs share
 Layers = Mapping[str, Layer]
 Groups = Mapping[str, Sequence[Layer]]  # name → a layer for each group of samples that are compared with each other
 
 
-class Method(Protocol):
+class Method(Protocol[Prepared]):
     """A similarity in two stages, so that pairs with a common layer share its work."""
 
-    def prepare(self, layer: Layer, with_slope: bool) -> Any:
+    def prepare(self, layer: Layer, with_slope: bool) -> Prepared:
         """Do the work on one layer that its pairs share; `with_slope` for a target whose slope will be needed."""
 
-    def compare(self, target: Any, guide: Any) -> tuple[Tensor, Tensor | None]:
+    def compare(self, target: Prepared, guide: Prepared) -> tuple[Tensor, Tensor | None]:
         """Return the similarity of two prepared layers, and its slope in the target's values if that is needed."""
 
 
@@ -31,7 +32,7 @@ class TwoStages(Protocol):
     """A method with what has to be known about it; see `Measure`."""
 
     @property
-    def method(self) -> Method: ...
+    def method(self) -> Method[Any]: ...
     @property
     def primal_below(self) -> float: ...
     @property

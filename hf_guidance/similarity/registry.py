@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Measure:
 
     name: str
     min_samples: int
-    method: Method
+    method: Method[Any]
     primal_below: float = PRIMAL_BELOW
     guide_below: float = PRIMAL_BELOW
     takes_sketch: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders import VOCABULARY, arguments, gpt2, llama, token_rows
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from trainers import SGD, trained
 
@@ -34,6 +34,26 @@ def test_the_look_at_the_first_micro_batch_can_be_left_out(tmp_path: Path) -> No
         looks.append(trainer.first_look)
     assert looks[0] is not None
     assert looks[1] is None
+
+
+class Model(nn.Sequential):
+    """Stands in for a model of sentence-transformers."""
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self[0](**inputs)
+
+
+Model.__module__ = "sentence_transformers.base.model"
+
+
+def test_a_network_that_is_replaced_inside_the_model_is_the_one_that_is_guided(tmp_path: Path) -> None:
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = GuidanceTrainer(Model(gpt2()), args, train_dataset=token_rows(), guide=llama(), guidance=GuidanceConfig())
+    trainer.train()
+    trainer.model[0] = other = gpt2(seed=5)
+    trainer.train()
+    assert trainer.guidance_loss.target is other
+    assert trainer.state.log_history[-2]["guidance/weight"] == 1
 
 
 def ragged(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
