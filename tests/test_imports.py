@@ -171,6 +171,21 @@ def test_what_was_imported_from_a_module_is_imported_from_its_room(name: str) ->
     assert set(EARLIER[name]) <= set(module.__all__)
 
 
+# their modules need packages that their room must do without
+NOT_HANDED_ON = {"image_decoding", "image_rows", "image_splits", "images", "pixel_formats", "splits", "metrics"}
+
+
+def used_elsewhere(folder: str) -> set[str]:
+    """Return the names that other rooms import from the files of a room."""
+    found = set()
+    for path in (path for name, path in MODULES.items() if room(name) != folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"hf_guidance.{folder}."):
+                file = str(node.module).split(".")[-1]
+                found |= set() if file in NOT_HANDED_ON else {alias.name for alias in node.names}
+    return found
+
+
 FOLDERS = [name for name in (*ROOMS, *sorted(BESIDE)) if (PACKAGE / name).is_dir()]
 
 
@@ -184,3 +199,11 @@ def test_the_tests_mirror_the_rooms() -> None:
 def test_every_room_says_what_lives_there(name: str) -> None:
     words = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
     assert words
+
+
+@pytest.mark.parametrize("name", sorted({*FOLDERS} - {"commands"}))
+def test_a_room_hands_on_what_other_rooms_use(name: str) -> None:
+    """A function that is called as its module is, such as `guide.forward`, would hide the module."""
+    handed_on = set(importlib.import_module(f"hf_guidance.{name}").__all__)
+    files = {path.stem for path in (PACKAGE / name).iterdir()}
+    assert used_elsewhere(name) - handed_on - files == set()

@@ -13,10 +13,16 @@ CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 LINEAR, DEFAULT = {"measure": "linear_cka"}, {"measure": "auto"}
 
 
-@pytest.mark.parametrize("axis", ["sequence", "token"])
+@pytest.mark.parametrize(
+    "samples",
+    [{}, {"sample_axis": "token"}, {"sample_axis": "token", "max_tokens": 16}],
+    ids=["rows", "tokens", "some of the tokens"],
+)
 @pytest.mark.parametrize(("measure", "count"), [(LINEAR, 11), (DEFAULT, 12)], ids=["linear CKA", "the default"])
-def test_a_guided_step_passes_the_files_that_contributing_names(measure: dict[str, Any], count: int, axis: str) -> None:
-    files, _ = walk(**measure, sample_axis=axis)
+def test_a_guided_step_passes_the_files_that_contributing_names(
+    measure: dict[str, Any], count: int, samples: dict[str, Any]
+) -> None:
+    files, _ = walk(**measure, **samples)
     told = CONTRIBUTING.read_text().partition("A guided step passes twelve files:")[2].partition(".\n")[0]
     named = [f"{name}.py" for name in re.findall(r"`([\w/]+)`", told)]
     if measure == LINEAR:

@@ -18,7 +18,7 @@ from hf_guidance.features.rows import content_of
 from hf_guidance.features.samples import Samples
 from hf_guidance.guide.forward import forward, guide_batch, seen_by_target, without_guide
 from hf_guidance.guide.inputs import check_own_columns
-from hf_guidance.guide.random_state import fingerprint
+from hf_guidance.guide.random_state import drawn_from
 from hf_guidance.similarity.layers import Layer
 
 OfBoth: TypeAlias = list[dict[str, tuple[Layer, ...]]]  # layers of a, and of b, by name
@@ -107,10 +107,10 @@ class BothNetworks:
     def _read(self, inputs: Batch, number: int, samples: Samples) -> dict[str, tuple[Layer, ...]]:
         """Run a network, and check that its features are always the same and finite."""
         network, reader, name = self.networks[number], self.readers[number], "ab"[number]
-        before = None if self._draws_nothing else fingerprint()
+        before = None if self._draws_nothing else drawn_from()
         with reader.reading(samples.layers) as read:
             forward(network, inputs, ("target", "guide")[number])
-        if before is not None and before != fingerprint():
+        if before is not None and before != drawn_from():
             raise ValueError(
                 f"network {name} ({type(network).__name__}) draws random numbers in evaluation mode, so that its "
                 "features are never twice the same: switch this off in its config, or take its plain encoder."

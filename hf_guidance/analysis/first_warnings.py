@@ -11,7 +11,7 @@ from hf_guidance.config import GuidanceConfig
 FULL, FAR = 0.9, 0.3  # a similarity above the first is full if debiased CKA is lower by the second
 NEVER_FULL = {DEBIASED, "ridge_loo"}  # near 0 for unrelated features, whatever their number, if no sample has a copy
 HIGH = 0.6  # a similarity by these that copies of samples explain, where there are many
-MOST = 0.5  # share of a layer's energy
+LARGE_SHARE = 0.5  # share of a layer's energy above which few samples, or repeated ones, are said
 LARGE, SMALL = 30.0, 0.01  # ratios of the gradients that are warned of
 HELPED = (0.06, 11.0)  # ratios at which runs that guidance helps have started
 MAX_NAMED = 5
@@ -41,7 +41,8 @@ def warnings_of(
 def _full(look: FirstLook, config: GuidanceConfig) -> str:
     """Warn of a measure that is full from the start in at least half of the pairs, because of copies or few samples."""
     pairs = [pair for pair in look.pairs if _is_full(pair, look.measure)]
-    copied = [pair for pair in pairs if look.guides[pair.guide].repeated > MOST and look.targets[pair.target].repeated]
+    guides, targets = look.guides, look.targets
+    copied = [pair for pair in pairs if guides[pair.guide].repeated > LARGE_SHARE and targets[pair.target].repeated]
     if copied and 2 * len(copied) >= len(look.pairs):
         return _copied(look, copied, config)
     if look.measure in NEVER_FULL or not pairs or 2 * len(pairs) < len(look.pairs):
@@ -97,7 +98,7 @@ def _dead(look: FirstLook, config: GuidanceConfig, has_batch_norm: bool) -> str:
 def _massive(look: FirstLook, config: GuidanceConfig) -> str:
     sides = (("target", look.targets), ("guide", look.guides))
     layers = [(f"{side} {name}", layer.top_share) for side, layers in sides for name, layer in layers.items()]
-    massive = [f"{name} ({100 * share:.0f} %)" for name, share in layers if share is not None and share > MOST]
+    massive = [f"{name} ({100 * share:.0f} %)" for name, share in layers if share is not None and share > LARGE_SHARE]
     if not massive:
         return ""
     advice = "Choose other layers, or look for outliers among the rows."

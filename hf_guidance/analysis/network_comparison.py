@@ -27,7 +27,7 @@ from hf_guidance.similarity.registry import Measure, get_measure, primal_below_o
 Rows: TypeAlias = Iterable[Batch]
 Collator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
 STREAMED = ("linear_cka", "debiased_cka")
-MOST = 1024  # rows at once for a measure that needs all samples together
+ROWS_AT_ONCE = 1024  # for a measure that needs all samples together
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def compare(
         check_is_network(network, name)
     chosen = _checked(measure, sample_axis, samples, batch_size)
     if not (streams := measure in STREAMED):
-        batch_size = samples = min(samples or MOST, MOST)
+        batch_size = samples = min(samples or ROWS_AT_ONCE, ROWS_AT_ONCE)
     limits = [0.0, 0.0] if streams else [primal_below_of([chosen], of_guide) for of_guide in (False, True)]
     least = FEWEST if streams else chosen.min_samples
     with ExitStack() as stack:

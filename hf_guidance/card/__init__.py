@@ -9,6 +9,7 @@ from hf_guidance.card.contents import RunFacts
 from hf_guidance.card.facts import (
     EXAMPLES,
     HUB_ID,
+    Facts,
     Processing,
     Rows,
     example_of,
@@ -24,6 +25,7 @@ from hf_guidance.card.settings_redaction import scrub_settings
 __all__ = [
     "EXAMPLES",
     "HUB_ID",
+    "Facts",
     "Processing",
     "Rows",
     "RunFacts",

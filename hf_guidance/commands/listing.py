@@ -77,7 +77,7 @@ def names_of(network: nn.Module, example: dict[str, Tensor], layers: list[str], 
     """Return the names of the layers that are read of a network, in order."""
     reader = LayerReader(network, layers, role)
     with reader.reading(lambda name, output: None):
-        forward(network, example)
+        forward(network, example, role)
     reader.remove()
     return reader.names()
 
@@ -113,10 +113,10 @@ def layers_of(network: nn.Module, example: dict[str, Tensor]) -> tuple[list[Grou
     try:
         reader = LayerReader(network, ["hidden_states"], "target")
     except ValueError:  # it returns none
-        forward(network, example)
+        forward(network, example, "network")
     else:
         with reader.reading(lambda _, output: output) as read:
-            forward(network, example)
+            forward(network, example, "network")
         states = dict(read)
         reader.remove()
     finally:

@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: The command line without the program; None for that of this process.
 
     Returns:
-        The exit status: 0, or 1 after an error, which is told in one line.
+        The exit status: 0; 1 after an error, which is told in one line; 130 after an interrupt.
     """
     parser = argparse.ArgumentParser(
         prog="hf-guidance", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

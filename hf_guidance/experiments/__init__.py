@@ -1,6 +1,6 @@
 """Experiments: a setting chosen by inspection, matched runs with their records, tables and cards, the cost of a step.
 
-`inspection` measures a trainer's networks and data, and proposes a setting. `matched_runs` compares a user's own trainer
+`inspection` measures a trainer's networks and data, and proposes a setting. `matched_runs` compares a trainer of yours
 alone, guided, and as `controls`; `recipe` does so for the recipes. `run` names and records a run, and `run_training`
 trains it. `report`, `pages` and `cards` show runs, and `cost` measures guided steps.
 """

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from hf_guidance.analysis.first_batch import MAX_ROWS, LayerLook
-from hf_guidance.analysis.first_warnings import MOST, named
+from hf_guidance.analysis.first_warnings import LARGE_SHARE, named
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.measurements import Measurements, Spread
 
@@ -112,7 +112,7 @@ def _spread(value: Spread) -> str:
 def _layers(found: Measurements) -> list[str]:
     sides = (("target", found.targets), ("guide", found.guides))
     dead = [f"{side} {name}" for side, layers in sides for name, look in layers.items() if look.is_dead]
-    massive = [f"{side} {name} ({100 * share:.0f} %)" for side, name, share in _shares(sides) if share > MOST]
+    massive = [f"{side} {name} ({100 * share:.0f} %)" for side, name, share in _shares(sides) if share > LARGE_SHARE]
     largest = max((share for _, _, share in _shares(sides)), default=None)
     most = "not measured below 50 samples" if largest is None else f"at most {100 * largest:.0f} %"
     return [

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from hf_guidance.analysis.first_batch import TOP
-from hf_guidance.analysis.first_warnings import FULL, HELPED, MOST
+from hf_guidance.analysis.first_warnings import FULL, HELPED, LARGE_SHARE
 from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.best_measure import OF_SKETCHES, best_measure
 from hf_guidance.experiments.guidance_measuring import TOKEN_PENALTY
@@ -238,12 +238,12 @@ def ordered(reasons: Mapping[str, str]) -> dict[str, str]:
 def _massive(found: Measurements) -> list[float]:
     """Return the share of the energy in few samples, for each layer where it is more than half."""
     shares = [look.top_share or 0.0 for side in (found.targets, found.guides) for look in side.values()]
-    return [share for share in shares if share > MOST]
+    return [share for share in shares if share > LARGE_SHARE]
 
 
 def _repeated(found: Measurements) -> list[float]:
     """Return the share of the energy in samples with a copy, for each layer of the guide where it is more than half."""
-    return [look.repeated for look in found.guides.values() if look.repeated > MOST]
+    return [look.repeated for look in found.guides.values() if look.repeated > LARGE_SHARE]
 
 
 def _digits(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Rows of a batch: their content, their valid positions, and the features of those that are compared."""
+"""Rows of a batch: their content and its hashes, their valid positions, and the features of those to compare."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from hf_guidance.features.masks import of_floats
 
 CONTENT = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
 KINDS = ("encoder", "decoder", "frames")  # of masks
+INT64_MAX = torch.iinfo(torch.int64).max
+MOST_HASHED = 256  # of an image at least so many numbers are hashed, at even distances
 OF_IMAGES = re.compile(r"(^|[._])(vision|visual|image)([._]|$)")  # in names of modules
 ToFrames: TypeAlias = Callable[[Tensor], "Tensor | None"]  # lengths of inputs → lengths of layers
 
@@ -142,6 +144,49 @@ def in_front(mask: Tensor) -> Tensor | None:
 def over(mask: Tensor, features: Tensor) -> Tensor:
     """Append axes to `(batch, length)` so that it spreads over features `(batch, length, …)`."""
     return mask.reshape(mask.shape + (1,) * (features.ndim - 2))
+
+
+def hashes_of_rows(content: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute a hash of each row, `(batch,)`, that depends neither on padding nor on the order of the rows.
+
+    Args:
+        content: Content of the rows, `(batch, …)`.
+        mask: Its valid positions `(batch, length)`, if they are told apart.
+    """
+    if mask is None or content.shape[:2] != mask.shape:
+        return hashes_of(content)
+    valid = over(first_valid(mask), content)
+    order = in_front(mask)
+    return hashes_of(content if order is None else content.take_along_dim(over(order, content), dim=1), valid)
+
+
+def hashes_of(content: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute a hash of each row's content, `(batch,)`, that does not depend on padding.
+
+    Of many pixels an even sample is enough to tell images apart.
+
+    Args:
+        content: Rows `(batch, …)`.
+        valid: Which entries count, spread over the content; None for all.
+    """
+    if content.is_floating_point():
+        if valid is None:
+            content = content[:, None].flatten(1)
+            content = content[:, :: max(1, content.shape[1] // MOST_HASHED)]
+        content = content.float().contiguous().view(torch.int32)
+    if valid is not None:
+        content = torch.where(valid, content, -1)
+    content = content[:, None].flatten(1).long()  # rows may have one axis
+    places = mix(torch.arange(content.shape[1], device=content.device) + 1)
+    return torch.where(content == -1, 0, mix(content + places)).sum(1)
+
+
+def mix(value: Tensor) -> Tensor:
+    """Hash int64 values to all 64 bits. Products wrap around."""
+    for factor in (-7046029254386353131, -4658895280553007687):
+        value = value ^ (value >> 29)
+        value *= factor
+    return value ^ (value >> 32)
 
 
 class ComparedRows:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_guidance.features.batch import Batch
-from hf_guidance.features.choices import INT64_MAX, hashes_of_rows, mix
 from hf_guidance.features.conventions import Conventions
 from hf_guidance.features.distributed import Ranks
 from hf_guidance.features.mismatches import why_unlike
 from hf_guidance.features.reader import HIDDEN
-from hf_guidance.features.rows import KINDS, ComparedRows
+from hf_guidance.features.rows import INT64_MAX, KINDS, ComparedRows, hashes_of_rows, mix
 from hf_guidance.mapping import Pair, pair_name
 from hf_guidance.similarity.layers import PRIMAL_BELOW, Layer, flat, layer_of
 from hf_guidance.similarity.pair_loss import Groups

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from hf_guidance.config import Json
 from hf_guidance.features.batch import Batch
-from hf_guidance.features.choices import mix
-from hf_guidance.features.rows import content_of
+from hf_guidance.features.rows import content_of, mix
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The guide's side of a step: from the batch to what the guide sees, by its forward or its cache, to its layers."""
+"""The guide's side of a step: what of a batch each network sees, and the guide's forward or cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hf_guidance.guide.inputs import (
     shuffle_rows,
     vocabulary_size,
 )
-from hf_guidance.guide.random_state import fingerprint
+from hf_guidance.guide.random_state import drawn_from
 from hf_guidance.guide.sharding import is_sharded
 from hf_guidance.mapping import LAST
 from hf_guidance.similarity.layers import Layer, flat
@@ -290,12 +290,12 @@ class GuideRunning:
             placed = hasattr(self.guide, "hf_device_map")  # weights are fetched for each forward and put back
             self._ends_early = own_forward and not (placed or is_sharded(self.guide))  # whose end puts weights back
         self.reader.stop_early = self._ends_early and self.cache is None
-        before = None if self._draws_nothing else fingerprint()
+        before = None if self._draws_nothing else drawn_from()
         with self.autocast(), self.reader.reading(reduce) as read, suppress(AllRead):
             forward(self.guide, inputs)
         if before is not None:
             self._draws_nothing = True
-            if before != fingerprint():
+            if before != drawn_from():
                 check_is_not_random(self.guide, self.read, inputs)
         return read
 

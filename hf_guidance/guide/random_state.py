@@ -23,8 +23,8 @@ def set_random_state(state: Sequence[Tensor]) -> None:
         device.set_rng_state(own)
 
 
-def fingerprint() -> tuple[object, ...]:
-    """Return what is equal twice if no random number was drawn in between, by torch, Python or numpy."""
+def drawn_from() -> tuple[object, ...]:
+    """Return the states that torch, Python and numpy draw from: equal twice if nothing was drawn in between."""
     of_numpy = np.random.get_state(legacy=False)["state"]
     of_torch = (state.numpy().tobytes() for state in random_state())
     return (*of_torch, random.getstate(), of_numpy["key"].tobytes(), of_numpy["pos"])

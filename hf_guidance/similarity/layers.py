@@ -43,7 +43,7 @@ class Layer:
         width: Number d of features.
         parts: 2 for a sketched layer, whose first and second half of features are independent sketches, scaled so that
             the Gram matrix is the mean of theirs; else 1.
-        factor: By which the squared features were multiplied, to have a mean of 1; 0 for a dead layer.
+        factor: By which squared features were multiplied, so that the mean squared norm of a sample is 1; 0 if dead.
     """
 
     values: Tensor
@@ -124,7 +124,7 @@ def layer_of(
     in_region: bool = False,
     of_rows: bool = False,
 ) -> Layer:
-    """Make a layer from its features: the only place that chooses its form.
+    """Make a layer from its features: the only place that chooses between features and their Gram matrix.
 
     Args:
         features, mask: As of `gram`.
@@ -145,12 +145,12 @@ def layer_of(
         raise ValueError(f"features have shape {tuple(features.shape)}; expected {expected}.")
     if not features.is_floating_point():
         features = features.float()
-    precision, noise = precision or features.dtype, None
+    precision, rounding = precision or features.dtype, None
     if mask is None:
         x = features if of_rows else flat(features)
     else:
         with exact_float32(features.device):
-            x, parts, noise = masked(_float(features), mask.bool(), precision, sketch)
+            x, parts, rounding = masked(_float(features), mask.bool(), precision, sketch)
     form: Form = "primal" if x.shape[-1] <= primal_below * x.shape[-2] else "dual"
     with_cores = form == "dual" and mask is None and x.is_cuda and half_precision.for_tensor_cores(x, in_region)
     if not with_cores:
@@ -160,11 +160,11 @@ def layer_of(
     wanted = x.requires_grad and torch.is_grad_enabled()
     with torch.no_grad():
         if form == "primal":
-            made = primal(x.detach(), precision, noise)
+            made = primal(x.detach(), precision, rounding)
         elif with_cores:
             made = from_product(half_precision.outer(halves_of(x.detach(), parts)), precision, parts)
         else:
-            made = dual(x.detach(), parts, precision, noise, wanted)
+            made = dual(x.detach(), parts, precision, rounding, wanted)
     if wanted:
         made = made._replace(values=_Values.apply(x, made, form, parts, copy and x.data_ptr() == features.data_ptr()))
     return Layer(made.values, form, x.shape[-1], parts, made.factor)
@@ -203,39 +203,39 @@ def halves_of(x: Tensor, parts: int) -> Tensor:
     return x if parts == 1 else x.unflatten(1, (parts, -1)).transpose(0, 1)
 
 
-def primal(x: Tensor, precision: torch.dtype, noise: Tensor | None = None) -> Made:
+def primal(x: Tensor, precision: torch.dtype, rounding: Tensor | None = None) -> Made:
     """Centre and scale features.
 
     Args:
         x: Features `(…, n, d)`.
         precision: Dtype in which they were computed.
-        noise: Energy of the rounding, if a mean was subtracted before.
+        rounding: Energy of the rounding, if a mean was subtracted before.
     """
     mean = x.mean(-2, keepdim=True)
     centred = x - mean
     centred -= centred.mean(-2, keepdim=True)  # removes the rounding of the mean
-    factor = _factor(centred, mean, precision, noise)
+    factor = _factor(centred, mean, precision, rounding)
     return Made(centred.mul_(factor.sqrt()), factor)
 
 
 def dual(
-    x: Tensor, parts: int, precision: torch.dtype, noise: Tensor | None = None, with_gradient: bool = False
+    x: Tensor, parts: int, precision: torch.dtype, rounding: Tensor | None = None, with_gradient: bool = False
 ) -> Made:
     """Compute the Gram matrix of centred, scaled features.
 
     Args:
-        x, precision, noise: As of `primal`.
+        x, precision, rounding: As of `primal`.
         parts: Number of parts of the features, each with a Gram matrix of its own.
         with_gradient: Whether a backward will multiply the features.
     """
-    plain = x.dtype == torch.float32 and x.ndim == 2 and parts == 1 and noise is None and for_numpy(x)
+    plain = x.dtype == torch.float32 and x.ndim == 2 and parts == 1 and rounding is None and for_numpy(x)
     if plain and (found := centred_product(x, with_gradient)):
         gram, energy, mean = found
         if mean is None or not _may_be_dead(energy, mean, precision):
             return Made(gram.mul_(1 / energy), 1 / energy, mean)
     mean = x.mean(-2, keepdim=True)
     centred = x - mean
-    factor = _factor(centred, mean, precision, noise)
+    factor = _factor(centred, mean, precision, rounding)
     with exact_float32(x.device):
         gram = center_in_place(outer(halves_of(centred, parts)))  # again, to remove the rounding of the mean
     return Made(gram.mul_(parts * factor), factor, mean)
@@ -255,19 +255,19 @@ def from_product(gram: Tensor, precision: torch.dtype, parts: int = 1) -> Made:
     return Made(gram.mul_(parts * factor), factor)
 
 
-def _factor(centred: Tensor, mean: Tensor, precision: torch.dtype, noise: Tensor | None) -> Tensor:
+def _factor(centred: Tensor, mean: Tensor, precision: torch.dtype, rounding: Tensor | None) -> Tensor:
     """Compute one over the energy of layers, `(…, 1, 1)`; 0 for a dead one, half of whose energy or more is rounding.
 
     Args:
         centred: Features minus their mean, `(…, n, d)`.
         mean: Mean of each feature, `(…, 1, d)`, whose rounding is judged feature by feature.
         precision: Dtype in which the features were computed.
-        noise: Energy of the rounding, if a mean was subtracted before.
+        rounding: Energy of the rounding, if a mean was subtracted before.
     """
     spread = centred.square().mean(-2, keepdim=True)
-    if noise is None:
-        noise = torch.minimum(spread, _rounding(precision) * mean.square()).sum(-1, keepdim=True)
-    return _inverse(spread.sum(-1, keepdim=True), 2 * noise)
+    if rounding is None:
+        rounding = torch.minimum(spread, _rounding(precision) * mean.square()).sum(-1, keepdim=True)
+    return _inverse(spread.sum(-1, keepdim=True), 2 * rounding)
 
 
 def _inverse(energy: Tensor, least: Tensor) -> Tensor:
@@ -306,14 +306,14 @@ def masked(
     centred = torch.where(valid[..., None], x - mean, 0)
     spread = centred.square().sum(0)  # (length, d), times m
     with torch.no_grad():
-        noise = torch.minimum(spread, _rounding(precision) * mean.square() * m[:, None]).sum() / len(x)
+        rounding = torch.minimum(spread, _rounding(precision) * mean.square() * m[:, None]).sum() / len(x)
     lost = spread.sum(1) / (m * (m - 1)).clamp(min=1)
     root = torch.where(lost > 0, lost, 1).sqrt() * (lost > 0)  # the slope of a root at 0 is infinite
     features = centred.flatten(1)
     sketched = features if sketch is None else sketch(features)
     parts = 1 if sketched is features else 2
     given_back = ((valid.to(x) - m / len(x)) * root / parts**0.5)[:, None].expand(-1, parts, -1)
-    return torch.cat([sketched.unflatten(1, (parts, -1)), given_back], 2).flatten(1), parts, noise
+    return torch.cat([sketched.unflatten(1, (parts, -1)), given_back], 2).flatten(1), parts, rounding
 
 
 # ------------------------------------------------------------------------------------------------------ the gradient

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 SAFE_OFFSET, SAFE_WITH_GRADIENT = 12, 4
 LARGEST_OFFSET = 1000  # above this a layer may be dead, and the rounding of the mean matters
 FAINTEST = float(np.finfo(np.float32).tiny)  # smallest energy of a layer that is not dead
-TINY = 1e-20  # far below any Gram entry of a living layer, whose mean diagonal is 1; for roots in your own measures
+TINY = 1e-20  # far below the energy of a living layer; for roots and quotients in your own measures
 PROBED = 1024  # features by which the size of the mean is guessed
 BLOCK = 4096  # features to centre at a time, so that they stay in the processor's cache
 NUMPY_THREADS = 2  # torch threads up to which numpy's half product on one thread is as fast as torch's

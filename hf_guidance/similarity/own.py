@@ -68,7 +68,7 @@ class Own:
     function: Callable[[Tensor, Tensor], Tensor]
 
     def prepare(self, layer: Layer, with_slope: bool) -> tuple[Layer, bool]:
-        """Return the layer as it is: the function is called once per pair."""
+        """Return the arguments as they are: the function is called once per pair."""
         return layer, with_slope
 
     def compare(self, target: tuple[Layer, bool], guide: tuple[Layer, bool]) -> tuple[Tensor, Tensor | None]:

@@ -28,8 +28,8 @@ class Method(Protocol[Prepared]):
         """Return the similarity of two prepared layers, and its slope in the target's values if that is needed."""
 
 
-class TwoStages(Protocol):
-    """A method with what has to be known about it; see `Measure`."""
+class Comparable(Protocol):
+    """A method, and what has to be known of it to compare layers by it; see `Measure`."""
 
     @property
     def method(self) -> Method[Any]: ...
@@ -41,7 +41,7 @@ class TwoStages(Protocol):
 
 def guidance_loss(
     pairs: Sequence[Pair],
-    measure: TwoStages,
+    measure: Comparable,
     targets: Layers,
     guides: Layers,
     *,
@@ -82,7 +82,7 @@ def guidance_loss(
 
 def guidance_loss_of_groups(
     pairs: Sequence[Pair],
-    measure: TwoStages,
+    measure: Comparable,
     targets: Groups,
     guides: Groups,
     *,
@@ -122,7 +122,7 @@ def guidance_loss_of_groups(
 
 
 @torch.no_grad()
-def similarities(pairs: Sequence[Pair], measure: TwoStages, targets: Layers, guides: Layers) -> dict[str, Tensor]:
+def similarities(pairs: Sequence[Pair], measure: Comparable, targets: Layers, guides: Layers) -> dict[str, Tensor]:
     """Compute the similarity of each pair, without a gradient.
 
     Args:
@@ -136,7 +136,7 @@ def similarities(pairs: Sequence[Pair], measure: TwoStages, targets: Layers, gui
 
 def compare_pairs(
     pairs: Sequence[Pair],
-    measure: TwoStages,
+    measure: Comparable,
     targets: Layers,
     guides: Layers,
     weights: Sequence[float] | None = None,
@@ -178,7 +178,7 @@ def compare_pairs(
     return torch.stack([values[pair] for pair in pairs]), slopes
 
 
-def _fitting(layer: Layer, measure: TwoStages) -> Layer:
+def _fitting(layer: Layer, measure: Comparable) -> Layer:
     """Return a layer as its Gram matrix if it has more features than samples and the measure needs no features."""
     too_wide = layer.form == "primal" and layer.parts == 1 and layer.width > layer.samples
     return layer.in_dual_form() if too_wide and not math.isinf(measure.primal_below) else layer

@@ -24,7 +24,7 @@ ALL_INVARIANCES = frozenset({"orthogonal", "isotropic_scaling", "translation", "
 
 @dataclass(frozen=True)
 class Measure:
-    """Similarity of two layers in two stages, so that pairs with a common layer share its work.
+    """Similarity of two layers, as the guidance loss and its public function compute it.
 
     Args:
         name: Name of the public function.

@@ -19,8 +19,10 @@ from .configuration_plain_rnn import RNNConfig
 from .modeling_fcn import FCNForImageClassification, FCNModel
 from .modeling_plain_resnet import PlainResNetForImageClassification, PlainResNetModel
 from .modeling_plain_rnn import RNNCache, RNNForCausalLM, RNNForSequenceClassification, RNNModel
+from .vision import VISION_TARGETS, vision_target
 
 __all__ = [
+    "VISION_TARGETS",
     "FCNConfig",
     "FCNForImageClassification",
     "FCNModel",
@@ -32,6 +34,7 @@ __all__ = [
     "RNNForCausalLM",
     "RNNForSequenceClassification",
     "RNNModel",
+    "vision_target",
 ]
 
 # Trainer reads here whether it has to shift labels that it smooths; `register` below does not write it

@@ -10,13 +10,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .base import Task
+from .base import IGNORED_LABEL, Task
 from .copy_paste import copy_paste
 from .images import image_classification
 from .parity import limit_length, parity
 from .text import language_modeling
 
 __all__ = [
+    "IGNORED_LABEL",
     "TASKS",
     "Task",
     "build_task",

@@ -247,7 +247,6 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
         self._sums.clear()  # an interrupted call may have left some
         self._micro_step, self._pass, self._pass_at_start = (-1, 0), None, pass_of(checkpoint)
         self._is_calibrated = False  # the data may be others
-        self._forget_networks()
         try:
             if self.model_init is None:  # else the target is made later
                 self._prepare_guide()
@@ -269,7 +268,10 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
 
     def _begin_training(self) -> None:
         check_trainer(self)
+        had_stop = self._stop is not None
         self._find_stop()
+        if had_stop and self._stop is None and self._loss is not None:
+            self._loss.stopped_at = None  # the callback was removed
         self._finite.on_taken = None if self._stop is None else self._stop.take
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, SimilarityFilm):

@@ -45,7 +45,7 @@ class MicroBatchesMixin(Behind):
         self._batches: list[dict[str, Any]] = []
         self._window: Accumulated | None = None
         self._in_window = 0  # number of its micro-batches that have been trained on
-        self._in_wrappers: tuple[Any, ...] = (None,)  # the model, the same without wrappers, and what is read of it
+        self._in_wrappers: tuple[Any, Any] = (None, None)  # the model, and the same without wrappers
         self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
         super().__init__(*args, **kwargs)
 
@@ -66,26 +66,20 @@ class MicroBatchesMixin(Behind):
         return self._watching(inputs, step=step, micro_step=micro_step, rank=rank, log=log, weights=weights)
 
     def _watching(self, inputs: Batch, **place: Any) -> AbstractContextManager[Watched]:
-        _, whole, target = self._networks()
+        whole, target = self._networks()
         watch = self.guidance_loss.watch if whole is target else partial(watch_each, self.guidance_loss)
         return watch(inputs, **place)
 
     def _guidance_target(self) -> Any:
         """Return the network in the model whose layers are read."""
-        return self._networks()[2]
+        return self._networks()[1]
 
-    def _networks(self) -> tuple[Any, ...]:
-        """Return the model, the same without its wrappers, and the network in it whose layers are read.
-
-        They are looked for once in each call of `train`, as accelerate walks all modules for them.
-        """
-        if self._in_wrappers[0] is not self.model:
-            whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            self._in_wrappers = self.model, whole, transformer_in(whole)
-        return self._in_wrappers
-
-    def _forget_networks(self) -> None:
-        self._in_wrappers = (None,)  # the model may hold another network by now
+    def _networks(self) -> tuple[Any, Any]:
+        """Return the model without its wrappers, and the network in it whose layers are read."""
+        if self._in_wrappers[0] is not self.model:  # accelerate walks all modules
+            self._in_wrappers = self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        whole = self._in_wrappers[1]
+        return whole, transformer_in(whole)  # which may have been replaced
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of the coming optimizer step as transformers does, and keep them."""

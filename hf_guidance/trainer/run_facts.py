@@ -15,14 +15,13 @@ from transformers import Trainer, TrainingArguments
 from hf_guidance.analysis.history import History, debiased_curves, metrics_of, similarity_curves
 from hf_guidance.card.command import published_command
 from hf_guidance.card.contents import RunFacts
-from hf_guidance.card.facts import HUB_ID, example_of, known, processing_facts, rows_facts
+from hf_guidance.card.facts import HUB_ID, Facts, example_of, known, processing_facts, rows_facts
 from hf_guidance.config import GuidanceConfig, Json
 from hf_guidance.trainer.environment import command_line, environment
 from hf_guidance.trainer.protocol import GuidedTrainer
 from hf_guidance.trainer.similarity_stop import stop_among
 from hf_guidance.trainer.steps import TrainingClock
 
-Facts = dict[str, Any]
 VERSIONS = ("python", "torch", "transformers", "accelerate")
 SIZES = (
     "hidden_size",

@@ -215,9 +215,8 @@ class GuidedSteps(TrainerCallback):
     """A callback that counts the optimizer steps that were guided.
 
     Args:
-        check: Raises ValueError if guidance would not do what its settings say. It is called when training begins,
-            because settings may change after construction, as in a hyperparameter search. The trainer also prepares
-            its guide there.
+        begin: Called when training begins. It raises ValueError if guidance would not do what its settings say, which
+            may have changed since construction, as in a hyperparameter search. The trainer prepares its guide there.
         schedule: Returns the function optimizer step → weights of guidance and task.
         is_left_out: Returns whether the present optimizer step is left out because it is not finite.
 
@@ -227,9 +226,9 @@ class GuidedSteps(TrainerCallback):
     """
 
     def __init__(
-        self, check: Callable[[], None], schedule: Callable[[], Schedule], is_left_out: Callable[[], bool]
+        self, begin: Callable[[], None], schedule: Callable[[], Schedule], is_left_out: Callable[[], bool]
     ) -> None:
-        self.check, self.schedule, self.is_left_out = check, schedule, is_left_out
+        self.begin, self.schedule, self.is_left_out = begin, schedule, is_left_out
         self.before: int | None = 0
         self.first, self.guided, self._pending = 0, 0, False
         self._reasons: dict[str, str] = {}  # first word → reason
@@ -237,9 +236,9 @@ class GuidedSteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reset the counts, and check the settings again."""
+        """Reset the counts, and begin."""
         self.first, self.guided, self._reasons = state.global_step, 0, {}
-        self.check()
+        self.begin()
         if not self.schedule()(state.max_steps - 1).task:
             logger.warning(
                 "All %d optimizer steps are pre-alignment, none is of the task: see prealign_steps.", state.max_steps
@@ -296,7 +295,7 @@ class GuidedSteps(TrainerCallback):
 
 
 class Clock:
-    """A clock that reads the CPU time of this process, or on a GPU the time between CUDA events.
+    """A clock that reads the CPU time of this process, or on an accelerator the time between its events.
 
     CPU time does not count what other processes do.
     """
@@ -329,7 +328,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     Attributes:
         steps: Number of steps.
-        seconds: Time of all steps up to the last evaluation, save or end of training, in seconds.
+        seconds: Time of the steps that have been added up, in seconds; at an evaluation, a save and the end, of all.
         marks: `(step, seconds so far)` at every evaluation.
         cold: Number of the steps that were the first ones of a process, and their seconds.
     """

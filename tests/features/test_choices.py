@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_guidance.features.choices import choose_rows, hashes_of, mix
-
-
-def test_mixing_scatters_neighbours_over_all_bits_but_the_signs_and_loses_none() -> None:
-    mixed = mix(torch.arange(4096))
-    assert len(mixed.unique()) == 4096
-    bits = (mixed[:, None] >> torch.arange(63)) & 1
-    assert (bits.double().mean(0) - 0.5).abs().max() < 0.05  # six standard errors of 0.008
+from hf_guidance.features.choices import choose_rows
 
 
 def ids(rows: int = 32, length: int = 5) -> torch.Tensor:
@@ -47,10 +40,8 @@ def test_equal_rows_do_not_change_the_number_and_a_small_batch_is_taken_whole() 
     assert choose_rows(same, 9, seed=0) is None
 
 
-def test_images_are_told_apart_by_a_sample_of_their_pixels() -> None:
+def test_of_images_the_same_are_chosen_in_any_order() -> None:
     images = torch.rand(64, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    assert len(hashes_of(images).unique()) == 64
-    assert torch.equal(hashes_of(images), hashes_of(images.contiguous(memory_format=torch.channels_last)))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     chosen, permuted = choose_rows({"pixel_values": images}, 9, 3), choose_rows({"pixel_values": images[order]}, 9, 3)
     assert sorted(order[permuted].tolist()) == chosen.tolist()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guidance.features.rows import content_of, masks_of
+from hf_guidance.features.rows import content_of, hashes_of, masks_of, mix
 
 
 def test_the_content_is_the_main_input_or_the_first_tensor_with_two_axes_or_else_with_one() -> None:
@@ -42,3 +42,16 @@ def test_an_integer_mask_of_what_is_added_is_read_as_that() -> None:
     added = torch.tensor([[0, 0, -10000]])
     assert masks_of({"attention_mask": added})["encoder"].tolist() == [[True, True, False]]
     assert masks_of({"attention_mask": 2 - torch.tensor([[1, 0, 2]])})["encoder"].tolist() == [[True, True, False]]
+
+
+def test_mixing_scatters_neighbours_over_all_bits_but_the_signs_and_loses_none() -> None:
+    mixed = mix(torch.arange(4096))
+    assert len(mixed.unique()) == 4096
+    bits = (mixed[:, None] >> torch.arange(63)) & 1
+    assert (bits.double().mean(0) - 0.5).abs().max() < 0.05  # six standard errors of 0.008
+
+
+def test_images_are_told_apart_by_a_sample_of_their_pixels() -> None:
+    images = torch.rand(64, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert len(hashes_of(images).unique()) == 64
+    assert torch.equal(hashes_of(images), hashes_of(images.contiguous(memory_format=torch.channels_last)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_guidance.guide.random_state import fingerprint, kept_random_state, random_state, set_random_state
+from hf_guidance.guide.random_state import drawn_from, kept_random_state, random_state, set_random_state
 
 
 def draw() -> list[float]:
@@ -38,8 +38,8 @@ def test_torch_goes_on_from_the_state_that_is_set() -> None:
 
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand])
-def test_a_drawn_number_changes_the_fingerprint(draw) -> None:
-    before = fingerprint()
-    assert fingerprint() == before
+def test_a_drawn_number_changes_the_drawn_from(draw) -> None:
+    before = drawn_from()
+    assert drawn_from() == before
     draw()
-    assert fingerprint() != before
+    assert drawn_from() != before

@@ -117,7 +117,7 @@ def measure_cost(
     for _ in range(plan.rounds):
         for variant in variants.values():
             variant.advance(plan.discard + counted)
-    found: Any = {name: _seconds(v.meter, args, plan) for name, v in variants.items()}
+    found: Any = {name: _seconds(v.meter, args) for name, v in variants.items()}
     found["guide_forwards"] = sum(runs) / (plan.rounds * counted)
     found["batches_of_a_step"] = args.gradient_accumulation_steps
     found |= summary(found) | {"overhead_of_rounds": overhead_of_rounds(found, plan.rounds)}
@@ -179,7 +179,7 @@ def _compared_in_step(layers: list[Compared], args: TrainingArguments, guidance:
     return [layer for layer in joined for _ in range(times if layer.of_target else 1)]
 
 
-def _seconds(meter: StepMeter, args: TrainingArguments, plan: Plan) -> dict[str, Any]:
+def _seconds(meter: StepMeter, args: TrainingArguments) -> dict[str, Any]:
     batch = args.per_device_train_batch_size * (args.gradient_accumulation_steps if meter.forwards else 1)
     found: dict[str, Any] = middle_and_least(meter.steps) | {"all": meter.steps}
     found["samples_per_second"] = batch / found["median"]
