@@ -66,7 +66,7 @@ from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.distillation import DistillationTrainer, check_classes
 from hf_guidance.experiments.files import identify_folder
 from hf_guidance.experiments.recipe import launch, training_defaults
-from hf_guidance.experiments.recipe_runs import Comparison
+from hf_guidance.experiments.recipe_runs import Setup
 from hf_guidance.experiments.run import Run
 from hf_guidance.guide.configs import is_resnet
 from hf_guidance.guide.loading import untrained_network
@@ -310,7 +310,7 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     return values
 
 
-def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
+def build(recipe: Arguments, args: TrainingArguments) -> Setup:
     """Build data and runs from the flags."""
     guide: Any = str(recipe.guide)
     size = int(recipe.image_size or 0)
@@ -348,7 +348,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
         data["workers"] = args.dataloader_num_workers  # workers share the files, so their number changes the order
     if not args.dataloader_drop_last:
         check_last_batch(task, args.train_batch_size)
-    return Comparison(
+    return Setup(
         task=task,
         data={"task": task.name, **data, "target": vars(pixels), "guide": vars(own)},
         target=partial(target_of, recipe, task),

@@ -70,7 +70,7 @@ from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.distillation import DistillationTrainer
 from hf_guidance.experiments.files import identify_files
 from hf_guidance.experiments.recipe import launch, training_defaults
-from hf_guidance.experiments.recipe_runs import Comparison
+from hf_guidance.experiments.recipe_runs import Setup
 from hf_guidance.experiments.run import Run
 from hf_guidance.targets import RNNConfig, RNNForCausalLM, RNNForSequenceClassification
 from hf_guidance.tasks import Task, build_task
@@ -261,7 +261,7 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     return {"output_dir": folder, **chosen.training, **chosen.guidance}
 
 
-def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
+def build(recipe: Arguments, args: TrainingArguments) -> Setup:
     """Build data and runs from the flags."""
     chosen = preset(recipe.task, recipe.preset)
     options = dict(chosen.task)
@@ -275,7 +275,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Comparison:
         options |= {"eval_size": recipe.eval_size, "test_size": recipe.eval_size}
     task = build_task(recipe.task, **options)
     files = {"text_files": identify_files(recipe.text_files)} if recipe.text_files else {}
-    return Comparison(
+    return Setup(
         task=task,
         data={"task": recipe.task, **options, **files},
         target=partial(chosen.target, task),

@@ -44,7 +44,7 @@ from hf_guidance.experiments.arguments import RecipeArguments
 from hf_guidance.experiments.command_line import check_choice
 from hf_guidance.experiments.files import identify_folder
 from hf_guidance.experiments.recipe import launch, training_defaults
-from hf_guidance.experiments.recipe_runs import Comparison, Matrix
+from hf_guidance.experiments.recipe_runs import CrossedSetups, Setup
 from hf_guidance.experiments.run import Run
 from hf_guidance.guide.hub_errors import hub_fault, one_line
 from hf_guidance.targets import FCNConfig
@@ -111,8 +111,8 @@ def defaults(recipe: Arguments) -> dict[str, Any]:
     return values | {"output_dir": f"outputs/which_prior/{name}-{recipe.preset}", "remove_unused_columns": False}
 
 
-def build(recipe: Arguments, args: TrainingArguments) -> Matrix:
-    """Build the comparison of each target from the flags."""
+def build(recipe: Arguments, args: TrainingArguments) -> CrossedSetups:
+    """Build the setup of each target from the flags."""
     names = {run_named(guide): Path(guide).name for guide in recipe.guides}
     if len(names) < len(recipe.guides):
         raise ValueError(f"--guides {' '.join(recipe.guides)}: two of them have the same name.")
@@ -123,7 +123,7 @@ def build(recipe: Arguments, args: TrainingArguments) -> Matrix:
     if said and PartialState().is_main_process:
         print("\n".join(said), flush=True)
     recipe = replace(recipe, guides=[guide for guide in recipe.guides if guide not in left_out])
-    return Matrix({target: comparison_of(recipe, target) for target in recipe.targets}, names)
+    return CrossedSetups({target: setup_of(recipe, target) for target in recipe.targets}, names)
 
 
 def why_left_out(guide: str, size: int) -> str:
@@ -154,8 +154,8 @@ def run_named(guide: str) -> str:
     return "guided_by_" + re.sub(r"\W+", "_", Path(guide).name)
 
 
-def comparison_of(recipe: Arguments, name: str) -> Comparison:
-    """Build the comparison of one target."""
+def setup_of(recipe: Arguments, name: str) -> Setup:
+    """Build the setup of one target."""
     pixels = PixelFormat(int(recipe.image_size or 0))
     options: dict[str, Any] = {
         key: getattr(recipe, key) for key in ("dataset", "dataset_config", "train_size", "eval_size")
@@ -171,7 +171,7 @@ def comparison_of(recipe: Arguments, name: str) -> Comparison:
     }
     sizes: dict[str, Any] = SMALL[name] if recipe.preset == "small" else {}
     target: Callable[[], PreTrainedModel] = partial(vision_target, name, pixels.size, **sizes, **labels)
-    return Comparison(
+    return Setup(
         task=task,
         data=data,
         target=target,

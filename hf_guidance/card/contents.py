@@ -55,7 +55,7 @@ class Pairs(TypedDict):
     rows: list[PairRow]
 
 
-class Comparison(TypedDict, total=False):
+class MatchedRuns(TypedDict, total=False):
     """The runs that this one is matched with."""
 
     text: str
@@ -92,7 +92,7 @@ class RunFacts(TypedDict, total=False):
     stopped_at: int
     pairs: Pairs
     results: Results
-    comparison: Comparison
+    comparison: MatchedRuns
     figures: list[Figure]
     training: Values
     cost: Values

@@ -21,7 +21,7 @@ from hf_guidance.config import GuidanceConfig
 from hf_guidance.experiments.guidance_measuring import measure_guidance
 from hf_guidance.experiments.inspection_report import as_text, as_yaml
 from hf_guidance.experiments.measurements import Measurements, PairMeasurement
-from hf_guidance.experiments.proposals import Data, Proposal, ordered
+from hf_guidance.experiments.proposals import DataFacts, Proposal, ordered
 from hf_guidance.features.batch import Batch
 from hf_guidance.features.rows import content_of
 from hf_guidance.guide.forward import accepted_columns
@@ -195,7 +195,7 @@ def _batches(trainer: GuidanceMixin, count: int) -> list[dict[str, Any]]:
     return found
 
 
-def facts_of(trainer: GuidanceMixin, batch: Batch) -> Data:
+def facts_of(trainer: GuidanceMixin, batch: Batch) -> DataFacts:
     """Collect the facts about a trainer's data that a proposal needs, with its first batch."""
     ids = batch.get("input_ids")
     own = any(name.startswith(GUIDE_PREFIX) for name in batch)
@@ -204,7 +204,7 @@ def facts_of(trainer: GuidanceMixin, batch: Batch) -> Data:
     count = len(rows) if hasattr(rows, "__len__") else None
     seen = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.max_steps
     epochs = trainer.args.num_train_epochs if trainer.args.max_steps <= 0 else seen / count if count else None
-    return Data(
+    return DataFacts(
         rows=len(content_of(batch)),
         positions=ids.shape[1] if same and isinstance(ids, Tensor) else 1,
         has_batch_norm=any(isinstance(module, BATCH_NORM) for module in trainer.guide.modules()),

@@ -26,7 +26,7 @@ CACHE, SKETCH, SPARSEST = "guide_cache", 1024, 4
 
 
 @dataclass(frozen=True)
-class Data:
+class DataFacts:
     """The facts about the data that the proposal needs.
 
     Args:
@@ -59,7 +59,7 @@ class Proposal:
         reasons: Field of the config → why it has its value, in one sentence.
     """
 
-    def __init__(self, config: GuidanceConfig, start: Measurements, data: Data, trial: Trial) -> None:
+    def __init__(self, config: GuidanceConfig, start: Measurements, data: DataFacts, trial: Trial) -> None:
         self.config, self.measured, self.data, self.trial = config, start, data, trial
         self.reasons: dict[str, str] = {}
         for choose in (

@@ -26,7 +26,7 @@ from hf_guidance.experiments.command_line import (
 from hf_guidance.experiments.matrix import cells_of
 from hf_guidance.experiments.progress import Progress, in_lines, planned_runs
 from hf_guidance.experiments.publishing import publish, publish_matrix
-from hf_guidance.experiments.recipe_runs import Comparison, Matrix, check_plan, check_seeds, compare
+from hf_guidance.experiments.recipe_runs import CrossedSetups, Setup, check_plan, check_seeds, compare
 from hf_guidance.experiments.report import Report
 from hf_guidance.experiments.run import SETTINGS
 from hf_guidance.experiments.run_training import RESULT
@@ -42,7 +42,7 @@ REFUSED = {"--seed", "--num_train_epochs", "--resume_from_checkpoint"}
 INSTEAD = "use --seeds and --max_steps instead; rerun the same command to resume"
 
 A = TypeVar("A", bound=RecipeArguments)
-Plan: TypeAlias = dict[str, tuple[Comparison, TrainingArguments]]  # name of a target, or "" → its own
+Plan: TypeAlias = dict[str, tuple[Setup, TrainingArguments]]  # name of a target, or "" → its own
 
 
 def training_defaults(steps: int, batch: int, rate: float) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def launch(
     description: str,
     arguments: type[A],
     defaults: Callable[[A], dict[str, Any]],
-    build: Callable[[A, TrainingArguments], Comparison | Matrix],
+    build: Callable[[A, TrainingArguments], Setup | CrossedSetups],
     claims: Mapping[str, str] | None = None,
 ) -> None:
     """Run a recipe from its command line.
@@ -83,8 +83,8 @@ def launch(
         description: Text for `--help`.
         arguments: Dataclass of the recipe's own flags.
         defaults: Maps the flags to defaults of `TrainingArguments` and `GuidanceConfig` fields, `output_dir` included.
-        build: Maps the flags and the training arguments to the comparison, or to several.
-        claims: Name of a claim, for `--claim` → the flags of its comparison.
+        build: Maps the flags and the training arguments to the setup, or to several.
+        claims: Name of a claim, for `--claim` → its flags.
     """
     tell_in_one_line()
     file = value_of(sys.argv[1:], "--config")
@@ -104,8 +104,8 @@ def launch(
     try:
         built = build(recipe, args)
         plan = _plan(built, args, settings)
-        for comparison in built.comparisons.values() if isinstance(built, Matrix) else [built]:
-            check_given(given, sweeps, guidance, comparison.runs(recipe.seeds[0]))
+        for setup in built.setups.values() if isinstance(built, CrossedSetups) else [built]:
+            check_given(given, sweeps, guidance, setup.runs(recipe.seeds[0]))
         started = command_facts(command, type(recipe), TrainingArguments, with_lists(settings))
         reports, not_pushed = _carry_out(recipe, guidance, plan, folder, started)
     except KeyboardInterrupt:
@@ -115,7 +115,7 @@ def launch(
     except ConnectionError as error:  # no Hub, or reading a stream failed, after its retries
         said = (str(error).splitlines() or [""])[-1]  # a worker's error begins with its traceback
         raise ConnectionError(f"{said}{_resuming(folder)}") from error
-    if isinstance(built, Matrix) and PartialState().is_main_process:
+    if isinstance(built, CrossedSetups) and PartialState().is_main_process:
         publish_matrix(cells_of(reports, built.guides), folder)
     PartialState().wait_for_everyone()  # a rank that exits early would break the others
     PartialState().destroy_process_group()
@@ -123,29 +123,29 @@ def launch(
         raise not_pushed
 
 
-def _plan(built: Comparison | Matrix, args: TrainingArguments, settings: dict[str, dict[str, Any]]) -> Plan:
-    """Return the comparisons, with a run at each of the settings that are swept."""
-    if isinstance(built, Matrix) and settings:
+def _plan(built: Setup | CrossedSetups, args: TrainingArguments, settings: dict[str, dict[str, Any]]) -> Plan:
+    """Return the setups, with a run at each of the settings that are swept."""
+    if isinstance(built, CrossedSetups) and settings:
         swept_flag = next(iter(next(iter(settings.values()))))
         raise ValueError(f"--{swept_flag}: this recipe crosses targets with guides; give one value.")
     return {
-        name: (replace(comparison, runs=swept(comparison.runs, settings)), _in_folder(args, name))
-        for name, comparison in (built.comparisons if isinstance(built, Matrix) else {"": built}).items()
+        name: (replace(setup, runs=swept(setup.runs, settings)), _in_folder(args, name))
+        for name, setup in (built.setups if isinstance(built, CrossedSetups) else {"": built}).items()
     }
 
 
 def _carry_out(
     recipe: RecipeArguments, guidance: GuidanceConfig, plan: Plan, folder: Path, started: dict[str, Any]
 ) -> tuple[dict[str, Report], ConnectionError | None]:
-    """Run and publish each comparison; return their reports, and the error of a push that failed."""
+    """Run and publish each setup; return their reports, and the error of a push that failed."""
     reports: dict[str, Report] = {}
     not_pushed = None
-    for comparison, own in plan.values():
-        check_plan(recipe, own, guidance, comparison)
+    for setup, own in plan.values():
+        check_plan(recipe, own, guidance, setup)
     progress = _begin(recipe, plan, folder)
-    for name, (comparison, own) in plan.items():
-        reports[name] = compare(recipe, own, guidance, comparison, started, progress)
-        summary = comparison.summary()
+    for name, (setup, own) in plan.items():
+        reports[name] = compare(recipe, own, guidance, setup, started, progress)
+        summary = setup.summary()
         if PartialState().is_main_process:
             try:
                 publish(reports[name], folder / name, own)
@@ -156,7 +156,7 @@ def _carry_out(
 
 
 def _in_folder(args: TrainingArguments, name: str) -> TrainingArguments:
-    """Return training arguments for one of several comparisons, which has a folder of its own."""
+    """Return training arguments for one of several setups, which has a folder of its own."""
     own = copy.copy(args)
     if name:
         own.output_dir = str(Path(str(args.output_dir)) / name)
@@ -193,18 +193,18 @@ def _parse(
     return parsed
 
 
-def _begin(recipe: RecipeArguments, plan: Mapping[str, tuple[Comparison, TrainingArguments]], folder: Path) -> Progress:
+def _begin(recipe: RecipeArguments, plan: Mapping[str, tuple[Setup, TrainingArguments]], folder: Path) -> Progress:
     """Print what will run, what is done already, and where it resumes."""
     progress = Progress(
         [
             run
-            for comparison, args in plan.values()
-            for run in planned_runs(recipe, comparison.runs, args.max_steps, Path(str(args.output_dir)))
+            for setup, args in plan.values()
+            for run in planned_runs(recipe, setup.runs, args.max_steps, Path(str(args.output_dir)))
         ]
     )
     if PartialState().is_main_process:
-        for name, (comparison, args) in plan.items():
-            lines = in_lines(recipe, comparison.runs(recipe.seeds[0]), args.max_steps)
+        for name, (setup, args) in plan.items():
+            lines = in_lines(recipe, setup.runs(recipe.seeds[0]), args.max_steps)
             print("\n".join([f"{name}: {lines[0]}" if name else lines[0], *lines[1:]]))
         print(progress.begin(folder), flush=True)
     return progress

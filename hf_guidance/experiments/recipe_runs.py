@@ -31,7 +31,7 @@ FEWEST = 3  # rows, of which an intrinsic dimension is measured
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Setup:
     """The data and runs of a recipe, once its flags are known.
 
     Args:
@@ -57,15 +57,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """Comparisons of several targets, each guided by the same guides.
+class CrossedSetups:
+    """Setups of several targets, each guided by the same guides.
 
     Args:
-        comparisons: Name of a target, and of its folder → its comparison.
+        setups: Name of a target, and of its folder → its setup.
         guides: Name of a run → name of its guide.
     """
 
-    comparisons: dict[str, Comparison]
+    setups: dict[str, Setup]
     guides: dict[str, str]
 
 
@@ -78,17 +78,15 @@ def check_seeds(recipe: RecipeArguments) -> None:
         )
 
 
-def check_plan(
-    recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
-) -> None:
+def check_plan(recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, setup: Setup) -> None:
     """Raise ValueError if flags do not go with the runs, or the output folder holds runs with other settings."""
-    named = {run.name for run in comparison.runs(recipe.seeds[0])}
+    named = {run.name for run in setup.runs(recipe.seeds[0])}
     if (recipe.longer_baseline or recipe.equal_time_baseline) and "alone" not in named:
         raise ValueError(
             "--longer_baseline and --equal_time_baseline train the run 'alone' for longer, but --runs does not name "
             "it: add alone to --runs."
         )
-    guided = sorted(run.name for run in comparison.runs(recipe.seeds[0]) if run.guide is not None)
+    guided = sorted(run.name for run in setup.runs(recipe.seeds[0]) if run.guide is not None)
     if recipe.equal_time_to is not None and recipe.equal_time_to not in guided:
         raise ValueError(
             f"--equal_time_to {recipe.equal_time_to} is none of the guided runs ({', '.join(guided) or 'none'})."
@@ -103,22 +101,20 @@ def check_plan(
         raise ValueError(f"--dimension_rows is {recipe.dimension_rows}; a dimension needs at least {FEWEST} rows.")
     if recipe.film_steps is not None and recipe.film_steps < 1:
         raise ValueError(f"--film_steps is {recipe.film_steps}; a film needs a map every 1 or more steps.")
-    for run in (run for seed in recipe.seeds for run in comparison.runs(seed)):
-        check_folder(
-            run, args, guidance, Path(str(args.output_dir)), comparison.data, searched=bool(recipe.learning_rates)
-        )
+    for run in (run for seed in recipe.seeds for run in setup.runs(seed)):
+        check_folder(run, args, guidance, Path(str(args.output_dir)), setup.data, searched=bool(recipe.learning_rates))
 
 
 def _left_out(
-    recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, comparison: Comparison
+    recipe: RecipeArguments, args: TrainingArguments, guidance: GuidanceConfig, setup: Setup
 ) -> dict[str, str]:
     """Return the runs that are left out, as their networks or settings do not fit together, each with the reason."""
     found = {}
-    for run in comparison.runs(recipe.seeds[0]):
+    for run in setup.runs(recipe.seeds[0]):
         try:
-            check(run, comparison.task, args, guidance, Path(str(args.output_dir)))
+            check(run, setup.task, args, guidance, Path(str(args.output_dir)))
         except ValueError as error:
-            if not comparison.leaves_out:
+            if not setup.leaves_out:
                 raise
             found[run.name] = str(error)
     return found
@@ -128,7 +124,7 @@ def compare(
     recipe: RecipeArguments,
     args: TrainingArguments,
     guidance: GuidanceConfig,
-    comparison: Comparison,
+    setup: Setup,
     started: Mapping[str, Json],
     progress: Progress,
 ) -> Report:
@@ -138,52 +134,52 @@ def compare(
         recipe: Flags of the recipe.
         args: Training arguments that all runs share.
         guidance: Guidance settings that all runs share.
-        comparison: Data and runs.
+        setup: Data and runs.
         started: Result of `command_facts`.
         progress: Is told which runs are done.
     """
-    task, folder = comparison.task, Path(str(args.output_dir))
+    task, folder = setup.task, Path(str(args.output_dir))
     facts: Any = {**started, "license": LICENSE}
-    facts |= {"data": task_facts(task.name, task.description, comparison.data), "example": EXAMPLES.get(task.name)}
-    left_out = _left_out(recipe, args, guidance, comparison)
+    facts |= {"data": task_facts(task.name, task.description, setup.data), "example": EXAMPLES.get(task.name)}
+    left_out = _left_out(recipe, args, guidance, setup)
     for name, reason in left_out.items():
         progress.leave_out(folder, name)
         if PartialState().is_main_process:
             print(f"{name} is left out: {reason}", flush=True)
 
     def carry(run: Run) -> Record:
-        own = replace(task, train_dataset=comparison.train_dataset(run.seed)) if comparison.train_dataset else task
+        own = replace(task, train_dataset=setup.train_dataset(run.seed)) if setup.train_dataset else task
         with progress.running(run_folder(run, folder)):
-            return carry_out(run, own, args, guidance, folder, comparison.data, facts, partial(callbacks, run))
+            return carry_out(run, own, args, guidance, folder, setup.data, facts, partial(callbacks, run))
 
     def callbacks(run: Run, own: Task) -> list[TrainerCallback]:
-        found = comparison.callbacks(own)
+        found = setup.callbacks(own)
         if recipe.film_steps is not None and run.guide is not None:
             found.append(SimilarityFilm(recipe.film_steps, batch=first_rows(own, args.per_device_train_batch_size)))
         if recipe.dimension_rows is not None:
             found.append(WatchedDimensions(first_rows(own, recipe.dimension_rows)))
         return found
 
-    results, search = _trained(recipe, args, comparison, carry, left_out)
+    results, search = _trained(recipe, args, setup, carry, left_out)
     return _report(recipe, task, started, results, search)
 
 
 def _trained(
     recipe: RecipeArguments,
     args: TrainingArguments,
-    comparison: Comparison,
+    setup: Setup,
     carry: Callable[[Run], Record],
     left_out: Collection[str],
 ) -> tuple[list[Record], list[Record]]:
     """Return the records of all runs, and of those that chose the learning rate, which `args` gets."""
-    alone = [Run("alone", seed, comparison.target) for seed in recipe.seeds]
+    alone = [Run("alone", seed, setup.target) for seed in recipe.seeds]
     search: list[Record] = []
     if recipe.learning_rates:
         trying = [replace(run, seed=seed) for seed in recipe.search_seeds for run in alone[:1]]
-        higher = comparison.task.higher_is_better
+        higher = setup.task.higher_is_better
         args.learning_rate, search = best_learning_rate(trying, recipe.learning_rates, carry, higher)
         say_edge(args.learning_rate, recipe.learning_rates)
-    results = [carry(run) for seed in recipe.seeds for run in comparison.runs(seed) if run.name not in left_out]
+    results = [carry(run) for seed in recipe.seeds for run in setup.runs(seed) if run.name not in left_out]
     if recipe.equal_time_baseline:
         results += [
             carry(equal_time(run, args.max_steps, results, recipe.equal_time_to)) | {"run": EQUAL_TIME} for run in alone

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 MEASURING = Weights(guidance=1.0, task=1.0)  # whatever the weights of the step are
 
 
-class Measured:
+class SimilarityMeans:
     """Means of the similarities on the batches of one evaluation, weighted by rows.
 
     Args:
@@ -87,7 +87,7 @@ class EvaluationMixin(Behind):
         def _watching(self, inputs: Batch, **place: Any) -> AbstractContextManager[Watched]: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._measured: Measured | None = None  # while an evaluation measures
+        self._measured: SimilarityMeans | None = None  # while an evaluation measures
         self._warned_of: set[str] = set()  # prefixes of metrics
         super().__init__(*args, **kwargs)
 
@@ -104,7 +104,7 @@ class EvaluationMixin(Behind):
         if self.guide is None or not self.guidance.eval_similarity:
             return super().evaluation_loop(*given)
         self._calibrate_once()
-        measured = self._measured = Measured(self.guidance.measure)
+        measured = self._measured = SimilarityMeans(self.guidance.measure)
         try:
             found = super().evaluation_loop(*given)
         finally:
@@ -126,7 +126,7 @@ class EvaluationMixin(Behind):
         return super().prediction_step(model, self._for_target(inputs), *args, **kwargs)
 
     @torch.no_grad()
-    def _measure(self, measured: Measured, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def _measure(self, measured: SimilarityMeans, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Run both networks once more on a batch. The random state of training does not change."""
         rank, before = self.accelerator.process_index, random_state()
         options: dict[str, Any] = {"micro_step": measured.batches, "rank": rank, "weights": MEASURING}

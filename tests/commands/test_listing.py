@@ -92,3 +92,13 @@ def test_the_command_prints_layers_and_pairs(tmp_path: Path, capsys: pytest.Capt
     assert "--layers says what to pair: name the other network with --pairs" in capsys.readouterr().err
     assert main(["layers", places[0], "--pairs", places[1], "--layer_mapping", "odd"]) == 1
     assert "odd" in capsys.readouterr().err
+
+
+def test_a_network_that_takes_nothing_of_the_example_is_called_a_network_and_no_guide() -> None:
+    class Other(nn.Module):
+        def forward(self, audio: Tensor, rate: int) -> Tensor:
+            return audio
+
+    words = r"^the network \(Other\) takes \['audio', 'rate'\], .* after its arguments\.$"
+    with pytest.raises(ValueError, match=words):
+        layers_of(Other(), {"labels": torch.zeros(2, 4)})

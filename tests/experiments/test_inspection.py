@@ -19,7 +19,7 @@ from hf_guidance import GuidanceConfig
 from hf_guidance.experiments import Inspection, inspect
 from hf_guidance.experiments.command_line import flags_of_the_file
 from hf_guidance.experiments.inspection import facts_of
-from hf_guidance.experiments.proposals import Data
+from hf_guidance.experiments.proposals import DataFacts
 
 ROWS = {"per_device_train_batch_size": 16, "train_dataset": token_rows(64)}
 
@@ -269,7 +269,7 @@ def test_networks_in_double_precision_are_inspected(tmp_path: Path) -> None:
 def test_facts_about_the_data_are_those_of_the_trainer(tmp_path: Path) -> None:
     rows = [{**row, "id": torch.tensor(i)} for i, row in enumerate(token_rows(24))]
     trainer = make_trainer(tmp_path, gpt2(), llama(), train_dataset=rows, max_steps=60)
-    assert facts_of(trainer, token_batch(4)) == Data(4, LENGTH, False, "id", 10.0)
+    assert facts_of(trainer, token_batch(4)) == DataFacts(4, LENGTH, False, "id", 10.0)
     own = {**token_batch(4), "guide_input_ids": token_batch(4)["input_ids"]}
     assert facts_of(trainer, own).positions == 1
     padded = {**token_batch(4), "attention_mask": torch.ones(4, LENGTH)}

@@ -10,13 +10,13 @@ from measured import measurements
 
 from hf_guidance import GuidanceConfig
 from hf_guidance.experiments.measurements import Measurements, Spread, StepCost
-from hf_guidance.experiments.proposals import Data, Proposal, ordered
+from hf_guidance.experiments.proposals import DataFacts, Proposal, ordered
 
-ROWS = Data(32)
+ROWS = DataFacts(32)
 DEAR = StepCost(1.0, 2.5, 0.2, None, "cpu")
 
 
-def propose(start: Measurements, data: Data = ROWS, **of_trials: Any) -> Proposal:
+def propose(start: Measurements, data: DataFacts = ROWS, **of_trials: Any) -> Proposal:
     """Propose from measurements, where each other setting measures the same but for the given values."""
 
     def trial(config: GuidanceConfig) -> Measurements | str:
@@ -60,15 +60,15 @@ def test_a_weight_of_zero_becomes_one_and_gradients_that_are_not_measured_are_to
 
 def test_a_guide_that_dominates_runs_on_fewer_rows_or_from_a_cache_or_less_often() -> None:
     tokens = measurements(TOKENS, samples=200, cost=DEAR)
-    assert propose(tokens, Data(64, 32)).config.guide_rows == 16
-    assert propose(tokens, Data(8, 32)).config.guide_rows is None  # a quarter would have fewer tokens
-    assert propose(tokens, Data(8, 32)).config.guidance_every == 3  # (2.5 + 0.2) / 1
+    assert propose(tokens, DataFacts(64, 32)).config.guide_rows == 16
+    assert propose(tokens, DataFacts(8, 32)).config.guide_rows is None  # a quarter would have fewer tokens
+    assert propose(tokens, DataFacts(8, 32)).config.guidance_every == 3  # (2.5 + 0.2) / 1
     rows = measurements(cost=DEAR)
-    cached = propose(rows, Data(64, ids="id", epochs=3.0))
+    cached = propose(rows, DataFacts(64, ids="id", epochs=3.0))
     assert (cached.config.cache_guide, cached.config.sample_id_column) == ("guide_cache", "id")
     assert (cached.config.measure, cached.config.sketch) == ("debiased_cka", 1024)
     assert "over 3.0 epochs" in cached.reasons["cache_guide"]
-    for data in (Data(64), Data(64, ids="id", epochs=1.0)):
+    for data in (DataFacts(64), DataFacts(64, ids="id", epochs=1.0)):
         assert propose(rows, data).config.guidance_every == 3
         assert propose(rows, data).config.cache_guide is None
     assert propose(measurements(GuidanceConfig(guide_rows=8), cost=DEAR)).config.guidance_every == 1
@@ -76,23 +76,23 @@ def test_a_guide_that_dominates_runs_on_fewer_rows_or_from_a_cache_or_less_often
 
 def test_tokens_are_the_samples_unless_they_cannot_be() -> None:
     start = measurements(GuidanceConfig(measure="ridge_loo"))
-    assert propose(start, Data(32, 6)).config.sample_axis == "token"
+    assert propose(start, DataFacts(32, 6)).config.sample_axis == "token"
 
     def refuse(config: GuidanceConfig) -> str:
         return "the guide has other positions."
 
-    found = Proposal(start.config, start, Data(32, 6), refuse)
+    found = Proposal(start.config, start, DataFacts(32, 6), refuse)
     assert found.config.sample_axis == "sequence"
     assert "as tokens cannot be: the guide has other positions." in found.reasons["sample_axis"]
 
 
 def test_dead_layers_try_other_statistics_and_are_told_if_none_helps() -> None:
     start = measurements(dead=True)
-    still = propose(start, Data(32, has_batch_norm=True))
+    still = propose(start, DataFacts(32, has_batch_norm=True))
     assert still.config.guide_batch_norm == "eval"
     assert "no other mode revives them" in still.reasons["guide_batch_norm"]
     assert "Every layer of the guide is dead" in still.reasons["guide_layers"]
-    revived = propose(start, Data(32, has_batch_norm=True), guides=measurements().guides)
+    revived = propose(start, DataFacts(32, has_batch_norm=True), guides=measurements().guides)
     assert revived.config.guide_batch_norm == "calibrated"
 
 

@@ -6,15 +6,15 @@ import pytest
 from builders import arguments, linear
 
 from hf_guidance.experiments.arguments import RecipeArguments
-from hf_guidance.experiments.recipe_runs import Comparison, check_plan, check_seeds
+from hf_guidance.experiments.recipe_runs import Setup, check_plan, check_seeds
 from hf_guidance.experiments.run import SETTINGS, Run
 from hf_guidance.experiments.run_training import RESULT
 
 
-def comparison_of(*names):
+def setup_of(*names):
     task = SimpleNamespace(name="numbers")
     guides = {name: (lambda: None) if name == "guided" else None for name in names}
-    return Comparison(task, {}, lambda: None, lambda seed: [Run(n, seed, lambda: None, g) for n, g in guides.items()])
+    return Setup(task, {}, lambda: None, lambda seed: [Run(n, seed, lambda: None, g) for n, g in guides.items()])
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def comparison_of(*names):
 )
 def test_flags_that_do_not_go_with_the_runs_are_named(names, flags, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        check_plan(RecipeArguments(**flags), arguments(tmp_path), linear(), comparison_of(*names))
+        check_plan(RecipeArguments(**flags), arguments(tmp_path), linear(), setup_of(*names))
 
 
 def test_a_seed_that_chooses_and_reports_is_named():
@@ -44,9 +44,9 @@ def test_other_settings_of_any_seed_are_found_first(tmp_path):
     place = tmp_path / "seed-1" / "alone"
     place.mkdir(parents=True)
     (place / SETTINGS).write_text("{}")
-    check_plan(RecipeArguments(seeds=[0]), arguments(tmp_path), linear(), comparison_of("alone"))
+    check_plan(RecipeArguments(seeds=[0]), arguments(tmp_path), linear(), setup_of("alone"))
     with pytest.raises(ValueError, match=f"{place} holds a run with another version of hf_guidance or transformers"):
-        check_plan(RecipeArguments(seeds=[0, 1]), arguments(tmp_path), linear(), comparison_of("alone"))
+        check_plan(RecipeArguments(seeds=[0, 1]), arguments(tmp_path), linear(), setup_of("alone"))
 
 
 def test_a_record_that_is_none_is_found_first(tmp_path):
@@ -54,4 +54,4 @@ def test_a_record_that_is_none_is_found_first(tmp_path):
     place.mkdir(parents=True)
     (place / RESULT).write_text('{"run": "alone"}')
     with pytest.raises(ValueError, match=f"^{place / RESULT} lacks seed, steps, "):
-        check_plan(RecipeArguments(seeds=[0, 1]), arguments(tmp_path), linear(), comparison_of("alone"))
+        check_plan(RecipeArguments(seeds=[0, 1]), arguments(tmp_path), linear(), setup_of("alone"))

@@ -16,7 +16,7 @@ from trainers import make_trainer, same, trained
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, default_data_collator
 
 from hf_guidance import GuidanceConfig, GuidanceLoss, GuidanceMixin
-from hf_guidance.trainer.evaluation import Measured
+from hf_guidance.trainer.evaluation import SimilarityMeans
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "two_evaluations.py"
 ROWS = token_rows(11, seed=1)  # in batches of 4, 4 and 3
@@ -244,7 +244,7 @@ def test_means_are_weighted_by_rows() -> None:
     from hf_guidance.loss import Watched
     from hf_guidance.schedule import Weights
 
-    measured = Measured("rsa")
+    measured = SimilarityMeans("rsa")
     for rows, values in ((3, (0.5, 0.25)), (1, (0.1, 0.05))):
         similarities = {
             "rsa": dict(zip(("a~b", "c~d"), map(torch.tensor, values), strict=True)),
@@ -254,7 +254,7 @@ def test_means_are_weighted_by_rows() -> None:
     measured.add(Watched({}, Weights(1.0, 1.0), why_unguided="few: raise per_device_train_batch_size"), 5)
     assert measured.batches == 3
     assert measured.why_nothing() == "few. Raise per_device_eval_batch_size."
-    assert "GuidanceMixin.prediction_step was not called" in Measured("rsa").why_nothing()
+    assert "GuidanceMixin.prediction_step was not called" in SimilarityMeans("rsa").why_nothing()
     assert measured.over_ranks(Accelerator(cpu=True)) == pytest.approx(
         {
             "guidance/ridge/a~b": 0.0,

@@ -261,3 +261,16 @@ def test_a_stop_that_is_added_by_hand_stops_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, gpt2(), llama(), **RUN | {"max_steps": 25}, callbacks=[SimilarityStop(0.1)])
     trainer.train()
     assert [log["guidance/stopped_at_step"] for log in train_logs(trainer) if "guidance/stopped_at_step" in log] == [20]
+
+
+def test_guidance_goes_on_once_the_stop_is_removed(tmp_path: Path) -> None:
+    stop = SimilarityStop(0.1)
+    trainer = make_trainer(tmp_path, gpt2(), llama(), **RUN | {"max_steps": 25, "logging_steps": 1}, callbacks=[stop])
+    trainer.train()
+    assert train_logs(trainer)[-1]["guidance/weight"] == 0
+    trainer.remove_callback(stop)
+    trainer.train()
+    assert train_logs(trainer)[-1]["guidance/weight"] == RUN["guidance_weight"]
+    trainer.guidance_loss.stopped_at = 3  # by hand it stays
+    trainer.train()
+    assert train_logs(trainer)[-1]["guidance/weight"] == 0

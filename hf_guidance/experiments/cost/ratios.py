@@ -17,7 +17,7 @@ class Seconds(TypedDict, total=False):
     all: list[float]
 
 
-class Measured(TypedDict, total=False):
+class Timed(TypedDict, total=False):
     """Seconds of the variants, and how often a guided step runs the guide and the paper's has a batch."""
 
     plain: Seconds
@@ -33,7 +33,7 @@ def middle_and_least(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "minimum": min(values)}
 
 
-def summary(found: Measured) -> dict[str, Any]:
+def summary(found: Timed) -> dict[str, Any]:
     """Compute split, floor and ratios from the seconds of the variants.
 
     Args:
@@ -62,7 +62,7 @@ def summary(found: Measured) -> dict[str, Any]:
     return {"floor": floor, "split": split, **ratios}
 
 
-def overhead_of_rounds(found: Measured, rounds: int) -> dict[str, Any]:
+def overhead_of_rounds(found: Timed, rounds: int) -> dict[str, Any]:
     """Compute the overhead of each round, and its mean and standard error (None for one round).
 
     In a round the variants run one after the other, so a slow drift of the CPU's speed affects all of them equally.
