@@ -8,7 +8,7 @@ TEXT = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_the_files_it_names_exist() -> None:
-    named = set(re.findall(r"\b(?:tests|hf_guidance)/[\w/]+\.py\b|\b[A-Z]+\.(?:md|cff)\b", TEXT))
+    named = set(re.findall(r"\b(?:tests|hf_guidance|recipes)/[\w/]+\.(?:py|md)\b|(?<!/)\b[A-Z]+\.(?:md|cff)\b", TEXT))
     assert len(named) > 5
     assert [name for name in sorted(named) if not (REPOSITORY / name).is_file()] == []
 
