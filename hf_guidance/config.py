@@ -256,7 +256,8 @@ class GuidanceConfig:
         }
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
+                by = f", as {self.resolved_measure()} compares so many samples" if minimum == needed else ""
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}{by}.")
         if self.ridge_penalty is not None and not (math.isfinite(self.ridge_penalty) and self.ridge_penalty > 0):
             raise ValueError(f"ridge_penalty is {self.ridge_penalty}; it must be a finite number above 0.")
         if self.guidance_stop_step is not None and self.guidance_stop_step < max(1, self.prealign_steps):
@@ -351,6 +352,12 @@ class GuidanceConfig:
                     "sample_id_column is only for cache_guide: set cache_guide to a folder, or leave both out."
                 )
             return
+        for name, possible in (("sample_axis", "sequence"), ("guide_input", "batch")):
+            if getattr(self, name) != possible:
+                raise ValueError(
+                    f"cache_guide needs guide features that depend on the sample alone, but {name} is "
+                    f"{getattr(self, name)!r}: set {name}={possible!r}, or leave cache_guide out."
+                )
         if self.sketch is None or self.sample_id_column is None:
             raise ValueError(
                 "cache_guide stores a sketch of each sample's features under the sample's id: set sketch (such as "
@@ -363,12 +370,6 @@ class GuidanceConfig:
             )
         if self.similarity_batch == "accumulated":
             raise ValueError("cache_guide does not work with similarity_batch='accumulated': leave one of the two out.")
-        for name, possible in (("sample_axis", "sequence"), ("guide_input", "batch")):
-            if getattr(self, name) != possible:
-                raise ValueError(
-                    f"cache_guide needs guide features that depend on the sample alone, but {name} is "
-                    f"{getattr(self, name)!r}: set {name}={possible!r}, or leave cache_guide out."
-                )
         if self.shard_guide:
             raise ValueError(
                 "cache_guide runs the guide only on a process that has new samples, but with shard_guide all processes "

@@ -37,7 +37,7 @@ from hf_guidance.guide.freezing import check_apart, check_types, freeze
 from hf_guidance.guide.inputs import noise_like, vocabulary_size
 from hf_guidance.guide.own_base import OwnBase
 from hf_guidance.guide.sharding import shard
-from hf_guidance.mapping import Pair, pair_layers, pair_weight, parse_pair
+from hf_guidance.mapping import Pair, pair_layers, pair_name, pair_weight, parse_pair
 from hf_guidance.schedule import Schedule, Weights, make_schedule
 from hf_guidance.similarity.cosines import agreement_of_halves
 from hf_guidance.similarity.pair_loss import Groups, guidance_loss_of_groups
@@ -155,6 +155,10 @@ class GuidanceLoss:
         self.target_reader.layer_drop.check_similarity_batch(self.config.similarity_batch)
         readers = self.target_reader, self.guide_reader
         full: list[Pair] = [(readers[0].full_name(ours), readers[1].full_name(theirs)) for ours, theirs in explicit]
+        if repeated := [ours for ours in full if full.count(ours) > 1]:
+            raise ValueError(
+                f"layer_pairs names the pair {pair_name(repeated[0])} twice, by two names of a layer: leave one out."
+            )
         self._pair_weights = dict(zip(full, map(pair_weight, self.config.layer_pairs or []), strict=True))
         self._conventions = [Conventions(r.model, r.modules, self.config.feature_layout, r) for r in readers]
         self.ranks = ranks_of(self.config.similarity_batch)
@@ -229,6 +233,8 @@ class GuidanceLoss:
         if too_few and not config.shard_guide:  # a sharded guide runs on all ranks or on none
             watched.why_unguided = why_too_few(config.sample_axis, measure, needed, samples.count, is_packed(seen))
         elif (why := samples.why_too_short(needed)) and not config.shard_guide:
+            if self.pairs is None and not step and samples.leaves_none():  # later ones may be short by chance
+                raise ValueError(f"{why}.")
             watched.why_unguided = why
         elif config.guide_input == "shuffled" and min(samples.rows_in_batch, samples.batch_size) < 2:
             watched.why_unguided = (
@@ -365,6 +371,13 @@ class GuidanceLoss:
         self.target_reader.keep = {target for target, _ in self.pairs}
         self.guide_reader.keep = {guide for _, guide in self.pairs}
 
+    def _check_skips(self, *both: Samples) -> None:
+        if self.config.skip_first_positions and not any(samples.has_skipped for samples in both):
+            raise ValueError(
+                f"skip_first_positions is {self.config.skip_first_positions}, but no layer that is compared has "
+                "positions (batch, length, d) to leave out: leave the setting out."
+            )
+
     def _warn_of_noise(self, targets: Groups, guides: Groups) -> None:
         layers = [
             side[name][0]
@@ -413,7 +426,9 @@ class GuidanceLoss:
                 "the target did not run inside `watch`: run it in the `with` block, and the same network that this "
                 "loss was made with."
             )
-        if self.pairs is None:
+        is_first = self.pairs is None
+        if is_first:
+            self._check_skips(samples, guide_samples)
             self._resolve_pairs(targets, padded=bool(samples.masks))
             self._warn_of_noise(targets, guides)
         every = self.pairs or []
@@ -445,6 +460,10 @@ class GuidanceLoss:
                 with torch.no_grad():
                     values = guidance_loss_of_groups(pairs, measure, targets, guides)[1]
                 watched.similarities[measure.name] = values
+            elif is_first:
+                logger.warning(
+                    "%s is not logged: it needs %d samples, and %d are compared.", measure.name, measure.min_samples, n
+                )
         if torch.is_grad_enabled() and not self._reaches_weights:
             self._reaches_weights = reaches_weights(watched.loss)
             if not self._reaches_weights:

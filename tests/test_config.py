@@ -227,10 +227,14 @@ BAD = [
     ({"guidance_weight": math.inf}, "guidance_weight is inf; it must be a finite number"),
     ({"prealign_steps": -1}, "prealign_steps is -1; it must be at least 0"),
     ({"calibration_batches": 0}, "calibration_batches is 0; it must be at least 1"),
-    ({"guide_rows": 2}, "guide_rows is 2; it must be at least 3"),
+    ({"guide_rows": 2}, "guide_rows is 2; it must be at least 3, as ridge_loo compares so many samples"),
     ({"guide_rows": 3, "measure": "debiased_cka"}, "guide_rows is 3; it must be at least 4"),
     ({"guide_rows": 2, "measure": "ridge"}, "guide_rows is 2; it must be at least 3"),
-    ({"guide_rows": 0, "sample_axis": "token"}, "guide_rows is 0; it must be at least 1"),
+    ({"guide_rows": 0, "sample_axis": "token"}, r"guide_rows is 0; it must be at least 1\.$"),
+    (
+        {"sample_axis": "within", "cache_guide": "c", "sample_id_column": "id"},
+        "on the sample alone, but sample_axis is 'within': set sample_axis='sequence', or leave cache_guide out",
+    ),
     ({"guide_rows": 8, "similarity_batch": "accumulated"}, "compares all rows of all micro-batches: leave guide_rows"),
     (
         {"guide_rows": 8, "similarity_batch": "global", "guide_input": "shuffled"},

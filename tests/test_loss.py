@@ -990,11 +990,50 @@ def test_a_loss_that_is_in_use_says_so() -> None:
 
 @pytest.mark.parametrize("axis", ["sequence", "token", "within"])
 def test_a_batch_whose_rows_are_too_short_is_left_out_and_said(axis: str) -> None:
-    settings = {"sample_axis": axis, "skip_first_positions": 4}
-    watched, _ = watch(gpt2(), llama(), token_batch(length=4 if axis != "within" else 6), **settings)
-    assert watched.loss is None
-    assert "of which skip_first_positions=4 leaves" in watched.why_unguided
-    assert watch(gpt2(), llama(), token_batch(length=8), **settings)[0].loss is not None
+    loss = GuidanceLoss(gpt2(), llama(), linear(sample_axis=axis, skip_first_positions=4))
+    for length, guided in ((8, True), (6 if axis == "within" else 4, False), (8, True)):
+        with loss.watch(token_batch(length=length)) as watched:
+            loss.target(**watched.inputs)
+        assert (watched.loss is not None) is guided
+        assert ("of which skip_first_positions=4 leaves" in watched.why_unguided) is not guided
+
+
+@pytest.mark.parametrize("axis", ["sequence", "token", "within"])
+def test_first_positions_that_leave_none_are_an_error_on_the_first_batch(axis: str) -> None:
+    words = r"^the rows have 6 positions, of which skip_first_positions=6 leaves 0, and \d are needed: lower it"
+    with pytest.raises(ValueError, match=words):
+        watch(gpt2(), llama(), token_batch(length=6), sample_axis=axis, skip_first_positions=6)
+
+
+def test_rows_that_are_too_short_by_themselves_are_told_without_a_setting_that_nobody_set() -> None:
+    watched, _ = watch(gpt2(), llama(), token_batch(length=2), sample_axis="within")
+    assert watched.why_unguided == (
+        "the rows have 2 positions, and the measure needs 3 in each: set sample_axis='token', or leave out such rows"
+    )
+
+
+def test_first_positions_of_layers_that_have_none_are_an_error() -> None:
+    target = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
+    guide = nn.Sequential(nn.Flatten(), nn.Linear(48, 6))
+    loss = GuidanceLoss(target, guide, linear(target_layers=["1"], guide_layers=["1"], skip_first_positions=2))
+    words = r"skip_first_positions is 2, but no layer that is compared has positions \(batch, length, d\) to leave out"
+    with pytest.raises(ValueError, match=words), loss.watch({"pixel_values": torch.rand(5, 3, 4, 4)}) as watched:
+        target(watched.inputs["pixel_values"])
+
+
+def test_a_pair_named_twice_by_two_names_of_a_layer_is_an_error() -> None:
+    words = r"layer_pairs names the pair transformer\.h\.0~layers\.0 twice, by two names of a layer: leave one out"
+    with pytest.raises(ValueError, match=words):
+        GuidanceLoss(gpt2(), llama(), linear(layer_pairs=["transformer.h.0~layers.0@0.5", "h.0~layers.0@0.9"]))
+
+
+def test_a_logged_measure_that_needs_more_samples_is_said_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> None:
+    loss = GuidanceLoss(gpt2(), llama(), linear())
+    for _ in range(2):
+        with loss.watch(token_batch(rows=3)) as watched:
+            loss.target(**watched.inputs)
+        assert list(watched.similarities) == ["linear_cka"]
+    assert caplog.messages == ["debiased_cka is not logged: it needs 4 samples, and 3 are compared."]
 
 
 @pytest.mark.parametrize("axis", ["sequence", "token", "within"])

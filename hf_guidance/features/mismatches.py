@@ -33,7 +33,9 @@ def why_unlike(target: tuple[ComparedRows, str], guide: tuple[ComparedRows, str]
             f"The target gets rows of {ids[0]} token ids and the guide of {ids[1]}, as of two tokenizers: use "
             "sample_axis='sequence'."
         )
-    return "Use sample_axis='sequence', or skip_first_positions=1 if one of them has a class token."
+    return "Use sample_axis='sequence'" + (
+        ", or skip_first_positions=1 if one of them has a class token." if abs(missing) == 1 else "."
+    )
 
 
 def why_too_few(axis: str, measure: str, needed: int, count: int, packed: bool = False) -> str:

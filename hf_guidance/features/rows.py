@@ -209,6 +209,7 @@ class ComparedRows:
         content: Content of the compared rows.
         masks: Their valid positions, as of `masks_of`.
         positions: Layer → number of its positions or whose mask they have; equal in a pair.
+        has_skipped: Whether a layer had first positions to leave out.
 
     Raises:
         ValueError: If a mask is no tensor, has other rows than the batch, or holds other numbers than a mask does.
@@ -255,6 +256,7 @@ class ComparedRows:
         if self.kept is not None:
             self._take(self.kept)
         self.positions: dict[str, int | str] = {}
+        self.has_skipped = False
         self._orders: dict[str, Tensor | None] = {}
 
     def prepared(self, name: str, features: Tensor) -> tuple[Tensor, str | None]:
@@ -369,4 +371,5 @@ class ComparedRows:
                 f"skip_first_positions is {self.skip_first}, but layer {name!r} has {features.shape[1]} positions: "
                 "lower it, so that some are left."
             )
+        self.has_skipped = True
         return features[:, self.skip_first :]

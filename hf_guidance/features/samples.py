@@ -192,10 +192,19 @@ class Samples(ComparedRows):
         left, least = content.shape[1] - self.skip_first, needed if self.axis == "within" else 1
         if left >= least or not (self.skip_first or self.axis == "within"):
             return ""
+        if not self.skip_first:
+            return (
+                f"the rows have {content.shape[1]} positions, and the measure needs {least} in each: set "
+                "sample_axis='token', or leave out such rows"
+            )
         return (
             f"the rows have {content.shape[1]} positions, of which skip_first_positions={self.skip_first} leaves "
             f"{max(0, left)}, and {least} are needed: lower it, or leave out such rows"
         )
+
+    def leaves_none(self) -> bool:
+        """Tell whether `skip_first` leaves no position of the content, in any row."""
+        return self.content.ndim > 1 and self.content.shape[1] <= self.skip_first
 
     # ------------------------------------------------------------------------------------------------------ ranks
 

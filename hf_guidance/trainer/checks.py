@@ -103,6 +103,7 @@ def check_trainer(trainer: GuidedTrainer) -> None:
     sharded = deepspeed or trainer.is_fsdp_enabled
     samples = None if is_default or made else partial(samples_of_first_batch, trainer)
     check_settings(trainer.args, config, deepspeed=deepspeed, sharded=sharded, samples=samples)
+    check_has_rows(trainer)
     if watches_each(trainer):
         check_watches_each(trainer)
     if isinstance(trainer.guide, OwnBase):
@@ -116,6 +117,19 @@ def check_trainer(trainer: GuidedTrainer) -> None:
         columns = getattr(trainer.train_dataset, "column_names", None)
         if columns:
             check_vocabularies(trainer.model, trainer.guide, columns)
+
+
+def check_has_rows(trainer: GuidedTrainer) -> None:
+    """Raise ValueError if the whole training data have fewer rows than the guide is to run on."""
+    rows, data = trainer.guidance.guide_rows, trainer.train_dataset
+    if rows is None or not hasattr(data, "__len__") or len(data) >= rows or makes_batches(trainer):
+        return
+    count = samples_of_first_batch(trainer, len(data))
+    if count is not None and rows > count:
+        raise ValueError(
+            f"guide_rows is {rows}, but the training data have {count} rows: lower it, or leave it out to run the "
+            "guide on all rows."
+        )
 
 
 def check_takes_batches(name: str, config: GuidanceConfig) -> None:
@@ -175,6 +189,12 @@ def check_settings(
             "auto_find_batch_size changes the batch size, and a similarity depends on it. Set "
             "per_device_train_batch_size, and gradient_accumulation_steps if memory is short."
         )
+    best = args.metric_for_best_model or ""
+    if best.removeprefix("eval_").startswith("guidance/") and not config.eval_similarity:
+        raise ValueError(
+            f"metric_for_best_model is {best!r}, but similarities are measured on validation data only with "
+            "eval_similarity=True: set it, or choose another metric."
+        )
     if config.guidance_weight and args.max_steps > 0:
         check_warmup(config.guidance_warmup_steps, config.prealign_steps, config.guidance_stop_step, args.max_steps)
     if config.similarity_batch == "accumulated":
@@ -203,8 +223,10 @@ def check_settings(
         )
 
 
-def samples_of_first_batch(trainer: GuidedTrainer) -> int | None:
-    """Count the samples that the data collator makes of the first examples; return None if that is unknown.
+def samples_of_first_batch(trainer: GuidedTrainer, size: int | None = None) -> int | None:
+    """Count the samples that the data collator makes of the first `size` examples, as many as in a batch if None.
+
+    Returns None if that is unknown.
 
     A collator of pairs makes two rows of each. The number of packed documents differs between batches, and a stream is
     not read, because it may not start again.
@@ -212,7 +234,7 @@ def samples_of_first_batch(trainer: GuidedTrainer) -> int | None:
     rows = trainer.train_dataset
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         return None
-    batch = next(first_batches(trainer, rows), None)
+    batch = next(first_batches(trainer, rows, size=size), None)
     return None if not isinstance(batch, Mapping) or is_packed(batch) else Samples(batch).count
 
 

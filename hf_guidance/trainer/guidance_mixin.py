@@ -168,6 +168,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             note_gradients(self, self._finite.sums, model, task_loss, watched)
         self._finite.check_before_backward(self.state)
         if watched.layers is not None:
+            self._look_is_due = watched.loss is None
             self.first_look = take_first_look(self, model, inputs, task_loss, watched, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -189,7 +190,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
             return watched.total(task_loss)
         sums.add("guidance/loss", watched.loss.detach() * watched.rows, watched.rows)
         if self._stop is not None:
-            self._stop.note(compared.values())
+            self._stop.note(compared.values(), watched.rows)
         if compared:
             sums.add("guidance/similarity", torch.stack(list(compared.values())).mean() * watched.rows, watched.rows)
         for measure, similarities in watched.similarities.items():
@@ -268,6 +269,7 @@ class GuidanceMixin(PublishingMixin, ResumingMixin, StreamsMixin, StoppingMixin,
 
     def _begin_training(self) -> None:
         check_trainer(self)
+        self._look_is_due = not self.state.global_step
         had_stop = self._stop is not None
         self._find_stop()
         if had_stop and self._stop is None and self._loss is not None:

@@ -46,6 +46,7 @@ class MicroBatchesMixin(Behind):
         self._window: Accumulated | None = None
         self._in_window = 0  # number of its micro-batches that have been trained on
         self._in_wrappers: tuple[Any, Any] = (None, None)  # the model, and the same without wrappers
+        self._look_is_due = False  # from the start of a run to its first guided batch
         self._rows: float | None = None  # for rows compared by themselves, their mean number in a micro-batch
         super().__init__(*args, **kwargs)
 
@@ -54,7 +55,8 @@ class MicroBatchesMixin(Behind):
         self._micro_step = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
         step, micro_step = self._micro_step
         rank, log, weights = self.accelerator.process_index, is_last_before_log(self, step), self._schedule()(step)
-        self.guidance_loss.keeps_layers = self.takes_first_look and self.is_in_train and step == micro_step == 0
+        due = self._look_is_due and (step == 0 or self.args.world_size == 1)  # all processes look together
+        self.guidance_loss.keeps_layers = due and self.takes_first_look and self.is_in_train and micro_step == 0
         if self.guidance.similarity_batch == "accumulated":
             if self._window is None:
                 batches = [self._prepare_inputs(batch) for batch in self._batches]

@@ -77,10 +77,12 @@ def open_cache(trainer: GuidedTrainer) -> None:
         print(f"The guide's features will take {trainer.guidance_loss.running.cache}.")
 
 
-def first_batches(trainer: GuidedTrainer, dataset: Rows, reading: int = 0) -> Iterator[dict[str, Any]]:
+def first_batches(
+    trainer: GuidedTrainer, dataset: Rows, reading: int = 0, size: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield batches of a dataset in order, as training would collate them, without changing any random state.
 
-    Random augmentation follows the seed of the run and `reading`.
+    Random augmentation follows the seed of the run and `reading`. A batch has `size` rows, or as many as in training.
     """
     from torch.utils.data import DataLoader
 
@@ -90,7 +92,7 @@ def first_batches(trainer: GuidedTrainer, dataset: Rows, reading: int = 0) -> It
             dataset = trainer._remove_unused_columns(dataset)
     else:
         collator = trainer._get_collator_with_removed_columns(collator)
-    size = trainer.args.per_device_train_batch_size
+    size = size or trainer.args.per_device_train_batch_size
     loader = DataLoader(dataset, size, shuffle=False, collate_fn=collator, drop_last=True)
     with _randomness_of_its_own(generator_for(trainer.args.seed, 3 + reading).initial_seed()):
         yield from loader

@@ -25,7 +25,8 @@ DECIDE_EVERY = 20  # optimizer steps between two decisions, each of which waits 
 class SimilarityStop(TrainerCallback, ExportableState):
     """A callback that ends guidance for good when the mean similarity reaches a threshold.
 
-    The mean is over all pairs, micro-steps and ranks since the last decision. Its sum stays on the device until the
+    The mean is over all pairs, micro-steps and ranks since the last decision, weighted by the rows that are compared by
+    themselves. Its sum stays on the device until the
     next decision or checkpoint. A checkpoint holds it, so that a resumed run stops at the same step.
 
     Args:
@@ -35,7 +36,7 @@ class SimilarityStop(TrainerCallback, ExportableState):
         stopped_at: Optimizer steps taken when guidance stopped; None while it has not.
         is_logged: Whether a log has told that step.
         total: Sum of the similarities since the last decision, as far as it is reduced over the ranks.
-        count: Number of its terms.
+        count: Number of its terms, or of their rows.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -46,13 +47,19 @@ class SimilarityStop(TrainerCallback, ExportableState):
         self.stopped_at: int | None = None
         self.is_logged = False
         self.total, self.count = 0.0, 0.0
-        self._present: list[Tensor] = []  # means over the pairs, of the micro-steps of the present optimizer step
-        self._taken: list[Tensor] = []  # of the optimizer steps that were taken, and are not yet in `total`
+        # means over the pairs and their rows, of the micro-steps of the present optimizer step
+        self._present: list[tuple[Tensor, int]] = []
+        self._taken: list[tuple[Tensor, int]] = []  # of the optimizer steps that were taken, and are not yet in `total`
 
-    def note(self, similarities: Collection[Tensor]) -> None:
-        """Remember the similarities of all pairs at a micro-step."""
+    def note(self, similarities: Collection[Tensor], rows: int = 1) -> None:
+        """Remember the similarities of all pairs at a micro-step.
+
+        Args:
+            similarities: One scalar for each pair.
+            rows: Their weight, as `Watched.rows`.
+        """
         if self.stopped_at is None and similarities:
-            self._present.append(torch.stack(list(similarities)).float().mean())
+            self._present.append((torch.stack(list(similarities)).float().mean(), rows))
 
     def take(self) -> None:
         """Count the micro-steps of the present optimizer step, which is taken and not left out."""
@@ -61,9 +68,9 @@ class SimilarityStop(TrainerCallback, ExportableState):
 
     def settle(self, device: torch.device) -> None:
         """Add the sums of all ranks to `total` and `count`. All ranks must call it together."""
-        own = torch.tensor([0.0, float(len(self._taken))], device=device)
+        own = torch.tensor([0.0, float(sum(rows for _, rows in self._taken))], device=device)
         if self._taken:
-            own[0] = torch.stack(self._taken).sum()
+            own[0] = torch.stack([mean * rows for mean, rows in self._taken]).sum()
         total, count = reduce(own, reduction="sum").tolist()
         self.total, self.count, self._taken = self.total + total, self.count + count, []
 
@@ -75,6 +82,13 @@ class SimilarityStop(TrainerCallback, ExportableState):
         if state.global_step:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
+        if state.max_steps < DECIDE_EVERY and state.is_world_process_zero:
+            logger.warning(
+                "guidance_stop_similarity is decided every %d optimizer steps, and the run has %d: guidance will not "
+                "stop.",
+                DECIDE_EVERY,
+                state.max_steps,
+            )
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self._present = []

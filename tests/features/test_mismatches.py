@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import gpt2, linear, llama, t5
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_guidance import GuidanceLoss
 from hf_guidance.features.mismatches import why_too_few
@@ -33,6 +34,15 @@ def test_where_positions_differ_the_cause_that_is_known_is_named(axis: str) -> N
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     said = message_of(peft.get_peft_model(gpt2(), config), llama(), {"input_ids": ids}, axis)
     assert "puts 3 virtual tokens in front of each row, which the guide does not have" in said
+
+
+def test_a_class_token_is_proposed_only_where_one_position_is_missing() -> None:
+    images = {"pixel_values": torch.rand(8, 3, 16, 16)}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    vit, other = (ViTModel(ViTConfig(**sizes, image_size=16, patch_size=size)) for size in (4, 8))
+    assert message_of(vit, other, images, "token").endswith("Use sample_axis='sequence'.")
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_channels=3))
+    assert message_of(vit, resnet, images, "token").endswith("skip_first_positions=1 if one of them has a class token.")
 
 
 def test_too_few_samples_are_counted_in_the_words_of_their_axis() -> None:

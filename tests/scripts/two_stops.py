@@ -66,9 +66,9 @@ def train(
     saw: list[float] = []
     note = stop.note
 
-    def noting(similarities: Any) -> None:
+    def noting(similarities: Any, rows: int) -> None:
         saw.append(statistics.fmean(value.item() for value in similarities))
-        note(similarities)
+        note(similarities, rows)
 
     stop.note = noting  # type: ignore[method-assign]
     trainer.train(resume_from_checkpoint=checkpoint)

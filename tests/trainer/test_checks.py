@@ -171,3 +171,17 @@ def test_a_run_that_saves_nothing_needs_no_folder_to_write_to(tmp_path: Path, mo
     check_output(arguments(tmp_path, save_strategy="no"))
     with pytest.raises(ValueError, match=r"output_dir .* cannot be written \(Permission denied\)"):
         check_output(arguments(tmp_path, save_strategy="steps"))
+
+
+def test_more_rows_for_the_guide_than_the_data_have_are_an_error(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"per_device_train_batch_size": 8, "train_dataset": token_rows(5)}
+    make_trainer(tmp_path, gpt2(), llama(), **options, guide_rows=5)
+    with pytest.raises(ValueError, match=r"guide_rows is 6, but the training data have 5 rows: lower it, or leave it"):
+        make_trainer(tmp_path, gpt2(), llama(), **options, guide_rows=6)
+
+
+@pytest.mark.parametrize("name", ["eval_guidance/similarity", "guidance/similarity"])
+def test_a_similarity_as_the_best_metric_has_to_be_measured(tmp_path: Path, name: str) -> None:
+    make_trainer(tmp_path, gpt2(), llama(), metric_for_best_model=name, eval_similarity=True)
+    with pytest.raises(ValueError, match=r"metric_for_best_model is '.*similarity', but .* with eval_similarity=True"):
+        make_trainer(tmp_path, gpt2(), llama(), metric_for_best_model=name)

@@ -257,6 +257,27 @@ def test_two_processes_stop_together_resumed_or_not(ranks: list[dict[str, Any]],
     assert same(first["unbroken"]["weights"], second["unbroken"]["weights"])
 
 
+def test_micro_batches_of_more_rows_weigh_more() -> None:
+    stop, state = SimilarityStop(0.62), TrainerState()
+    for _ in range(20):  # a weighted mean of 0.65, and 0.55 without weights
+        stop.on_step_begin()
+        stop.note(pairs(0.75), 3)
+        stop.note(pairs(0.35), 1)
+        stop.take()
+        state.global_step += 1
+        stop.on_step_end(ARGS, state, None)
+    assert stop.stopped_at == 20
+
+
+def test_a_run_that_is_too_short_for_a_decision_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for steps, said in ((19, 1), (20, 0)):
+        caplog.clear()
+        state = TrainerState()
+        state.max_steps, state.stateful_callbacks = steps, {}
+        SimilarityStop(0.5).on_train_begin(ARGS, state)
+        assert len(caplog.records) == said
+
+
 def test_a_stop_that_is_added_by_hand_stops_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, gpt2(), llama(), **RUN | {"max_steps": 25}, callbacks=[SimilarityStop(0.1)])
     trainer.train()
