@@ -52,6 +52,7 @@ test-slow: install ## run the slow tests as well (see CONTRIBUTING.md)
 test-trainers: install ## install TRL, sentence-transformers, tensorboard and others, and run the tests that need them
 	$(BIN)/python -m pip install --quiet $(TRAINERS)
 	$(BIN)/python -m pytest -m trainers
+	$(BIN)/python -m pytest tests/recipes/test_guides.py  # the blocks that need them, too
 
 test-lowest: install ## run the tests at the lowest versions that pyproject.toml allows, in outputs/lowest
 	$(call test-at,lowest,lowest-direct)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from launching import two_processes
-from text_trainers import CASES, CONFIG, NAMED, TRAINERS, Case, guide_of, make, model_of, rows_of, tokenizer
+from text_trainers import CASES, CONFIG, NAMED, TRAINERS, Case, guide_of, make, model_of, rows_of
 from torch import Tensor, nn
 from trainers import same, trained, weights
 from transformers import LlamaConfig, Trainer
@@ -226,20 +226,6 @@ def test_the_guides_own_columns_do_not_pass_sfts_collator_so_another_vocabulary_
     assert "guide_input_ids" not in trainer.data_collator([row, row])
     with pytest.raises(ValueError, match=r"the target's vocabulary has 64 tokens and the guide's 70"):
         trainer.train()
-
-
-@trainers
-def test_the_printed_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trl
-
-    (example,) = re.findall(r"```python\n(.*?)```", TABLE.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.setattr("hf_guidance.load_guide", lambda name: guide_of())
-    case, settings = CASES["SFT"], {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none"}
-    names = {"target": model_of(case, folder), "args": trl.SFTConfig(str(folder / "example"), **settings)}
-    names |= {"rows": rows_of(case), "tokenizer": tokenizer()}
-    exec(example, names)
-    names["trainer"].train()
-    assert names["trainer"].first_look is not None
 
 
 # ------------------------------------------------------------------------------------------------------ two processes
