@@ -105,7 +105,7 @@ class GuidanceLoss:
         ValueError: If target or guide is no network, a layer does not exist, guide and target share parameters, a
             global batch meets LayerDrop or several processes without a group, a measure takes no sketch, or the warm-up
             is longer than the run. On the first batch: the vocabularies or the samples of the two networks do not
-            match.
+            match, or `skip_first_positions` leaves none or finds none.
 
     Example:
         >>> guidance = GuidanceLoss(target, guide, GuidanceConfig(measure="debiased_cka"))  # doctest: +SKIP
