@@ -24,7 +24,7 @@ from hf_guidance.features.rows import content_of
 from hf_guidance.similarity.pair_loss import guidance_loss_of_groups
 from hf_guidance.similarity.registry import Measure, get_measure, primal_below_of
 
-Batches: TypeAlias = Iterable[Batch]
+Examples: TypeAlias = Iterable[Batch]
 Collator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
 STREAMED = ("linear_cka", "debiased_cka")
 ROWS_AT_ONCE = 1024  # for a measure that needs all samples together
@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 1024  # for a measure that needs all samples together
 def compare(
     a: nn.Module,
     b: nn.Module,
-    data: Batches,
+    data: Examples,
     *,
     measure: str = "debiased_cka",
     layers_a: Sequence[str] | None = None,
@@ -58,7 +58,7 @@ def compare(
     Args:
         a: A network. It sees all columns that it accepts but those that begin with `guide_`.
         b: Another one, or the same. It sees the columns that begin with `guide_`, if there are any, else what a sees.
-        data: Batches: a Dataset or a list of dicts, read in a fixed random order; an iterable dataset, read from its
+        data: Rows: a Dataset or a list of dicts, read in a fixed random order; an iterable dataset, read from its
             beginning; or a DataLoader, whose batches are taken as they are.
         measure: Name of a measure.
         layers_a: Layers of a: `hidden_states`, or modules by name, glob or type; None for the hidden states.

@@ -23,7 +23,7 @@ def cost_tables(rows: Sequence[dict[str, Any]]) -> str:
     tables = [
         "Seconds a step (median); overhead = guided / (plain + guide forward), from medians, from minima, and the mean "
         "of the rounds'\nwith its standard error:",
-        aligned([_time_header(rows), *(_times(row) for row in rows)]),
+        aligned([_time_header(rows), *(_times(row, _has_goal(rows)) for row in rows)]),
         "Samples a second, and peak memory in MiB; the bound is 1.05 (plain + guide's weights + its largest layer):",
         aligned([_memory_header(rows), *(_memory(row) for row in rows)]),
     ]
@@ -68,17 +68,21 @@ def _time_header(rows: Sequence[dict[str, Any]]) -> list[str]:
     header = ["setting", "plain", "guide forward", "Grams and measures", "extra backward", "guided"]
     header += ["overhead", "of minima", "of rounds", "guided / plain"]
     header += ["paper's overhead", "paper's / plain"] if _has_paper(rows) else []
-    return header + (["goal"] if any(row["goal"] for row in rows) else [])
+    return header + (["goal"] if _has_goal(rows) else [])
 
 
-def _times(row: dict[str, Any]) -> list[str]:
+def _has_goal(rows: Sequence[dict[str, Any]]) -> bool:
+    return any(row["goal"] for row in rows)
+
+
+def _times(row: dict[str, Any], with_goal: bool) -> list[str]:
     split = row["split"]
     seconds = [row["plain"]["median"], *split.values(), row["guided"]["median"]]
     overhead = [*(f"{row['overhead'][kind]:.3f}" for kind in KINDS), _of_rounds(row["overhead_of_rounds"])]
     ratios = [row["guided_over_plain"]["median"]]
     if "paper" in row:
         ratios += [row["paper_overhead"]["median"], row["paper_over_plain"]["median"]]
-    goal = [f"≤ {row['goal']:.2f}"] if row["goal"] else []
+    goal = [f"≤ {row['goal']:.2f}" if row["goal"] else "–"] if with_goal else []
     return [row["name"], *(f"{x:.4f}" for x in seconds), *overhead, *(f"{x:.3f}" for x in ratios), *goal]
 
 

@@ -37,6 +37,13 @@ def test_tables_and_figure(measured, tmp_path):
     assert (tmp_path / "overhead.png").stat().st_size > 5_000
 
 
+def test_of_rows_with_and_without_a_goal_each_stands_in_one_table(measured):
+    rows = [{**measured, "batch_size": 4, "name": name, "goal": goal} for name, goal in (("a", None), ("b", 1.08))]
+    of_times = cost_tables(rows).split("\n\n")[1].splitlines()
+    assert of_times[0].endswith("| goal   |")
+    assert [line.split("|")[-2].strip() for line in of_times[2:]] == ["–", "≤ 1.08"]
+
+
 def test_settings_of_another_size_are_drawn_as_another_line(measured, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
